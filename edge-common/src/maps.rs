@@ -1,0 +1,431 @@
+//! Names, capacities and `repr(C)` layouts of every BPF map. Integers only, explicit zeroed padding; sizes,
+//! alignments and the offsets that matter are asserted at compile time, because a pinned map outlives the
+//! program that made it.
+//!
+//! Numbers: services, backends and next hops are array indices from 1; 0 means "none" (and counts what
+//! belongs to no service).
+
+use crate::{filter, flow::FlowKeyV4, verdict};
+
+/// Map names as in the object file and under the pin folder.
+pub mod name {
+    /// `HashMap<FlowKeyV4, FlowV4>`, preallocated: flows that proved themselves.
+    pub const ESTABLISHED: &str = "ESTABLISHED";
+    /// `LruHashMap<FlowKeyV4, FlowV4>`: SYNs and first datagrams.
+    pub const HALF_OPEN: &str = "HALF_OPEN";
+    /// `LruHashMap<FlowKeyV4, FlowV4>`: flows after FIN or RST, and resting SNAT ports.
+    pub const CLOSING: &str = "CLOSING";
+    /// `HashMap<ServiceKeyV4, u32>`: frontend to service number.
+    pub const SERVICE_INDEX: &str = "SERVICE_INDEX";
+    /// `Array<ServiceEntry>` by service number.
+    pub const SERVICES: &str = "SERVICES";
+    /// `Array<Label>` by service number: the operator's name for it, for `--kernel`.
+    pub const SERVICE_LABELS: &str = "SERVICE_LABELS";
+    /// `Array<BackendEntry>` by backend number.
+    pub const BACKENDS: &str = "BACKENDS";
+    /// `Array<u32>` by backend number: [`super::backend_state`] bits, one in-place write excludes a backend.
+    pub const BACKEND_STATE: &str = "BACKEND_STATE";
+    /// `Array<u32>` by backend number: SNAT candidate cursor, advanced by the program.
+    pub const BACKEND_CURSOR: &str = "BACKEND_CURSOR";
+    /// `HashMap<ServiceKeyV4, u32>`: a dnat backend's address, port, protocol to its number.
+    pub const BACKEND_INDEX: &str = "BACKEND_INDEX";
+    /// `Array<Chunk>`: selection regions, see [`super::SelectionHeader`].
+    pub const SELECTION: &str = "SELECTION";
+    /// `Array<NextHop>` by next-hop number.
+    pub const NEXT_HOPS: &str = "NEXT_HOPS";
+    /// `HashMap<NeighbourKey, u32>`: neighbour to next-hop number.
+    pub const NEXT_HOP_INDEX: &str = "NEXT_HOP_INDEX";
+    /// `Array<u32>`, one element: last next-hop number given out.
+    pub const NEXT_HOP_CURSOR: &str = "NEXT_HOP_CURSOR";
+    /// `HashMap<u32, u32>`: ifindex to [`super::interface_flag`] bits.
+    pub const INTERFACES: &str = "INTERFACES";
+    /// `Array<AddressFilter>`, one element.
+    pub const ADDRESS_FILTER: &str = "ADDRESS_FILTER";
+    /// `Array<PortSet>`, one element: ports that SNAT may use on the host's addresses.
+    pub const SNAT_PORTS: &str = "SNAT_PORTS";
+    /// `Array<Control>`, one element, written by the daemon only.
+    pub const CONTROL: &str = "CONTROL";
+    /// `PerCpuArray<ServiceStats>` by service number.
+    pub const SERVICE_STATS: &str = "SERVICE_STATS";
+    /// `PerCpuArray<BackendStats>` by backend number.
+    pub const BACKEND_STATS: &str = "BACKEND_STATS";
+    /// `PerCpuArray<u64>` by `service * REASONS + reason`: packets dropped or passed, by reason.
+    pub const REASONS: &str = "REASONS";
+
+    /// Every map of the pipeline, in the order in which they are listed to users.
+    pub const ALL: [&str; 21] = [
+        ESTABLISHED,
+        HALF_OPEN,
+        CLOSING,
+        SERVICE_INDEX,
+        SERVICES,
+        SERVICE_LABELS,
+        BACKENDS,
+        BACKEND_STATE,
+        BACKEND_CURSOR,
+        BACKEND_INDEX,
+        SELECTION,
+        NEXT_HOPS,
+        NEXT_HOP_INDEX,
+        NEXT_HOP_CURSOR,
+        INTERFACES,
+        ADDRESS_FILTER,
+        SNAT_PORTS,
+        CONTROL,
+        SERVICE_STATS,
+        BACKEND_STATS,
+        REASONS,
+    ];
+}
+
+/// Default entries of [`name::ESTABLISHED`]: two per flow.
+pub const ESTABLISHED_ENTRIES: u32 = 1 << 19;
+/// Default entries of [`name::HALF_OPEN`].
+pub const HALF_OPEN_ENTRIES: u32 = 1 << 18;
+/// Default entries of [`name::CLOSING`].
+pub const CLOSING_ENTRIES: u32 = 1 << 18;
+/// Frontends, number 0 included.
+pub const SERVICES: u32 = 1024;
+/// Backends, number 0 included.
+pub const BACKENDS: u32 = 8192;
+/// Next hops, number 0 included.
+pub const NEXT_HOPS: u32 = 4096;
+/// Interfaces known to the program.
+pub const INTERFACES: u32 = 64;
+/// Chunks of [`name::SELECTION`]; chunk 0 is never part of a region.
+pub const SELECTION_CHUNKS: u32 = 1 << 16;
+/// Source addresses a service may have for SNAT.
+pub const SNAT_ADDRESSES: usize = 4;
+
+/// Key of [`name::SERVICE_INDEX`] and [`name::BACKEND_INDEX`]: address and port in network order. 8 bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ServiceKeyV4 {
+    /// Address, network order.
+    pub address: u32,
+    /// Port, network order.
+    pub port: u16,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Zero.
+    pub _pad: u8,
+}
+
+/// A direction of a flow, and all that a packet of it needs. 96 bytes, alignment 8.
+///
+/// Changed in place, never re-inserted; `key` and `sequence` tell a reader whether a copy is of one flow.
+/// The key of the other direction's entry (the twin) is the reversed rewritten tuple: [`FlowV4::twin`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FlowV4 {
+    /// This entry's own key.
+    pub key: FlowKeyV4,
+    /// Source address after rewriting, network order.
+    pub new_src: u32,
+    /// Destination address after rewriting, network order.
+    pub new_dst: u32,
+    /// Source port after rewriting, network order.
+    pub new_src_port: u16,
+    /// Destination port after rewriting, network order.
+    pub new_dst_port: u16,
+    /// Ones'-complement difference of both addresses (new minus old), as 16-bit words in network order; the
+    /// pseudo-header's part of the L4 checksum and all of the IPv4 header's.
+    pub address_delta: u16,
+    /// Ones'-complement difference of both ports, as above; not part of a CHECKSUM_PARTIAL.
+    pub port_delta: u16,
+    /// Next-hop number; 0: look the route up for every packet until it resolves.
+    pub next_hop: u32,
+    /// [`Control::route_generation`] at which `next_hop` was looked up.
+    pub route_generation: u32,
+    /// Service number.
+    pub service: u32,
+    /// Backend number.
+    pub backend: u32,
+    /// Grows with every change of identity of this entry (promotion, re-use).
+    pub sequence: u32,
+    /// A [`crate::conntrack::State`] number.
+    pub state: u8,
+    /// A [`crate::conntrack::Direction`] number.
+    pub direction: u8,
+    /// [`flow_flag`] bits.
+    pub flags: u16,
+    /// Half-open TCP: the backend's latest initial sequence number + 1, host order (what the client must
+    /// acknowledge at least); valid once `SYN_ACK_SEEN` is set.
+    pub ack_floor: u32,
+    /// Zero.
+    pub _pad: u32,
+    /// Creation time, ns of CLOCK_MONOTONIC.
+    pub created: u64,
+    /// Last packet of this direction, or touch of the twin, ns of CLOCK_MONOTONIC (coarse).
+    pub last_seen: u64,
+    /// Packets of this direction.
+    pub packets: u64,
+    /// Bytes of this direction, from the IP header on.
+    pub bytes: u64,
+}
+
+impl FlowV4 {
+    /// The key of the other direction's entry.
+    #[inline(always)]
+    pub const fn twin(&self) -> FlowKeyV4 {
+        FlowKeyV4::new(self.new_dst, self.new_src, self.new_dst_port, self.new_src_port, self.key.protocol)
+    }
+}
+
+/// Bits of [`FlowV4::flags`].
+pub mod flow_flag {
+    /// The backend's SYN-ACK was seen; `ack_floor` is valid.
+    pub const SYN_ACK_SEEN: u16 = 1 << 0;
+    /// The client has sent FIN.
+    pub const CLIENT_FIN: u16 = 1 << 1;
+    /// The backend has sent FIN.
+    pub const BACKEND_FIN: u16 = 1 << 2;
+    /// UDP: the backend has answered.
+    pub const REPLIED: u16 = 1 << 3;
+    /// The backend closed first, so its TIME_WAIT may still hold the port.
+    pub const BACKEND_CLOSED_FIRST: u16 = 1 << 4;
+}
+
+/// A frontend: one listen address of one service. 52 bytes, alignment 4.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ServiceEntry {
+    /// VIP, network order.
+    pub address: u32,
+    /// Listen port, network order.
+    pub port: u16,
+    /// IP protocol number; 0: this number is free.
+    pub protocol: u8,
+    /// [`mode::FULL_NAT`] or [`mode::DNAT`].
+    pub mode: u8,
+    /// First chunk of the selection region in force; 0: no pool yet. One aligned u32, so replacing the pool
+    /// and its table is one write that cannot be seen half done.
+    pub selection: u32,
+    /// How many of `snat_addresses` are set; 0: the backend's own `snat_address` serves.
+    pub snat_count: u32,
+    /// SNAT source addresses, network order.
+    pub snat_addresses: [u32; SNAT_ADDRESSES],
+    /// Lowest SNAT port, host order.
+    pub snat_port_min: u16,
+    /// Highest SNAT port, inclusive, host order.
+    pub snat_port_max: u16,
+    /// Idle timeout of an established flow, seconds.
+    pub established_timeout: u32,
+    /// Idle timeout of a half-open flow, seconds.
+    pub half_open_timeout: u32,
+    /// How long a closed flow and its SNAT port rest, seconds.
+    pub closing_timeout: u32,
+    /// Zero.
+    pub _pad: u32,
+}
+
+/// Values of [`ServiceEntry::mode`].
+pub mod mode {
+    /// Source and destination are rewritten; the backend sees the edge.
+    pub const FULL_NAT: u8 = 0;
+    /// Only the destination is rewritten; the backend sees the client.
+    pub const DNAT: u8 = 1;
+}
+
+/// A backend of one service. 16 bytes, alignment 4.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BackendEntry {
+    /// Address, network order.
+    pub address: u32,
+    /// Port, network order.
+    pub port: u16,
+    /// IP protocol number; 0: this number is free.
+    pub protocol: u8,
+    /// Zero.
+    pub _pad: u8,
+    /// The service number it belongs to.
+    pub service: u32,
+    /// The host's address that the kernel would use towards this backend, network order; 0: not known yet.
+    pub snat_address: u32,
+}
+
+/// Bits of a [`name::BACKEND_STATE`] value.
+pub mod backend_state {
+    /// May be given new flows.
+    pub const ELIGIBLE: u32 = 1 << 0;
+}
+
+/// Bytes of a [`Chunk`].
+pub const CHUNK_BYTES: usize = 256;
+/// Backend numbers (u32) in a pool chunk.
+pub const POOL_PER_CHUNK: u32 = (CHUNK_BYTES / 4) as u32;
+/// Table slots (u16 pool indices) in a table chunk.
+pub const SLOTS_PER_CHUNK: u32 = (CHUNK_BYTES / 2) as u32;
+
+/// One element of [`name::SELECTION`], read as [`SelectionHeader`], as 64 `u32` or as 128 `u16`, host order.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Chunk(pub [u8; CHUNK_BYTES]);
+
+/// Head of a selection region: `[header][pool: pool_len u32 backend numbers][table: table_len u16 pool indices]`,
+/// each part starting on a chunk of its own. A region never changes once a service refers to it; a new pool is a new
+/// region, and the service's `selection` moves to it in one write.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SelectionHeader {
+    /// Backends in the pool, at most 65,535.
+    pub pool_len: u32,
+    /// Slots in the Maglev table, a prime.
+    pub table_len: u32,
+    /// Number of the first pool chunk.
+    pub pool_chunk: u32,
+    /// Number of the first table chunk.
+    pub table_chunk: u32,
+}
+
+/// Where packets leave. 32 bytes, alignment 4. A neighbour's new MAC is one write here.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NextHop {
+    /// Egress interface.
+    pub ifindex: u32,
+    /// The neighbour's address, network order: the gateway, or the destination itself on a connected network.
+    pub neighbour: u32,
+    /// Destination MAC.
+    pub dst_mac: [u8; 6],
+    /// Source MAC.
+    pub src_mac: [u8; 6],
+    /// Longest packet from the IP header on, bytes.
+    pub mtu: u32,
+    /// 802.1Q tag to push, host order; 0: none. Zero until VLAN egress exists.
+    pub vlan: u16,
+    /// [`next_hop_flag`] bits.
+    pub flags: u16,
+    /// Grows when this number is given to another neighbour.
+    pub generation: u32,
+}
+
+/// Bits of [`NextHop::flags`].
+pub mod next_hop_flag {
+    /// `ifindex` cannot take redirected packets from this hook: give them, rewritten, to the stack.
+    pub const VIA_STACK: u16 = 1 << 0;
+}
+
+/// Bits of a [`name::INTERFACES`] value.
+pub mod interface_flag {
+    /// The program is attached here.
+    pub const ATTACHED: u32 = 1 << 0;
+    /// A probe showed that XDP may redirect to this interface.
+    pub const XDP_REDIRECT: u32 = 1 << 1;
+}
+
+/// Key of [`name::NEXT_HOP_INDEX`]. 8 bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NeighbourKey {
+    /// Egress interface.
+    pub ifindex: u32,
+    /// Neighbour address, network order.
+    pub address: u32,
+}
+
+/// The prefilter of [`crate::filter`]: which addresses make a packet worth a lookup. 16 KiB.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AddressFilter {
+    /// VIPs and SNAT addresses, matched against destinations.
+    pub destinations: [u64; filter::WORDS],
+    /// dnat backends, matched against sources.
+    pub sources: [u64; filter::WORDS],
+}
+
+/// A set of ports: bit `port % 64` of word `port / 64`, host order. 8 KiB.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortSet(pub [u64; 1024]);
+
+/// What the daemon tells the program as a whole. 32 bytes, alignment 8.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Control {
+    /// The secret that all edges of one group share; keys the tuple hash.
+    pub seed: [u64; 2],
+    /// Moves when a link, a used neighbour, or a route that covers a backend changed: entries then look their
+    /// route up again.
+    pub route_generation: u32,
+    /// Zero.
+    pub _pad: [u32; 3],
+}
+
+/// An operator's name, UTF-8, zero-padded, cut at 64 bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Label(pub [u8; 64]);
+
+/// Per-CPU counters of a service; "in" is from clients, "out" to clients; bytes from the IP header on.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ServiceStats {
+    /// Packets from clients.
+    pub packets_in: u64,
+    /// Bytes from clients.
+    pub bytes_in: u64,
+    /// Packets to clients.
+    pub packets_out: u64,
+    /// Bytes to clients.
+    pub bytes_out: u64,
+    /// Flows that entered half-open.
+    pub half_opened: u64,
+    /// Flows promoted to established.
+    pub opened: u64,
+    /// Established flows that ended (closed, reset or expired).
+    pub closed: u64,
+}
+
+/// Per-CPU counters of a backend, as [`ServiceStats`].
+pub type BackendStats = ServiceStats;
+
+/// Elements of [`name::REASONS`].
+pub const REASON_SLOTS: u32 = SERVICES * verdict::REASONS;
+
+const _: () = {
+    assert!(size_of::<ServiceKeyV4>() == 8);
+    assert!(size_of::<FlowV4>() == 96 && align_of::<FlowV4>() == 8);
+    assert!(core::mem::offset_of!(FlowV4, new_src) == 16);
+    assert!(core::mem::offset_of!(FlowV4, address_delta) == 28);
+    assert!(core::mem::offset_of!(FlowV4, next_hop) == 32);
+    assert!(core::mem::offset_of!(FlowV4, state) == 52);
+    assert!(core::mem::offset_of!(FlowV4, created) == 64);
+    assert!(size_of::<ServiceEntry>() == 52 && align_of::<ServiceEntry>() == 4);
+    assert!(core::mem::offset_of!(ServiceEntry, selection) == 8);
+    assert!(size_of::<BackendEntry>() == 16);
+    assert!(size_of::<Chunk>() == CHUNK_BYTES);
+    assert!(size_of::<SelectionHeader>() == 16);
+    assert!(size_of::<NextHop>() == 32);
+    assert!(size_of::<NeighbourKey>() == 8);
+    assert!(size_of::<Control>() == 32);
+    assert!(size_of::<ServiceStats>() == 56);
+};
+
+#[cfg(feature = "user")]
+mod pod {
+    #![allow(unsafe_code, reason = "aya::Pod is an unsafe marker; this is the one place that asserts it")]
+    use super::*;
+    macro_rules! pod {
+        ($($t:ty),* $(,)?) => {$(
+            // SAFETY: repr(C), integers only, explicit padding (asserted above), Copy and 'static.
+            unsafe impl aya::Pod for $t {}
+        )*};
+    }
+    pod!(
+        FlowKeyV4,
+        FlowV4,
+        ServiceKeyV4,
+        ServiceEntry,
+        BackendEntry,
+        Chunk,
+        NextHop,
+        NeighbourKey,
+        AddressFilter,
+        PortSet,
+        Control,
+        Label,
+        ServiceStats,
+    );
+}

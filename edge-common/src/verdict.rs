@@ -1,0 +1,80 @@
+//! What the pipeline decides about a packet, and why. A reason's number is its counter's index.
+
+/// What becomes of a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Give it to the stack as it is now (untouched, or rewritten where the reason says so).
+    Pass,
+    /// Send it out of the interface it came in by.
+    Transmit,
+    /// Send it out of another interface, by ifindex.
+    Redirect(u32),
+    /// Drop it; the reason has been counted.
+    Drop,
+}
+
+macro_rules! reasons {
+    ($($(#[$doc:meta])* $variant:ident = $number:literal, $name:literal;)*) => {
+        /// Why a packet was dropped, or passed although its address is ours.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+        #[repr(u32)]
+        pub enum Reason { $($(#[$doc])* $variant = $number,)* }
+
+        impl Reason {
+            /// Every reason, by number.
+            pub const ALL: &'static [Reason] = &[$(Reason::$variant,)*];
+
+            /// The name that users see in counters, metrics and logs.
+            pub const fn name(self) -> &'static str {
+                match self { $(Reason::$variant => $name,)* }
+            }
+        }
+    };
+}
+
+/// Counters per service; a power of two above the highest reason number.
+pub const REASONS: u32 = 32;
+
+reasons! {
+    /// Passed: our address, but no frontend and no flow (other ports of a shared address, ARP aside).
+    NoFrontend = 0, "no-frontend";
+    /// Passed: mid-flow packet of a frontend without a flow; the kernel answers (RST, port unreachable).
+    NoFlow = 1, "no-flow";
+    /// Passed rewritten: the next hop's neighbour is not resolved yet, the stack resolves it.
+    NeighbourUnresolved = 2, "neighbour-unresolved";
+    /// Passed rewritten: egress interface cannot take redirected packets.
+    ViaStack = 3, "via-stack";
+    /// Passed: a fragment to one of our addresses (fragments are not translated yet).
+    Fragment = 4, "fragment";
+    /// Dropped: headers cut short or inconsistent.
+    Malformed = 8, "malformed";
+    /// Dropped: TTL expired.
+    TtlExpired = 9, "ttl-expired";
+    /// Dropped: no eligible backend in the pool.
+    NoBackend = 10, "no-backend";
+    /// Dropped: no free SNAT port within the bound on probes.
+    SnatExhausted = 11, "snat-exhausted";
+    /// Dropped: the established table is full.
+    EstablishedFull = 12, "established-full";
+    /// Dropped: no route towards the rewritten destination.
+    NoRoute = 13, "no-route";
+    /// Dropped: longer than the egress MTU and must not be fragmented.
+    TooBig = 14, "too-big";
+    /// Dropped: from a dnat backend, without a flow; passing it would leak the pod's address.
+    ReplyWithoutFlow = 15, "reply-without-flow";
+    /// Dropped: the flow's other half belongs to another flow.
+    TwinTaken = 16, "twin-taken";
+    /// Dropped: the half-open table refused an entry.
+    HalfOpenFull = 17, "half-open-full";
+    /// Dropped: a map that must have an element did not; the daemon has not set the program up.
+    NotReady = 18, "not-ready";
+    /// Dropped: a flow selected a backend that has no SNAT address yet.
+    NoSnatAddress = 19, "no-snat-address";
+}
+
+impl Reason {
+    /// True where the packet is dropped rather than passed.
+    pub const fn is_drop(self) -> bool {
+        self as u32 >= 8
+    }
+}

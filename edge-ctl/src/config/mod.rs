@@ -1,0 +1,3 @@
+//! Configuration: `raw` is what serde reads, `valid` is the only form that travels.
+
+pub mod valid;

@@ -1,0 +1,148 @@
+//! The validated configuration. Whoever holds a [`Config`] may rely on every cross-reference and range in it.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
+
+use ipnet::IpNet;
+
+use crate::model::{Resolver, Service};
+
+/// The whole configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// `[edge]`.
+    pub edge: Edge,
+    /// `[api] http`; `None`: off.
+    pub http: Option<SocketAddr>,
+    /// `[resolver.NAME]`.
+    pub resolvers: BTreeMap<String, Resolver>,
+    /// `[bgp]`; `None`: no BGP.
+    pub bgp: Option<Bgp>,
+    /// `[service.NAME]`.
+    pub services: BTreeMap<String, Service>,
+}
+
+/// `[edge]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Edge {
+    /// Interfaces the program attaches to, at least one.
+    pub interfaces: Vec<String>,
+    /// Where in the stack it attaches.
+    pub hook: Hook,
+    /// The only networks a backend may lie in.
+    pub pod_networks: Vec<IpNet>,
+    /// Folder of the pins, on a bpffs.
+    pub pin_path: PathBuf,
+    /// Unix socket of the API.
+    pub socket: PathBuf,
+    /// Folder of state that outlives restarts.
+    pub state_dir: PathBuf,
+    /// File with the secret that all edges of one ECMP group share; `None`: one is made in `state_dir`.
+    pub seed_file: Option<PathBuf>,
+    /// Capacities of the flow tables.
+    pub tables: Tables,
+}
+
+/// Where the program attaches.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Hook {
+    /// Native XDP, else TC; veth gets TC.
+    #[default]
+    Auto,
+    /// Native XDP or nothing.
+    XdpNative,
+    /// Generic XDP.
+    XdpGeneric,
+    /// TC ingress: tcx, clsact on older kernels.
+    Tc,
+}
+
+/// `[edge.tables]`: entries, two per flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tables {
+    /// Established flows.
+    pub established: u32,
+    /// Half-open flows.
+    pub half_open: u32,
+    /// Closing flows and resting ports.
+    pub closing: u32,
+}
+
+impl Default for Tables {
+    fn default() -> Self {
+        use edge_common::maps;
+        Self {
+            established: maps::ESTABLISHED_ENTRIES,
+            half_open: maps::HALF_OPEN_ENTRIES,
+            closing: maps::CLOSING_ENTRIES,
+        }
+    }
+}
+
+/// `[bgp]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bgp {
+    /// Our AS number, 4 bytes (RFC 6793).
+    pub asn: u32,
+    /// BGP identifier.
+    pub router_id: Ipv4Addr,
+    /// Port we listen on; `None`: active sessions only (`listen_port = 0`).
+    pub listen_port: Option<u16>,
+    /// Prefixes announced unconditionally.
+    pub networks: Vec<IpNet>,
+    /// Peers, groups merged in, by address.
+    pub peers: BTreeMap<IpAddr, Peer>,
+}
+
+/// A BGP neighbour, its group's settings merged in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Its address.
+    pub address: IpAddr,
+    /// Its AS number.
+    pub remote_asn: u32,
+    /// Port to connect to.
+    pub port: u16,
+    /// Free text; shown as the node's name.
+    pub description: String,
+    /// Group it belongs to, for users.
+    pub group: Option<String>,
+    /// Wait for its connection, never connect.
+    pub passive: bool,
+    /// Local address of the session; `None`: the kernel's choice.
+    pub local_address: Option<IpAddr>,
+    /// Keepalive interval we propose.
+    pub keepalive: Duration,
+    /// Hold time we propose; zero: no keepalives (RFC 4271 4.2).
+    pub hold: Duration,
+    /// Hop limit of an eBGP session; 1: directly connected.
+    pub ebgp_multihop: u8,
+    /// What is accepted from it; `None`: no list given, so nothing from eBGP (RFC 8212) and everything from iBGP.
+    pub import: Option<Vec<PrefixRule>>,
+    /// What is announced to it; `None` as for `import`.
+    pub export: Option<Vec<PrefixRule>>,
+}
+
+/// One element of a prefix list: `10.1.0.0/16 ge 24 le 32`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PrefixRule {
+    /// The covering prefix.
+    pub prefix: IpNet,
+    /// Shortest length accepted.
+    pub min_length: u8,
+    /// Longest length accepted.
+    pub max_length: u8,
+}
+
+impl PrefixRule {
+    /// True where `candidate` lies inside the rule.
+    pub fn matches(&self, candidate: &IpNet) -> bool {
+        self.prefix.contains(&candidate.network())
+            && candidate.prefix_len() >= self.prefix.prefix_len()
+            && (self.min_length..=self.max_length).contains(&candidate.prefix_len())
+    }
+}

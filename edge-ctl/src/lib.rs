@@ -1,0 +1,7 @@
+//! The daemon and the command line of `edge`, as a library, so that tests, benches and fuzz targets import it.
+//!
+//! Imports go one way (`cargo xtask check-layers`): `model <- config, sources, desired, bgp, reconcile <- datapath,
+//! fib <- daemon`; `api` and `cli` see `model`. See `docs/architecture.md`.
+
+pub mod config;
+pub mod model;

@@ -1,0 +1,10 @@
+//! Plain data that every layer speaks: services, backends, routes, and the rows that users see. No I/O, no clock.
+
+mod route;
+mod service;
+
+pub use route::{PathAttributes, RouteSet, RouteUpdate};
+pub use service::{
+    Announce, BackendSource, Balance, Frontend, Mode, ParseFrontendError, PoolMember, PoolSnapshot, PoolState,
+    Protocol, RecordType, Resolver, Service, Snat, within,
+};

@@ -1,0 +1,279 @@
+//! Services as the operator means them, and pools as the sources report them.
+
+use std::{
+    collections::BTreeSet,
+    fmt,
+    net::{IpAddr, SocketAddr},
+    str::FromStr,
+    time::Duration,
+};
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+/// Transport protocol of a frontend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+impl Protocol {
+    /// The IP protocol number.
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::Tcp => edge_common::flow::TCP,
+            Self::Udp => edge_common::flow::UDP,
+        }
+    }
+
+    /// The protocol with this IP protocol number, if it is one of ours.
+    pub const fn from_number(number: u8) -> Option<Self> {
+        match number {
+            edge_common::flow::TCP => Some(Self::Tcp),
+            edge_common::flow::UDP => Some(Self::Udp),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        })
+    }
+}
+
+/// A listen address: what clients connect to. Written `172.16.1.88:8443/tcp`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Frontend {
+    /// VIP and port.
+    pub address: SocketAddr,
+    /// Transport protocol.
+    pub protocol: Protocol,
+}
+
+impl fmt::Display for Frontend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.address, self.protocol)
+    }
+}
+
+/// Why a text is not a listen address.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{text}` is not a listen address: expected ADDRESS:PORT/tcp or ADDRESS:PORT/udp")]
+pub struct ParseFrontendError {
+    /// What was given.
+    pub text: String,
+}
+
+impl FromStr for Frontend {
+    type Err = ParseFrontendError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let error = || ParseFrontendError { text: text.to_owned() };
+        let (address, protocol) = text.rsplit_once('/').unwrap_or((text, "tcp"));
+        let protocol = match protocol {
+            "tcp" => Protocol::Tcp,
+            "udp" => Protocol::Udp,
+            _ => return Err(error()),
+        };
+        let address: SocketAddr = address.parse().map_err(|_| error())?;
+        if address.port() == 0 {
+            return Err(error());
+        }
+        Ok(Self { address, protocol })
+    }
+}
+
+/// How addresses are rewritten.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// Source and destination; the backend sees the edge.
+    #[default]
+    FullNat,
+    /// Destination only; the backend sees the client and must route replies back through the edge.
+    Dnat,
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::FullNat => "full-nat",
+            Self::Dnat => "dnat",
+        })
+    }
+}
+
+/// How a backend is chosen for a new flow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Balance {
+    /// Weighted Maglev over the keyed hash of the tuple.
+    #[default]
+    Maglev,
+}
+
+impl fmt::Display for Balance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("maglev")
+    }
+}
+
+/// DNS record type a pool is read from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RecordType {
+    /// IPv4 addresses.
+    #[default]
+    A,
+    /// IPv6 addresses.
+    Aaaa,
+    /// Targets with port, weight and priority.
+    Srv,
+}
+
+impl fmt::Display for RecordType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::A => "A",
+            Self::Aaaa => "AAAA",
+            Self::Srv => "SRV",
+        })
+    }
+}
+
+/// Where a service's backends come from.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum BackendSource {
+    /// A DNS name asked of a configured resolver.
+    Dns {
+        /// Fully qualified name, without a final dot.
+        name: String,
+        /// Port of every backend; SRV answers bring their own.
+        port: Option<u16>,
+        /// Name of the `[resolver.NAME]` table.
+        resolver: String,
+        /// What to ask for.
+        record: RecordType,
+    },
+    /// Fixed addresses.
+    Static(Vec<SocketAddr>),
+}
+
+/// SNAT settings of a full-nat service.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Snat {
+    /// Source addresses; empty: the address the kernel would use towards each backend.
+    pub addresses: Vec<IpAddr>,
+    /// Lowest and highest port, inclusive; `None`: the complement of the host's ephemeral range.
+    pub ports: Option<(u16, u16)>,
+}
+
+/// Whether and how a service's VIPs are announced by BGP.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Announce {
+    /// Announce while at least this many backends are eligible.
+    pub min_backends: usize,
+    /// Path attributes of the announcement.
+    pub attributes: super::PathAttributes,
+}
+
+/// A service, validated.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// The name in `[service.NAME]`.
+    pub name: String,
+    /// Listen addresses, at least one.
+    pub listen: Vec<Frontend>,
+    /// Where its backends come from.
+    pub backends: BackendSource,
+    /// How addresses are rewritten.
+    pub mode: Mode,
+    /// How backends are chosen.
+    pub balance: Balance,
+    /// SNAT settings; unused in dnat mode.
+    pub snat: Snat,
+    /// `None`: not announced.
+    pub announce: Option<Announce>,
+}
+
+/// One member of a pool, as a source reported it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PoolMember {
+    /// Backend address and port.
+    pub address: SocketAddr,
+    /// Relative weight, 1 where the source knows none.
+    pub weight: u16,
+}
+
+/// How far a pool can be trusted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PoolState {
+    /// Nothing was ever learnt; an adopted pool in the maps stays as it is.
+    Unknown,
+    /// The newest answer.
+    Fresh,
+    /// The newest answer failed; these are the members of the last good one.
+    LastGood {
+        /// What went wrong, for users.
+        reason: String,
+    },
+}
+
+/// What a source says about one `BackendSource`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PoolSnapshot {
+    /// Which source this is about.
+    pub source: BackendSource,
+    /// Members inside `pod_networks` only, sorted, without duplicates.
+    pub members: BTreeSet<PoolMember>,
+    /// How far it can be trusted.
+    pub state: PoolState,
+}
+
+/// A set of networks that backends must lie in.
+pub fn within(networks: &[IpNet], address: IpAddr) -> bool {
+    networks.iter().any(|network| network.contains(&address))
+}
+
+/// A resolver, validated.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Resolver {
+    /// The name in `[resolver.NAME]`.
+    pub name: String,
+    /// Servers, asked in turn.
+    pub servers: Vec<SocketAddr>,
+    /// Overrides the TTL of answers; `None`: the answer's own.
+    pub valid: Option<Duration>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_listen_address_reads_back_as_it_was_written() {
+        for text in ["172.16.1.88:8443/tcp", "[2001:db8::1]:53/udp"] {
+            assert_eq!(text.parse::<Frontend>().unwrap().to_string(), text);
+        }
+    }
+
+    #[test]
+    fn a_listen_address_without_protocol_is_tcp() {
+        assert_eq!("10.0.0.1:80".parse::<Frontend>().unwrap().protocol, Protocol::Tcp);
+    }
+
+    #[test]
+    fn port_zero_unknown_protocols_and_names_are_refused() {
+        for text in ["10.0.0.1:0/tcp", "10.0.0.1:80/sctp", "edge:80/tcp", "10.0.0.1/tcp", ""] {
+            assert!(text.parse::<Frontend>().is_err(), "{text}");
+        }
+    }
+}
