@@ -2,6 +2,7 @@
 
 mod route;
 mod service;
+pub mod view;
 
 pub use route::{PathAttributes, RouteSet, RouteUpdate};
 pub use service::{

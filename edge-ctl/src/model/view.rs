@@ -1,0 +1,331 @@
+//! The rows users see. Field names are the JSON keys (the column names in snake_case); counters and seconds are numbers.
+
+use serde::{Deserialize, Serialize};
+
+/// One frontend in `service list`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ServiceRow {
+    /// Service name.
+    pub name: String,
+    /// Listen address and port.
+    pub vip: String,
+    /// `tcp` or `udp`.
+    pub proto: String,
+    /// `full-nat` or `dnat`.
+    pub mode: String,
+    /// Balancing method.
+    pub balance: String,
+    /// Eligible of all, `2/3`.
+    pub backends: String,
+    /// New flows per second, over the last sample.
+    #[serde(rename = "conn/s")]
+    pub conn_s: f64,
+    /// Established flows.
+    pub active: u64,
+    /// Bytes per second from clients, over the last sample.
+    #[serde(rename = "rx/s")]
+    pub rx_s: f64,
+    /// Bytes per second to clients, over the last sample.
+    #[serde(rename = "tx/s")]
+    pub tx_s: f64,
+    /// `yes`, `no`, or why not.
+    pub announced: String,
+    /// Seconds since the daemon (or the map entry's adopter) first saw it.
+    pub age: u64,
+    /// Flows opened since the maps exist.
+    pub connections: u64,
+    /// Packets and bytes since the maps exist.
+    pub packets_in: u64,
+    /// Bytes from clients.
+    pub bytes_in: u64,
+    /// Packets to clients.
+    pub packets_out: u64,
+    /// Bytes to clients.
+    pub bytes_out: u64,
+    /// Dropped packets by reason, non-zero ones.
+    pub drops: std::collections::BTreeMap<String, u64>,
+}
+
+/// One backend in `backend list`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct BackendRow {
+    /// Service name.
+    pub service: String,
+    /// Address and port.
+    pub backend: String,
+    /// Node it runs on, by the BGP next hop; `-` where unknown.
+    pub node: String,
+    /// `up`, `no-route`, `draining`.
+    pub state: String,
+    /// Weight.
+    pub w: u32,
+    /// Established flows.
+    pub active: u64,
+    /// Connection limit; 0: none.
+    pub limit: u64,
+    /// New flows per second, over the last sample.
+    #[serde(rename = "conn/s")]
+    pub conn_s: f64,
+    /// Failed checks.
+    pub fails: u64,
+    /// Times it became unavailable.
+    pub unavail: u64,
+    /// Seconds since the last check; absent while there are no checks.
+    #[serde(rename = "last-check")]
+    pub last_check: Option<u64>,
+    /// Connect time of the last check, ms.
+    pub connect: Option<f64>,
+    /// `dns`, `static`.
+    pub source: String,
+    /// Flows opened since the maps exist.
+    pub connections: u64,
+    /// Packets from clients.
+    pub packets_in: u64,
+    /// Bytes from clients.
+    pub bytes_in: u64,
+    /// Packets to clients.
+    pub packets_out: u64,
+    /// Bytes to clients.
+    pub bytes_out: u64,
+    /// Listen address it serves.
+    pub vip: String,
+}
+
+/// One direction of a flow in `flow list`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct FlowRow {
+    /// Service name.
+    pub service: String,
+    /// `tcp` or `udp`.
+    pub proto: String,
+    /// Client address and port.
+    pub client: String,
+    /// Listen address and port.
+    pub vip: String,
+    /// SNAT source towards the backend; the client itself in dnat mode.
+    pub snat: String,
+    /// Backend address and port.
+    pub backend: String,
+    /// `half-open`, `established`, `closing`.
+    pub state: String,
+    /// Packets from the client.
+    pub packets_in: u64,
+    /// Bytes from the client.
+    pub bytes_in: u64,
+    /// Packets to the client.
+    pub packets_out: u64,
+    /// Bytes to the client.
+    pub bytes_out: u64,
+    /// Seconds since it was created.
+    pub age: u64,
+    /// Seconds since its last packet.
+    pub idle: u64,
+}
+
+/// One name in `dns list`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct DnsRow {
+    /// Name asked for.
+    pub name: String,
+    /// Record type.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Resolver name.
+    pub resolver: String,
+    /// Addresses in use.
+    pub addresses: Vec<String>,
+    /// `fresh`, `last-good`, `unknown`.
+    pub state: String,
+    /// Seconds since the last good answer.
+    pub age: Option<u64>,
+    /// Seconds until the next query.
+    pub next: Option<u64>,
+    /// Last error, if the last query failed.
+    pub error: Option<String>,
+    /// Queries asked.
+    pub requests: u64,
+    /// Answers by class: success, format_error, server_failure, host_not_found, unimplemented, refused, unknown, timed_out.
+    pub responses: std::collections::BTreeMap<String, u64>,
+    /// Addresses refused because they lie outside `pod_networks`.
+    pub refused_addresses: u64,
+}
+
+/// One peer in `bgp summary` and `bgp peers`. The first fields are FRR's columns.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct BgpPeerRow {
+    /// Peer address.
+    pub neighbor: String,
+    /// BGP version.
+    pub v: u8,
+    /// Its AS number.
+    #[serde(rename = "as")]
+    pub asn: u32,
+    /// Messages received.
+    pub msg_rcvd: u64,
+    /// Messages sent.
+    pub msg_sent: u64,
+    /// Table version last sent.
+    pub tbl_ver: u64,
+    /// Bytes waiting to be read.
+    pub in_q: u64,
+    /// Messages waiting to be sent.
+    pub out_q: u64,
+    /// Seconds in the present state; absent: never.
+    pub up_down: Option<u64>,
+    /// State name (RFC 4271 8.2.2).
+    pub state: String,
+    /// Prefixes accepted from it.
+    pub pfx_rcd: u64,
+    /// Prefixes announced to it.
+    pub pfx_snt: u64,
+    /// Description.
+    pub desc: String,
+    /// Group.
+    pub group: Option<String>,
+    /// Its router id, once known.
+    pub router_id: Option<String>,
+    /// `ibgp` or `ebgp`.
+    pub kind: String,
+    /// Negotiated hold time, seconds.
+    pub hold: u64,
+    /// Negotiated keepalive interval, seconds.
+    pub keepalive: u64,
+    /// Capabilities in force.
+    pub capabilities: Vec<String>,
+    /// Prefixes received before policy.
+    pub pfx_received: u64,
+    /// Messages by type, `open_sent`, `open_received`, `update_sent`, and so on.
+    pub messages: std::collections::BTreeMap<String, u64>,
+    /// Why the last session ended.
+    pub last_reset: Option<String>,
+    /// Seconds until the next connect attempt.
+    pub next_connect: Option<u64>,
+    /// Times a session was established.
+    pub established_count: u64,
+}
+
+/// One path in `bgp routes`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct BgpRouteRow {
+    /// `*` valid, `>` best, `=` multipath, `i` internal; `r` rejected by policy.
+    pub status: String,
+    /// Prefix.
+    pub network: String,
+    /// Next hop.
+    pub next_hop: String,
+    /// MED.
+    pub metric: Option<u32>,
+    /// LOCAL_PREF.
+    pub locprf: Option<u32>,
+    /// AS path and origin code.
+    pub path: String,
+    /// Peer it came from; `local` for our own.
+    pub peer: String,
+    /// Seconds since it was learnt.
+    pub age: u64,
+    /// Why it is not best, or not accepted.
+    pub reason: Option<String>,
+    /// Communities.
+    pub communities: Vec<String>,
+}
+
+/// One route in `route list`: what the kernel has.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct RouteRow {
+    /// Code as vtysh shows it: `B`, `C`, `S`, `K`.
+    pub code: String,
+    /// Prefix.
+    pub prefix: String,
+    /// Next hops `via GATEWAY dev NAME`, or `dev NAME`.
+    pub next_hops: Vec<String>,
+    /// Kernel protocol name.
+    pub protocol: String,
+    /// Kernel metric.
+    pub metric: u32,
+    /// True where BGP's RIB and the kernel agree.
+    pub installed: bool,
+    /// Seconds since we installed it.
+    pub age: Option<u64>,
+}
+
+/// One map in `map list`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct MapRow {
+    /// Map name.
+    pub name: String,
+    /// Kernel type name.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Kernel id.
+    pub id: u32,
+    /// Key bytes.
+    pub key: u32,
+    /// Value bytes.
+    pub value: u32,
+    /// Capacity.
+    pub max_entries: u32,
+    /// Entries in use, where they can be counted.
+    pub entries: Option<u64>,
+    /// Bytes of kernel memory.
+    pub memory: u64,
+    /// Pin path.
+    pub pin: String,
+}
+
+/// One interface in `xdp status`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct XdpRow {
+    /// Interface name.
+    pub interface: String,
+    /// Kernel index.
+    pub ifindex: u32,
+    /// `xdp-native`, `xdp-generic`, `tcx`, `clsact`, or `-`.
+    pub hook: String,
+    /// `attached`, `adopted`, `missing`, or an error.
+    pub state: String,
+    /// Kernel program id.
+    pub program: Option<u32>,
+    /// Program tag.
+    pub tag: Option<String>,
+    /// Kernel link id.
+    pub link: Option<u32>,
+    /// Why this hook and not a better one.
+    pub reason: Option<String>,
+}
+
+/// `status`: the daemon in one screen.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct StatusRow {
+    /// `ok` or `degraded`.
+    pub state: String,
+    /// Why degraded.
+    pub problems: Vec<String>,
+    /// Version.
+    pub version: String,
+    /// Process id.
+    pub pid: u32,
+    /// Seconds since start.
+    pub uptime: u64,
+    /// Configuration file.
+    pub config: String,
+    /// Frontends.
+    pub services: u64,
+    /// Eligible backends.
+    pub backends_eligible: u64,
+    /// Backends.
+    pub backends: u64,
+    /// Established peers.
+    pub peers_established: u64,
+    /// Configured peers.
+    pub peers: u64,
+    /// Prefixes in the Loc-RIB.
+    pub prefixes: u64,
+    /// Established flows.
+    pub flows: u64,
+    /// Interfaces where the program is attached.
+    pub attached: u64,
+    /// Map writes since start.
+    pub map_writes: u64,
+    /// Actions of the reconciler since start, by kind.
+    pub actions: std::collections::BTreeMap<String, u64>,
+}
