@@ -1,1 +1,106 @@
-//! skeleton
+//! The keyed tuple hash (SipHash-1-3) that picks a backend: all edges of one group share the seed, so they agree
+//! without talking, and a client cannot aim at one backend without knowing it.
+
+use crate::flow::FlowKeyV4;
+
+/// SipHash-1-3 of 16 bytes, given as two little-endian words.
+#[inline(always)]
+pub const fn siphash13(seed: [u64; 2], message: [u64; 2]) -> u64 {
+    let mut state = [
+        seed[0] ^ 0x736f_6d65_7073_6575,
+        seed[1] ^ 0x646f_7261_6e64_6f6d,
+        seed[0] ^ 0x6c79_6765_6e65_7261,
+        seed[1] ^ 0x7465_6462_7974_6573,
+    ];
+    state = absorb(state, message[0]);
+    state = absorb(state, message[1]);
+    // The last block holds the length, 16, in its top byte and no more message bytes.
+    state = absorb(state, 16 << 56);
+    state[2] ^= 0xff;
+    state = round(round(round(state)));
+    state[0] ^ state[1] ^ state[2] ^ state[3]
+}
+
+#[inline(always)]
+const fn absorb(mut state: [u64; 4], word: u64) -> [u64; 4] {
+    state[3] ^= word;
+    state = round(state);
+    state[0] ^= word;
+    state
+}
+
+#[inline(always)]
+const fn round([mut a, mut b, mut c, mut d]: [u64; 4]) -> [u64; 4] {
+    a = a.wrapping_add(b);
+    b = b.rotate_left(13) ^ a;
+    a = a.rotate_left(32);
+    c = c.wrapping_add(d);
+    d = d.rotate_left(16) ^ c;
+    a = a.wrapping_add(d);
+    d = d.rotate_left(21) ^ a;
+    c = c.wrapping_add(b);
+    b = b.rotate_left(17) ^ c;
+    c = c.rotate_left(32);
+    [a, b, c, d]
+}
+
+/// The hash of a client's tuple (client address and port, VIP and port, protocol), over the key's 16 bytes.
+#[inline(always)]
+pub const fn tuple(seed: [u64; 2], key: &FlowKeyV4) -> u64 {
+    let addresses = key.src.to_le() as u64 | (key.dst.to_le() as u64) << 32;
+    let rest = key.src_port.to_le() as u64 | (key.dst_port.to_le() as u64) << 16 | (key.protocol as u64) << 32;
+    siphash13(seed, [addresses, rest])
+}
+
+/// The `index`th point of a Weyl sequence over `0..span`: consecutive indices land far apart, and each stretch of
+/// a few times `span` indices visits every point. A cursor over SNAT ports walks it, so that a block of ports that
+/// may not be used costs a share of the probes instead of all of them in a row.
+#[inline(always)]
+pub const fn spread(index: u32, span: u32) -> u32 {
+    ((index.wrapping_mul(0x9e37_79b1) as u64 * span as u64) >> 32) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+    use super::*;
+    use core::hash::Hasher;
+    use proptest::prelude::*;
+
+    #[test]
+    fn the_known_answer_of_another_implementation() {
+        // The standard library's default hasher is SipHash-1-3 with a zero key.
+        let bytes: std::vec::Vec<u8> = (0..16).collect();
+        let mut hasher = std::hash::DefaultHasher::new();
+        hasher.write(&bytes);
+        assert_eq!(siphash13([0, 0], [0x0706_0504_0302_0100, 0x0f0e_0d0c_0b0a_0908]), hasher.finish());
+    }
+
+    proptest! {
+        #[test]
+        fn the_tuple_hash_covers_the_key_bytes_in_order(src in any::<u32>(), dst in any::<u32>(), ports in any::<[u16; 2]>()) {
+            let key = FlowKeyV4::new(src, dst, ports[0], ports[1], 6);
+            let mut bytes = [0; 16];
+            bytes[..4].copy_from_slice(&src.to_ne_bytes());
+            bytes[4..8].copy_from_slice(&dst.to_ne_bytes());
+            bytes[8..10].copy_from_slice(&ports[0].to_ne_bytes());
+            bytes[10..12].copy_from_slice(&ports[1].to_ne_bytes());
+            bytes[12] = 6;
+            let mut hasher = std::hash::DefaultHasher::new();
+            hasher.write(&bytes);
+            prop_assert_eq!(tuple([0, 0], &key), hasher.finish());
+        }
+
+        #[test]
+        fn the_seed_changes_the_hash(a in any::<[u64; 2]>(), b in any::<[u64; 2]>()) {
+            prop_assume!(a != b);
+            prop_assert_ne!(siphash13(a, [1, 2]), siphash13(b, [1, 2]));
+        }
+
+        #[test]
+        fn a_small_span_is_visited_whole_within_four_rounds(start in any::<u32>(), span in 1u32..64) {
+            let seen: std::collections::HashSet<u32> = (0..span * 4).map(|i| spread(start.wrapping_add(i), span)).collect();
+            prop_assert_eq!(seen.len(), span as usize);
+        }
+    }
+}

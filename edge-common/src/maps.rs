@@ -5,7 +5,7 @@
 //! Numbers: services, backends and next hops are array indices from 1; 0 means "none" (and counts what
 //! belongs to no service).
 
-use crate::{filter, flow::FlowKeyV4, verdict};
+use crate::{checksum, conntrack::Direction, filter, flow::FlowKeyV4, verdict};
 
 /// Map names as in the object file and under the pin folder.
 pub mod name {
@@ -152,8 +152,9 @@ pub struct FlowV4 {
     /// Half-open TCP: the backend's latest initial sequence number + 1, host order (what the client must
     /// acknowledge at least); valid once `SYN_ACK_SEEN` is set.
     pub ack_floor: u32,
-    /// Zero.
-    pub _pad: u32,
+    /// Established: when the program next refreshes the twin and looks the route up again, in the ticks of
+    /// [`crate::conntrack::ticks`].
+    pub touch_due: u32,
     /// Creation time, ns of CLOCK_MONOTONIC.
     pub created: u64,
     /// Last packet of this direction, or touch of the twin, ns of CLOCK_MONOTONIC (coarse).
@@ -169,6 +170,42 @@ impl FlowV4 {
     #[inline(always)]
     pub const fn twin(&self) -> FlowKeyV4 {
         FlowKeyV4::new(self.new_dst, self.new_src, self.new_dst_port, self.new_src_port, self.key.protocol)
+    }
+
+    /// The other direction's entry, made from this one: reversed tuple, complemented deltas, no next hop, no packets.
+    #[inline(always)]
+    pub const fn make_twin(&self) -> Self {
+        Self {
+            key: self.twin(),
+            new_src: self.key.dst,
+            new_dst: self.key.src,
+            new_src_port: self.key.dst_port,
+            new_dst_port: self.key.src_port,
+            address_delta: !self.address_delta,
+            port_delta: !self.port_delta,
+            next_hop: 0,
+            route_generation: 0,
+            service: self.service,
+            backend: self.backend,
+            sequence: self.sequence,
+            state: self.state,
+            direction: Direction::from_number(self.direction).opposite() as u8,
+            flags: self.flags,
+            ack_floor: self.ack_floor,
+            touch_due: self.touch_due,
+            created: self.created,
+            last_seen: self.last_seen,
+            packets: 0,
+            bytes: 0,
+        }
+    }
+
+    /// Writes both checksum deltas from the tuple and its rewritten form.
+    #[inline(always)]
+    pub const fn set_deltas(&mut self) {
+        self.address_delta = checksum::address_delta(self.key.src, self.key.dst, self.new_src, self.new_dst);
+        self.port_delta =
+            checksum::port_delta(self.key.src_port, self.key.dst_port, self.new_src_port, self.new_dst_port);
     }
 }
 

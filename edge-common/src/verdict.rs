@@ -2,7 +2,7 @@
 
 /// What becomes of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub enum Action {
     /// Give it to the stack as it is now (untouched, or rewritten where the reason says so).
     Pass,
     /// Send it out of the interface it came in by.
@@ -11,6 +11,37 @@ pub enum Verdict {
     Redirect(u32),
     /// Drop it; the reason has been counted.
     Drop,
+}
+
+/// An [`Action`] in one register, which is all a BPF function can return.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct Verdict(u64);
+
+impl Verdict {
+    /// [`Action::Pass`].
+    pub const PASS: Self = Self(0);
+    /// [`Action::Transmit`].
+    pub const TRANSMIT: Self = Self(1);
+    /// [`Action::Drop`].
+    pub const DROP: Self = Self(2);
+
+    /// [`Action::Redirect`].
+    #[inline(always)]
+    pub const fn redirect(ifindex: u32) -> Self {
+        Self((ifindex as u64) << 32 | 3)
+    }
+
+    /// What it says.
+    #[inline(always)]
+    pub const fn action(self) -> Action {
+        match self.0 as u32 {
+            0 => Action::Pass,
+            1 => Action::Transmit,
+            3 => Action::Redirect((self.0 >> 32) as u32),
+            _ => Action::Drop,
+        }
+    }
 }
 
 macro_rules! reasons {

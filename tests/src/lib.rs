@@ -1,1 +1,3 @@
-//! skeleton
+//! The lab of network namespaces, its servers, and what the tests and benchmarks share.
+
+pub mod datapath;

@@ -1,0 +1,236 @@
+//! Carries out what `edge_common::conntrack` decides: moves between the tables, flags on both halves, touch.
+
+use edge_common::{
+    conntrack::{self, Direction, State, Step, next_touch},
+    flow::FlowKeyV4,
+    maps::{FlowV4, ServiceEntry, flow_flag},
+    verdict::{Reason, Verdict},
+};
+
+use crate::{
+    classify, create::{self, Reuse}, forward,
+    maps::{self, EEXIST, Table},
+    packet::Packet,
+    parse::Parsed,
+    pipeline::Side,
+    stats::{because, count_closed, count_opened},
+};
+
+/// A packet that hit an entry and may change its flow's state, or that hit one outside the established table.
+#[inline(never)]
+pub fn track<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, table: Table) -> Verdict {
+    let Some(service) = maps::service(flow.service) else {
+        return because(Reason::NotReady, 0);
+    };
+    let now = maps::now();
+    let expired = conntrack::expired(flow.last_seen, timeout(service, table), now);
+    if expired && table == Table::Closing {
+        maps::remove_flow(Table::Closing, &parsed.key);
+        return classify::untracked(packet, parsed, Side::ToUs);
+    }
+    let direction = Direction::from_number(flow.direction);
+    let state = match table {
+        Table::Established => State::Established,
+        Table::HalfOpen => State::HalfOpen,
+        Table::Closing => State::Closing,
+    };
+    match conntrack::step(state, direction, flow.flags, flow.ack_floor, expired, &parsed.segment) {
+        Step::Stay => forward::any(packet, parsed, flow),
+        Step::Flag(flags) => {
+            flow.flags |= flags;
+            if let Some(twin) = maps::flow(table, &flow.twin()) {
+                twin.flags |= flags;
+            }
+            forward::any(packet, parsed, flow)
+        }
+        Step::Expect(floor) => {
+            if let Some(client) = maps::flow(table, &flow.twin()) {
+                client.ack_floor = floor;
+                client.flags |= flow_flag::SYN_ACK_SEEN;
+            }
+            forward::any(packet, parsed, flow)
+        }
+        Step::Promote(flags) => promote(packet, parsed, flow, flags, service.established_timeout),
+        Step::Close(flags) => close(packet, parsed, flow, flags, table),
+        Step::Reopen => reopen(packet, parsed, flow, table),
+    }
+}
+
+#[inline(always)]
+fn timeout(service: &ServiceEntry, table: Table) -> u32 {
+    match table {
+        Table::Established => service.established_timeout,
+        Table::HalfOpen => service.half_open_timeout,
+        Table::Closing => service.closing_timeout,
+    }
+}
+
+/// Half-open to established: both halves in, then both out. The client's half is hit.
+#[inline(never)]
+fn promote<P: Packet>(
+    packet: &mut P,
+    parsed: &Parsed,
+    flow: &mut FlowV4,
+    flags: u16,
+    established_timeout: u32,
+) -> Verdict {
+    let (service, backend) = (flow.service, flow.backend);
+    let twin_key = flow.twin();
+    flow.flags |= flags;
+    let touch_due = next_touch(maps::now(), established_timeout, jitter(&flow.key));
+    let added = match maps::flow(Table::HalfOpen, &twin_key) {
+        Some(twin) => add_established(twin, flags, touch_due),
+        None => add_missing_twin(flow, touch_due),
+    };
+    if added != 0 && added != EEXIST {
+        return because(Reason::EstablishedFull, service);
+    }
+    if added == EEXIST && !belongs_to(Table::Established, &twin_key, &parsed.key) {
+        return because(Reason::TwinTaken, service);
+    }
+    match add_established(flow, 0, touch_due) {
+        0 => count_opened(service, backend),
+        // Another CPU promoted it just now.
+        EEXIST => {}
+        _ => {
+            maps::remove_flow(Table::Established, &twin_key);
+            return because(Reason::EstablishedFull, service);
+        }
+    }
+    maps::remove_flow(Table::HalfOpen, &parsed.key);
+    maps::remove_flow(Table::HalfOpen, &twin_key);
+    match maps::flow(Table::Established, &parsed.key) {
+        Some(flow) => forward::any(packet, parsed, flow),
+        None => because(Reason::EstablishedFull, service),
+    }
+}
+
+/// A copy of a half-open entry into the established table; 0 or an errno.
+#[inline(never)]
+fn add_established(half_open: &FlowV4, flags: u16, touch_due: u32) -> i32 {
+    let mut flow = *half_open;
+    flow.state = State::Established as u8;
+    flow.sequence = flow.sequence.wrapping_add(1);
+    flow.flags |= flags;
+    flow.touch_due = touch_due;
+    insert(Table::Established, &flow)
+}
+
+/// As [`add_established`], for a twin that the half-open table has evicted.
+#[inline(never)]
+fn add_missing_twin(flow: &FlowV4, touch_due: u32) -> i32 {
+    let mut twin = flow.make_twin();
+    twin.state = State::Established as u8;
+    twin.sequence = twin.sequence.wrapping_add(1);
+    twin.touch_due = touch_due;
+    insert(Table::Established, &twin)
+}
+
+#[inline(always)]
+fn insert(table: Table, flow: &FlowV4) -> i32 {
+    match maps::add_flow(table, flow) {
+        Ok(()) => 0,
+        Err(errno) => errno,
+    }
+}
+
+#[inline(always)]
+fn belongs_to(table: Table, key: &FlowKeyV4, twin: &FlowKeyV4) -> bool {
+    maps::flow(table, key).is_some_and(|entry| entry.twin() == *twin)
+}
+
+#[inline(always)]
+fn jitter(key: &FlowKeyV4) -> u32 {
+    (key.src ^ u32::from(key.src_port) ^ u32::from(key.dst_port)).wrapping_mul(0x9e37_79b1) >> 24
+}
+
+/// To the closing table: both halves in, then both out; the packet itself still goes through.
+#[inline(never)]
+fn close<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, flags: u16, table: Table) -> Verdict {
+    let (service, backend) = (flow.service, flow.backend);
+    let twin_key = flow.twin();
+    flow.flags |= flags;
+    let twin_flags = match maps::flow(table, &twin_key) {
+        Some(twin) => {
+            twin.flags |= flags;
+            put_closing(twin)
+        }
+        None => put_closing_twin(flow),
+    };
+    let closed = put_closing(flow);
+    // Where the closing table refused, the flow stays: it expires where it is.
+    if twin_flags == 0 && closed == 0 {
+        maps::remove_flow(table, &twin_key);
+        if maps::remove_flow(table, &parsed.key) && table == Table::Established {
+            count_closed(service, backend);
+        }
+        if let Some(flow) = maps::flow(Table::Closing, &parsed.key) {
+            return forward::any(packet, parsed, flow);
+        }
+        return because(Reason::NotReady, service);
+    }
+    forward::any(packet, parsed, flow)
+}
+
+#[inline(never)]
+fn put_closing(flow: &FlowV4) -> u32 {
+    let mut closing = *flow;
+    closing.state = State::Closing as u8;
+    closing.sequence = closing.sequence.wrapping_add(1);
+    closing.last_seen = maps::now();
+    u32::from(!maps::put_closing(&closing))
+}
+
+#[inline(never)]
+fn put_closing_twin(flow: &FlowV4) -> u32 {
+    let mut closing = flow.make_twin();
+    closing.state = State::Closing as u8;
+    closing.sequence = closing.sequence.wrapping_add(1);
+    closing.last_seen = maps::now();
+    u32::from(!maps::put_closing(&closing))
+}
+
+/// A SYN on a flow of the past: takes its entries out and starts a new one, with the same SNAT port where the same
+/// backend is chosen, since its TIME_WAIT takes a larger timestamp or sequence number of the same client.
+#[inline(never)]
+fn reopen<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, table: Table) -> Verdict {
+    let service = flow.service;
+    let reuse = Reuse { backend: flow.backend, address: flow.new_src, port: flow.new_src_port, closing: true };
+    let twin_key = flow.twin();
+    if table == Table::Established {
+        count_closed(service, flow.backend);
+    }
+    if table != Table::Closing {
+        // The port rests for everybody else.
+        put_closing_twin(flow);
+        maps::remove_flow(table, &twin_key);
+    }
+    maps::remove_flow(table, &parsed.key);
+    create::flow(packet, parsed, service, &reuse)
+}
+
+/// Refreshes the twin, so that a flow which only one side uses does not expire, and has the route looked up again.
+/// False where the twin's key belongs to another flow by now.
+#[inline(never)]
+pub fn touch(parsed: &Parsed, flow: &mut FlowV4, now: u64) -> bool {
+    let seconds = maps::service(flow.service).map_or(conntrack::TOUCH_SECONDS, |service| service.established_timeout);
+    flow.touch_due = next_touch(now, seconds, jitter(&flow.key));
+    flow.next_hop = 0;
+    let twin_key = flow.twin();
+    match maps::flow(Table::Established, &twin_key) {
+        Some(twin) if twin.twin() == parsed.key => {
+            twin.last_seen = now;
+            true
+        }
+        Some(_) => false,
+        None => rebuild_twin(flow, now),
+    }
+}
+
+#[inline(never)]
+fn rebuild_twin(flow: &FlowV4, now: u64) -> bool {
+    let mut twin = flow.make_twin();
+    twin.last_seen = now;
+    // A full table is no reason to drop this packet: the next touch tries again.
+    insert(Table::Established, &twin) != EEXIST
+}

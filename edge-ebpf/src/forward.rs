@@ -1,0 +1,107 @@
+//! From a flow entry to the wire: next hop, length, TTL, rewrite, counters, egress.
+
+use edge_common::{
+    conntrack::{due, ticks},
+    maps::{FlowV4, NextHop, next_hop_flag},
+    verdict::{Reason, Verdict},
+};
+use network_types::eth::EthHdr;
+
+use crate::{
+    conntrack,
+    fib::{self, resolution},
+    maps,
+    packet::Packet,
+    parse::Parsed,
+    rewrite,
+    stats::{because, count_packet},
+};
+
+/// Sends a packet of an established flow on its way.
+#[inline(always)]
+pub fn established<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4) -> Verdict {
+    let now = maps::now();
+    if due(flow.touch_due, ticks(now)) && !conntrack::touch(parsed, flow, now) {
+        return because(Reason::TwinTaken, flow.service);
+    }
+    send(packet, parsed, flow, now)
+}
+
+/// As [`established`], for entries of every table, without the touch; a function of its own off the hot path.
+#[inline(never)]
+pub fn any<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4) -> Verdict {
+    send(packet, parsed, flow, maps::now())
+}
+
+#[inline(always)]
+fn send<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: u64) -> Verdict {
+    if parsed.ip.ttl <= 1 {
+        return because(Reason::TtlExpired, flow.service);
+    }
+    let Some(control) = maps::control() else {
+        return because(Reason::NotReady, flow.service);
+    };
+    if flow.next_hop == 0 || flow.route_generation != control.route_generation {
+        match fib::resolve(packet, parsed, flow, control.route_generation) {
+            resolution::RESOLVED => {}
+            resolution::NO_NEIGHBOUR => return to_stack(packet, parsed, flow, now, Reason::NeighbourUnresolved),
+            resolution::STACK => return to_stack(packet, parsed, flow, now, Reason::ViaStack),
+            _ => return because(Reason::NoRoute, flow.service),
+        }
+    }
+    let Some(hop) = maps::next_hop(flow.next_hop) else {
+        return because(Reason::NotReady, flow.service);
+    };
+    let length = packet.segment_len(parsed.ip.total_len, parsed.ip.header_len + parsed.l4_len);
+    if length > hop.mtu as usize {
+        // The stack fragments what may be fragmented.
+        return if parsed.ip.must_not_fragment() {
+            because(Reason::TooBig, flow.service)
+        } else {
+            to_stack(packet, parsed, flow, now, Reason::ViaStack)
+        };
+    }
+    let same = hop.ifindex == packet.ingress();
+    if !P::REDIRECTS_ANYWHERE && !same && hop.flags & next_hop_flag::VIA_STACK != 0 {
+        return to_stack(packet, parsed, flow, now, Reason::ViaStack);
+    }
+    egress(packet, parsed, flow, now, hop, same)
+}
+
+#[inline(always)]
+fn egress<P: Packet>(
+    packet: &mut P,
+    parsed: &Parsed,
+    flow: &mut FlowV4,
+    now: u64,
+    hop: &NextHop,
+    same: bool,
+) -> Verdict {
+    if !translate(packet, parsed, flow, now) {
+        return because(Reason::Malformed, flow.service);
+    }
+    let Some(eth) = packet.header::<EthHdr>(0) else {
+        return because(Reason::Malformed, flow.service);
+    };
+    eth.dst_addr = hop.dst_mac;
+    eth.src_addr = hop.src_mac;
+    if same { Verdict::TRANSMIT } else { Verdict::redirect(hop.ifindex) }
+}
+
+#[inline(never)]
+fn to_stack<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: u64, reason: Reason) -> Verdict {
+    if !translate(packet, parsed, flow, now) {
+        return because(Reason::Malformed, flow.service);
+    }
+    because(reason, flow.service)
+}
+
+#[inline(always)]
+fn translate<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: u64) -> bool {
+    if !rewrite::apply(packet, parsed, flow) {
+        return false;
+    }
+    flow.last_seen = now;
+    count_packet(flow, parsed.ip.total_len as u64);
+    true
+}

@@ -1,0 +1,18 @@
+//! The packet pipeline, generic over the two hooks it runs at. `pipeline` is the place to start reading; all pointer
+//! handling is in `packet`, all map access in `maps`, and no other module holds `unsafe`.
+#![no_std]
+#![feature(core_intrinsics)]
+#![allow(internal_features, reason = "32-bit atomic add, which core::sync::atomic does not offer for this target")]
+
+pub mod classify;
+pub mod conntrack;
+pub mod create;
+pub mod fib;
+pub mod forward;
+pub mod maps;
+pub mod packet;
+pub mod parse;
+pub mod pipeline;
+pub mod rewrite;
+pub mod select;
+pub mod stats;

@@ -1,0 +1,270 @@
+//! Map statics and their typed accessors. All map access of the program is in this file.
+//!
+//! Elements of preallocated maps stay mapped while a program runs (RCU), so a reference to one never dangles; another
+//! CPU may write the same element, which can lose a counter's increment but not more, since every field is an integer
+//! that is written whole.
+#![allow(unsafe_code, reason = "this is one of the two modules that may hold it")]
+
+use core::intrinsics::{AtomicOrdering, atomic_xadd};
+
+use aya_ebpf::{
+    bindings::{BPF_ANY, BPF_NOEXIST},
+    helpers::generated::bpf_ktime_get_coarse_ns,
+    macros::map,
+    maps::{Array, HashMap, LruHashMap, PerCpuArray},
+};
+use edge_common::{
+    flow::FlowKeyV4,
+    maps::{
+        self as layout, AddressFilter, BackendEntry, BackendStats, Chunk, Control, FlowV4, Label, NeighbourKey,
+        NextHop, PortSet, ServiceEntry, ServiceKeyV4, ServiceStats,
+    },
+};
+
+#[map]
+static ESTABLISHED: HashMap<FlowKeyV4, FlowV4> = HashMap::with_max_entries(layout::ESTABLISHED_ENTRIES, 0);
+#[map]
+static HALF_OPEN: LruHashMap<FlowKeyV4, FlowV4> = LruHashMap::with_max_entries(layout::HALF_OPEN_ENTRIES, 0);
+#[map]
+static CLOSING: LruHashMap<FlowKeyV4, FlowV4> = LruHashMap::with_max_entries(layout::CLOSING_ENTRIES, 0);
+#[map]
+static SERVICE_INDEX: HashMap<ServiceKeyV4, u32> = HashMap::with_max_entries(layout::SERVICES, 0);
+#[map]
+static SERVICES: Array<ServiceEntry> = Array::with_max_entries(layout::SERVICES, 0);
+#[map]
+static SERVICE_LABELS: Array<Label> = Array::with_max_entries(layout::SERVICES, 0);
+#[map]
+static BACKENDS: Array<BackendEntry> = Array::with_max_entries(layout::BACKENDS, 0);
+#[map]
+static BACKEND_STATE: Array<u32> = Array::with_max_entries(layout::BACKENDS, 0);
+#[map]
+static BACKEND_CURSOR: Array<u32> = Array::with_max_entries(layout::BACKENDS, 0);
+#[map]
+static BACKEND_INDEX: HashMap<ServiceKeyV4, u32> = HashMap::with_max_entries(layout::BACKENDS, 0);
+#[map]
+static SELECTION: Array<Chunk> = Array::with_max_entries(layout::SELECTION_CHUNKS, 0);
+#[map]
+static NEXT_HOPS: Array<NextHop> = Array::with_max_entries(layout::NEXT_HOPS, 0);
+#[map]
+static NEXT_HOP_INDEX: HashMap<NeighbourKey, u32> = HashMap::with_max_entries(layout::NEXT_HOPS, 0);
+#[map]
+static NEXT_HOP_CURSOR: Array<u32> = Array::with_max_entries(1, 0);
+#[map]
+static INTERFACES: HashMap<u32, u32> = HashMap::with_max_entries(layout::INTERFACES, 0);
+#[map]
+static ADDRESS_FILTER: Array<AddressFilter> = Array::with_max_entries(1, 0);
+#[map]
+static SNAT_PORTS: Array<PortSet> = Array::with_max_entries(1, 0);
+#[map]
+static CONTROL: Array<Control> = Array::with_max_entries(1, 0);
+#[map]
+static SERVICE_STATS: PerCpuArray<ServiceStats> = PerCpuArray::with_max_entries(layout::SERVICES, 0);
+#[map]
+static BACKEND_STATS: PerCpuArray<BackendStats> = PerCpuArray::with_max_entries(layout::BACKENDS, 0);
+#[map]
+static REASONS: PerCpuArray<u64> = PerCpuArray::with_max_entries(layout::REASON_SLOTS, 0);
+
+/// One of the flow tables.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Table {
+    /// Flows that proved themselves.
+    Established,
+    /// SYNs and first datagrams.
+    HalfOpen,
+    /// After FIN or RST.
+    Closing,
+}
+
+/// `-EEXIST` of an insert that may not replace.
+pub const EEXIST: i32 = -17;
+
+/// The entry of `key`.
+#[inline(always)]
+pub fn flow(table: Table, key: &FlowKeyV4) -> Option<&'static mut FlowV4> {
+    let entry = match table {
+        Table::Established => ESTABLISHED.get_ptr_mut(key),
+        Table::HalfOpen => HALF_OPEN.get_ptr_mut(key),
+        Table::Closing => CLOSING.get_ptr_mut(key),
+    };
+    // SAFETY: a preallocated element stays mapped for this program run; see the module's text on other CPUs.
+    entry.map(|entry| unsafe { &mut *entry })
+}
+
+/// Adds an entry under its own key; an errno where the key exists or the table is full.
+#[inline(always)]
+pub fn add_flow(table: Table, flow: &FlowV4) -> Result<(), i32> {
+    let flags = u64::from(BPF_NOEXIST);
+    match table {
+        Table::Established => ESTABLISHED.insert(&flow.key, flow, flags),
+        Table::HalfOpen => HALF_OPEN.insert(&flow.key, flow, flags),
+        Table::Closing => CLOSING.insert(&flow.key, flow, flags),
+    }
+}
+
+/// Adds or replaces a closing entry: the latest close of a tuple is the one that counts.
+#[inline(always)]
+pub fn put_closing(flow: &FlowV4) -> bool {
+    CLOSING.insert(&flow.key, flow, u64::from(BPF_ANY)).is_ok()
+}
+
+/// Removes the entry of `key`; false where there was none.
+#[inline(always)]
+pub fn remove_flow(table: Table, key: &FlowKeyV4) -> bool {
+    match table {
+        Table::Established => ESTABLISHED.remove(key),
+        Table::HalfOpen => HALF_OPEN.remove(key),
+        Table::Closing => CLOSING.remove(key),
+    }
+    .is_ok()
+}
+
+/// The service number of a frontend.
+#[inline(always)]
+pub fn frontend(key: &ServiceKeyV4) -> Option<u32> {
+    // SAFETY: a preallocated element stays mapped for this program run; the value is copied at once.
+    unsafe { SERVICE_INDEX.get(key) }.copied()
+}
+
+/// The number of a dnat backend.
+#[inline(always)]
+pub fn dnat_backend(key: &ServiceKeyV4) -> Option<u32> {
+    // SAFETY: as in `frontend`.
+    unsafe { BACKEND_INDEX.get(key) }.copied()
+}
+
+/// A service by number.
+#[inline(always)]
+pub fn service(number: u32) -> Option<&'static ServiceEntry> {
+    SERVICES.get(number)
+}
+
+/// A backend by number.
+#[inline(always)]
+pub fn backend(number: u32) -> Option<&'static BackendEntry> {
+    BACKENDS.get(number)
+}
+
+/// A backend's `backend_state` bits; 0 for a number out of range.
+#[inline(always)]
+pub fn backend_state(number: u32) -> u32 {
+    BACKEND_STATE.get(number).copied().unwrap_or(0)
+}
+
+/// The next SNAT candidate of a backend.
+#[inline(always)]
+pub fn next_candidate(backend: u32) -> Option<u32> {
+    BACKEND_CURSOR.get_ptr_mut(backend).map(fetch_add)
+}
+
+#[inline(always)]
+fn fetch_add(counter: *mut u32) -> u32 {
+    // `AtomicU32` is not offered for this target, although the machine has the instruction (kernel 5.12).
+    // SAFETY: an aligned u32 array element that lives for this program run; everyone changes it atomically.
+    unsafe { atomic_xadd::<u32, u32, { AtomicOrdering::Relaxed }>(counter, 1) }
+}
+
+/// Four consecutive `u32` of a selection chunk, or one, or a `u16`: regions hold host-order integers.
+#[inline(always)]
+pub fn selection_u32(chunk: u32, index: u32) -> Option<u32> {
+    let chunk = SELECTION.get_ptr(chunk)?;
+    let index = index & (layout::POOL_PER_CHUNK - 1);
+    // SAFETY: the chunk is 8-aligned and holds 64 u32; the index was masked below that.
+    Some(unsafe { *chunk.cast::<u32>().add(index as usize) })
+}
+
+/// A `u16` of a selection chunk.
+#[inline(always)]
+pub fn selection_u16(chunk: u32, index: u32) -> Option<u16> {
+    let chunk = SELECTION.get_ptr(chunk)?;
+    let index = index & (layout::SLOTS_PER_CHUNK - 1);
+    // SAFETY: the chunk is 8-aligned and holds 128 u16; the index was masked below that.
+    Some(unsafe { *chunk.cast::<u16>().add(index as usize) })
+}
+
+/// A next hop by number.
+#[inline(always)]
+pub fn next_hop(number: u32) -> Option<&'static mut NextHop> {
+    // SAFETY: an array element; see the module's text on other CPUs.
+    NEXT_HOPS.get_ptr_mut(number).map(|hop| unsafe { &mut *hop })
+}
+
+/// The number of a neighbour's next hop.
+#[inline(always)]
+pub fn next_hop_number(key: &NeighbourKey) -> Option<u32> {
+    // SAFETY: as in `frontend`.
+    unsafe { NEXT_HOP_INDEX.get(key) }.copied()
+}
+
+/// Makes `number` the neighbour's next hop unless it has one.
+#[inline(always)]
+pub fn add_next_hop(key: &NeighbourKey, number: u32) -> Result<(), i32> {
+    NEXT_HOP_INDEX.insert(key, number, u64::from(BPF_NOEXIST))
+}
+
+/// A next-hop number nobody has; `None` once all have been given out.
+#[inline(always)]
+pub fn allocate_next_hop() -> Option<u32> {
+    let cursor = NEXT_HOP_CURSOR.get_ptr_mut(0)?;
+    // Not raised past the end, so that it cannot wrap; two CPUs may overshoot by one each, which the array refuses.
+    // SAFETY: an aligned u32 array element that lives for this program run.
+    if unsafe { *cursor } >= layout::NEXT_HOPS - 1 {
+        return None;
+    }
+    Some(fetch_add(cursor) + 1)
+}
+
+/// An interface's `interface_flag` bits; 0 for one that the daemon did not name.
+#[inline(always)]
+pub fn interface_flags(ifindex: u32) -> u32 {
+    // SAFETY: as in `frontend`.
+    unsafe { INTERFACES.get(ifindex) }.copied().unwrap_or(0)
+}
+
+/// The prefilter.
+#[inline(always)]
+pub fn address_filter() -> Option<&'static AddressFilter> {
+    ADDRESS_FILTER.get(0)
+}
+
+/// Whether SNAT may use this port (host order) on the host's addresses.
+#[inline(always)]
+pub fn snat_port_allowed(port: u16) -> bool {
+    let Some(ports) = SNAT_PORTS.get(0) else {
+        return false;
+    };
+    ports.0[usize::from(port >> 6)] >> (port & 63) & 1 != 0
+}
+
+/// What the daemon says.
+#[inline(always)]
+pub fn control() -> Option<&'static Control> {
+    CONTROL.get(0)
+}
+
+/// This CPU's counters of a service.
+#[inline(always)]
+pub fn service_stats(number: u32) -> Option<&'static mut ServiceStats> {
+    // SAFETY: this CPU's own element; programs of one hook do not preempt each other on a CPU.
+    SERVICE_STATS.get_ptr_mut(number).map(|stats| unsafe { &mut *stats })
+}
+
+/// This CPU's counters of a backend.
+#[inline(always)]
+pub fn backend_stats(number: u32) -> Option<&'static mut BackendStats> {
+    // SAFETY: as in `service_stats`.
+    BACKEND_STATS.get_ptr_mut(number).map(|stats| unsafe { &mut *stats })
+}
+
+/// This CPU's counter of a reason slot.
+#[inline(always)]
+pub fn reason_counter(slot: u32) -> Option<&'static mut u64> {
+    // SAFETY: as in `service_stats`.
+    REASONS.get_ptr_mut(slot).map(|count| unsafe { &mut *count })
+}
+
+/// Nanoseconds of CLOCK_MONOTONIC, as of the last timer tick.
+#[inline(always)]
+pub fn now() -> u64 {
+    // SAFETY: takes nothing and returns an integer (kernel 5.11).
+    unsafe { bpf_ktime_get_coarse_ns() }
+}

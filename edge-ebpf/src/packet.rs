@@ -1,0 +1,307 @@
+//! The packet under either hook. All pointer handling of the program is in this file.
+//!
+//! A header is borrowed from the packet, so no reference into it outlives a helper that may move the data: those
+//! helpers take the packet by `&mut`.
+#![allow(unsafe_code, reason = "this is one of the two modules that may hold it")]
+
+use aya_ebpf::{
+    bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, __sk_buff, bpf_fib_lookup, xdp_md},
+    helpers::generated,
+    programs::{TcContext, XdpContext},
+};
+use network_types::{
+    eth::EthHdr,
+    ip::Ipv4Hdr,
+    tcp::TcpHdr,
+    udp::UdpHdr,
+};
+
+/// Headers that may be read and written in place.
+///
+/// # Safety
+/// Every bit pattern is a valid value, and the alignment is at most 2, which is how the kernel lays frames out; only
+/// the Ethernet header, at offset 0, uses the 2.
+pub unsafe trait Header {}
+// SAFETY: integers and byte arrays only; alignment asserted below.
+unsafe impl Header for EthHdr {}
+// SAFETY: as above.
+unsafe impl Header for Ipv4Hdr {}
+// SAFETY: as above.
+unsafe impl Header for TcpHdr {}
+// SAFETY: as above.
+unsafe impl Header for UdpHdr {}
+// SAFETY: as above.
+unsafe impl<const N: usize> Header for [u8; N] {}
+
+const _: () = {
+    assert!(align_of::<EthHdr>() <= 2 && align_of::<Ipv4Hdr>() == 1);
+    assert!(align_of::<TcpHdr>() == 1 && align_of::<UdpHdr>() == 1);
+};
+
+/// A checksum field of layer 4 and how it changes.
+#[derive(Clone, Copy)]
+pub struct L4Fix {
+    /// Offset of the field from the start of the frame.
+    pub offset: usize,
+    /// Difference that the pseudo-header's addresses make.
+    pub addresses: u16,
+    /// Difference that the ports make.
+    pub ports: u16,
+    /// UDP, where zero means "no checksum".
+    pub udp: bool,
+}
+
+/// What a route lookup found; numbers as the kernel's `BPF_FIB_LKUP_RET_*`.
+pub struct Route {
+    /// 0: found; above: why not; below: an errno.
+    pub result: i64,
+    /// The kernel's answer.
+    pub found: bpf_fib_lookup,
+}
+
+/// A packet at one of the hooks, from its Ethernet header on.
+pub trait Packet {
+    /// True where every interface can take redirected packets from this hook.
+    const REDIRECTS_ANYWHERE: bool;
+
+    /// The interface it came in by.
+    fn ingress(&self) -> u32;
+
+    /// Bytes in the whole frame, in fragments too.
+    fn len(&self) -> usize;
+
+    /// Makes the first `len` bytes (or all, where there are fewer) readable by [`Packet::header`].
+    fn pull(&mut self, len: usize);
+
+    /// The longest piece this packet leaves in, from the IP header on: itself, or a segment of a GSO packet.
+    fn segment_len(&self, total_len: usize, headers: usize) -> usize;
+
+    /// A header at `offset`, if the packet is that long.
+    fn header<T: Header>(&mut self, offset: usize) -> Option<&mut T>;
+
+    /// Applies a difference to a layer-4 checksum; false where the packet is too short.
+    fn fix_l4(&mut self, fix: L4Fix) -> bool;
+
+    /// Asks the kernel's FIB; `query` is given back with the answer.
+    fn route(&mut self, query: bpf_fib_lookup) -> Route;
+}
+
+/// A packet at XDP.
+pub struct XdpPacket {
+    ctx: *mut xdp_md,
+}
+
+impl XdpPacket {
+    /// The packet of this program run.
+    #[inline(always)]
+    pub fn new(ctx: &XdpContext) -> Self {
+        Self { ctx: ctx.ctx }
+    }
+}
+
+/// A packet at TC.
+pub struct SkbPacket {
+    ctx: *mut __sk_buff,
+}
+
+impl SkbPacket {
+    /// The packet of this program run.
+    #[inline(always)]
+    pub fn new(ctx: &TcContext) -> Self {
+        Self { ctx: ctx.skb.skb }
+    }
+}
+
+/// `size_of::<T>()` bytes at `data + offset`, if they end at or before `end`.
+#[inline(always)]
+fn at<'a, T: Header>(data: usize, end: usize, offset: usize) -> Option<&'a mut T> {
+    if data + offset + size_of::<T>() > end {
+        return None;
+    }
+    // SAFETY: in bounds (just checked, and the verifier insists on it), aligned, any bits valid (Header);
+    // the callers tie the lifetime to the packet, of which there is one per program run.
+    Some(unsafe { &mut *((data + offset) as *mut T) })
+}
+
+impl Packet for XdpPacket {
+    const REDIRECTS_ANYWHERE: bool = false;
+
+    #[inline(always)]
+    fn ingress(&self) -> u32 {
+        // SAFETY: the kernel hands a valid context to the program run this value lives in.
+        unsafe { (*self.ctx).ingress_ifindex }
+    }
+
+    #[inline(always)]
+    fn len(&self) -> usize {
+        // SAFETY: as in `ingress`.
+        unsafe { (*self.ctx).data_end as usize - (*self.ctx).data as usize }
+    }
+
+    #[inline(always)]
+    fn pull(&mut self, _len: usize) {}
+
+    #[inline(always)]
+    fn segment_len(&self, total_len: usize, _headers: usize) -> usize {
+        total_len
+    }
+
+    #[inline(always)]
+    fn header<T: Header>(&mut self, offset: usize) -> Option<&mut T> {
+        // SAFETY: as in `ingress`.
+        let (data, end) = unsafe { ((*self.ctx).data as usize, (*self.ctx).data_end as usize) };
+        at(data, end, offset)
+    }
+
+    #[inline(always)]
+    fn fix_l4(&mut self, fix: L4Fix) -> bool {
+        use edge_common::checksum::{add, apply, apply_udp};
+        let Some(field) = self.header::<[u8; 2]>(fix.offset) else {
+            return false;
+        };
+        let check = u16::from_ne_bytes(*field);
+        let delta = add(fix.addresses, fix.ports);
+        let check = if fix.udp { apply_udp(check, delta) } else { apply(check, delta) };
+        *field = check.to_ne_bytes();
+        true
+    }
+
+    #[inline(always)]
+    fn route(&mut self, mut query: bpf_fib_lookup) -> Route {
+        // SAFETY: valid context; the kernel writes at most the size given.
+        let result = unsafe {
+            generated::bpf_fib_lookup(self.ctx.cast(), &raw mut query, size_of::<bpf_fib_lookup>() as i32, 0)
+        };
+        Route { result, found: query }
+    }
+}
+
+impl Packet for SkbPacket {
+    const REDIRECTS_ANYWHERE: bool = true;
+
+    #[inline(always)]
+    fn ingress(&self) -> u32 {
+        // SAFETY: the kernel hands a valid context to the program run this value lives in.
+        unsafe { (*self.ctx).ifindex }
+    }
+
+    #[inline(always)]
+    fn len(&self) -> usize {
+        // SAFETY: as in `ingress`.
+        unsafe { (*self.ctx).len as usize }
+    }
+
+    #[inline(always)]
+    fn pull(&mut self, len: usize) {
+        let whole = self.len();
+        let len = if len < whole { len } else { whole };
+        // SAFETY: as in `ingress`.
+        let linear = unsafe { (*self.ctx).data_end as usize - (*self.ctx).data as usize };
+        if linear < len {
+            // SAFETY: valid context. A failure leaves the packet as it was, and `header` then finds it too short.
+            unsafe { generated::bpf_skb_pull_data(self.ctx, len as u32) };
+        }
+    }
+
+    #[inline(always)]
+    fn segment_len(&self, total_len: usize, headers: usize) -> usize {
+        // SAFETY: as in `ingress`.
+        let segment = unsafe { (*self.ctx).gso_size as usize };
+        if segment == 0 { total_len } else { segment + headers }
+    }
+
+    #[inline(always)]
+    fn header<T: Header>(&mut self, offset: usize) -> Option<&mut T> {
+        // SAFETY: as in `ingress`.
+        let (data, end) = unsafe { ((*self.ctx).data as usize, (*self.ctx).data_end as usize) };
+        at(data, end, offset)
+    }
+
+    #[inline(always)]
+    fn fix_l4(&mut self, fix: L4Fix) -> bool {
+        // The kernel knows whether the field is whole, partial (pseudo-header only, so no ports) or summed up in
+        // skb->csum; from = 0 and size = 0 mean "to is a difference".
+        let mangled = if fix.udp { BPF_F_MARK_MANGLED_0 } else { 0 };
+        let pseudo = u64::from(BPF_F_PSEUDO_HDR | mangled);
+        let offset = fix.offset as u32;
+        // SAFETY: valid context; the kernel checks the offset.
+        unsafe {
+            generated::bpf_l4_csum_replace(self.ctx, offset, 0, u64::from(fix.addresses), pseudo) == 0
+                && generated::bpf_l4_csum_replace(self.ctx, offset, 0, u64::from(fix.ports), u64::from(mangled)) == 0
+        }
+    }
+
+    #[inline(always)]
+    fn route(&mut self, mut query: bpf_fib_lookup) -> Route {
+        // SAFETY: valid context; the kernel writes at most the size given.
+        let result = unsafe {
+            generated::bpf_fib_lookup(self.ctx.cast(), &raw mut query, size_of::<bpf_fib_lookup>() as i32, 0)
+        };
+        Route { result, found: query }
+    }
+}
+
+/// Asks the kernel to send the packet out of `ifindex` once the program returns this action.
+#[inline(always)]
+pub fn redirect(ifindex: u32) -> i64 {
+    // SAFETY: takes integers only; a wrong ifindex makes the kernel drop the packet.
+    unsafe { generated::bpf_redirect(ifindex, 0) }
+}
+
+/// A question to the FIB about an IPv4 packet.
+pub struct Query {
+    /// Translated source, network order.
+    pub src: u32,
+    /// Translated destination, network order.
+    pub dst: u32,
+    /// Translated source port, network order.
+    pub src_port: u16,
+    /// Translated destination port, network order.
+    pub dst_port: u16,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Type of service.
+    pub tos: u8,
+    /// Interface the packet came in by.
+    pub ingress: u32,
+}
+
+/// Length given to the FIB: non-zero, so that it reports the MTU; below any, so that it does not judge by it.
+const PROBE_LEN: u16 = 20;
+
+impl Query {
+    /// As the kernel wants it.
+    #[inline(always)]
+    pub fn encode(&self) -> bpf_fib_lookup {
+        // SAFETY: plain integers, for which all zeroes are valid.
+        let mut query: bpf_fib_lookup = unsafe { core::mem::zeroed() };
+        query.family = AF_INET;
+        query.l4_protocol = self.protocol;
+        query.sport = self.src_port;
+        query.dport = self.dst_port;
+        query.ifindex = self.ingress;
+        query.__bindgen_anon_1.tot_len = PROBE_LEN;
+        query.__bindgen_anon_2.tos = self.tos;
+        query.__bindgen_anon_3.ipv4_src = self.src;
+        query.__bindgen_anon_4.ipv4_dst = self.dst;
+        query
+    }
+}
+
+const AF_INET: u8 = 2;
+
+impl Route {
+    /// The neighbour's IPv4 address, network order; `None` where the gateway is an IPv6 one (RFC 5549).
+    #[inline(always)]
+    pub fn neighbour(&self) -> Option<u32> {
+        // SAFETY: the family says which member of the union the kernel wrote; any bits are a valid integer.
+        (self.found.family == AF_INET).then(|| unsafe { self.found.__bindgen_anon_4.ipv4_dst })
+    }
+
+    /// The route's MTU, bytes from the IP header on.
+    #[inline(always)]
+    pub fn mtu(&self) -> u32 {
+        // SAFETY: both members are a u16.
+        u32::from(unsafe { self.found.__bindgen_anon_1.mtu_result })
+    }
+}

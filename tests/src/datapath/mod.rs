@@ -1,0 +1,5 @@
+//! The dataplane under test: the real object, loaded into a network namespace of its own, fed by BPF_PROG_TEST_RUN.
+
+pub mod frame;
+pub mod namespace;
+pub mod rig;

@@ -1,0 +1,515 @@
+//! The object loaded, its maps filled, packets run through it.
+
+use std::net::{Ipv4Addr, SocketAddrV4};
+
+use anyhow::{Context, Result, anyhow, bail};
+use aya::{
+    Ebpf, EbpfLoader, Pod, TestRun, TestRunOptions,
+    maps::{Array, HashMap, MapData, PerCpuArray},
+    programs::{SchedClassifier, Xdp},
+};
+use edge_common::{
+    filter,
+    flow::FlowKeyV4,
+    maglev::{self, Candidate},
+    maps::{
+        self, AddressFilter, BackendEntry, CHUNK_BYTES, Chunk, Control, FlowV4, PortSet, ServiceEntry, ServiceKeyV4,
+        ServiceStats, backend_state, interface_flag, mode, name,
+    },
+    verdict::{REASONS, Reason},
+};
+use edge_ctl::datapath::object::EBPF_OBJECT;
+
+use super::namespace::{ifindex, ip, sysctl};
+
+/// Where the pipeline runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hook {
+    /// `edge_xdp`.
+    Xdp,
+    /// `edge_tc`.
+    Tc,
+}
+
+/// Both, for tests that go over them.
+pub const HOOKS: [Hook; 2] = [Hook::Xdp, Hook::Tc];
+
+/// What the program said.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// To the stack.
+    Pass,
+    /// Dropped.
+    Drop,
+    /// Out of the interface it came in by (XDP_TX). TC says [`Action::Redirect`] instead.
+    Transmit,
+    /// Out of another interface.
+    Redirect,
+}
+
+/// An action and the packet after it.
+#[derive(Debug)]
+pub struct Outcome {
+    /// What the program said.
+    pub action: Action,
+    /// The whole frame.
+    pub frame: Vec<u8>,
+}
+
+/// The edge's address towards clients, and its VIP.
+pub const VIP: Ipv4Addr = Ipv4Addr::new(172, 16, 1, 88);
+/// The edge's address towards pods: what full-nat uses as source.
+pub const SNAT: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 1);
+/// A client on the edge's own network.
+pub const CLIENT: Ipv4Addr = Ipv4Addr::new(172, 16, 1, 10);
+/// Its MAC.
+pub const CLIENT_MAC: [u8; 6] = [2, 0, 0, 0, 1, 10];
+/// The first pod; pod `n` has the address after the pod before it.
+pub const POD: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 4);
+/// Permanent neighbours that pods have.
+pub const PODS: u8 = 4;
+/// The edge's MAC on `uplink`.
+pub const UPLINK_MAC: [u8; 6] = [2, 0, 0, 0, 9, 1];
+/// The edge's MAC on `pods`.
+pub const PODS_MAC: [u8; 6] = [2, 0, 0, 0, 9, 2];
+
+/// The address of pod `n`.
+pub fn pod(n: u8) -> Ipv4Addr {
+    Ipv4Addr::new(10, 1, 0, 4 + n)
+}
+
+/// The MAC of pod `n`.
+pub fn pod_mac(n: u8) -> [u8; 6] {
+    [2, 0, 0, 0, 2, 4 + n]
+}
+
+/// An address as maps hold it.
+pub fn wire(address: Ipv4Addr) -> u32 {
+    u32::from_ne_bytes(address.octets())
+}
+
+/// A flow key.
+pub fn key(src: SocketAddrV4, dst: SocketAddrV4, protocol: u8) -> FlowKeyV4 {
+    FlowKeyV4::new(wire(*src.ip()), wire(*dst.ip()), src.port().to_be(), dst.port().to_be(), protocol)
+}
+
+/// Seconds and sizes that a test may choose.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Entries of the established table.
+    pub established: u32,
+    /// Entries of each LRU table.
+    pub lru: u32,
+    /// Lowest and highest SNAT port.
+    pub snat_ports: (u16, u16),
+    /// Timeouts of established, half-open and closing flows, seconds.
+    pub timeouts: (u32, u32, u32),
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { established: 1024, lru: 4096, snat_ports: (20_000, 20_999), timeouts: (300, 30, 60) }
+    }
+}
+
+/// The program and its maps, in the namespace of the calling thread.
+pub struct Rig {
+    /// The loaded object.
+    pub ebpf: Ebpf,
+    hook: Hook,
+    settings: Settings,
+    /// The interface towards clients.
+    pub uplink: u32,
+    /// The interface towards pods.
+    pub pods: u32,
+    filter: Box<AddressFilter>,
+    backends: u32,
+    chunks: u32,
+}
+
+const SEED: [u64; 2] = [0x0123_4567_89ab_cdef, 0xfedc_ba98_7654_3210];
+
+impl Rig {
+    /// Makes the two links with permanent neighbours in this thread's namespace and loads the object there.
+    ///
+    /// # Errors
+    /// Where a link, the object or a map is refused.
+    pub fn new(hook: Hook, settings: Settings) -> Result<Self> {
+        links()?;
+        let mut ebpf = EbpfLoader::new()
+            .map_max_entries(name::ESTABLISHED, settings.established)
+            .map_max_entries(name::HALF_OPEN, settings.lru)
+            .map_max_entries(name::CLOSING, settings.lru)
+            .map_max_entries(name::SELECTION, 256)
+            .load(EBPF_OBJECT)?;
+        load(&mut ebpf, hook)?;
+        let (uplink, pods) = (ifindex("uplink")?, ifindex("pods")?);
+        let mut rig = Self {
+            ebpf,
+            hook,
+            settings,
+            uplink,
+            pods,
+            filter: Box::new(AddressFilter { destinations: [0; filter::WORDS], sources: [0; filter::WORDS] }),
+            backends: 0,
+            chunks: 1,
+        };
+        let control = Control { seed: SEED, route_generation: 1, ..Control::default() };
+        rig.array(name::CONTROL)?.set(0, control, 0)?;
+        let mut interfaces: HashMap<_, u32, u32> = rig.hash(name::INTERFACES)?;
+        for index in [uplink, pods] {
+            interfaces.insert(index, interface_flag::ATTACHED | interface_flag::XDP_REDIRECT, 0)?;
+        }
+        rig.array(name::SNAT_PORTS)?.set(0, PortSet([u64::MAX; 1024]), 0)?;
+        rig.filter_destination(VIP)?;
+        rig.filter_destination(SNAT)?;
+        Ok(rig)
+    }
+
+    /// An array map.
+    ///
+    /// # Errors
+    /// Where the object has no such map.
+    pub fn array<V: Pod>(&mut self, name: &str) -> Result<Array<&mut MapData, V>> {
+        Ok(Array::try_from(self.ebpf.map_mut(name).with_context(|| format!("no map {name}"))?)?)
+    }
+
+    /// A hash map.
+    ///
+    /// # Errors
+    /// Where the object has no such map.
+    pub fn hash<K: Pod, V: Pod>(&mut self, name: &str) -> Result<HashMap<&mut MapData, K, V>> {
+        Ok(HashMap::try_from(self.ebpf.map_mut(name).with_context(|| format!("no map {name}"))?)?)
+    }
+
+    /// Lets packets to `address` past the prefilter.
+    ///
+    /// # Errors
+    /// Where the map write fails.
+    pub fn filter_destination(&mut self, address: Ipv4Addr) -> Result<()> {
+        let bit = filter::bit(wire(address)) as usize;
+        self.filter.destinations[bit / 64] |= 1 << (bit % 64);
+        let filter = *self.filter;
+        Ok(self.array(name::ADDRESS_FILTER)?.set(0, filter, 0)?)
+    }
+
+    /// Lets packets from `address` past the prefilter.
+    ///
+    /// # Errors
+    /// Where the map write fails.
+    pub fn filter_source(&mut self, address: Ipv4Addr) -> Result<()> {
+        let bit = filter::bit(wire(address)) as usize;
+        self.filter.sources[bit / 64] |= 1 << (bit % 64);
+        let filter = *self.filter;
+        Ok(self.array(name::ADDRESS_FILTER)?.set(0, filter, 0)?)
+    }
+
+    /// A service on VIP:`port` with pods `0..pods` at `backend_port`; its backends' numbers.
+    ///
+    /// # Errors
+    /// Where a map write fails.
+    pub fn service(
+        &mut self,
+        number: u32,
+        port: u16,
+        protocol: u8,
+        mode: u8,
+        pods: u8,
+        backend_port: u16,
+    ) -> Result<Vec<u32>> {
+        let mut numbers = Vec::new();
+        let mut pool = Vec::new();
+        for n in 0..pods {
+            self.backends += 1;
+            let backend = BackendEntry {
+                address: wire(pod(n)),
+                port: backend_port.to_be(),
+                protocol,
+                service: number,
+                snat_address: wire(SNAT),
+                ..BackendEntry::default()
+            };
+            let index = self.backends;
+            self.array(name::BACKENDS)?.set(index, backend, 0)?;
+            self.array(name::BACKEND_STATE)?.set(index, backend_state::ELIGIBLE, 0)?;
+            if mode == mode::DNAT {
+                let key = ServiceKeyV4 { address: wire(pod(n)), port: backend_port.to_be(), protocol, _pad: 0 };
+                self.hash(name::BACKEND_INDEX)?.insert(key, index, 0)?;
+                self.filter_source(pod(n))?;
+            }
+            pool.push(Candidate { identity: u64::from(n) << 16 | u64::from(backend_port), weight: 1 });
+            numbers.push(index);
+        }
+        let selection = if numbers.is_empty() { 0 } else { self.region(&numbers, &pool)? };
+        let (established, half_open, closing) = self.settings.timeouts;
+        let entry = ServiceEntry {
+            address: wire(VIP),
+            port: port.to_be(),
+            protocol,
+            mode,
+            selection,
+            snat_port_min: self.settings.snat_ports.0,
+            snat_port_max: self.settings.snat_ports.1,
+            established_timeout: established,
+            half_open_timeout: half_open,
+            closing_timeout: closing,
+            ..ServiceEntry::default()
+        };
+        self.array(name::SERVICES)?.set(number, entry, 0)?;
+        let key = ServiceKeyV4 { address: wire(VIP), port: port.to_be(), protocol, _pad: 0 };
+        self.hash(name::SERVICE_INDEX)?.insert(key, number, 0)?;
+        Ok(numbers)
+    }
+
+    /// Writes a selection region; its first chunk.
+    fn region(&mut self, numbers: &[u32], pool: &[Candidate]) -> Result<u32> {
+        let table = maglev::fill(SEED, pool, maglev::table_len(pool.len()));
+        let pool_bytes: Vec<u8> = numbers.iter().flat_map(|number| number.to_ne_bytes()).collect();
+        let table_bytes: Vec<u8> = table.iter().flat_map(|index| index.to_ne_bytes()).collect();
+        let header = self.chunks;
+        let pool_chunk = header + 1;
+        let table_chunk = pool_chunk + pool_bytes.len().div_ceil(CHUNK_BYTES) as u32;
+        let head: Vec<u8> = [numbers.len() as u32, table.len() as u32, pool_chunk, table_chunk]
+            .iter()
+            .flat_map(|field| field.to_ne_bytes())
+            .collect();
+        for (mut chunk, bytes) in [(header, head), (pool_chunk, pool_bytes), (table_chunk, table_bytes)] {
+            for part in bytes.chunks(CHUNK_BYTES) {
+                let mut value = Chunk([0; CHUNK_BYTES]);
+                value.0[..part.len()].copy_from_slice(part);
+                self.array(name::SELECTION)?.set(chunk, value, 0)?;
+                chunk += 1;
+                self.chunks = chunk;
+            }
+        }
+        Ok(header)
+    }
+
+    /// Runs a frame that came in by `ingress` through the program.
+    ///
+    /// # Errors
+    /// Where the kernel refuses the test run.
+    pub fn run(&mut self, frame: &[u8], ingress: u32) -> Result<Outcome> {
+        let mut out = vec![0; frame.len() + 64];
+        let context = match self.hook {
+            Hook::Xdp => xdp_context(frame.len() as u32, ingress),
+            Hook::Tc => skb_context(ingress, 0, 0),
+        };
+        self.run_with(frame, &context, &mut out)
+    }
+
+    /// As [`Rig::run`] at TC, for a packet that the kernel will cut into segments of `gso_size`.
+    ///
+    /// # Errors
+    /// As [`Rig::run`].
+    pub fn run_gso(&mut self, frame: &[u8], ingress: u32, gso_size: u32) -> Result<Outcome> {
+        let mut out = vec![0; frame.len() + 64];
+        let segments = (frame.len() as u32).div_ceil(gso_size);
+        self.run_with(frame, &skb_context(ingress, gso_size, segments), &mut out)
+    }
+
+    fn run_with(&mut self, frame: &[u8], context: &[u8], out: &mut [u8]) -> Result<Outcome> {
+        let options = TestRunOptions {
+            data_in: Some(frame),
+            data_out: Some(out),
+            ctx_in: Some(context),
+            ..TestRunOptions::default()
+        };
+        let (result, action) = match self.hook {
+            Hook::Xdp => {
+                let program: &Xdp = self.ebpf.program("edge_xdp").context("no edge_xdp")?.try_into()?;
+                let result = program.test_run(options)?;
+                let action = match result.return_value {
+                    1 => Action::Drop,
+                    2 => Action::Pass,
+                    3 => Action::Transmit,
+                    4 => Action::Redirect,
+                    other => bail!("XDP action {other}"),
+                };
+                (result, action)
+            }
+            Hook::Tc => {
+                let program: &SchedClassifier = self.ebpf.program("edge_tc").context("no edge_tc")?.try_into()?;
+                let result = program.test_run(options)?;
+                let action = match result.return_value {
+                    0 => Action::Pass,
+                    2 => Action::Drop,
+                    7 => Action::Redirect,
+                    other => bail!("TC action {other}"),
+                };
+                (result, action)
+            }
+        };
+        Ok(Outcome { action, frame: out[..result.data_size_out as usize].to_vec() })
+    }
+
+    /// The entry of `key` in a flow table.
+    pub fn flow(&mut self, table: &str, key: &FlowKeyV4) -> Option<FlowV4> {
+        self.hash(table).ok()?.get(key, 0).ok()
+    }
+
+    /// Every entry of a flow table.
+    ///
+    /// # Errors
+    /// Where the map cannot be read.
+    pub fn flows(&mut self, table: &str) -> Result<Vec<FlowV4>> {
+        let map: HashMap<_, FlowKeyV4, FlowV4> = self.hash(table)?;
+        map.iter().map(|entry| Ok(entry?.1)).collect()
+    }
+
+    /// Changes an entry of a flow table in place.
+    ///
+    /// # Errors
+    /// Where there is none, or the write fails.
+    pub fn change_flow(&mut self, table: &str, key: &FlowKeyV4, change: impl FnOnce(&mut FlowV4)) -> Result<()> {
+        let mut flow = self.flow(table, key).ok_or_else(|| anyhow!("no flow {key:?} in {table}"))?;
+        change(&mut flow);
+        Ok(self.hash(table)?.insert(key, flow, 0)?)
+    }
+
+    /// The sum over CPUs of a service's counters.
+    ///
+    /// # Errors
+    /// Where the map cannot be read.
+    pub fn service_stats(&mut self, number: u32) -> Result<ServiceStats> {
+        self.stats(name::SERVICE_STATS, number)
+    }
+
+    /// The sum over CPUs of a backend's counters.
+    ///
+    /// # Errors
+    /// Where the map cannot be read.
+    pub fn backend_stats(&mut self, number: u32) -> Result<ServiceStats> {
+        self.stats(name::BACKEND_STATS, number)
+    }
+
+    fn stats(&mut self, map: &str, number: u32) -> Result<ServiceStats> {
+        let map: PerCpuArray<_, ServiceStats> = PerCpuArray::try_from(self.ebpf.map_mut(map).context("no stats")?)?;
+        let mut sum = ServiceStats::default();
+        for stats in map.get(&number, 0)?.iter() {
+            sum.packets_in += stats.packets_in;
+            sum.bytes_in += stats.bytes_in;
+            sum.packets_out += stats.packets_out;
+            sum.bytes_out += stats.bytes_out;
+            sum.half_opened += stats.half_opened;
+            sum.opened += stats.opened;
+            sum.closed += stats.closed;
+        }
+        Ok(sum)
+    }
+
+    /// How often `reason` was counted for a service.
+    ///
+    /// # Errors
+    /// Where the map cannot be read.
+    pub fn reason(&mut self, service: u32, reason: Reason) -> Result<u64> {
+        let map = self.ebpf.map_mut(name::REASONS).context("no REASONS")?;
+        let map: PerCpuArray<_, u64> = PerCpuArray::try_from(map)?;
+        Ok(map.get(&(service * REASONS + reason as u32), 0)?.iter().sum())
+    }
+
+    /// Every reason counted so far, summed over services, by name.
+    ///
+    /// # Errors
+    /// Where the map cannot be read.
+    pub fn reasons(&mut self) -> Result<Vec<(&'static str, u64)>> {
+        let mut found = Vec::new();
+        for reason in Reason::ALL {
+            let mut sum = 0;
+            for service in 0..8 {
+                sum += self.reason(service, *reason)?;
+            }
+            if sum != 0 {
+                found.push((reason.name(), sum));
+            }
+        }
+        Ok(found)
+    }
+
+    /// Excludes a backend, or takes it back: one write.
+    ///
+    /// # Errors
+    /// Where the write fails.
+    pub fn set_eligible(&mut self, backend: u32, eligible: bool) -> Result<()> {
+        let state = if eligible { backend_state::ELIGIBLE } else { 0 };
+        Ok(self.array(name::BACKEND_STATE)?.set(backend, state, 0)?)
+    }
+
+    /// Which pod a backend number is; pods are numbered in the order in which services were added.
+    pub fn next_hops(&mut self) -> Result<u32> {
+        Ok(self.array::<u32>(name::NEXT_HOP_CURSOR)?.get(&0, 0)?)
+    }
+
+    /// Moves the route generation: entries look their routes up again.
+    ///
+    /// # Errors
+    /// Where the map cannot be read or written.
+    pub fn move_routes(&mut self) -> Result<()> {
+        let mut control: Control = self.array(name::CONTROL)?.get(&0, 0)?;
+        control.route_generation += 1;
+        Ok(self.array(name::CONTROL)?.set(0, control, 0)?)
+    }
+
+    /// The next hop of this number.
+    ///
+    /// # Errors
+    /// Where there is none.
+    pub fn next_hop(&mut self, number: u32) -> Result<maps::NextHop> {
+        Ok(self.array(name::NEXT_HOPS)?.get(&number, 0)?)
+    }
+}
+
+/// Loads the program of one hook.
+///
+/// # Errors
+/// What the verifier says.
+pub fn load(ebpf: &mut Ebpf, hook: Hook) -> Result<()> {
+    match hook {
+        Hook::Xdp => {
+            let program: &mut Xdp = ebpf.program_mut("edge_xdp").context("no edge_xdp")?.try_into()?;
+            program.load()?;
+        }
+        Hook::Tc => {
+            let program: &mut SchedClassifier = ebpf.program_mut("edge_tc").context("no edge_tc")?.try_into()?;
+            program.load()?;
+        }
+    }
+    Ok(())
+}
+
+fn mac(mac: [u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+fn links() -> Result<()> {
+    ip("link add uplink type veth peer name uplink-peer")?;
+    ip("link add pods type veth peer name pods-peer")?;
+    for (name, address, mac_address) in [("uplink", VIP, UPLINK_MAC), ("pods", SNAT, PODS_MAC)] {
+        ip(&format!("link set {name} address {} up", mac(mac_address)))?;
+        ip(&format!("link set {name}-peer up"))?;
+        ip(&format!("address add {address}/24 dev {name}"))?;
+    }
+    sysctl("ipv4/ip_forward", "1")?;
+    ip(&format!("neigh replace {CLIENT} lladdr {} dev uplink nud permanent", mac(CLIENT_MAC)))?;
+    for n in 0..PODS {
+        ip(&format!("neigh replace {} lladdr {} dev pods nud permanent", pod(n), mac(pod_mac(n))))?;
+    }
+    Ok(())
+}
+
+/// `struct xdp_md`: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
+fn xdp_context(len: u32, ingress: u32) -> Vec<u8> {
+    [0, len, 0, ingress, 0, 0].iter().flat_map(|field: &u32| field.to_ne_bytes()).collect()
+}
+
+/// `struct __sk_buff` as far as a test run may set it.
+fn skb_context(ingress: u32, gso_size: u32, gso_segs: u32) -> Vec<u8> {
+    const IFINDEX: usize = 40;
+    const GSO_SEGS: usize = 164;
+    const GSO_SIZE: usize = 176;
+    let mut context = vec![0; 192];
+    for (offset, value) in [(IFINDEX, ingress), (GSO_SEGS, gso_segs), (GSO_SIZE, gso_size)] {
+        context[offset..offset + 4].copy_from_slice(&value.to_ne_bytes());
+    }
+    context
+}
