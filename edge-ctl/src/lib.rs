@@ -4,4 +4,7 @@
 //! fib <- daemon`; `api` and `cli` see `model`. See `docs/architecture.md`.
 
 pub mod config;
+pub mod datapath;
+pub mod desired;
 pub mod model;
+pub mod reconcile;
