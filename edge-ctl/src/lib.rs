@@ -5,4 +5,6 @@
 
 pub mod config;
 pub mod datapath;
+pub mod desired;
 pub mod model;
+pub mod reconcile;

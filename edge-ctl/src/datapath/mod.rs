@@ -1,3 +1,7 @@
+<<<<<<< HEAD
 //! The kernel side: the eBPF object and what the daemon does with it.
 
 pub mod object;
+=======
+//! The kernel side.
+>>>>>>> control

@@ -1,0 +1,323 @@
+//! The loop that keeps the datapath at the desired state: newest desired state, [`diff`](super::diff::diff), writes.
+//!
+//! It remembers what it wrote, so that a change costs only its own writes; an audit reads the maps back from time to
+//! time, and what differs from memory is logged and repaired. After a failed write nothing is believed: the maps are read
+//! again and the rest of the way is planned from there.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::{sync::watch, time};
+use tracing::{debug, info, warn};
+
+use super::{
+    diff::{Fill, Reserved, diff},
+    ports::{Action, AnnouncementPort, DatapathPort, DatapathState, PortError},
+};
+use crate::{
+    desired::{AdoptedBackend, DesiredState, Timeouts},
+    model::{Frontend, Protocol},
+};
+
+/// Intervals of the loop.
+#[derive(Clone, Copy, Debug)]
+pub struct Intervals {
+    /// Between audits.
+    pub audit: Duration,
+    /// Between looks at what still drains.
+    pub drain: Duration,
+    /// After an error.
+    pub retry: Duration,
+    /// How long a replaced selection region is left alone: far longer than a packet takes through the program.
+    pub region_rest: Duration,
+    /// How long a number is kept after its last new flow: as long as a half-open flow may still name it.
+    pub number_rest: Duration,
+}
+
+impl Default for Intervals {
+    fn default() -> Self {
+        Self {
+            audit: Duration::from_secs(30),
+            drain: Duration::from_secs(1),
+            retry: Duration::from_secs(1),
+            region_rest: Duration::from_secs(1),
+            number_rest: Duration::from_secs(Timeouts::of(Protocol::Tcp).half_open as u64),
+        }
+    }
+}
+
+/// What the loop did and where it stands.
+#[derive(Clone, Debug, Default)]
+pub struct ReconcilerStatus {
+    /// Desired states applied in full.
+    pub applied: u64,
+    /// Map writes since start.
+    pub map_writes: u64,
+    /// Actions since start, by kind.
+    pub actions: BTreeMap<String, u64>,
+    /// What the last round could not do.
+    pub problems: Vec<String>,
+    /// The error that the next attempt will try to get past.
+    pub error: Option<String>,
+    /// True where the maps hold the newest desired state.
+    pub in_sync: bool,
+    /// Audits made.
+    pub audits: u64,
+    /// Audits that found a difference.
+    pub audit_findings: u64,
+    /// The datapath as last known.
+    pub state: Arc<DatapathState>,
+}
+
+/// See the module.
+pub struct Reconciler<D, A> {
+    datapath: D,
+    announcements: A,
+    fill: Box<dyn Fn(&[crate::model::PoolMember], usize) -> Vec<u16> + Send>,
+    intervals: Intervals,
+    /// The maps as last read and written; `None`: to be read again.
+    memory: Option<DatapathState>,
+    retired: Vec<(Instant, (u32, u32))>,
+    resting_backends: BTreeMap<u32, Instant>,
+    resting_services: BTreeMap<u32, Instant>,
+    status: ReconcilerStatus,
+}
+
+impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
+    /// Reads the maps, and adopts what they hold.
+    ///
+    /// # Errors
+    /// Where the maps cannot be read.
+    pub fn new(
+        mut datapath: D,
+        announcements: A,
+        fill: Box<dyn Fn(&[crate::model::PoolMember], usize) -> Vec<u16> + Send>,
+        intervals: Intervals,
+    ) -> Result<Self, PortError> {
+        let memory = datapath.snapshot()?;
+        let now = Instant::now();
+        let mut reconciler = Self {
+            datapath,
+            announcements,
+            fill,
+            intervals,
+            memory: None,
+            retired: Vec::new(),
+            resting_backends: BTreeMap::new(),
+            resting_services: BTreeMap::new(),
+            status: ReconcilerStatus { state: Arc::new(memory.clone()), ..ReconcilerStatus::default() },
+        };
+        // When these were excluded is not known: they rest from now on.
+        let excluded = memory.backends.iter().filter(|(_, slot)| !slot.eligible());
+        reconciler.resting_backends = excluded.map(|(number, _)| (*number, now)).collect();
+        let indexed: BTreeSet<u32> = memory.index.values().copied().collect();
+        let gone = memory.services.keys().filter(|number| !indexed.contains(number));
+        reconciler.resting_services = gone.map(|number| (*number, now)).collect();
+        reconciler.memory = Some(memory);
+        Ok(reconciler)
+    }
+
+    /// The pools that the maps hold, for [`crate::desired::Inputs::adopted`].
+    pub fn adopted(&self) -> BTreeMap<Frontend, Vec<AdoptedBackend>> {
+        self.memory.as_ref().map(DatapathState::adopted).unwrap_or_default()
+    }
+
+    /// Runs until `desired` has no sender any more. Changes that arrive during a round are applied together in the next.
+    /// Returning leaves the datapath as it is.
+    pub async fn run(
+        mut self,
+        mut desired: watch::Receiver<Option<DesiredState>>,
+        status: watch::Sender<ReconcilerStatus>,
+    ) {
+        let mut audit = time::interval(self.intervals.audit);
+        audit.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
+        audit.reset();
+        loop {
+            let newest = desired.borrow_and_update().clone();
+            if let Some(newest) = &newest {
+                self.round(newest);
+                status.send_replace(self.status.clone());
+            }
+            let pause = self.pause(newest.as_ref());
+            tokio::select! {
+                changed = desired.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                }
+                _ = audit.tick() => self.audit(),
+                () = time::sleep(pause) => self.refresh_counts(),
+            }
+        }
+    }
+
+    /// One round: plan from memory, and write. Errors end up in the status.
+    pub fn round(&mut self, desired: &DesiredState) {
+        match self.try_round(desired) {
+            Ok(()) => {
+                self.status.error = None;
+                self.status.in_sync = true;
+            }
+            Err(error) => {
+                warn!(%error, "the datapath could not be brought to the desired state; trying again");
+                self.status.error = Some(error.to_string());
+                self.status.in_sync = false;
+                self.memory = None;
+            }
+        }
+        if let Some(memory) = &self.memory {
+            self.status.state = Arc::new(memory.clone());
+        }
+    }
+
+    /// What the loop did so far.
+    pub fn status(&self) -> &ReconcilerStatus {
+        &self.status
+    }
+
+    fn try_round(&mut self, desired: &DesiredState) -> Result<(), PortError> {
+        let mut memory = match self.memory.take() {
+            Some(memory) => memory,
+            None => self.datapath.snapshot()?,
+        };
+        memory.announced = self.announcements.announced();
+        let reserved = self.reserved(Instant::now());
+        let fill: &Fill<'_> = &*self.fill;
+        let plan = diff(desired, &memory, &reserved, fill);
+        for problem in plan.problems.iter().filter(|problem| !self.status.problems.contains(problem)) {
+            warn!(%problem, "part of the configuration has no datapath");
+        }
+        self.status.problems = plan.problems;
+        for action in &plan.actions {
+            self.carry_out(action)?;
+            self.note(action, &memory);
+            memory.apply(action);
+        }
+        let now = Instant::now();
+        self.retired.extend(plan.retired.into_iter().map(|region| (now, region)));
+        if !plan.actions.is_empty() {
+            info!(actions = plan.actions.len(), "datapath brought to the desired state");
+        }
+        self.status.applied += 1;
+        self.memory = Some(memory);
+        Ok(())
+    }
+
+    fn carry_out(&mut self, action: &Action) -> Result<(), PortError> {
+        debug!(?action, "step");
+        match action {
+            Action::Announce { prefix, attributes } => self.announcements.announce(*prefix, attributes)?,
+            Action::Withdraw { prefix } => self.announcements.withdraw(*prefix)?,
+            _ => self.status.map_writes += self.datapath.apply(action)?,
+        }
+        *self.status.actions.entry(action.kind().to_owned()).or_default() += 1;
+        Ok(())
+    }
+
+    /// Remembers since when a number gets no new flows.
+    fn note(&mut self, action: &Action, before: &DatapathState) {
+        let now = Instant::now();
+        match action {
+            Action::SetBackendState { number, state } => {
+                if state & edge_common::maps::backend_state::ELIGIBLE == 0 {
+                    self.resting_backends.insert(*number, now);
+                } else {
+                    self.resting_backends.remove(number);
+                }
+            }
+            Action::RemoveIndex { key } => {
+                if let Some(number) = before.index.get(key) {
+                    self.resting_services.insert(*number, now);
+                }
+            }
+            Action::SetIndex { key, number } => {
+                self.resting_services.remove(number);
+                if let Some(old) = before.index.get(key).filter(|old| *old != number) {
+                    self.resting_services.insert(*old, now);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn reserved(&mut self, now: Instant) -> Reserved {
+        let Intervals { region_rest, number_rest, .. } = self.intervals;
+        self.retired.retain(|(since, _)| now.duration_since(*since) < region_rest);
+        self.resting_backends.retain(|_, since| now.duration_since(*since) < number_rest);
+        self.resting_services.retain(|_, since| now.duration_since(*since) < number_rest);
+        Reserved {
+            regions: self.retired.iter().map(|(_, region)| *region).collect(),
+            backends: self.resting_backends.keys().copied().collect(),
+            services: self.resting_services.keys().copied().collect(),
+        }
+    }
+
+    /// How long to sleep: until the next attempt, until the next look at what drains, or until something happens.
+    fn pause(&self, desired: Option<&DesiredState>) -> Duration {
+        if desired.is_some() && self.status.error.is_some() {
+            return self.intervals.retry;
+        }
+        let drains = self.memory.as_ref().is_some_and(|memory| {
+            let live: BTreeSet<u32> = memory.index.values().copied().collect();
+            memory.backends.values().any(|slot| !slot.eligible()) || memory.services.keys().any(|n| !live.contains(n))
+        });
+        if drains { self.intervals.drain } else { self.intervals.audit }
+    }
+
+    fn refresh_counts(&mut self) {
+        let Some(memory) = &mut self.memory else { return };
+        match self.datapath.flow_counts() {
+            Ok(counts) => {
+                for (number, slot) in &mut memory.services {
+                    slot.active = counts.services.get(number).copied().unwrap_or(0);
+                }
+                for (number, slot) in &mut memory.backends {
+                    slot.active = counts.backends.get(number).copied().unwrap_or(0);
+                }
+            }
+            Err(error) => warn!(%error, "flow counters could not be read"),
+        }
+    }
+
+    /// Reads the maps back. What differs is logged; the round that follows repairs it.
+    fn audit(&mut self) {
+        self.status.audits += 1;
+        let snapshot = match self.datapath.snapshot() {
+            Ok(snapshot) => snapshot,
+            Err(error) => {
+                warn!(%error, "the maps could not be read for the audit");
+                return;
+            }
+        };
+        if let Some(memory) = &self.memory {
+            let differences = differences(memory, &snapshot);
+            if !differences.is_empty() {
+                self.status.audit_findings += 1;
+                warn!(maps = ?differences, "the maps differ from what was written to them; repairing");
+            }
+        }
+        self.memory = Some(snapshot);
+    }
+}
+
+/// Names of the parts in which two states differ, flow counts and announcements aside.
+fn differences(memory: &DatapathState, snapshot: &DatapathState) -> Vec<&'static str> {
+    let services = |state: &DatapathState| -> Vec<_> {
+        state.services.iter().map(|(number, slot)| (*number, slot.entry, slot.label.clone())).collect()
+    };
+    let backends = |state: &DatapathState| -> Vec<_> {
+        state.backends.iter().map(|(number, slot)| (*number, slot.entry, slot.state)).collect()
+    };
+    let parts = [
+        ("frontend index", memory.index == snapshot.index),
+        ("services", services(memory) == services(snapshot)),
+        ("backends", backends(memory) == backends(snapshot)),
+        ("dnat index", memory.backend_index == snapshot.backend_index),
+        ("selection", memory.regions == snapshot.regions),
+        ("address filter", memory.filter == snapshot.filter),
+    ];
+    parts.into_iter().filter(|(_, same)| !same).map(|(name, _)| name).collect()
+}

@@ -1,0 +1,509 @@
+//! Which writes lead from the datapath as it is to the datapath as it should be, and in which order. Pure.
+//!
+//! Make before break: after every prefix of the list the datapath is valid, since the daemon may die between any two
+//! writes. A frontend's index entry points to a live service; its selection region is written whole before the service
+//! refers to it; the backends in it exist; its filter bits are set before it is reachable; a VIP is withdrawn before its
+//! maps change for the worse and announced after they changed for the better. The order is:
+//!
+//! 1. withdraw VIPs; 2. take frontends that are gone out of the index; 3. exclude backends that are gone or not eligible
+//!    (one in-place write each, so new flows avoid them at once); 4. write new backends, filter bits, the dnat index and
+//!    state words; 5. for each frontend: region, label, service, index; 6. let go of pools of services that are gone;
+//! 7. free what no flow uses; 8. clear filter bits; 9. announce VIPs.
+//!
+//! An excluded backend stays in the Maglev table between steps 3 and 5: selection skips it from the first write on, and a
+//! table without it follows in the same list. When no backend is eligible the service keeps no region at all, so that
+//! new flows are dropped with their reason and established ones go on.
+//!
+//! A service or a backend that is gone keeps its number, its entry and its filter bits until no flow uses it (drain).
+//! A frontend that changes between full-nat and dnat gets a new service number, and the old one drains.
+//!
+//! Numbers are the lowest free ones from 1; regions go first-fit, and never where a region was a moment ago
+//! ([`Reserved`]): a packet that had just read the old reference may still be looking there.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, SocketAddr},
+};
+
+use edge_common::maps::{BackendEntry, SNAT_ADDRESSES, ServiceEntry, ServiceKeyV4, backend_state, mode};
+
+use super::ports::{
+    Action, DatapathState, FilterBits, Region, frontend_of, region_chunks, service_key, state_word, weight_of, wire,
+};
+use crate::{
+    desired::{Announced, DesiredBackend, DesiredFrontend, DesiredState},
+    model::{Frontend, Mode, PoolMember},
+};
+
+/// Lowest SNAT port where none is configured; which of them may be used on the host's own addresses is a bitmap of its own.
+const SNAT_PORT_MIN: u16 = 1024;
+
+/// Fills a Maglev table of the given length with indices into the members, which are sorted by address.
+pub type Fill<'a> = dyn Fn(&[PoolMember], usize) -> Vec<u16> + 'a;
+
+/// What must not be given out again yet, although nothing in the maps refers to it any more.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reserved {
+    /// Regions that were replaced a moment ago: first chunk and number of chunks.
+    pub regions: Vec<(u32, u32)>,
+    /// Backend numbers that half-open flows may still carry.
+    pub backends: BTreeSet<u32>,
+    /// Service numbers that half-open flows may still carry.
+    pub services: BTreeSet<u32>,
+}
+
+/// The steps, and what could not be reached by any.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// Steps, in order.
+    pub actions: Vec<Action>,
+    /// Regions that the steps replace: first chunk and number of chunks. To be [`Reserved`] for a while.
+    pub retired: Vec<(u32, u32)>,
+    /// What cannot be done, for users: full maps, addresses without a datapath.
+    pub problems: Vec<String>,
+}
+
+/// Slots of the Maglev table for a pool: a prime at least 100 times the pool's size up to 655 backends, which keeps the
+/// difference between the shares of equal backends within about one percent.
+pub const fn table_length(members: usize) -> usize {
+    match members {
+        0..=8 => 1021,
+        9..=32 => 4093,
+        33..=128 => 16381,
+        _ => 65537,
+    }
+}
+
+/// Decides the steps. Nothing to do is an empty list.
+pub fn diff(desired: &DesiredState, actual: &DatapathState, reserved: &Reserved, fill: &Fill<'_>) -> Plan {
+    let mut planner = Planner {
+        desired,
+        reserved,
+        fill,
+        state: actual.clone(),
+        plan: Plan::default(),
+        services: BTreeMap::new(),
+        failed: BTreeSet::new(),
+    };
+    planner.withdraw();
+    planner.remove_frontends();
+    planner.number_services();
+    planner.exclude_backends();
+    planner.add_backends();
+    planner.add_filter_bits();
+    planner.index_backends();
+    planner.set_states();
+    planner.publish_services();
+    planner.release_pools();
+    planner.free();
+    planner.trim_filter();
+    planner.announce();
+    planner.plan
+}
+
+struct Planner<'a> {
+    desired: &'a DesiredState,
+    reserved: &'a Reserved,
+    fill: &'a Fill<'a>,
+    /// The datapath after the steps so far.
+    state: DatapathState,
+    plan: Plan,
+    /// Numbers of the desired frontends that have a pool.
+    services: BTreeMap<Frontend, u32>,
+    /// Frontends that cannot be served.
+    failed: BTreeSet<Frontend>,
+}
+
+impl<'a> Planner<'a> {
+    fn step(&mut self, action: Action) {
+        self.state.apply(&action);
+        self.plan.actions.push(action);
+    }
+
+    fn fail(&mut self, frontend: &Frontend, problem: String) {
+        self.plan.problems.push(problem);
+        self.failed.insert(*frontend);
+    }
+
+    /// Frontends with a known pool and a number, in order.
+    fn served(&self) -> Vec<(&'a Frontend, &'a DesiredFrontend, u32)> {
+        let desired = self.desired;
+        let number = |frontend| self.services.get(frontend).copied();
+        desired.frontends.iter().filter_map(|(key, value)| Some((key, value, number(key)?))).collect()
+    }
+
+    fn withdraw(&mut self) {
+        let gone: Vec<_> =
+            self.state.announced.keys().filter(|p| !self.desired.announcements.contains_key(p)).copied().collect();
+        for prefix in gone {
+            self.step(Action::Withdraw { prefix });
+        }
+    }
+
+    fn remove_frontends(&mut self) {
+        let desired = |key: &ServiceKeyV4| frontend_of(key).is_some_and(|f| self.desired.frontends.contains_key(&f));
+        let gone: Vec<_> = self.state.index.keys().filter(|key| !desired(key)).copied().collect();
+        for key in gone {
+            self.step(Action::RemoveIndex { key });
+        }
+    }
+
+    /// Finds each frontend's number: the one in the index, a draining one of the same frontend and mode, or a free one.
+    fn number_services(&mut self) {
+        let mut taken: BTreeSet<u32> = self.state.services.keys().copied().collect();
+        taken.extend(self.state.index.values());
+        taken.extend(&self.reserved.services);
+        let mut claimed = BTreeSet::new();
+        let desired = self.desired;
+        for (frontend, wanted) in desired.frontends.iter().filter(|(_, wanted)| wanted.pool.is_some()) {
+            let Some(key) = service_key(frontend.address, frontend.protocol) else {
+                self.fail(frontend, format!("{frontend}: IPv6 listen addresses have no datapath yet"));
+                continue;
+            };
+            let is_same = |entry: &ServiceEntry| same_frontend(entry, &key) && entry.mode == mode_number(wanted.mode);
+            let indexed = self.state.index.get(&key).copied();
+            let indexed = indexed.filter(|n| self.state.services.get(n).is_some_and(|slot| is_same(&slot.entry)));
+            let draining = || {
+                let mut slots = self.state.services.iter();
+                slots.find(|(number, slot)| is_same(&slot.entry) && !claimed.contains(*number)).map(|(n, _)| *n)
+            };
+            let number = indexed
+                .or_else(draining)
+                .or_else(|| (1..self.state.capacity.services).find(|number| !taken.contains(number)));
+            match number {
+                Some(number) => {
+                    taken.insert(number);
+                    claimed.insert(number);
+                    self.services.insert(*frontend, number);
+                }
+                None => self.fail(frontend, format!("{frontend}: the services map is full")),
+            }
+        }
+    }
+
+    /// The desired backends of a service number, by address and protocol number.
+    fn wanted(&self) -> BTreeMap<(u32, SocketAddr, u8), &'a DesiredBackend> {
+        let mut wanted = BTreeMap::new();
+        for (frontend, service, number) in self.served() {
+            for backend in service.pool.iter().flatten() {
+                wanted.insert((number, backend.address, frontend.protocol.number()), backend);
+            }
+        }
+        wanted
+    }
+
+    /// Service numbers whose frontend keeps what the maps have.
+    fn kept(&self) -> BTreeSet<u32> {
+        let keeps = |key: &ServiceKeyV4| {
+            let frontend = frontend_of(key).and_then(|frontend| self.desired.frontends.get(&frontend));
+            frontend.is_some_and(|frontend| frontend.pool.is_none())
+        };
+        self.state.index.iter().filter(|(key, _)| keeps(key)).map(|(_, number)| *number).collect()
+    }
+
+    fn exclude_backends(&mut self) {
+        let (wanted, kept) = (self.wanted(), self.kept());
+        let mut excluded = Vec::new();
+        for (number, slot) in &self.state.backends {
+            let entry = &slot.entry;
+            let eligible = wanted.get(&(entry.service, slot.address(), entry.protocol)).is_some_and(|b| b.eligible());
+            if slot.eligible() && !eligible && !kept.contains(&entry.service) {
+                excluded.push((*number, slot.state & !backend_state::ELIGIBLE));
+            }
+        }
+        for (number, state) in excluded {
+            self.step(Action::SetBackendState { number, state });
+        }
+    }
+
+    fn add_backends(&mut self) {
+        let mut known = BTreeMap::new();
+        for (number, slot) in &self.state.backends {
+            known.insert((slot.entry.service, slot.address(), slot.entry.protocol), *number);
+        }
+        let mut taken: BTreeSet<u32> = self.state.backends.keys().copied().collect();
+        taken.extend(&self.reserved.backends);
+        let mut free = (1..self.state.capacity.backends).filter(|number| !taken.contains(number));
+        let mut overflow = 0_usize;
+        for ((service, address, protocol), backend) in self.wanted() {
+            let SocketAddr::V4(_) = address else {
+                self.plan.problems.push(format!("backend {address}: IPv6 backends have no datapath yet"));
+                continue;
+            };
+            let number = known.get(&(service, address, protocol)).copied();
+            let before = number.and_then(|number| self.state.backends.get(&number)).map(|slot| slot.entry);
+            let Some(entry) = backend_entry(service, protocol, backend, before) else { continue };
+            match number.or_else(|| free.next()) {
+                Some(_) if before == Some(entry) => {}
+                Some(number) => self.step(Action::PutBackend { number, entry, fresh: before.is_none() }),
+                None => overflow += 1,
+            }
+        }
+        if overflow > 0 {
+            self.plan.problems.push(format!("the backends map is full: {overflow} backends are left out"));
+        }
+    }
+
+    fn add_filter_bits(&mut self) {
+        let mut planned = self.state.clone();
+        for (frontend, service, number) in self.served() {
+            if let Some(entry) = self.service_entry(frontend, service, 0) {
+                planned.services.entry(number).or_default().entry = entry;
+            }
+        }
+        // Bits for what is there before and after: entries may still change in between.
+        let needed = planned.needed_filter().union(&self.state.needed_filter());
+        self.set_filter(self.state.filter.union(&needed));
+    }
+
+    fn set_filter(&mut self, bits: FilterBits) {
+        if bits != self.state.filter {
+            self.step(Action::SetFilter { bits });
+        }
+    }
+
+    /// Points each dnat backend's address at its number: the wanted one first, else one that still drains.
+    fn index_backends(&mut self) {
+        let desired: BTreeMap<u32, Mode> = self.served().into_iter().map(|(_, s, number)| (number, s.mode)).collect();
+        let wanted = self.wanted();
+        let mut claims: BTreeMap<ServiceKeyV4, (bool, u32)> = BTreeMap::new();
+        for (number, slot) in &self.state.backends {
+            let entry = &slot.entry;
+            let old = self.state.services.get(&entry.service).map(|service| service.entry.mode == mode::DNAT);
+            let dnat = desired.get(&entry.service).map_or(old == Some(true), |mode| *mode == Mode::Dnat);
+            if dnat {
+                let drains = !wanted.contains_key(&(entry.service, slot.address(), entry.protocol));
+                let claim = (drains, *number);
+                let best = claims.entry(backend_key(entry)).or_insert(claim);
+                *best = claim.min(*best);
+            }
+        }
+        for (key, (_, number)) in claims {
+            if self.state.backend_index.get(&key) != Some(&number) {
+                self.step(Action::PutBackendIndex { key, number });
+            }
+        }
+    }
+
+    fn set_states(&mut self) {
+        let wanted = self.wanted();
+        let mut changes = Vec::new();
+        for (number, slot) in &self.state.backends {
+            let backend = wanted.get(&(slot.entry.service, slot.address(), slot.entry.protocol));
+            let Some(backend) = backend.filter(|backend| backend.eligible()) else { continue };
+            let state = state_word(true, backend.weight);
+            if slot.state != state {
+                changes.push((*number, state));
+            }
+        }
+        for (number, state) in changes {
+            self.step(Action::SetBackendState { number, state });
+        }
+    }
+
+    fn publish_services(&mut self) {
+        for (frontend, service, number) in self.served() {
+            let Some(key) = service_key(frontend.address, frontend.protocol) else { continue };
+            let before = self.state.services.get(&number).map(|slot| slot.entry).unwrap_or_default();
+            let Some(selection) = self.publish_region(frontend, number, before.selection) else { continue };
+            let Some(entry) = self.service_entry(frontend, service, selection) else { continue };
+            let fresh = !same_frontend(&before, &key);
+            if self.state.services.get(&number).is_none_or(|slot| slot.label != service.service) {
+                self.step(Action::PutLabel { number, label: service.service.clone() });
+            }
+            if before != entry {
+                self.retire(before.selection);
+                self.step(Action::PutService { number, entry, fresh });
+            }
+            if self.state.index.get(&key) != Some(&number) {
+                self.step(Action::SetIndex { key, number });
+            }
+        }
+    }
+
+    /// The region that a service should refer to, written if it is not there yet; `None` where there is no room.
+    fn publish_region(&mut self, frontend: &Frontend, service: u32, current: u32) -> Option<u32> {
+        let mut members: Vec<(PoolMember, u32)> = Vec::new();
+        for (number, slot) in &self.state.backends {
+            if slot.entry.service == service && slot.eligible() {
+                members.push((PoolMember { address: slot.address(), weight: weight_of(slot.state) }, *number));
+            }
+        }
+        if members.is_empty() {
+            return Some(0);
+        }
+        // By address, so that edges with the same pool build the same table.
+        members.sort_unstable();
+        let pool: Vec<PoolMember> = members.iter().map(|(member, _)| *member).collect();
+        let table = (self.fill)(&pool, table_length(pool.len()));
+        let region = Region { pool: members.into_iter().map(|(_, number)| number).collect(), table };
+        if current != 0 && self.state.regions.get(&current) == Some(&region) {
+            return Some(current);
+        }
+        let Some(first_chunk) = self.room(region.chunks()) else {
+            self.fail(frontend, format!("{frontend}: the selection map is full; its pool stays as it was"));
+            return None;
+        };
+        self.step(Action::WriteRegion { first_chunk, region });
+        Some(first_chunk)
+    }
+
+    /// The first gap of `chunks` chunks.
+    fn room(&self, chunks: u32) -> Option<u32> {
+        let live = self.state.regions.iter().map(|(first, region)| (*first, region.chunks()));
+        let mut used: Vec<(u32, u32)> = live.collect();
+        used.extend(&self.reserved.regions);
+        used.extend(&self.plan.retired);
+        used.sort_unstable();
+        let mut first = 1_u32;
+        for (start, length) in used {
+            if start.saturating_sub(first) >= chunks {
+                break;
+            }
+            first = first.max(start.saturating_add(length));
+        }
+        (first.checked_add(chunks)? <= self.state.capacity.chunks).then_some(first)
+    }
+
+    fn retire(&mut self, first_chunk: u32) {
+        if let Some(region) = self.state.regions.get(&first_chunk) {
+            self.plan.retired.push((first_chunk, region_chunks(region.pool.len(), region.table.len())));
+        }
+    }
+
+    /// Services that no frontend leads to let go of their pool, so that its backends can be freed as they drain.
+    fn release_pools(&mut self) {
+        let live: BTreeSet<u32> = self.state.index.values().copied().collect();
+        let draining = self.state.services.iter().filter(|(n, slot)| !live.contains(n) && slot.entry.selection != 0);
+        let draining: Vec<_> = draining.map(|(number, slot)| (*number, slot.entry)).collect();
+        for (number, entry) in draining {
+            self.retire(entry.selection);
+            let entry = ServiceEntry { selection: 0, ..entry };
+            self.step(Action::PutService { number, entry, fresh: false });
+        }
+    }
+
+    fn free(&mut self) {
+        let (wanted, kept) = (self.wanted(), self.kept());
+        let referenced: BTreeSet<u32> =
+            self.state.regions.values().flat_map(|region| region.pool.iter().copied()).collect();
+        let mut idle = Vec::new();
+        for (number, slot) in &self.state.backends {
+            let is_wanted = wanted.contains_key(&(slot.entry.service, slot.address(), slot.entry.protocol));
+            let in_use = slot.active > 0 || referenced.contains(number) || self.reserved.backends.contains(number);
+            if !is_wanted && !in_use && !kept.contains(&slot.entry.service) {
+                idle.push((*number, backend_key(&slot.entry)));
+            }
+        }
+        for (number, key) in idle {
+            if self.state.backend_index.get(&key) == Some(&number) {
+                self.step(Action::RemoveBackendIndex { key });
+            }
+            self.step(Action::FreeBackend { number });
+        }
+        self.drop_stale_backend_keys();
+        let live: BTreeSet<u32> = self.state.index.values().copied().collect();
+        let used: BTreeSet<u32> = self.state.backends.values().map(|slot| slot.entry.service).collect();
+        let services = self.state.services.iter().filter(|(number, slot)| {
+            let gone = !live.contains(number) && !used.contains(number);
+            gone && slot.active == 0 && !self.reserved.services.contains(number)
+        });
+        let services: Vec<_> = services.map(|(number, _)| *number).collect();
+        for number in services {
+            self.step(Action::FreeService { number });
+        }
+    }
+
+    /// Keys of the dnat index that no longer lead to a backend with that address.
+    fn drop_stale_backend_keys(&mut self) {
+        let leads = |key: &ServiceKeyV4, number: &u32| {
+            self.state.backends.get(number).is_some_and(|slot| backend_key(&slot.entry) == *key)
+        };
+        let stale: Vec<_> =
+            self.state.backend_index.iter().filter(|(key, number)| !leads(key, number)).map(|(key, _)| *key).collect();
+        for key in stale {
+            self.step(Action::RemoveBackendIndex { key });
+        }
+    }
+
+    fn trim_filter(&mut self) {
+        self.set_filter(self.state.needed_filter());
+    }
+
+    fn announce(&mut self) {
+        for (prefix, attributes) in &self.desired.announcements {
+            let mut frontends = self.desired.frontends.iter().filter(|(f, _)| prefix.contains(&f.address.ip()));
+            let ready = frontends.any(|(f, d)| d.announced == Announced::Yes && !self.failed.contains(f));
+            if ready && self.state.announced.get(prefix) != Some(attributes) {
+                self.step(Action::Announce { prefix: *prefix, attributes: attributes.clone() });
+            }
+        }
+    }
+
+    fn service_entry(&self, frontend: &Frontend, service: &DesiredFrontend, selection: u32) -> Option<ServiceEntry> {
+        let key = service_key(frontend.address, frontend.protocol)?;
+        let mut snat_addresses = [0; SNAT_ADDRESSES];
+        let mut snat_count = 0;
+        let configured = service.snat.addresses.iter().filter_map(|address| match address {
+            IpAddr::V4(address) => Some(wire(*address)),
+            IpAddr::V6(_) => None,
+        });
+        for (slot, address) in snat_addresses.iter_mut().zip(configured) {
+            *slot = address;
+            snat_count += 1;
+        }
+        let (snat_port_min, snat_port_max) = service.snat.ports.unwrap_or((SNAT_PORT_MIN, u16::MAX));
+        Some(ServiceEntry {
+            address: key.address,
+            port: key.port,
+            protocol: key.protocol,
+            mode: mode_number(service.mode),
+            selection,
+            snat_count,
+            snat_addresses,
+            snat_port_min,
+            snat_port_max,
+            established_timeout: service.timeouts.established,
+            half_open_timeout: service.timeouts.half_open,
+            closing_timeout: service.timeouts.closing,
+            _pad: 0,
+        })
+    }
+}
+
+fn same_frontend(entry: &ServiceEntry, key: &ServiceKeyV4) -> bool {
+    (entry.address, entry.port, entry.protocol) == (key.address, key.port, key.protocol)
+}
+
+const fn mode_number(mode: Mode) -> u8 {
+    match mode {
+        Mode::FullNat => mode::FULL_NAT,
+        Mode::Dnat => mode::DNAT,
+    }
+}
+
+const fn backend_key(entry: &BackendEntry) -> ServiceKeyV4 {
+    ServiceKeyV4 { address: entry.address, port: entry.port, protocol: entry.protocol, _pad: 0 }
+}
+
+/// The entry of a backend; a SNAT address that is not known now stays as it was.
+fn backend_entry(
+    service: u32,
+    protocol: u8,
+    backend: &DesiredBackend,
+    before: Option<BackendEntry>,
+) -> Option<BackendEntry> {
+    let SocketAddr::V4(address) = backend.address else { return None };
+    let snat_address = match backend.snat_address {
+        Some(IpAddr::V4(address)) => wire(address),
+        _ => before.map_or(0, |entry| entry.snat_address),
+    };
+    Some(BackendEntry {
+        address: wire(*address.ip()),
+        port: address.port().to_be(),
+        protocol,
+        _pad: 0,
+        service,
+        snat_address,
+    })
+}

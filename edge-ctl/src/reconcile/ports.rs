@@ -1,0 +1,452 @@
+//! What the reconciler knows of the datapath, what it can do to it, and the two traits through which it does so. Plain
+//! data: no I/O, no clock.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4},
+};
+
+use edge_common::maps::{
+    self, BackendEntry, POOL_PER_CHUNK, SLOTS_PER_CHUNK, ServiceEntry, ServiceKeyV4, backend_state, mode,
+};
+use ipnet::IpNet;
+
+use crate::{
+    desired::AdoptedBackend,
+    model::{Frontend, PathAttributes, Protocol},
+};
+
+/// The datapath's maps, and what BGP was told.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DatapathState {
+    /// Frontend to service number.
+    pub index: BTreeMap<ServiceKeyV4, u32>,
+    /// Services by number, those that only drain included.
+    pub services: BTreeMap<u32, ServiceSlot>,
+    /// Backends by number, those that only drain included.
+    pub backends: BTreeMap<u32, BackendSlot>,
+    /// A dnat backend's address to its number.
+    pub backend_index: BTreeMap<ServiceKeyV4, u32>,
+    /// Selection regions that a service refers to, by first chunk.
+    pub regions: BTreeMap<u32, Region>,
+    /// The address prefilter.
+    pub filter: FilterBits,
+    /// VIP prefixes that BGP was told to announce.
+    pub announced: BTreeMap<IpNet, PathAttributes>,
+    /// How much the maps can hold.
+    pub capacity: Capacity,
+}
+
+/// Sizes of the maps; number 0 and chunk 0 are never used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capacity {
+    /// Service numbers, 0 included.
+    pub services: u32,
+    /// Backend numbers, 0 included.
+    pub backends: u32,
+    /// Selection chunks, 0 included.
+    pub chunks: u32,
+}
+
+impl Default for Capacity {
+    fn default() -> Self {
+        Self { services: maps::SERVICES, backends: maps::BACKENDS, chunks: maps::SELECTION_CHUNKS }
+    }
+}
+
+/// One element of the services map, and its label and flow count.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ServiceSlot {
+    /// The entry.
+    pub entry: ServiceEntry,
+    /// The service's name.
+    pub label: String,
+    /// Flows that still use it.
+    pub active: u64,
+}
+
+/// One element of the backends map, and its state and flow count.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BackendSlot {
+    /// The entry.
+    pub entry: BackendEntry,
+    /// State word: [`backend_state`] bits, weight in the upper half.
+    pub state: u32,
+    /// Flows that still use it.
+    pub active: u64,
+}
+
+impl BackendSlot {
+    /// True where it may be given new flows.
+    pub fn eligible(&self) -> bool {
+        self.state & backend_state::ELIGIBLE != 0
+    }
+
+    /// Address and port.
+    pub fn address(&self) -> SocketAddr {
+        socket_address(self.entry.address, self.entry.port)
+    }
+}
+
+/// Bits of a backend's state word that hold its weight, for whoever adopts the maps; the program does not look at them.
+pub const WEIGHT_SHIFT: u32 = 16;
+
+/// The state word of a backend.
+pub const fn state_word(eligible: bool, weight: u16) -> u32 {
+    ((weight as u32) << WEIGHT_SHIFT) | if eligible { backend_state::ELIGIBLE } else { 0 }
+}
+
+/// The weight in a state word, at least 1.
+pub fn weight_of(state: u32) -> u16 {
+    u16::try_from(state >> WEIGHT_SHIFT).unwrap_or(u16::MAX).max(1)
+}
+
+/// A pool and its Maglev table, as one region of the selection map.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Region {
+    /// Backend numbers.
+    pub pool: Vec<u32>,
+    /// Indices into `pool`.
+    pub table: Vec<u16>,
+}
+
+impl Region {
+    /// Chunks it takes: one for the header, then the pool's, then the table's.
+    pub fn chunks(&self) -> u32 {
+        region_chunks(self.pool.len(), self.table.len())
+    }
+}
+
+/// Chunks of a region with a pool and a table of these lengths.
+pub fn region_chunks(pool: usize, table: usize) -> u32 {
+    let pool = pool.div_ceil(POOL_PER_CHUNK as usize);
+    let table = table.div_ceil(SLOTS_PER_CHUNK as usize);
+    u32::try_from(1 + pool + table).unwrap_or(u32::MAX)
+}
+
+/// The address prefilter as sets of bit numbers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FilterBits {
+    /// VIPs and SNAT addresses, as destinations.
+    pub destinations: BTreeSet<u32>,
+    /// dnat backends, as sources.
+    pub sources: BTreeSet<u32>,
+}
+
+impl FilterBits {
+    /// All bits of both.
+    pub fn union(&self, other: &Self) -> Self {
+        Self {
+            destinations: self.destinations.union(&other.destinations).copied().collect(),
+            sources: self.sources.union(&other.sources).copied().collect(),
+        }
+    }
+}
+
+/// One step towards the desired state. Every variant but `WriteRegion` is one write that packets see whole; a region is
+/// written before anything refers to it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Tell BGP to stop announcing a VIP.
+    Withdraw {
+        /// The VIP's prefix.
+        prefix: IpNet,
+    },
+    /// Take a frontend out of the index: new flows are no longer ours.
+    RemoveIndex {
+        /// The frontend.
+        key: ServiceKeyV4,
+    },
+    /// Write a backend's state word: make it eligible, or exclude it from new flows.
+    SetBackendState {
+        /// Backend number.
+        number: u32,
+        /// State word.
+        state: u32,
+    },
+    /// Write a backend's entry.
+    PutBackend {
+        /// Backend number.
+        number: u32,
+        /// The entry.
+        entry: BackendEntry,
+        /// True where the number is newly given out: its counters start from zero.
+        fresh: bool,
+    },
+    /// Write the whole address prefilter.
+    SetFilter {
+        /// Its bits.
+        bits: FilterBits,
+    },
+    /// Point a dnat backend's address at its number.
+    PutBackendIndex {
+        /// The backend's address, port, protocol.
+        key: ServiceKeyV4,
+        /// Backend number.
+        number: u32,
+    },
+    /// Forget a dnat backend's address.
+    RemoveBackendIndex {
+        /// The backend's address, port, protocol.
+        key: ServiceKeyV4,
+    },
+    /// Write a selection region that nothing refers to yet.
+    WriteRegion {
+        /// First chunk.
+        first_chunk: u32,
+        /// Pool and table.
+        region: Region,
+    },
+    /// Write a service's name.
+    PutLabel {
+        /// Service number.
+        number: u32,
+        /// The name.
+        label: String,
+    },
+    /// Write a service's entry; publishes the region it refers to.
+    PutService {
+        /// Service number.
+        number: u32,
+        /// The entry.
+        entry: ServiceEntry,
+        /// True where the number is newly given out: its counters start from zero.
+        fresh: bool,
+    },
+    /// Point a frontend at its service number: new flows become ours.
+    SetIndex {
+        /// The frontend.
+        key: ServiceKeyV4,
+        /// Service number.
+        number: u32,
+    },
+    /// Free a backend number that no flow uses.
+    FreeBackend {
+        /// Backend number.
+        number: u32,
+    },
+    /// Free a service number that no flow uses.
+    FreeService {
+        /// Service number.
+        number: u32,
+    },
+    /// Tell BGP to announce a VIP, or with which attributes.
+    Announce {
+        /// The VIP's prefix.
+        prefix: IpNet,
+        /// Path attributes.
+        attributes: PathAttributes,
+    },
+}
+
+impl Action {
+    /// The name that counters and logs show.
+    pub const fn kind(&self) -> &'static str {
+        match self {
+            Self::Withdraw { .. } => "withdraw",
+            Self::RemoveIndex { .. } => "remove-index",
+            Self::SetBackendState { .. } => "set-backend-state",
+            Self::PutBackend { .. } => "put-backend",
+            Self::SetFilter { .. } => "set-filter",
+            Self::PutBackendIndex { .. } => "put-backend-index",
+            Self::RemoveBackendIndex { .. } => "remove-backend-index",
+            Self::WriteRegion { .. } => "write-region",
+            Self::PutLabel { .. } => "put-label",
+            Self::PutService { .. } => "put-service",
+            Self::SetIndex { .. } => "set-index",
+            Self::FreeBackend { .. } => "free-backend",
+            Self::FreeService { .. } => "free-service",
+            Self::Announce { .. } => "announce",
+        }
+    }
+}
+
+impl DatapathState {
+    /// The state after one action.
+    pub fn apply(&mut self, action: &Action) {
+        match action {
+            Action::Withdraw { prefix } => drop(self.announced.remove(prefix)),
+            Action::RemoveIndex { key } => drop(self.index.remove(key)),
+            Action::SetBackendState { number, state } => {
+                self.backends.entry(*number).or_default().state = *state;
+            }
+            Action::PutBackend { number, entry, fresh } => {
+                let slot = self.backends.entry(*number).or_default();
+                slot.entry = *entry;
+                if *fresh {
+                    slot.active = 0;
+                }
+            }
+            Action::SetFilter { bits } => self.filter = bits.clone(),
+            Action::PutBackendIndex { key, number } => drop(self.backend_index.insert(*key, *number)),
+            Action::RemoveBackendIndex { key } => drop(self.backend_index.remove(key)),
+            Action::WriteRegion { first_chunk, region } => drop(self.regions.insert(*first_chunk, region.clone())),
+            Action::PutLabel { number, label } => self.services.entry(*number).or_default().label = label.clone(),
+            Action::PutService { number, entry, fresh } => {
+                let slot = self.services.entry(*number).or_default();
+                slot.entry = *entry;
+                if *fresh {
+                    slot.active = 0;
+                }
+                self.forget_unreferenced_regions();
+            }
+            Action::SetIndex { key, number } => drop(self.index.insert(*key, *number)),
+            Action::FreeBackend { number } => drop(self.backends.remove(number)),
+            Action::FreeService { number } => {
+                self.services.remove(number);
+                self.forget_unreferenced_regions();
+            }
+            Action::Announce { prefix, attributes } => drop(self.announced.insert(*prefix, attributes.clone())),
+        }
+    }
+
+    fn forget_unreferenced_regions(&mut self) {
+        let services = &self.services;
+        self.regions.retain(|first, _| services.values().any(|slot| slot.entry.selection == *first));
+    }
+
+    /// The number of a backend of a service, if it has one.
+    pub fn backend_number(&self, service: u32, address: SocketAddr, protocol: Protocol) -> Option<u32> {
+        self.backends.iter().find_map(|(number, slot)| {
+            let entry = &slot.entry;
+            let same = entry.service == service && entry.protocol == protocol.number() && slot.address() == address;
+            same.then_some(*number)
+        })
+    }
+
+    /// What the maps hold for each frontend in the index, for [`crate::desired::Inputs::adopted`].
+    pub fn adopted(&self) -> BTreeMap<Frontend, Vec<AdoptedBackend>> {
+        let mut adopted = BTreeMap::new();
+        for (key, number) in &self.index {
+            let Some(frontend) = frontend_of(key) else { continue };
+            let backends = self.backends.values().filter(|slot| slot.entry.service == *number);
+            let backends = backends.map(|slot| AdoptedBackend {
+                address: slot.address(),
+                weight: weight_of(slot.state),
+                eligible: slot.eligible(),
+                snat_address: (slot.entry.snat_address != 0).then(|| ip(slot.entry.snat_address)),
+            });
+            adopted.insert(frontend, backends.collect());
+        }
+        adopted
+    }
+
+    /// The filter bits that the services and backends in this state need.
+    pub fn needed_filter(&self) -> FilterBits {
+        let mut bits = FilterBits::default();
+        for slot in self.services.values() {
+            bits.destinations.insert(edge_common::filter::bit(slot.entry.address));
+            let count = usize::try_from(slot.entry.snat_count).unwrap_or(usize::MAX);
+            for address in slot.entry.snat_addresses.iter().take(count) {
+                bits.destinations.insert(edge_common::filter::bit(*address));
+            }
+        }
+        for slot in self.backends.values() {
+            if slot.entry.snat_address != 0 {
+                bits.destinations.insert(edge_common::filter::bit(slot.entry.snat_address));
+            }
+            if self.services.get(&slot.entry.service).is_some_and(|service| service.entry.mode == mode::DNAT) {
+                bits.sources.insert(edge_common::filter::bit(slot.entry.address));
+            }
+        }
+        bits
+    }
+}
+
+/// Flows by number.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FlowCounts {
+    /// By service number.
+    pub services: BTreeMap<u32, u64>,
+    /// By backend number.
+    pub backends: BTreeMap<u32, u64>,
+}
+
+/// A port could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}: {reason}")]
+pub struct PortError {
+    /// What was being done.
+    pub what: String,
+    /// Why it failed.
+    pub reason: String,
+}
+
+impl PortError {
+    /// An error from what was being done and why it failed.
+    pub fn new(what: impl Into<String>, reason: impl fmt::Display) -> Self {
+        Self { what: what.into(), reason: reason.to_string() }
+    }
+}
+
+/// The datapath's maps.
+pub trait DatapathPort: Send {
+    /// Reads everything that [`DatapathState`] holds, but for `announced`.
+    ///
+    /// # Errors
+    /// Where a map cannot be read.
+    fn snapshot(&mut self) -> Result<DatapathState, PortError>;
+
+    /// Reads how many flows use each service and backend number; 0 may be left out.
+    ///
+    /// # Errors
+    /// Where a map cannot be read.
+    fn flow_counts(&mut self) -> Result<FlowCounts, PortError>;
+
+    /// Carries out one action other than `Announce` and `Withdraw`; returns the number of map writes.
+    ///
+    /// # Errors
+    /// Where a map cannot be written. The action may then be half done, and doing it again is safe.
+    fn apply(&mut self, action: &Action) -> Result<u64, PortError>;
+}
+
+/// BGP, as far as VIPs go.
+pub trait AnnouncementPort: Send {
+    /// What BGP was told to announce since it started.
+    fn announced(&self) -> BTreeMap<IpNet, PathAttributes>;
+
+    /// Announces a VIP, or changes its attributes.
+    ///
+    /// # Errors
+    /// Where BGP no longer listens.
+    fn announce(&mut self, prefix: IpNet, attributes: &PathAttributes) -> Result<(), PortError>;
+
+    /// Withdraws a VIP.
+    ///
+    /// # Errors
+    /// Where BGP no longer listens.
+    fn withdraw(&mut self, prefix: IpNet) -> Result<(), PortError>;
+}
+
+/// The map key of an IPv4 address, port and protocol; `None` for IPv6.
+pub fn service_key(address: SocketAddr, protocol: Protocol) -> Option<ServiceKeyV4> {
+    let SocketAddr::V4(address) = address else { return None };
+    Some(ServiceKeyV4 {
+        address: wire(*address.ip()),
+        port: address.port().to_be(),
+        protocol: protocol.number(),
+        _pad: 0,
+    })
+}
+
+/// The frontend behind a map key; `None` where its protocol is not one of ours.
+pub fn frontend_of(key: &ServiceKeyV4) -> Option<Frontend> {
+    let protocol = Protocol::from_number(key.protocol)?;
+    Some(Frontend { address: socket_address(key.address, key.port), protocol })
+}
+
+/// An IPv4 address as maps hold it: network order.
+pub fn wire(address: Ipv4Addr) -> u32 {
+    u32::from_ne_bytes(address.octets())
+}
+
+/// An IPv4 address from a map value in network order.
+pub fn ip(wire: u32) -> IpAddr {
+    IpAddr::V4(Ipv4Addr::from(wire.to_ne_bytes()))
+}
+
+/// Address and port from map values in network order.
+pub fn socket_address(address: u32, port: u16) -> SocketAddr {
+    SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::from(address.to_ne_bytes()), u16::from_be(port)))
+}
