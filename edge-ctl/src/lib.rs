@@ -3,6 +3,7 @@
 //! Imports go one way (`cargo xtask check-layers`): `model <- config, sources, desired, bgp, reconcile <- datapath,
 //! fib <- daemon`; `api` and `cli` see `model`. See `docs/architecture.md`.
 
+pub mod bgp;
 pub mod config;
 pub mod datapath;
 pub mod desired;

@@ -1,0 +1,620 @@
+//! The actor: owns every peer, the RIB and what we originate, and turns decisions into I/O.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    hash::{BuildHasher, Hasher, RandomState},
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use tokio::{
+    net::TcpStream,
+    sync::mpsc,
+    time::{Instant, sleep_until},
+};
+
+use super::{
+    BgpError, BgpEvent, CONVERGENCE_SILENCE, CONVERGENCE_TIMEOUT, Command,
+    advertise::{AdjRibOut, Originated},
+    fsm::{self, Action, Event, Now, Side},
+    listener::{self, Listener},
+    peer::{self, Peer, Session},
+    policy::Local,
+    rib::Rib,
+    session::{self, LinkEvent, LinkId},
+    show,
+    wire::{self, EncodeError, Family, Message, Notification, Update, cease},
+};
+use crate::config::valid;
+
+/// Link events processed in one go before routes are handed on.
+const BURST: usize = 64;
+/// A peer that asks for refreshes and does not read them is cut off at this many queued messages.
+const LONGEST_OUTBOX: u64 = 65_536;
+/// How long a shutdown waits for the last NOTIFICATIONs to be written.
+const SHUTDOWN_WAIT: Duration = Duration::from_millis(500);
+
+/// What connections, dials and listeners report.
+enum Input {
+    Accepted(TcpStream, SocketAddr),
+    Dialled(IpAddr, LinkId, std::io::Result<TcpStream>),
+    Link(IpAddr, LinkId, LinkEvent),
+}
+
+/// See the module.
+pub struct Actor {
+    config: valid::Bgp,
+    peers: BTreeMap<IpAddr, Peer>,
+    listeners: BTreeMap<Family, Listener>,
+    rib: Rib,
+    originated: Originated,
+    /// Grows with every change of what we originate.
+    version: u64,
+    events: Option<mpsc::Sender<BgpEvent>>,
+    /// Events other than routes that wait for the daemon.
+    pending: VecDeque<BgpEvent>,
+    converged: bool,
+    commands: mpsc::Receiver<Command>,
+    inputs: mpsc::Receiver<Input>,
+    input: mpsc::Sender<Input>,
+    next_link: LinkId,
+    random: RandomState,
+    draws: u64,
+    start: Instant,
+}
+
+impl Actor {
+    /// Binds the listeners and prepares every peer.
+    pub fn new(
+        config: valid::Bgp,
+        events: mpsc::Sender<BgpEvent>,
+        commands: mpsc::Receiver<Command>,
+    ) -> Result<Self, BgpError> {
+        let (input, inputs) = mpsc::channel(BURST);
+        let listeners = listen(&config, &input)?;
+        let local = Local {
+            asn: config.asn,
+            router_id: config.router_id,
+            addresses: config.peers.values().filter_map(|peer| peer.local_address).collect(),
+        };
+        let mut actor = Self {
+            peers: config.peers.iter().map(|(address, peer)| (*address, Peer::new(&config, peer))).collect(),
+            config,
+            listeners,
+            rib: Rib::new(local),
+            originated: Originated::default(),
+            version: 0,
+            events: Some(events),
+            pending: VecDeque::new(),
+            converged: false,
+            commands,
+            inputs,
+            input,
+            next_link: 0,
+            random: RandomState::new(),
+            draws: 0,
+            start: Instant::now(),
+        };
+        actor.originated.set_networks(&actor.config.networks.clone());
+        actor.originated_changed();
+        Ok(actor)
+    }
+
+    /// Runs until shut down.
+    pub async fn run(mut self) {
+        let addresses: Vec<IpAddr> = self.peers.keys().copied().collect();
+        for address in addresses {
+            self.feed(address, Event::ManualStart);
+        }
+        loop {
+            self.run_timers();
+            self.check_convergence();
+            let events = self.events.clone();
+            let waiting = self.rib.has_changes() || !self.pending.is_empty();
+            let deadline = self.start + self.next_deadline();
+            tokio::select! {
+                Some(input) = self.inputs.recv() => {
+                    self.on_input(input);
+                    for _ in 1..BURST {
+                        let Ok(input) = self.inputs.try_recv() else { break };
+                        self.on_input(input);
+                    }
+                }
+                command = self.commands.recv() => match command {
+                    Some(Command::Shutdown(reply)) => {
+                        self.shut_down().await;
+                        let _ = reply.send(());
+                        return;
+                    }
+                    Some(command) => self.on_command(command),
+                    None => return self.shut_down().await,
+                },
+                permit = reserve(events), if waiting => match permit {
+                    Some(permit) => self.emit(permit),
+                    // The daemon no longer listens; sessions stay up until it lets go of the handle too.
+                    None => self.events = None,
+                },
+                () = sleep_until(deadline) => {}
+            }
+            if self.events.is_none() {
+                self.pending.clear();
+                self.rib.take_changes();
+            }
+        }
+    }
+
+    fn now(&mut self) -> Now {
+        self.draws += 1;
+        let mut hasher = self.random.build_hasher();
+        hasher.write_u64(self.draws);
+        Now { time: self.start.elapsed(), random: (hasher.finish() >> 32) as u32 }
+    }
+
+    fn next_deadline(&self) -> Duration {
+        let timers = self.peers.values().filter_map(|peer| peer.fsm.next_deadline());
+        let now = self.start.elapsed();
+        let silence =
+            self.peers.values().filter_map(|peer| Some(peer.session.as_ref()?.last_update + CONVERGENCE_SILENCE));
+        let silence = silence.filter(|at| !self.converged && *at > now);
+        let timeout = (!self.converged).then_some(CONVERGENCE_TIMEOUT);
+        timers.chain(silence).chain(timeout).min().unwrap_or(now + Duration::from_secs(3600))
+    }
+
+    fn run_timers(&mut self) {
+        let addresses: Vec<IpAddr> = self.peers.keys().copied().collect();
+        let time = self.start.elapsed();
+        for address in addresses {
+            while let Some(event) = self.peers.get(&address).and_then(|peer| peer.fsm.due(time)) {
+                self.feed(address, event);
+            }
+        }
+    }
+
+    fn check_convergence(&mut self) {
+        if self.converged {
+            return;
+        }
+        let now = self.start.elapsed();
+        let complete = |peer: &Peer| peer.session.as_ref().is_some_and(|s| s.converged(now, CONVERGENCE_SILENCE));
+        if now >= CONVERGENCE_TIMEOUT || self.peers.values().all(complete) {
+            self.converged = true;
+            self.pending.push_back(BgpEvent::Converged);
+        }
+    }
+
+    /// Routes go first, so that what an event speaks of has been told before it.
+    fn emit(&mut self, permit: mpsc::OwnedPermit<BgpEvent>) {
+        if self.rib.has_changes() {
+            permit.send(BgpEvent::Routes(self.rib.take_changes()));
+        } else if let Some(event) = self.pending.pop_front() {
+            permit.send(event);
+        }
+    }
+
+    /// One step of a peer's state machine and everything that follows from it.
+    fn feed(&mut self, address: IpAddr, event: Event) {
+        let now = self.now();
+        let Some(peer) = self.peers.get_mut(&address) else { return };
+        let before = peer.fsm.name();
+        let actions = fsm::step(&mut peer.fsm, now, event);
+        let after = peer.fsm.name();
+        if before != after {
+            tracing::debug!(peer = %address, from = before.as_str(), to = after.as_str(), "BGP state");
+        }
+        for action in actions {
+            self.act(address, action, now.time);
+        }
+    }
+
+    fn act(&mut self, address: IpAddr, action: Action, now: Duration) {
+        match action {
+            Action::Dial => self.dial(address),
+            Action::StopDial => {
+                if let Some((_, task)) = self.peers.get_mut(&address).and_then(|peer| peer.dial.take()) {
+                    task.abort();
+                }
+            }
+            Action::SendOpen(side, open) => self.send(address, side, "open_sent", open.encode()),
+            Action::SendKeepalive(side) => self.send(address, side, "keepalive_sent", wire::encode_keepalive()),
+            Action::SendNotification(side, notification) => {
+                self.send(address, side, "notification_sent", notification.encode());
+            }
+            Action::Close(side) => {
+                if let Some(peer) = self.peers.get_mut(&address) {
+                    *peer.link_mut(side) = None;
+                }
+            }
+            Action::Up(side, negotiated) => self.up(address, side, negotiated, now),
+            Action::Down(reason) => self.down(address, reason, now),
+            Action::Failed(reason) => {
+                if let Some(peer) = self.peers.get_mut(&address) {
+                    tracing::info!(peer = %address, %reason, "BGP session not established");
+                    peer.last_reset = Some(reason);
+                }
+            }
+        }
+    }
+
+    fn send(&mut self, address: IpAddr, side: Side, name: &'static str, message: Result<Bytes, EncodeError>) {
+        let Some(peer) = self.peers.get_mut(&address) else { return };
+        match message {
+            Ok(message) => {
+                if let Some(link) = peer.link(side) {
+                    link.send(message);
+                    peer.count(name);
+                }
+            }
+            Err(error) => tracing::error!(peer = %address, %error, "BGP message not sent"),
+        }
+    }
+
+    fn dial(&mut self, address: IpAddr) {
+        self.next_link += 1;
+        let id = self.next_link;
+        let Some(peer) = self.peers.get_mut(&address) else { return };
+        let (config, internal, input) = (peer.config.clone(), peer.policy.internal, self.input.clone());
+        let task = tokio::spawn(async move {
+            let result = session::dial(&config, internal).await;
+            // The actor is gone where this fails, and so is the reason to dial.
+            let _ = input.send(Input::Dialled(address, id, result)).await;
+        });
+        peer.dial = Some((id, task.abort_handle()));
+    }
+
+    fn on_input(&mut self, input: Input) {
+        match input {
+            Input::Accepted(stream, remote) => self.accepted(stream, remote),
+            Input::Dialled(address, id, result) => self.dialled(address, id, result),
+            Input::Link(address, id, event) => self.on_link(address, id, event),
+        }
+    }
+
+    fn accepted(&mut self, stream: TcpStream, remote: SocketAddr) {
+        let address = remote.ip();
+        let Some(peer) = self.peers.get(&address) else {
+            tracing::info!(%remote, "BGP connection refused: no such peer is configured");
+            return;
+        };
+        if peer.incoming.is_some() {
+            tracing::info!(%remote, "BGP connection refused: the peer has an incoming connection already");
+            return;
+        }
+        match session::prepare_accepted(&stream, &peer.config, peer.policy.internal) {
+            Ok(()) => self.connected(address, Side::Incoming, stream),
+            Err(error) => tracing::warn!(%remote, %error, "BGP connection refused: socket options"),
+        }
+    }
+
+    fn dialled(&mut self, address: IpAddr, id: LinkId, result: std::io::Result<TcpStream>) {
+        let Some(peer) = self.peers.get_mut(&address) else { return };
+        if peer.dial.as_ref().is_none_or(|(current, _)| *current != id) {
+            return;
+        }
+        peer.dial = None;
+        match result {
+            Ok(stream) => self.connected(address, Side::Outgoing, stream),
+            Err(error) => {
+                let reason = format!("cannot connect to {}: {error}", SocketAddr::new(address, peer.config.port));
+                self.feed(address, Event::TcpConnectionFails(Side::Outgoing, reason));
+            }
+        }
+    }
+
+    fn connected(&mut self, address: IpAddr, side: Side, stream: TcpStream) {
+        let local = match stream.local_addr() {
+            Ok(local) => local.ip(),
+            Err(error) => {
+                let reason = format!("connection lost: {error}");
+                return self.feed(address, Event::TcpConnectionFails(side, reason));
+            }
+        };
+        self.next_link += 1;
+        let id = self.next_link;
+        let input = self.input.clone();
+        let link = session::start(id, stream, local, move |event| {
+            let input = input.clone();
+            async move {
+                let _ = input.send(Input::Link(address, id, event)).await;
+            }
+        });
+        if let Some(peer) = self.peers.get_mut(&address) {
+            *peer.link_mut(side) = Some(link);
+        }
+        self.feed(address, Event::TcpConnectionConfirmed(side));
+    }
+
+    fn on_link(&mut self, address: IpAddr, id: LinkId, event: LinkEvent) {
+        match event {
+            LinkEvent::Frames(frames) => {
+                for frame in frames {
+                    // Any message may have closed the connection, or its whole peer.
+                    let Some(side) = self.peers.get(&address).and_then(|peer| peer.side_of(id)) else { return };
+                    let bytes = frame.len();
+                    self.on_frame(address, side, frame);
+                    if let Some(link) = self.peers.get(&address).and_then(|peer| peer.link(side)) {
+                        link.processed(bytes);
+                    }
+                }
+            }
+            LinkEvent::BadHeader(notification) => {
+                if let Some(side) = self.peers.get(&address).and_then(|peer| peer.side_of(id)) {
+                    self.feed(address, Event::MessageError(side, notification));
+                }
+            }
+            LinkEvent::Closed(reason) => {
+                if let Some(side) = self.peers.get(&address).and_then(|peer| peer.side_of(id)) {
+                    self.feed(address, Event::TcpConnectionFails(side, reason));
+                }
+            }
+        }
+    }
+
+    fn on_frame(&mut self, address: IpAddr, side: Side, frame: Bytes) {
+        let Some(peer) = self.peers.get_mut(&address) else { return };
+        match wire::decode(frame, peer.context()) {
+            Err(notification) => self.feed(address, Event::MessageError(side, notification)),
+            Ok(message) => {
+                peer.count(match &message {
+                    Message::Open(_) => "open_received",
+                    Message::Update(_) => "update_received",
+                    Message::Notification(_) => "notification_received",
+                    Message::Keepalive => "keepalive_received",
+                    Message::RouteRefresh(_) => "route_refresh_received",
+                });
+                match message {
+                    Message::Open(open) => self.feed(address, Event::BgpOpen(side, open)),
+                    Message::Keepalive => self.feed(address, Event::KeepAliveMsg(side)),
+                    Message::Notification(notification) => self.feed(address, Event::NotifMsg(side, notification)),
+                    Message::Update(update) => {
+                        self.feed(address, Event::UpdateMsg(side));
+                        self.on_update(address, side, &update);
+                    }
+                    Message::RouteRefresh(family) => {
+                        self.feed(address, Event::UpdateMsg(side));
+                        self.on_refresh(address, side, family);
+                    }
+                }
+            }
+        }
+    }
+
+    fn on_update(&mut self, address: IpAddr, side: Side, update: &Update) {
+        let now = self.start.elapsed();
+        let Some(peer) = self.peers.get_mut(&address) else { return };
+        let Some(session) = peer.session.as_mut().filter(|session| session.side == side) else { return };
+        session.last_update = now;
+        session.end_of_rib.extend(update.end_of_rib);
+        for problem in &update.problems {
+            let name = if problem.withdraws { "update_treat_as_withdraw" } else { "update_attribute_discard" };
+            *peer.malformed.entry(name).or_default() += 1;
+            tracing::warn!(peer = %address, attribute = problem.attribute, detail = %problem.detail, action = name,
+                "malformed BGP UPDATE");
+        }
+        self.rib.update(address, update, now);
+    }
+
+    fn on_refresh(&mut self, address: IpAddr, side: Side, family: Option<Family>) {
+        let Some(peer) = self.peers.get_mut(&address) else { return };
+        let (Some(session), Some(family)) = (peer.session.as_ref().filter(|s| s.side == side), family) else { return };
+        if peer.link(side).is_some_and(|link| link.unsent() > LONGEST_OUTBOX) {
+            let notification = Notification::cease(cease::OUT_OF_RESOURCES);
+            return self.feed(address, Event::MessageError(side, notification));
+        }
+        let messages = session.out.refresh(family);
+        self.send_updates(address, side, messages);
+    }
+
+    fn send_updates(&mut self, address: IpAddr, side: Side, messages: Result<Vec<Bytes>, EncodeError>) {
+        match messages {
+            Ok(messages) => {
+                messages.into_iter().for_each(|message| self.send(address, side, "update_sent", Ok(message)))
+            }
+            Err(error) => tracing::error!(peer = %address, %error, "BGP routes not announced"),
+        }
+    }
+
+    fn up(&mut self, address: IpAddr, side: Side, negotiated: fsm::Negotiated, now: Duration) {
+        let Some(peer) = self.peers.get_mut(&address) else { return };
+        let Some(local) = peer.link(side).map(|link| link.local) else { return };
+        tracing::info!(peer = %address, hold = negotiated.hold, "BGP session established");
+        peer.established_count += 1;
+        peer.changed = Some(now);
+        self.rib.local_address(local);
+        self.rib.peer_up(address, peer.policy.clone(), negotiated.peer.router_id);
+        let context = wire::Context { four_octet_as: negotiated.four_octet_as, internal: peer.policy.internal };
+        let families = negotiated.families.clone();
+        peer.session = Some(Session {
+            side,
+            out: AdjRibOut::new(self.config.asn, local, families.clone(), context),
+            negotiated,
+            end_of_rib: Default::default(),
+            last_update: now,
+        });
+        self.pending.push_back(BgpEvent::PeerUp { address });
+        self.sync(address);
+        for family in families {
+            self.send(address, side, "update_sent", wire::encode_end_of_rib(family));
+        }
+    }
+
+    fn down(&mut self, address: IpAddr, reason: String, now: Duration) {
+        let Some(peer) = self.peers.get_mut(&address) else { return };
+        tracing::warn!(peer = %address, %reason, "BGP session down");
+        peer.session = None;
+        peer.changed = Some(now);
+        peer.last_reset = Some(reason.clone());
+        self.rib.peer_down(address);
+        self.pending.push_back(BgpEvent::PeerDown { address, reason });
+    }
+
+    /// Brings one peer to what it should have from us.
+    fn sync(&mut self, address: IpAddr) {
+        let Some(peer) = self.peers.get_mut(&address) else { return };
+        let Some(session) = &mut peer.session else { return };
+        let (side, messages) = (session.side, session.out.sync(&self.originated, &peer.policy));
+        self.send_updates(address, side, messages);
+    }
+
+    fn originated_changed(&mut self) {
+        self.version += 1;
+        let wanted = self.originated.prefixes();
+        let present: Vec<_> = self.rib.iter().filter(|(_, own, _)| *own).map(|(prefix, ..)| *prefix).collect();
+        for prefix in present.iter().filter(|prefix| !wanted.contains(prefix)) {
+            self.rib.originate(*prefix, false);
+        }
+        for prefix in wanted {
+            self.rib.originate(prefix, true);
+        }
+        let addresses: Vec<IpAddr> = self.peers.keys().copied().collect();
+        addresses.into_iter().for_each(|address| self.sync(address));
+    }
+
+    fn on_command(&mut self, command: Command) {
+        let now = self.start.elapsed();
+        match command {
+            Command::Announce(prefix, attributes, reply) => {
+                self.originated.announce(prefix, attributes);
+                self.originated_changed();
+                let _ = reply.send(());
+            }
+            Command::Withdraw(prefix, reply) => {
+                self.originated.withdraw(&prefix);
+                self.originated_changed();
+                let _ = reply.send(());
+            }
+            Command::Summary(reply) => {
+                let row = |peer| show::peer_row(peer, &self.rib, self.version, now);
+                let _ = reply.send(self.peers.values().map(row).collect());
+            }
+            Command::Routes(reply) => {
+                let _ = reply.send(show::routes(&self.rib, &self.originated, now));
+            }
+            Command::Received(peer, reply) => {
+                let _ = reply.send(show::received(&self.rib, peer, now));
+            }
+            Command::Advertised(peer, reply) => {
+                let rows = self.peers.get(&peer).map(|peer| show::advertised(peer, self.config.asn));
+                let _ = reply.send(rows.unwrap_or_default());
+            }
+            Command::Reload(config, reply) => {
+                let _ = reply.send(self.reload(*config));
+            }
+            // Handled where the loop can end.
+            Command::Shutdown(reply) => drop(reply),
+        }
+    }
+
+    /// Listeners first: where one cannot be bound nothing else has changed.
+    fn reload(&mut self, config: valid::Bgp) -> Result<(), BgpError> {
+        if config.listen_port != self.config.listen_port {
+            let listeners = listen(&config, &self.input)?;
+            self.listeners = listeners;
+        } else {
+            let missing = peer::families(&config).into_iter().filter(|family| !self.listeners.contains_key(family));
+            let added = bind(missing, config.listen_port, &self.input)?;
+            self.listeners.extend(added);
+            let wanted = peer::families(&config);
+            self.listeners.retain(|family, _| wanted.contains(family));
+        }
+        let everyone = config.asn != self.config.asn || config.router_id != self.config.router_id;
+        let known: Vec<IpAddr> = self.peers.keys().copied().collect();
+        for address in known {
+            match (config.peers.get(&address), self.peers.get(&address)) {
+                (None, _) => self.remove(address, cease::PEER_DECONFIGURED),
+                (Some(new), Some(old)) if everyone || peer::needs_reset(&old.config, new) => {
+                    self.remove(address, cease::OTHER_CONFIGURATION_CHANGE);
+                }
+                (Some(new), _) => self.change_policy(&config, address, new),
+            }
+        }
+        self.rib.identify(config.asn, config.router_id);
+        self.config = config;
+        for (address, new) in self.config.peers.clone() {
+            if let std::collections::btree_map::Entry::Vacant(vacant) = self.peers.entry(address) {
+                vacant.insert(Peer::new(&self.config, &new));
+                self.feed(address, Event::ManualStart);
+            }
+        }
+        self.originated.set_networks(&self.config.networks);
+        self.originated_changed();
+        Ok(())
+    }
+
+    fn remove(&mut self, address: IpAddr, subcode: u8) {
+        self.feed(address, Event::ManualStop(Notification::cease(subcode)));
+        self.peers.remove(&address);
+    }
+
+    fn change_policy(&mut self, bgp: &valid::Bgp, address: IpAddr, new: &valid::Peer) {
+        let Some(peer) = self.peers.get_mut(&address) else { return };
+        peer.config = new.clone();
+        let policy = peer::policy(bgp, new);
+        if policy == peer.policy {
+            return;
+        }
+        let import_changed = policy.import != peer.policy.import;
+        peer.policy = policy.clone();
+        if import_changed {
+            self.rib.set_policy(address, policy);
+            let session = self.peers.get(&address).and_then(|peer| peer.session.as_ref());
+            if let Some(session) = session.filter(|session| session.negotiated.route_refresh) {
+                let (side, families) = (session.side, session.negotiated.families.clone());
+                for family in families {
+                    self.send(address, side, "route_refresh_sent", wire::encode_route_refresh(family));
+                }
+            }
+        }
+        // The export list takes effect with the sync at the end of the reload.
+    }
+
+    async fn shut_down(&mut self) {
+        self.listeners.clear();
+        let notification = Notification::shutdown("edge is shutting down");
+        let addresses: Vec<IpAddr> = self.peers.keys().copied().collect();
+        // Connections end by themselves once their link is dropped; give them the time to write.
+        let mut ending = Vec::new();
+        for address in addresses {
+            if let Some(peer) = self.peers.get(&address) {
+                ending.extend(
+                    [Side::Outgoing, Side::Incoming].into_iter().filter_map(|s| peer.link(s)).map(|l| l.ended()),
+                );
+            }
+            self.feed(address, Event::ManualStop(notification.clone()));
+        }
+        let all = async {
+            for ended in ending {
+                ended.await;
+            }
+        };
+        let _ = tokio::time::timeout(SHUTDOWN_WAIT, all).await;
+    }
+}
+
+async fn reserve(events: Option<mpsc::Sender<BgpEvent>>) -> Option<mpsc::OwnedPermit<BgpEvent>> {
+    events?.reserve_owned().await.ok()
+}
+
+fn listen(config: &valid::Bgp, input: &mpsc::Sender<Input>) -> Result<BTreeMap<Family, Listener>, BgpError> {
+    bind(peer::families(config).into_iter(), config.listen_port, input)
+}
+
+fn bind(
+    families: impl Iterator<Item = Family>,
+    port: Option<u16>,
+    input: &mpsc::Sender<Input>,
+) -> Result<BTreeMap<Family, Listener>, BgpError> {
+    let Some(port) = port else { return Ok(BTreeMap::new()) };
+    families
+        .map(|family| {
+            let input = input.clone();
+            let listener = listener::listen(family, port, move |stream, remote| {
+                let input = input.clone();
+                async move {
+                    let _ = input.send(Input::Accepted(stream, remote)).await;
+                }
+            })?;
+            Ok((family, listener))
+        })
+        .collect()
+}

@@ -1,0 +1,141 @@
+//! The BGP speaker: learns the pod networks, announces what we serve.
+//!
+//! Pure parts decide: `wire` (messages), `fsm` (one peer), `policy`, `bestpath`, `rib`, `advertise`. One actor owns them
+//! all and acts through `session` and `listener`, so there are no locks and every decision sees one consistent state.
+//! Nothing learnt is advertised again (see `advertise`). Graceful restart is not offered.
+
+mod actor;
+pub mod advertise;
+pub mod bestpath;
+pub mod fsm;
+mod listener;
+mod peer;
+pub mod policy;
+pub mod rib;
+mod session;
+mod show;
+pub mod wire;
+
+use std::{net::IpAddr, time::Duration};
+
+use ipnet::IpNet;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::{
+    config::valid,
+    model::{
+        PathAttributes, RouteUpdate,
+        view::{BgpPeerRow, BgpRouteRow},
+    },
+};
+
+pub use listener::BgpError;
+
+/// [`BgpEvent::Converged`] comes at the latest this long after the start.
+pub const CONVERGENCE_TIMEOUT: Duration = Duration::from_secs(30);
+/// A peer that sends no End-of-RIB counts as converged after this much silence.
+pub const CONVERGENCE_SILENCE: Duration = Duration::from_secs(3);
+
+/// What the speaker tells the daemon. Route changes are coalesced while the daemon is busy, never dropped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BgpEvent {
+    /// Changed prefixes; no next hops: the prefix is gone.
+    Routes(Vec<RouteUpdate>),
+    /// A session was established.
+    PeerUp {
+        /// The peer.
+        address: IpAddr,
+    },
+    /// An established session ended; its routes are withdrawn in the [`BgpEvent::Routes`] that comes with it.
+    PeerDown {
+        /// The peer.
+        address: IpAddr,
+        /// In words.
+        reason: String,
+    },
+    /// Once: every configured peer is established and has sent its table, or [`CONVERGENCE_TIMEOUT`] passed.
+    Converged,
+}
+
+#[derive(Debug)]
+enum Command {
+    Announce(IpNet, PathAttributes, oneshot::Sender<()>),
+    Withdraw(IpNet, oneshot::Sender<()>),
+    Summary(oneshot::Sender<Vec<BgpPeerRow>>),
+    Routes(oneshot::Sender<Vec<BgpRouteRow>>),
+    Received(IpAddr, oneshot::Sender<Vec<BgpRouteRow>>),
+    Advertised(IpAddr, oneshot::Sender<Vec<BgpRouteRow>>),
+    Reload(Box<valid::Bgp>, oneshot::Sender<Result<(), BgpError>>),
+    Shutdown(oneshot::Sender<()>),
+}
+
+/// Starts the speaker in the current network namespace: binds its listeners, then dials and accepts.
+///
+/// # Errors
+/// [`BgpError::Listen`] where the port cannot be bound; it names address, port and remedy.
+pub async fn spawn(config: valid::Bgp, events: mpsc::Sender<BgpEvent>) -> Result<BgpHandle, BgpError> {
+    let (commands, inbox) = mpsc::channel(64);
+    let actor = actor::Actor::new(config, events, inbox)?;
+    tokio::spawn(actor.run());
+    Ok(BgpHandle { commands })
+}
+
+/// The daemon's hold on the speaker. When the last clone is gone the speaker shuts down as by [`BgpHandle::shutdown`].
+#[derive(Clone, Debug)]
+pub struct BgpHandle {
+    commands: mpsc::Sender<Command>,
+}
+
+impl BgpHandle {
+    /// Announces a prefix to every peer whose export list has it, now and on later sessions; again with other
+    /// attributes: changes it.
+    pub async fn announce(&self, prefix: IpNet, attributes: PathAttributes) {
+        self.ask(|reply| Command::Announce(prefix, attributes, reply)).await;
+    }
+
+    /// Withdraws an announced prefix. A configured network of the same prefix stays announced.
+    pub async fn withdraw(&self, prefix: IpNet) {
+        self.ask(|reply| Command::Withdraw(prefix, reply)).await;
+    }
+
+    /// One row for each configured peer, by address.
+    pub async fn summary(&self) -> Vec<BgpPeerRow> {
+        self.ask(Command::Summary).await.unwrap_or_default()
+    }
+
+    /// The Loc-RIB: every accepted path with its standing, and our own prefixes.
+    pub async fn routes(&self) -> Vec<BgpRouteRow> {
+        self.ask(Command::Routes).await.unwrap_or_default()
+    }
+
+    /// Adj-RIB-In of a peer, before policy, with the reason where a path was refused.
+    pub async fn received(&self, peer: IpAddr) -> Vec<BgpRouteRow> {
+        self.ask(|reply| Command::Received(peer, reply)).await.unwrap_or_default()
+    }
+
+    /// Adj-RIB-Out of a peer.
+    pub async fn advertised(&self, peer: IpAddr) -> Vec<BgpRouteRow> {
+        self.ask(|reply| Command::Advertised(peer, reply)).await.unwrap_or_default()
+    }
+
+    /// Applies a new configuration. Sessions whose settings did not change are untouched; changed prefix lists are
+    /// applied to what was received, and the peer is asked for its routes again.
+    ///
+    /// # Errors
+    /// [`BgpError::Listen`] where a new port cannot be bound, and nothing was changed; [`BgpError::Ended`].
+    pub async fn reload(&self, config: valid::Bgp) -> Result<(), BgpError> {
+        self.ask(|reply| Command::Reload(Box::new(config), reply)).await.unwrap_or(Err(BgpError::Ended))
+    }
+
+    /// Tells every peer that we shut down (Cease, Administrative Shutdown), closes the sessions, ends the speaker.
+    pub async fn shutdown(&self) {
+        self.ask(Command::Shutdown).await;
+    }
+
+    /// `None` where the speaker has ended.
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Option<T> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(command(reply)).await.ok()?;
+        answer.await.ok()
+    }
+}

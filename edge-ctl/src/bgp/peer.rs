@@ -1,0 +1,152 @@
+//! What the actor keeps for each configured peer.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    time::Duration,
+};
+
+use tokio::task::AbortHandle;
+
+use super::{
+    advertise::AdjRibOut,
+    fsm::{self, Negotiated, Side},
+    policy::Policy,
+    session::{Link, LinkId},
+    wire::{Context, Family},
+};
+use crate::config::valid;
+
+/// A peer.
+#[derive(Debug)]
+pub struct Peer {
+    /// Its configuration.
+    pub config: valid::Peer,
+    /// Its state machine.
+    pub fsm: fsm::State,
+    /// Its prefix lists.
+    pub policy: Policy,
+    /// Its connections.
+    pub outgoing: Option<Link>,
+    /// As above.
+    pub incoming: Option<Link>,
+    /// The dial under way.
+    pub dial: Option<(LinkId, AbortHandle)>,
+    /// Its established session.
+    pub session: Option<Session>,
+    /// Messages by type and direction, `open_sent` and so on, over all sessions.
+    pub messages: BTreeMap<&'static str, u64>,
+    /// UPDATEs with malformed parts, by what was done about them (RFC 7606).
+    pub malformed: BTreeMap<&'static str, u64>,
+    /// Why the last session, or the last attempt, ended.
+    pub last_reset: Option<String>,
+    /// Sessions so far.
+    pub established_count: u64,
+    /// When the session came up or went down; `None`: never up.
+    pub changed: Option<Duration>,
+}
+
+/// An established session.
+#[derive(Debug)]
+pub struct Session {
+    /// Its connection.
+    pub side: Side,
+    /// What the OPENs settled.
+    pub negotiated: Negotiated,
+    /// What the peer was told.
+    pub out: AdjRibOut,
+    /// Families whose End-of-RIB came.
+    pub end_of_rib: BTreeSet<Family>,
+    /// When the last UPDATE came, or the session was established.
+    pub last_update: Duration,
+}
+
+impl Session {
+    /// True once its initial table is here, or it has been silent for so long that it is taken to be.
+    pub fn converged(&self, now: Duration, silence: Duration) -> bool {
+        let complete = self.negotiated.families.iter().all(|family| self.end_of_rib.contains(family));
+        complete || now.saturating_sub(self.last_update) >= silence
+    }
+}
+
+impl Peer {
+    /// A peer that is not started.
+    pub fn new(bgp: &valid::Bgp, config: &valid::Peer) -> Self {
+        Self {
+            fsm: fsm::State::new(settings(bgp, config)),
+            policy: policy(bgp, config),
+            config: config.clone(),
+            outgoing: None,
+            incoming: None,
+            dial: None,
+            session: None,
+            messages: BTreeMap::new(),
+            malformed: BTreeMap::new(),
+            last_reset: None,
+            established_count: 0,
+            changed: None,
+        }
+    }
+
+    /// The connection of one side.
+    pub const fn link(&self, side: Side) -> Option<&Link> {
+        match side {
+            Side::Outgoing => self.outgoing.as_ref(),
+            Side::Incoming => self.incoming.as_ref(),
+        }
+    }
+
+    /// As [`Peer::link`], to change it.
+    pub const fn link_mut(&mut self, side: Side) -> &mut Option<Link> {
+        match side {
+            Side::Outgoing => &mut self.outgoing,
+            Side::Incoming => &mut self.incoming,
+        }
+    }
+
+    /// The side of a connection that is still ours.
+    pub fn side_of(&self, id: LinkId) -> Option<Side> {
+        [Side::Outgoing, Side::Incoming].into_iter().find(|side| self.link(*side).is_some_and(|link| link.id == id))
+    }
+
+    /// How the bytes of a connection are to be read; before the OPEN nothing depends on it.
+    pub fn context(&self) -> Context {
+        let four_octet_as = self.session.as_ref().is_none_or(|session| session.negotiated.four_octet_as);
+        Context { four_octet_as, internal: self.policy.internal }
+    }
+
+    /// Counts one message.
+    pub fn count(&mut self, name: &'static str) {
+        *self.messages.entry(name).or_default() += 1;
+    }
+}
+
+/// The state machine's part of the configuration.
+pub fn settings(bgp: &valid::Bgp, peer: &valid::Peer) -> fsm::Settings {
+    fsm::Settings {
+        local_asn: bgp.asn,
+        router_id: bgp.router_id,
+        remote_asn: peer.remote_asn,
+        hold: u16::try_from(peer.hold.as_secs()).unwrap_or(u16::MAX),
+        keepalive: peer.keepalive,
+        passive: peer.passive,
+    }
+}
+
+/// The policy's part of the configuration.
+pub fn policy(bgp: &valid::Bgp, peer: &valid::Peer) -> Policy {
+    Policy { internal: peer.remote_asn == bgp.asn, import: peer.import.clone(), export: peer.export.clone() }
+}
+
+/// True where a change from `old` to `new` needs a new session.
+pub fn needs_reset(old: &valid::Peer, new: &valid::Peer) -> bool {
+    let transport = |peer: &valid::Peer| {
+        (peer.remote_asn, peer.port, peer.passive, peer.local_address, peer.keepalive, peer.hold, peer.ebgp_multihop)
+    };
+    transport(old) != transport(new)
+}
+
+/// Families of the addresses of peers.
+pub fn families(bgp: &valid::Bgp) -> BTreeSet<Family> {
+    bgp.peers.keys().map(|address: &IpAddr| Family::of_address(*address)).collect()
+}
