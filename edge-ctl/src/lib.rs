@@ -4,4 +4,5 @@
 //! fib <- daemon`; `api` and `cli` see `model`. See `docs/architecture.md`.
 
 pub mod config;
+pub mod fib;
 pub mod model;
