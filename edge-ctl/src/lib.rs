@@ -6,3 +6,4 @@
 pub mod config;
 pub mod fib;
 pub mod model;
+pub mod sources;
