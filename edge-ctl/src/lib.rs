@@ -7,5 +7,7 @@ pub mod bgp;
 pub mod config;
 pub mod datapath;
 pub mod desired;
+pub mod fib;
 pub mod model;
 pub mod reconcile;
+pub mod sources;

@@ -40,6 +40,11 @@ impl RouteSet {
         before.as_ref() != Some(&update.next_hops)
     }
 
+    /// Next hops of exactly this prefix.
+    pub fn get(&self, prefix: &IpNet) -> Option<&[IpAddr]> {
+        self.routes.get(prefix).map(Vec::as_slice)
+    }
+
     /// The longest prefix that covers `address`, and its next hops.
     pub fn lookup(&self, address: IpAddr) -> Option<(IpNet, &[IpAddr])> {
         let longest = if address.is_ipv4() { 32 } else { 128 };
