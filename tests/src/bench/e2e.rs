@@ -103,7 +103,7 @@ fn start_nginx(lab: &Lab) -> Result<()> {
     fs::write(&file, text).context("write nginx's configuration")?;
     let mut command = Command::new(exec::program("nginx", "nginx")?);
     command.arg("-e").arg("stderr").arg("-p").arg(&folder).arg("-c").arg(&file);
-    lab.spawn("edge", "nginx", &mut command).map(|_| ())
+    lab.serve("edge", "nginx", &mut command)
 }
 
 fn start_haproxy(lab: &Lab) -> Result<()> {
@@ -116,7 +116,7 @@ fn start_haproxy(lab: &Lab) -> Result<()> {
     fs::write(&file, text).context("write HAProxy's configuration")?;
     let mut command = Command::new(exec::program("haproxy", "haproxy")?);
     command.arg("-db").arg("-f").arg(&file);
-    lab.spawn("edge", "haproxy", &mut command).map(|_| ())
+    lab.serve("edge", "haproxy", &mut command)
 }
 
 #[cfg(test)]

@@ -72,16 +72,20 @@ pub fn answer(
         return None;
     }
     let Ok(request) = Message::from_vec(query) else { return failure(query, ResponseCode::FormErr) };
+    if request.metadata.op_code != OpCode::Query {
+        return failure(query, ResponseCode::NotImp);
+    }
+    if request.queries.len() != 1 {
+        return failure(query, ResponseCode::FormErr);
+    }
     let mut response = Message::new(request.metadata.id, MessageType::Response, request.metadata.op_code);
     response.metadata = Metadata::response_from_request(&request.metadata);
     response.add_queries(request.queries.iter().cloned());
     let size = limit(&request, transport, &mut response);
     match &request.queries[..] {
         _ if zone.mode == DnsMode::Refused => response.metadata.response_code = ResponseCode::Refused,
-        _ if request.metadata.op_code != OpCode::Query => response.metadata.response_code = ResponseCode::NotImp,
         [query] if request.version() == 0 => fill(zone, query, &mut response)?,
-        [_] => response.metadata.response_code = ResponseCode::BADVERS,
-        _ => response.metadata.response_code = ResponseCode::FormErr,
+        _ => response.metadata.response_code = ResponseCode::BADVERS,
     }
     if response.queries.first().is_some_and(|query| query.query_type() != RecordType::SRV) {
         shuffle(&mut response.answers);
@@ -89,10 +93,9 @@ pub fn answer(
     fit(response, size)
 }
 
-/// A bare header, for messages that cannot be read further.
+/// A bare header with the query's id, opcode and RD, for messages that are not taken further.
 fn failure(query: &[u8], code: ResponseCode) -> Option<Vec<u8>> {
-    let id = u16::from_be_bytes([query[0], query[1]]);
-    Message::error_msg(id, OpCode::Query, code).to_vec().ok()
+    Some([&query[..2], &[0x80 | query[2] & 0x79, code.low()], &[0; 8]].concat())
 }
 
 fn limit(request: &Message, transport: Transport, response: &mut Message) -> usize {

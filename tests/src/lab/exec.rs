@@ -106,7 +106,8 @@ pub fn product(name: &str, variable: &str) -> Result<PathBuf> {
 /// # Errors
 /// Where it is not installed; the message names the package.
 pub fn program(name: &str, package: &str) -> Result<PathBuf> {
-    ["/usr/sbin", "/usr/bin", "/sbin", "/bin", "/usr/lib/frr"]
+    // FRR's folder first: OpenBGPD has a bgpd too.
+    ["/usr/lib/frr", "/usr/sbin", "/usr/bin", "/sbin", "/bin"]
         .iter()
         .map(|folder| Path::new(folder).join(name))
         .find(|path| path.exists())

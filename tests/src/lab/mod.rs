@@ -21,7 +21,8 @@ use std::{
     collections::BTreeSet,
     fs::{self, OpenOptions},
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
+    sync::{Mutex, PoisonError},
     time::Duration,
 };
 
@@ -63,6 +64,8 @@ pub struct Lab {
     /// What is written to `lab.json`.
     pub state: State,
     take_down: bool,
+    /// Servers this process started, to be waited for once they have ended.
+    servers: Mutex<Vec<Child>>,
 }
 
 impl Lab {
@@ -85,8 +88,10 @@ impl Lab {
             replicas: 0,
             stopped: BTreeSet::new(),
         };
-        let mut lab = Self { state, take_down: true };
-        lab.build(replicas).with_context(|| format!("build the lab {}", lab.state.prefix))?;
+        let mut lab = Self { state, take_down: true, servers: Mutex::default() };
+        let built = lab.build(replicas);
+        built
+            .with_context(|| format!("build the lab {}; its servers said:\n{}", lab.state.prefix, lab.last_words()))?;
         Ok(lab)
     }
 
@@ -143,7 +148,7 @@ impl Lab {
         let path = Path::new(RUN).join(&prefix).join("lab.json");
         let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
         let state = serde_json::from_str(&text).with_context(|| format!("read {}", path.display()))?;
-        Ok(Self { state, take_down: false })
+        Ok(Self { state, take_down: false, servers: Mutex::default() })
     }
 
     /// Refuses where a lab was left running.
@@ -184,7 +189,12 @@ impl Lab {
     /// Where something could not be removed; everything else is removed all the same.
     pub fn down(&mut self) -> Result<()> {
         self.take_down = false;
-        tear_down(&self.state.prefix)
+        let result = tear_down(&self.state.prefix);
+        for mut server in self.servers.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            // Ended by tear_down; one that is not is in its error.
+            let _ = server.try_wait();
+        }
+        result
     }
 
     /// Stops a node as a power cut does, but tells its peers: its BGP speaker is killed, its connections are closed
@@ -267,12 +277,22 @@ impl Lab {
         Ok(command)
     }
 
+    /// Starts a server inside a host that runs until the lab goes down.
+    ///
+    /// # Errors
+    /// As [`Lab::spawn`].
+    pub fn serve(&self, host: &str, name: &str, command: &mut Command) -> Result<()> {
+        let child = self.spawn(host, name, command)?;
+        self.servers.lock().unwrap_or_else(PoisonError::into_inner).push(child);
+        Ok(())
+    }
+
     /// Starts a server inside a host; what it prints goes to `HOST.NAME.log` in the run folder. It is ended with the
     /// lab, since it lives in one of its namespaces.
     ///
     /// # Errors
     /// Where it cannot be started.
-    pub fn spawn(&self, host: &str, name: &str, command: &mut Command) -> Result<std::process::Child> {
+    pub fn spawn(&self, host: &str, name: &str, command: &mut Command) -> Result<Child> {
         let path = self.log(host, name);
         let log = OpenOptions::new().create(true).append(true).open(&path);
         let log = log.with_context(|| format!("open {}", path.display()))?;
@@ -284,6 +304,20 @@ impl Lab {
     /// Where a server's output goes.
     pub fn log(&self, host: &str, name: &str) -> PathBuf {
         self.folder().join(format!("{host}.{name}.log"))
+    }
+
+    /// The last lines of every server's log, for errors.
+    fn last_words(&self) -> String {
+        let Ok(entries) = fs::read_dir(self.folder()) else { return String::new() };
+        let logs =
+            entries.flatten().map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|e| e == "log"));
+        let said = logs.filter_map(|path| {
+            let text = fs::read_to_string(&path).ok()?;
+            let lines: Vec<&str> = text.lines().collect();
+            let last = lines[lines.len().saturating_sub(3)..].join("\n  ");
+            (!last.is_empty()).then(|| format!("{}:\n  {last}\n", path.display()))
+        });
+        said.collect()
     }
 
     /// Ends all processes in these hosts.

@@ -56,7 +56,7 @@ impl Lab {
     pub(super) fn start_dns(&self, pod: &Pod) -> Result<()> {
         let mut command = Command::new(exec::product("edge-lab", "EDGE_LAB")?);
         command.args(["dns-server", "--listen", &format!("{}:53", pod.address), "--zone"]).arg(self.zone_file());
-        self.spawn(&pod.name, "dns", &mut command)?;
+        self.serve(&pod.name, "dns", &mut command)?;
         let server = SocketAddr::from((pod.address, 53));
         wait_for(&format!("DNS at {server}"), ANSWERING, || self.resolve_from(pod.node.name, server).map(|_| true))?;
         Ok(())
@@ -68,11 +68,11 @@ impl Lab {
         fs::write(&configuration, self.nginx_configuration(&pod.name)).context("write nginx's configuration")?;
         let mut nginx = Command::new(exec::program("nginx", "nginx")?);
         nginx.arg("-e").arg("stderr").arg("-p").arg(self.folder()).arg("-c").arg(&configuration);
-        self.spawn(&pod.name, "nginx", &mut nginx)?;
+        self.serve(&pod.name, "nginx", &mut nginx)?;
         for (kind, port) in [("udp-echo", UDP_ECHO), ("tcp-echo", TCP_ECHO)] {
             let mut echo = Command::new(exec::product("edge-lab", "EDGE_LAB")?);
             echo.args([kind, "--listen", &format!("{}:{port}", pod.address), "--name", &pod.name]);
-            self.spawn(&pod.name, kind, &mut echo)?;
+            self.serve(&pod.name, kind, &mut echo)?;
         }
         netns::within(&self.namespace(pod.node.name), || {
             wait_for(&format!("the servers of {}", pod.name), ANSWERING, || {

@@ -128,7 +128,7 @@ impl Lab {
         command.arg("-f").arg("-c").arg(&configuration);
         command.arg("-s").arg(self.speaker_file(node, "bird.ctl"));
         command.arg("-P").arg(self.speaker_file(node, "bird.pid"));
-        self.spawn(node.name, "bird", &mut command)?;
+        self.serve(node.name, "bird", &mut command)?;
         wait_for(&format!("BIRD on {}", node.name), Duration::from_secs(5), || {
             self.birdc(node.name, &["show", "status"]).map(|_| true)
         })?;
@@ -143,12 +143,14 @@ impl Lab {
         let empty = folder.join("zebra.conf");
         fs::write(&empty, format!("hostname {}\n", node.name)).context("write zebra's configuration")?;
         let zserv = folder.join("zserv.api");
+        // FRR insists on a user of its own, who must be able to make sockets in the folder.
+        run(Command::new("chown").args(["-R", "frr:frr"]).arg(&folder))?;
         for (daemon, file) in [("zebra", &empty), ("bgpd", &configuration)] {
             let mut command = Command::new(exec::program(daemon, "frr")?);
-            command.args(["-u", "root", "-g", "root", "--log", "stdout", "-P", "0"]);
+            command.args(["-u", "frr", "-g", "frr", "--log", "stdout", "-P", "0"]);
             command.arg("-f").arg(file).arg("-z").arg(&zserv);
             command.arg("-i").arg(folder.join(format!("{daemon}.pid"))).arg("--vty_socket").arg(&folder);
-            self.spawn(node.name, daemon, &mut command)?;
+            self.serve(node.name, daemon, &mut command)?;
             wait_for(&format!("{daemon} on {}", node.name), Duration::from_secs(10), || {
                 Ok(folder.join(format!("{daemon}.vty")).exists())
             })?;
