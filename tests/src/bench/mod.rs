@@ -1,0 +1,89 @@
+//! The benchmarks: dataplane figures and end-to-end figures, printed as one table or written as JSON.
+
+pub mod e2e;
+
+use std::{fs, path::Path};
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+
+/// One measured figure.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Figure {
+    /// Its name, `e2e/edge/requests`.
+    pub name: String,
+    /// `ns/packet`, `1/s`.
+    pub unit: String,
+    /// Smallest of the runs.
+    pub min: f64,
+    /// Median of the runs.
+    pub median: f64,
+    /// 99th percentile of the runs.
+    pub p99: f64,
+    /// What was subtracted, in the same unit; 0 where nothing was.
+    pub baseline: f64,
+    /// Number of runs.
+    pub runs: usize,
+    /// Median relative to plain routing, where that makes sense.
+    pub ratio: Option<f64>,
+}
+
+impl Figure {
+    /// A figure out of the values of its runs. Empty values give zeros.
+    pub fn of(name: impl Into<String>, unit: &str, values: &[f64], baseline: f64) -> Self {
+        let mut sorted = values.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        let at = |share: f64| {
+            let last = sorted.len().saturating_sub(1);
+            sorted.get((last as f64 * share).round() as usize).copied().unwrap_or_default()
+        };
+        let (min, median, p99) = (at(0.0), at(0.5), at(0.99));
+        Self { name: name.into(), unit: unit.to_owned(), min, median, p99, baseline, runs: values.len(), ratio: None }
+    }
+}
+
+/// Runs the benchmarks, prints the table, and writes the figures to `json` where asked.
+///
+/// # Errors
+/// Where a benchmark cannot run or the file cannot be written.
+pub fn run_and_print(end_to_end: bool, json: Option<&Path>) -> Result<()> {
+    anyhow::ensure!(end_to_end, "only the end-to-end benchmark is built in: pass --e2e");
+    let figures = e2e::run()?;
+    print(&figures);
+    if let Some(path) = json {
+        let text = serde_json::to_string_pretty(&figures)?;
+        fs::write(path, text + "\n").with_context(|| format!("write {}", path.display()))?;
+        println!("written to {}", path.display());
+    }
+    Ok(())
+}
+
+fn print(figures: &[Figure]) {
+    println!(
+        "{:<56} {:>10} {:>10} {:>10} {:>9} {:>5} {:>6}  UNIT",
+        "NAME", "MIN", "MEDIAN", "P99", "BASELINE", "RUNS", "RATIO"
+    );
+    for figure in figures {
+        let ratio = figure.ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}"));
+        println!(
+            "{:<56} {:>10.1} {:>10.1} {:>10.1} {:>9.1} {:>5} {ratio:>6}  {}",
+            figure.name, figure.min, figure.median, figure.p99, figure.baseline, figure.runs, figure.unit
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_figure_holds_the_order_statistics_of_its_runs() {
+        let figure = Figure::of("x", "ns", &[5.0, 1.0, 3.0], 0.5);
+        assert_eq!((figure.min, figure.median, figure.p99, figure.runs), (1.0, 3.0, 5.0, 3));
+    }
+
+    #[test]
+    fn a_figure_without_runs_is_zero_not_a_panic() {
+        assert_eq!(Figure::of("x", "ns", &[], 0.0).median, 0.0);
+    }
+}
