@@ -3,5 +3,8 @@
 //! Imports go one way (`cargo xtask check-layers`): `model <- config, sources, desired, bgp, reconcile <- datapath,
 //! fib <- daemon`; `api` and `cli` see `model`. See `docs/architecture.md`.
 
+pub mod api;
+pub mod cli;
 pub mod config;
 pub mod model;
+pub mod notify;
