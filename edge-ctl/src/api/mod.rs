@@ -97,9 +97,7 @@ impl Bound {
 /// As [`BindError`] says; nothing is left behind.
 pub async fn bind(listen: &Listen) -> Result<Bound, BindError> {
     let http = match listen.http {
-        Some(address) => {
-            Some(TcpListener::bind(address).await.map_err(|source| BindError::Http { address, source })?)
-        }
+        Some(address) => Some(TcpListener::bind(address).await.map_err(|source| BindError::Http { address, source })?),
         None => None,
     };
     let unix = socket::bind(&listen.socket).await?;

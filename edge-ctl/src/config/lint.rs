@@ -63,7 +63,8 @@ fn unannounced(config: &Config, bgp: &Bgp, warnings: &mut Vec<String>) {
                 None => peer.remote_asn == bgp.asn,
             });
             if !announced {
-                warnings.push(format!("service {}: no peer's `export` lets {vip} out, so nobody learns it", service.name));
+                warnings
+                    .push(format!("service {}: no peer's `export` lets {vip} out, so nobody learns it", service.name));
             }
         }
     }

@@ -98,7 +98,9 @@ pub fn read_texts(path: &Path) -> Result<Vec<(PathBuf, String)>, ConfigError> {
             files.append(&mut found);
         }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-        Err(error) => problems.push(Problem { file: fragments, line: None, message: format!("cannot be read: {error}") }),
+        Err(error) => {
+            problems.push(Problem { file: fragments, line: None, message: format!("cannot be read: {error}") })
+        }
     }
     let mut texts = Vec::new();
     for file in files {

@@ -84,7 +84,8 @@ impl Merged {
         let (document, errors) = DeTable::parse_recoverable(text);
         for error in errors {
             let line = error.span().map(|span| reader.line(span.start));
-            report.add(&Place { file: Arc::clone(&reader.file), line }, format!("not TOML: {}", error.message().trim()));
+            report
+                .add(&Place { file: Arc::clone(&reader.file), line }, format!("not TOML: {}", error.message().trim()));
         }
         unite(&mut self.root, reader.table(document.into_inner()), "", report);
     }

@@ -229,7 +229,8 @@ fn dns(source: &Section<'_>, context: &Context<'_>) -> Option<BackendSource> {
     let port = source.port("port", 1);
     match record {
         RecordType::Srv if source.has("port") => {
-            source.fault(source.place(), "`port` with `record = \"srv\"`: SRV answers carry the port; remove it".into());
+            source
+                .fault(source.place(), "`port` with `record = \"srv\"`: SRV answers carry the port; remove it".into());
         }
         RecordType::A if !source.has("port") && record_known => {
             source.missing("port", "the backends' port, 1 to 65535");

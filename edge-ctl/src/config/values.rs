@@ -11,7 +11,8 @@ pub(super) const DURATION: &str = "a duration such as \"500ms\", \"10s\", \"2h4m
 pub(super) const PREFIX: &str = "a prefix such as \"10.1.0.0/16\"";
 pub(super) const PREFIX_RULE: &str = "\"PREFIX [ge N] [le M]\", such as \"10.1.0.0/16 le 32\"";
 pub(super) const PORT_RANGE: &str = "\"LOWEST-HIGHEST\", such as \"1024-32767\"";
-pub(super) const COMMUNITY: &str = "\"N:M\" with both up to 65535, or no-export, no-advertise, graceful-shutdown, blackhole";
+pub(super) const COMMUNITY: &str =
+    "\"N:M\" with both up to 65535, or no-export, no-advertise, graceful-shutdown, blackhole";
 
 /// `10s`, `500ms`, `2h4m`: numbers with units, largest first.
 pub(super) fn duration(text: &str) -> Result<Duration, String> {
@@ -164,7 +165,9 @@ mod tests {
         for (text, ms) in [("10s", 10_000), ("500ms", 500), ("2h4m", 7_440_000), ("0s", 0), ("1d", 86_400_000)] {
             assert_eq!(duration(text), Ok(Duration::from_millis(ms)), "{text}");
         }
-        for text in ["", "10", "s", "4m2h", "1s1s", "10 s", "-1s", "1w", "99999999999999999999s", "18446744073709551615s"] {
+        for text in
+            ["", "10", "s", "4m2h", "1s1s", "10 s", "-1s", "1w", "99999999999999999999s", "18446744073709551615s"]
+        {
             assert!(duration(text).is_err(), "{text}");
         }
     }
@@ -177,9 +180,17 @@ mod tests {
         assert_eq!(rule("10.1.0.0/16 ge 24"), Ok((24, 32)));
         assert_eq!(rule("10.1.0.0/16 ge 24 le 26"), Ok((24, 26)));
         assert_eq!(rule("2001:db8::/32 le 64"), Ok((32, 64)));
-        for text in ["", "10.1.0.1/16", "10.1.0.0/16 le 8", "10.1.0.0/16 ge 26 le 24", "10.1.0.0/16 le 33", "10.1.0.0/16 le",
-            "10.1.0.0/16 lt 24", "10.1.0.0/16 le 24 le 26", "10.1.0.0"]
-        {
+        for text in [
+            "",
+            "10.1.0.1/16",
+            "10.1.0.0/16 le 8",
+            "10.1.0.0/16 ge 26 le 24",
+            "10.1.0.0/16 le 33",
+            "10.1.0.0/16 le",
+            "10.1.0.0/16 lt 24",
+            "10.1.0.0/16 le 24 le 26",
+            "10.1.0.0",
+        ] {
             assert!(prefix_rule(text).is_err(), "{text}");
         }
     }
