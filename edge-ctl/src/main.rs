@@ -1,1 +1,62 @@
-fn main() {}
+//! `edge-ctl`: wires the library's layers together and leaves.
+
+use std::{path::Path, process::ExitCode, thread::available_parallelism};
+
+use edge_ctl::{
+    cli::{self, CheckedConfig, Exit, KernelViews, Wiring},
+    config::{self, lint, memory},
+    model::query::{Answer, Query, ViewError},
+};
+
+fn main() -> ExitCode {
+    let wiring = Wiring { run: &run, check: &check, kernel: &Pins };
+    cli::main(std::env::args_os(), &wiring).into()
+}
+
+fn run(file: &Path) -> Exit {
+    if let Err(error) = config::load(file) {
+        eprintln!("{error}");
+        return Exit::Usage;
+    }
+    eprintln!("edge-ctl: this build has no daemon");
+    Exit::Error
+}
+
+fn check(file: &Path) -> Result<CheckedConfig, Vec<String>> {
+    let config = config::load(file).map_err(|error| error.lines())?;
+    let cpus = possible_cpus();
+    let frontends: usize = config.services.values().map(|service| service.listen.len()).sum();
+    let peers = config.bgp.as_ref().map_or(0, |bgp| bgp.peers.len());
+    Ok(CheckedConfig {
+        socket: config.edge.socket.clone(),
+        pin_path: config.edge.pin_path.clone(),
+        summary: format!(
+            "{} services on {frontends} listen addresses, {} resolvers, {peers} BGP peers, interfaces {}",
+            config.services.len(),
+            config.resolvers.len(),
+            config.edge.interfaces.join(", ")
+        ),
+        memory: memory::estimate(&config.edge.tables, cpus)
+            .into_iter()
+            .map(|map| (map.name.to_owned(), u64::from(map.entries), map.bytes))
+            .collect(),
+        warnings: lint::warnings(&config),
+    })
+}
+
+/// CPUs that the kernel could bring up: what per-CPU maps are sized by. The file holds ranges such as `0-3` or `0,2-5`.
+fn possible_cpus() -> u32 {
+    let text = std::fs::read_to_string("/sys/devices/system/cpu/possible").unwrap_or_default();
+    let last = text.trim().rsplit([',', '-']).next().and_then(|last| last.parse::<u32>().ok());
+    let online = || available_parallelism().map_or(1, |count| u32::try_from(count.get()).unwrap_or(1));
+    last.map_or_else(online, |last| last.saturating_add(1))
+}
+
+/// Answers from the pinned maps.
+struct Pins;
+
+impl KernelViews for Pins {
+    fn answer(&self, pins: &Path, _query: &Query) -> Result<Answer, ViewError> {
+        Err(ViewError::Unavailable(format!("this build cannot read the pins below {}", pins.display())))
+    }
+}

@@ -1,0 +1,181 @@
+//! Routes, and how questions and answers look in HTTP.
+
+use std::{net::IpAddr, sync::Arc};
+
+use axum::{
+    Json, Router,
+    extract::{
+        Path, Query as Parameters, State,
+        rejection::{PathRejection, QueryRejection},
+    },
+    http::{StatusCode, Uri, header},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use serde::Deserialize;
+
+use super::{Answer, Query, ViewError, Views, metrics};
+use crate::model::query::{DEFAULT_LIMIT, Refusal, ServiceDetail};
+
+/// Rows that one answer may have; more would hold up the daemon.
+const MOST_ROWS: usize = 1 << 20;
+
+type Shared = Arc<dyn Views>;
+
+/// What the unix socket serves.
+pub(super) fn api(views: Shared) -> Router {
+    let plain = [
+        ("/v1/status", Query::Status),
+        ("/v1/services", Query::Services),
+        ("/v1/backends", Query::Backends),
+        ("/v1/dns", Query::Dns),
+        ("/v1/bgp/peers", Query::BgpPeers),
+        ("/v1/bgp/routes", Query::BgpRoutes),
+        ("/v1/routes", Query::Routes),
+        ("/v1/maps", Query::Maps),
+        ("/v1/xdp", Query::Xdp),
+        ("/v1/reasons", Query::Reasons),
+        ("/v1/config", Query::Config),
+    ];
+    let router = plain.into_iter().fold(Router::new(), |router, (path, query)| {
+        router.route(path, get(move |State(views): State<Shared>| ask(views, query)))
+    });
+    router
+        .route("/v1/services/{name}", get(service))
+        .route("/v1/flows", get(flows))
+        .route("/v1/maps/{name}", get(map))
+        .route("/v1/bgp/peers/{peer}/received", get(received))
+        .route("/v1/bgp/peers/{peer}/advertised", get(advertised))
+        .route("/v1/reload", post(|State(views): State<Shared>| ask(views, Query::Reload)))
+        .route("/metrics", get(scrape))
+        .fallback(not_found)
+        .method_not_allowed_fallback(wrong_method)
+        .with_state(views)
+}
+
+/// What the TCP address serves: nothing that changes anything.
+pub(super) fn metrics(views: Shared) -> Router {
+    let index = || async { "edge: metrics are at /metrics; everything else is `edge-ctl`\n" };
+    Router::new().route("/metrics", get(scrape)).route("/", get(index)).fallback(not_found).with_state(views)
+}
+
+async fn ask(views: Shared, query: Query) -> Response {
+    match views.answer(query).await {
+        Ok(answer) => Json(answer).into_response(),
+        Err(error) => refuse(error),
+    }
+}
+
+fn refuse(error: ViewError) -> Response {
+    let text = error.to_string();
+    let (status, refusal) = match error {
+        ViewError::NotFound(_) => (StatusCode::NOT_FOUND, Refusal { error: text, problems: Vec::new() }),
+        ViewError::Invalid(problems) => {
+            let error = problems.first().cloned().unwrap_or_default();
+            (StatusCode::UNPROCESSABLE_ENTITY, Refusal { error, problems })
+        }
+        ViewError::Unavailable(_) => (StatusCode::SERVICE_UNAVAILABLE, Refusal { error: text, problems: Vec::new() }),
+        ViewError::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, Refusal { error: text, problems: Vec::new() }),
+    };
+    (status, Json(refusal)).into_response()
+}
+
+fn bad_request(error: String) -> Response {
+    (StatusCode::BAD_REQUEST, Json(Refusal { error, problems: Vec::new() })).into_response()
+}
+
+async fn not_found(uri: Uri) -> Response {
+    refuse(ViewError::NotFound(format!("there is nothing at {}", uri.path())))
+}
+
+async fn wrong_method(uri: Uri) -> Response {
+    let error = format!("{} does not take that method (GET everywhere, POST for /v1/reload)", uri.path());
+    (StatusCode::METHOD_NOT_ALLOWED, Json(Refusal { error, problems: Vec::new() })).into_response()
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ListParameters {
+    service: Option<String>,
+    limit: Option<usize>,
+}
+
+impl ListParameters {
+    fn limit(&self) -> usize {
+        self.limit.unwrap_or(DEFAULT_LIMIT).min(MOST_ROWS)
+    }
+}
+
+type Listed = Result<Parameters<ListParameters>, QueryRejection>;
+type Named = Result<Path<String>, PathRejection>;
+
+async fn flows(State(views): State<Shared>, parameters: Listed) -> Response {
+    match parameters {
+        Ok(Parameters(parameters)) => {
+            let limit = parameters.limit();
+            ask(views, Query::Flows { service: parameters.service, limit }).await
+        }
+        Err(rejection) => bad_request(rejection.body_text()),
+    }
+}
+
+async fn map(State(views): State<Shared>, name: Named, parameters: Listed) -> Response {
+    match (name, parameters) {
+        (Ok(Path(name)), Ok(Parameters(parameters))) => {
+            let limit = parameters.limit();
+            ask(views, Query::Map { name, limit }).await
+        }
+        (Err(rejection), _) => bad_request(rejection.body_text()),
+        (_, Err(rejection)) => bad_request(rejection.body_text()),
+    }
+}
+
+async fn service(State(views): State<Shared>, name: Named) -> Response {
+    let name = match name {
+        Ok(Path(name)) => name,
+        Err(rejection) => return bad_request(rejection.body_text()),
+    };
+    let services = match views.answer(Query::Services).await {
+        Ok(Answer::Services(rows)) => rows,
+        Ok(_) => return mismatch("services"),
+        Err(error) => return refuse(error),
+    };
+    let backends = match views.answer(Query::Backends).await {
+        Ok(Answer::Backends(rows)) => rows,
+        Ok(_) => return mismatch("backends"),
+        Err(error) => return refuse(error),
+    };
+    match ServiceDetail::pick(&name, services, backends) {
+        Some(detail) => Json(detail).into_response(),
+        None => refuse(ViewError::NotFound(format!("there is no service `{name}`"))),
+    }
+}
+
+fn mismatch(what: &str) -> Response {
+    refuse(ViewError::Internal(format!("the daemon answered another question than the one for {what}")))
+}
+
+async fn received(State(views): State<Shared>, peer: Named) -> Response {
+    peer_routes(views, peer, Query::BgpReceived).await
+}
+
+async fn advertised(State(views): State<Shared>, peer: Named) -> Response {
+    peer_routes(views, peer, Query::BgpAdvertised).await
+}
+
+async fn peer_routes(views: Shared, peer: Named, query: fn(IpAddr) -> Query) -> Response {
+    match peer {
+        Ok(Path(peer)) => match peer.parse() {
+            Ok(address) => ask(views, query(address)).await,
+            Err(_) => bad_request(format!("`{peer}` is not the address of a peer")),
+        },
+        Err(rejection) => bad_request(rejection.body_text()),
+    }
+}
+
+async fn scrape(State(views): State<Shared>) -> Response {
+    match metrics::render(views.as_ref()).await {
+        Ok(text) => ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response(),
+        Err(error) => refuse(ViewError::Internal(format!("metrics cannot be written: {error}"))),
+    }
+}

@@ -1,0 +1,341 @@
+//! OpenMetrics, rendered from the same rows that the command line shows, at scrape time: one table of metrics, each with
+//! the function that finds its samples.
+
+use std::{collections::BTreeMap, fmt};
+
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet, text},
+    metrics::MetricType,
+    registry::{Registry, Unit},
+};
+
+use super::{Answer, Query, Views};
+use crate::model::{
+    query::ReasonRow,
+    view::{BackendRow, BgpPeerRow, DnsRow, MapRow, RouteRow, ServiceRow, StatusRow, XdpRow},
+};
+
+/// What HTTP calls the format.
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+/// Before every name.
+const PREFIX: &str = "edge";
+
+/// Asks every view and writes what it answered. A view that fails is counted in `edge_scrape_errors` and its metrics are
+/// absent, which tells more than a zero.
+///
+/// # Errors
+/// Never in practice: writing to a string fails only where a value cannot be encoded.
+pub async fn render(views: &dyn Views) -> Result<String, fmt::Error> {
+    let mut registry = Registry::with_prefix(PREFIX);
+    registry.register_collector(Box::new(Sampled::take(views).await));
+    let mut out = String::new();
+    text::encode(&mut out, &registry)?;
+    Ok(out)
+}
+
+/// The answers of one scrape.
+#[derive(Debug, Default)]
+struct Sampled {
+    status: Option<StatusRow>,
+    services: Vec<ServiceRow>,
+    backends: Vec<BackendRow>,
+    dns: Vec<DnsRow>,
+    peers: Vec<BgpPeerRow>,
+    routes: Vec<RouteRow>,
+    maps: Vec<MapRow>,
+    xdp: Vec<XdpRow>,
+    reasons: Vec<ReasonRow>,
+    errors: BTreeMap<&'static str, u64>,
+}
+
+impl Sampled {
+    async fn take(views: &dyn Views) -> Self {
+        let mut sampled = Self::default();
+        let questions = [
+            ("status", Query::Status),
+            ("services", Query::Services),
+            ("backends", Query::Backends),
+            ("dns", Query::Dns),
+            ("bgp_peers", Query::BgpPeers),
+            ("routes", Query::Routes),
+            ("maps", Query::Maps),
+            ("xdp", Query::Xdp),
+            ("reasons", Query::Reasons),
+        ];
+        for (view, query) in questions {
+            let answer = views.answer(query).await;
+            sampled.errors.insert(view, u64::from(answer.is_err()));
+            match answer {
+                Ok(Answer::Status(row)) => sampled.status = Some(*row),
+                Ok(Answer::Services(rows)) => sampled.services = rows,
+                Ok(Answer::Backends(rows)) => sampled.backends = rows,
+                Ok(Answer::Dns(rows)) => sampled.dns = rows,
+                Ok(Answer::BgpPeers(rows)) => sampled.peers = rows,
+                Ok(Answer::Routes(rows)) => sampled.routes = rows,
+                Ok(Answer::Maps(rows)) => sampled.maps = rows,
+                Ok(Answer::Xdp(rows)) => sampled.xdp = rows,
+                Ok(Answer::Reasons(rows)) => sampled.reasons = rows,
+                Ok(_) => *sampled.errors.entry(view).or_default() = 1,
+                Err(error) => tracing::debug!(view, %error, "a view could not be scraped"),
+            }
+        }
+        sampled
+    }
+
+    fn status<T>(&self, value: impl Fn(&StatusRow) -> T) -> Vec<(Labels, T)> {
+        self.status.iter().map(|row| (Vec::new(), value(row))).collect()
+    }
+}
+
+type Labels = Vec<(&'static str, String)>;
+type Samples = Vec<(Labels, u64)>;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Counter,
+    Gauge,
+    Info,
+}
+
+struct Metric {
+    name: &'static str,
+    /// Becomes part of the name; empty: none.
+    unit: &'static str,
+    kind: Kind,
+    help: &'static str,
+    samples: fn(&Sampled) -> Samples,
+}
+
+const fn counter(name: &'static str, help: &'static str, samples: fn(&Sampled) -> Samples) -> Metric {
+    Metric { name, unit: "", kind: Kind::Counter, help, samples }
+}
+
+const fn gauge(name: &'static str, help: &'static str, samples: fn(&Sampled) -> Samples) -> Metric {
+    Metric { name, unit: "", kind: Kind::Gauge, help, samples }
+}
+
+impl Metric {
+    const fn seconds(self) -> Self {
+        Self { unit: "seconds", ..self }
+    }
+
+    const fn bytes(self) -> Self {
+        Self { unit: "bytes", ..self }
+    }
+}
+
+/// Name (with unit, without `_total`), kind and help of every metric, in the order in which they are exported.
+pub fn catalogue() -> Vec<(String, &'static str, &'static str)> {
+    METRICS
+        .iter()
+        .map(|metric| {
+            let unit = if metric.unit.is_empty() { String::new() } else { format!("_{}", metric.unit) };
+            let kind = match metric.kind {
+                Kind::Counter => "counter",
+                Kind::Gauge => "gauge",
+                Kind::Info => "info",
+            };
+            (format!("{PREFIX}_{}{unit}", metric.name), kind, metric.help)
+        })
+        .collect()
+}
+
+static METRICS: &[Metric] = &[
+    Metric {
+        name: "build",
+        unit: "",
+        kind: Kind::Info,
+        help: "Version of the daemon",
+        samples: |s| s.status.iter().map(|row| (vec![("version", row.version.clone())], 1)).collect(),
+    },
+    gauge("uptime", "Time since the daemon started", |s| s.status(|row| row.uptime)).seconds(),
+    gauge("degraded", "1 while something is wrong; `edge-ctl status` says what", |s| {
+        s.status(|row| u64::from(row.state != "ok"))
+    }),
+    gauge("flows", "Established flows", |s| s.status(|row| row.flows)),
+    counter("reconcile_writes", "Map writes since the daemon started", |s| s.status(|row| row.map_writes)),
+    counter("reconcile_actions", "Actions of the reconciler since the daemon started, by kind", |s| {
+        let actions = s.status.iter().flat_map(|row| &row.actions);
+        actions.map(|(kind, count)| (vec![("action", kind.clone())], *count)).collect()
+    }),
+    counter("service_connections", "Flows opened", |s| of_services(s, |row| row.connections)),
+    gauge("service_active", "Established flows", |s| of_services(s, |row| row.active)),
+    counter("service", "Bytes from the IP header on; `in` is from clients", |s| {
+        directed(s.services.iter().map(|row| (service_labels(row), row.bytes_in, row.bytes_out)))
+    })
+    .bytes(),
+    counter("service_packets", "Packets; `in` is from clients", |s| {
+        directed(s.services.iter().map(|row| (service_labels(row), row.packets_in, row.packets_out)))
+    }),
+    counter("service_drops", "Packets dropped, by reason", |s| {
+        let drops = s.services.iter().flat_map(|row| row.drops.iter().map(move |drop| (row, drop)));
+        drops.map(|(row, (reason, count))| (with(service_labels(row), "reason", reason), *count)).collect()
+    }),
+    gauge("service_announced", "1 while the VIP is announced by BGP", |s| {
+        of_services(s, |row| u64::from(row.announced == "yes"))
+    }),
+    counter("backend_connections", "Flows opened", |s| of_backends(s, |row| row.connections)),
+    gauge("backend_active", "Established flows", |s| of_backends(s, |row| row.active)),
+    gauge("backend_up", "1 while new flows may go there", |s| of_backends(s, |row| u64::from(row.state == "up"))),
+    gauge("backend_weight", "Relative weight", |s| of_backends(s, |row| u64::from(row.w))),
+    counter("backend", "Bytes from the IP header on; `in` is from clients", |s| {
+        directed(s.backends.iter().map(|row| (backend_labels(row), row.bytes_in, row.bytes_out)))
+    })
+    .bytes(),
+    counter("backend_packets", "Packets; `in` is from clients", |s| {
+        directed(s.backends.iter().map(|row| (backend_labels(row), row.packets_in, row.packets_out)))
+    }),
+    counter("reasons", "Packets dropped or given to the stack by the program, by service and reason", |s| {
+        let labels = |row: &ReasonRow| {
+            vec![("service", row.service.clone()), ("reason", row.reason.clone()), ("action", row.action.clone())]
+        };
+        s.reasons.iter().map(|row| (labels(row), row.packets)).collect()
+    }),
+    counter("dns_requests", "Queries asked", |s| of_names(s, |row| row.requests)),
+    counter("dns_responses", "Answers, by class", |s| {
+        let responses = s.dns.iter().flat_map(|row| row.responses.iter().map(move |class| (row, class)));
+        responses.map(|(row, (class, count))| (with(name_labels(row), "class", class), *count)).collect()
+    }),
+    gauge("dns_addresses", "Addresses in use", |s| of_names(s, |row| row.addresses.len() as u64)),
+    gauge("dns_fresh", "1 while the newest answer was good", |s| of_names(s, |row| u64::from(row.state == "fresh"))),
+    gauge("dns_answer_age", "Time since the last good answer", |s| {
+        s.dns.iter().filter_map(|row| Some((name_labels(row), row.age?))).collect()
+    })
+    .seconds(),
+    counter("dns_refused_addresses", "Addresses refused because they lie outside pod_networks", |s| {
+        of_names(s, |row| row.refused_addresses)
+    }),
+    gauge("bgp_peer_up", "1 while the session is established", |s| {
+        of_peers(s, |row| u64::from(row.state.eq_ignore_ascii_case("established")))
+    }),
+    gauge("bgp_peer_prefixes_received", "Prefixes it sends, before policy", |s| of_peers(s, |row| row.pfx_received)),
+    gauge("bgp_peer_prefixes_accepted", "Prefixes accepted from it", |s| of_peers(s, |row| row.pfx_rcd)),
+    gauge("bgp_peer_prefixes_announced", "Prefixes announced to it", |s| of_peers(s, |row| row.pfx_snt)),
+    counter("bgp_peer_established", "Times a session was established", |s| of_peers(s, |row| row.established_count)),
+    counter("bgp_peer_messages", "Messages, by type and direction", |s| {
+        let messages = s.peers.iter().flat_map(|row| row.messages.iter().map(move |message| (row, message)));
+        messages.map(|(row, (kind, count))| (with(peer_labels(row), "message", kind), *count)).collect()
+    }),
+    gauge("bgp_prefixes", "Prefixes in the Loc-RIB", |s| s.status(|row| row.prefixes)),
+    gauge("route_prefixes", "Kernel routes that concern us, by protocol", |s| {
+        s.routes.iter().filter(|row| row.installed).map(|row| (vec![("protocol", row.protocol.clone())], 1)).collect()
+    }),
+    gauge("route_missing", "Prefixes that BGP has and the kernel has not", |s| {
+        vec![(Vec::new(), s.routes.iter().filter(|row| !row.installed).count() as u64)]
+    }),
+    gauge("map_entries", "Entries in use, where they can be counted", |s| {
+        s.maps.iter().filter_map(|row| Some((map_labels(row), row.entries?))).collect()
+    }),
+    gauge("map_max_entries", "Capacity", |s| of_maps(s, |row| u64::from(row.max_entries))),
+    gauge("map_memory", "Kernel memory", |s| of_maps(s, |row| row.memory)).bytes(),
+    gauge("xdp_attached", "1 while the program is attached", |s| {
+        let labels = |row: &XdpRow| vec![("interface", row.interface.clone()), ("hook", row.hook.clone())];
+        let attached = |row: &XdpRow| u64::from(row.state == "attached" || row.state == "adopted");
+        s.xdp.iter().map(|row| (labels(row), attached(row))).collect()
+    }),
+    gauge("scrape_errors", "1 where a view could not be read for this scrape", |s| {
+        s.errors.iter().map(|(view, failed)| (vec![("view", (*view).to_owned())], *failed)).collect()
+    }),
+];
+
+fn with(mut labels: Labels, name: &'static str, value: &str) -> Labels {
+    labels.push((name, value.to_owned()));
+    labels
+}
+
+fn directed(rows: impl Iterator<Item = (Labels, u64, u64)>) -> Samples {
+    rows.flat_map(|(labels, inwards, outwards)| {
+        [(with(labels.clone(), "direction", "in"), inwards), (with(labels, "direction", "out"), outwards)]
+    })
+    .collect()
+}
+
+fn service_labels(row: &ServiceRow) -> Labels {
+    vec![("service", row.name.clone()), ("vip", row.vip.clone()), ("proto", row.proto.clone())]
+}
+
+fn of_services(s: &Sampled, value: fn(&ServiceRow) -> u64) -> Samples {
+    s.services.iter().map(|row| (service_labels(row), value(row))).collect()
+}
+
+fn backend_labels(row: &BackendRow) -> Labels {
+    vec![
+        ("service", row.service.clone()),
+        ("vip", row.vip.clone()),
+        ("backend", row.backend.clone()),
+        ("node", row.node.clone()),
+    ]
+}
+
+fn of_backends(s: &Sampled, value: fn(&BackendRow) -> u64) -> Samples {
+    s.backends.iter().map(|row| (backend_labels(row), value(row))).collect()
+}
+
+fn name_labels(row: &DnsRow) -> Labels {
+    vec![("name", row.name.clone()), ("type", row.kind.clone()), ("resolver", row.resolver.clone())]
+}
+
+fn of_names(s: &Sampled, value: fn(&DnsRow) -> u64) -> Samples {
+    s.dns.iter().map(|row| (name_labels(row), value(row))).collect()
+}
+
+fn peer_labels(row: &BgpPeerRow) -> Labels {
+    vec![("peer", row.neighbor.clone()), ("asn", row.asn.to_string()), ("description", row.desc.clone())]
+}
+
+fn of_peers(s: &Sampled, value: fn(&BgpPeerRow) -> u64) -> Samples {
+    s.peers.iter().map(|row| (peer_labels(row), value(row))).collect()
+}
+
+fn map_labels(row: &MapRow) -> Labels {
+    vec![("map", row.name.clone())]
+}
+
+fn of_maps(s: &Sampled, value: fn(&MapRow) -> u64) -> Samples {
+    s.maps.iter().map(|row| (map_labels(row), value(row))).collect()
+}
+
+impl Collector for Sampled {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        for metric in METRICS {
+            // The same labels twice would be refused by whoever scrapes: rows that differ only in what is no label add up.
+            let mut samples: BTreeMap<Labels, u64> = BTreeMap::new();
+            for (labels, value) in (metric.samples)(self) {
+                let sum = samples.entry(labels).or_default();
+                *sum = sum.saturating_add(value);
+            }
+            if samples.is_empty() {
+                continue;
+            }
+            let metric_type = match metric.kind {
+                Kind::Counter => MetricType::Counter,
+                Kind::Gauge => MetricType::Gauge,
+                Kind::Info => MetricType::Info,
+            };
+            let unit = Some(Unit::Other(metric.unit.to_owned())).filter(|_| !metric.unit.is_empty());
+            let mut family = encoder.encode_descriptor(metric.name, metric.help, unit.as_ref(), metric_type)?;
+            for (labels, value) in samples {
+                sample(&mut family, metric.kind, &labels, value)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn sample(family: &mut MetricEncoder<'_>, kind: Kind, labels: &Labels, value: u64) -> Result<(), fmt::Error> {
+    if kind == Kind::Info {
+        return family.encode_info(labels);
+    }
+    if labels.is_empty() {
+        return number(family, kind, value);
+    }
+    number(&mut family.encode_family(labels)?, kind, value)
+}
+
+fn number(encoder: &mut MetricEncoder<'_>, kind: Kind, value: u64) -> Result<(), fmt::Error> {
+    match kind {
+        Kind::Counter => encoder.encode_counter::<NoLabelSet, _, u64>(&value, None),
+        Kind::Gauge | Kind::Info => encoder.encode_gauge(&value),
+    }
+}

@@ -1,0 +1,472 @@
+//! Arguments. Noun first (`service list`); `get`, `describe` and `show` lead to the same commands for hands that learnt
+//! kubectl or vtysh, and any unambiguous prefix will do.
+
+use std::{net::IpAddr, path::PathBuf, time::Duration};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::model::query::DEFAULT_LIMIT;
+
+/// Layer-4 load balancer for the edge of on-premises Kubernetes: the daemon, and the views into it.
+#[derive(Debug, Parser)]
+#[command(
+    name = "edge-ctl",
+    version,
+    infer_subcommands = true,
+    subcommand_required = true,
+    arg_required_else_help = true,
+    after_help = "Exit codes: 0 ok, 1 error, 2 wrong arguments or configuration, 3 degraded (status)."
+)]
+pub(super) struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Flags that every command takes.
+#[derive(Clone, Debug, Args)]
+pub(super) struct Global {
+    /// Configuration file; also tells where socket and pins are [default: /etc/edge/edge.toml]
+    #[arg(short, long, global = true, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Format of the output
+    #[arg(short, long, global = true, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+    /// Show again whenever it changes, until interrupted
+    #[arg(short, long, global = true)]
+    pub watch: bool,
+    /// Leave the line of column names out
+    #[arg(long, global = true)]
+    pub no_headers: bool,
+    /// Sort rows by this column
+    #[arg(long, global = true, value_name = "COLUMN")]
+    pub sort_by: Option<String>,
+    /// The daemon's socket [default: /run/edge/edge.sock, or the one of -c FILE]
+    #[arg(long, global = true, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// Read the pinned maps instead of asking the daemon: works with the daemon dead
+    #[arg(long, global = true)]
+    pub kernel: bool,
+    /// Folder of the pins, for --kernel [default: /sys/fs/bpf/edge, or the one of -c FILE]
+    #[arg(long, global = true, value_name = "FOLDER")]
+    pub pin_path: Option<PathBuf>,
+    /// Colour what is not as it should be
+    #[arg(long, global = true, value_enum, default_value_t = Colour::Auto)]
+    pub color: Colour,
+    /// How long the daemon may take to answer
+    #[arg(long, global = true, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
+    pub timeout: Duration,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Output {
+    /// Columns
+    Table,
+    /// More columns
+    Wide,
+    /// An array of objects
+    Json,
+    /// The same in YAML
+    Yaml,
+    /// KIND/NAME, one for each line
+    Name,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Colour {
+    Auto,
+    Always,
+    Never,
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let number: f64 = text.trim_end_matches('s').parse().map_err(|_| "expected seconds, such as 10 or 0.5")?;
+    match Duration::try_from_secs_f64(number) {
+        Ok(duration) if !duration.is_zero() => Ok(duration),
+        _ => Err("expected more than zero seconds".into()),
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Run the daemon in the foreground
+    Run,
+    /// The daemon in one screen; exit code 3 where it is degraded
+    Status,
+    /// Services: what clients connect to
+    #[command(visible_alias = "svc", alias = "services", infer_subcommands = true)]
+    Service {
+        #[command(subcommand)]
+        verb: Option<ServiceVerb>,
+    },
+    /// Backends: the pods behind services
+    #[command(alias = "backends", infer_subcommands = true)]
+    Backend {
+        #[command(subcommand)]
+        verb: Option<BackendVerb>,
+    },
+    /// Flows in the tables of the program
+    #[command(alias = "flows", infer_subcommands = true)]
+    Flow {
+        #[command(subcommand)]
+        verb: Option<FlowVerb>,
+    },
+    /// Names asked of the resolvers
+    #[command(infer_subcommands = true)]
+    Dns {
+        #[command(subcommand)]
+        verb: Option<ListVerb>,
+    },
+    /// BGP sessions and routes
+    #[command(infer_subcommands = true)]
+    Bgp {
+        #[command(subcommand)]
+        verb: Option<BgpVerb>,
+    },
+    /// Routes in the kernel
+    #[command(alias = "routes", infer_subcommands = true)]
+    Route {
+        #[command(subcommand)]
+        verb: Option<ListVerb>,
+    },
+    /// BPF maps
+    #[command(alias = "maps", infer_subcommands = true)]
+    Map {
+        #[command(subcommand)]
+        verb: Option<MapVerb>,
+    },
+    /// The program and where it is attached
+    #[command(infer_subcommands = true)]
+    Xdp {
+        #[command(subcommand)]
+        verb: Option<XdpVerb>,
+    },
+    /// The configuration
+    #[command(infer_subcommands = true)]
+    Config {
+        #[command(subcommand)]
+        verb: ConfigVerb,
+    },
+    /// Read the configuration again and apply it; on any error the running one stays
+    Reload,
+    /// Versions of this program and of the daemon
+    Version,
+    /// As kubectl: get services, get backends, get flows
+    #[command(infer_subcommands = true)]
+    Get {
+        #[command(subcommand)]
+        noun: GetNoun,
+    },
+    /// As kubectl: describe service NAME
+    #[command(infer_subcommands = true)]
+    Describe {
+        #[command(subcommand)]
+        noun: DescribeNoun,
+    },
+    /// As vtysh: show bgp summary, show ip route, show running-config
+    #[command(infer_subcommands = true)]
+    Show {
+        #[command(subcommand)]
+        noun: ShowNoun,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum ListVerb {
+    /// List them
+    #[command(alias = "ls")]
+    List,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum ServiceVerb {
+    /// List them
+    #[command(alias = "ls")]
+    List {
+        /// Only this service
+        service: Option<String>,
+    },
+    /// Everything about one service
+    Describe {
+        /// Its name
+        service: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum BackendVerb {
+    /// List them
+    #[command(alias = "ls")]
+    List {
+        /// Only those of this service
+        service: Option<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum FlowVerb {
+    /// List them
+    #[command(alias = "ls")]
+    List(FlowArgs),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct FlowArgs {
+    /// Only those of this service
+    pub service: Option<String>,
+    /// At most so many
+    #[arg(long, default_value_t = DEFAULT_LIMIT)]
+    pub limit: usize,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum BgpVerb {
+    /// One line for each peer, as FRR shows it
+    Summary,
+    /// Peers with timers, policy counts and why the last session ended
+    #[command(alias = "neighbors")]
+    Peers,
+    /// Everything about one peer
+    #[command(alias = "neighbor")]
+    Peer {
+        /// Its address
+        address: IpAddr,
+    },
+    /// Routes, with the reason why one is not best or not accepted
+    #[command(infer_subcommands = true)]
+    Routes {
+        #[command(subcommand)]
+        which: Option<Which>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Which {
+    /// All paths that policy let in
+    Available,
+    /// What a peer sent, before policy
+    Received {
+        /// Only from this peer
+        peer: Option<IpAddr>,
+    },
+    /// What is announced to a peer
+    Advertised {
+        /// Only to this peer
+        peer: Option<IpAddr>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum MapVerb {
+    /// List them
+    #[command(alias = "ls")]
+    List,
+    /// Entries of one map
+    Dump(DumpArgs),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct DumpArgs {
+    /// Its name, as in `map list`
+    pub name: String,
+    /// At most so many
+    #[arg(long, default_value_t = DEFAULT_LIMIT)]
+    pub limit: usize,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum XdpVerb {
+    /// Interfaces, hooks, programs
+    Status,
+    /// Packets dropped or given to the stack, by reason
+    Stats,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum ConfigVerb {
+    /// Check the file, print every fault with its line, and what the maps will cost
+    Check,
+    /// The configuration in force
+    Show,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum GetNoun {
+    /// Services
+    #[command(alias = "service", alias = "svc")]
+    Services {
+        /// Only this service
+        service: Option<String>,
+    },
+    /// Backends
+    #[command(alias = "backend", alias = "endpoints")]
+    Backends {
+        /// Only those of this service
+        service: Option<String>,
+    },
+    /// Flows
+    #[command(alias = "flow")]
+    Flows(FlowArgs),
+    /// DNS names
+    Dns,
+    /// BGP peers
+    #[command(alias = "peer")]
+    Peers,
+    /// Kernel routes
+    #[command(alias = "route")]
+    Routes,
+    /// BPF maps
+    #[command(alias = "map")]
+    Maps,
+    /// Interfaces
+    #[command(alias = "xdp")]
+    Interfaces,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum DescribeNoun {
+    /// A service
+    #[command(alias = "services", alias = "svc")]
+    Service {
+        /// Its name
+        service: String,
+    },
+    /// A BGP peer
+    #[command(alias = "neighbor")]
+    Peer {
+        /// Its address
+        address: IpAddr,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum ShowNoun {
+    /// show bgp summary, show bgp neighbors, show bgp routes
+    #[command(infer_subcommands = true)]
+    Bgp {
+        #[command(subcommand)]
+        verb: Option<BgpVerb>,
+    },
+    /// show ip route, show ip bgp summary
+    #[command(infer_subcommands = true)]
+    Ip {
+        #[command(subcommand)]
+        noun: ShowIp,
+    },
+    /// The configuration in force
+    RunningConfig,
+    /// The daemon in one screen
+    Status,
+    /// Services
+    Services,
+    /// Backends
+    Backends,
+    /// Flows
+    Flows(FlowArgs),
+    /// Interfaces and programs
+    #[command(alias = "xdp")]
+    Interfaces,
+    /// Versions
+    Version,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum ShowIp {
+    /// Routes in the kernel
+    Route,
+    /// BGP
+    #[command(infer_subcommands = true)]
+    Bgp {
+        #[command(subcommand)]
+        verb: Option<BgpVerb>,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(std::iter::once("edge-ctl").chain(line.split_whitespace()))
+    }
+
+    #[test]
+    fn the_arguments_fit_together() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_of_this_version_is_understood() {
+        for line in [
+            "run -c /etc/edge/edge.toml",
+            "status",
+            "service list",
+            "service describe web",
+            "backend list",
+            "flow list",
+            "dns list",
+            "bgp summary",
+            "bgp peers",
+            "bgp peer 172.16.1.80",
+            "bgp routes",
+            "bgp routes available",
+            "bgp routes received",
+            "bgp routes advertised 172.16.1.80",
+            "route list",
+            "map list",
+            "map dump SERVICES",
+            "xdp status",
+            "config check",
+            "config check -c x.toml",
+            "reload",
+            "version",
+        ] {
+            assert!(parse(line).is_ok(), "{line}");
+        }
+    }
+
+    #[test]
+    fn kubectl_and_vtysh_habits_and_prefixes_work() {
+        for line in [
+            "get backends",
+            "get svc",
+            "get services web",
+            "describe service web",
+            "show bgp summary",
+            "show ip route",
+            "show ip bgp summary",
+            "show running-config",
+            "sh bgp sum",
+            "sh ip ro",
+            "svc ls",
+            "serv li",
+            "b l",
+            "fl l",
+            "bgp sum",
+        ] {
+            if line == "b l" {
+                assert!(parse(line).is_err(), "`b` may be backend or bgp");
+            } else {
+                assert!(parse(line).is_ok(), "{line}: {:?}", parse(line).err());
+            }
+        }
+    }
+
+    #[test]
+    fn global_flags_may_stand_before_and_after_the_command() {
+        let cli = parse("-o json service list --watch --sort-by age --socket /tmp/s --timeout 0.5").unwrap();
+        assert_eq!(cli.global.output, Output::Json);
+        assert!(cli.global.watch);
+        assert_eq!(cli.global.timeout, Duration::from_millis(500));
+    }
+
+    #[test]
+    fn wrong_arguments_are_usage_errors() {
+        for line in ["", "serve", "bgp peer kcontrol", "service list -o xml", "map dump", "status --timeout 0"] {
+            assert_eq!(parse(line).unwrap_err().exit_code(), if line.is_empty() { 2 } else { 2 }, "{line}");
+        }
+    }
+}

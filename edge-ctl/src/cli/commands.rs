@@ -1,0 +1,450 @@
+//! What each command does: which question it asks, and how the answer is shown.
+
+use std::{
+    io::{self, IsTerminal, Write},
+    net::IpAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+
+use super::{
+    CheckedConfig, DEFAULT_CONFIG, DEFAULT_PINS, DEFAULT_SOCKET, Exit, Wiring,
+    args::{
+        BackendVerb, BgpVerb, Cli, Colour, Command, ConfigVerb, DescribeNoun, FlowArgs, FlowVerb, GetNoun, Global,
+        MapVerb, Output, ServiceVerb, ShowIp, ShowNoun, Which, XdpVerb,
+    },
+    client, describe,
+    table::{self, Column},
+    views::{self, View},
+};
+use crate::model::query::{Query, ServiceDetail};
+
+const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+
+/// What is to be shown.
+#[derive(Debug)]
+enum Show {
+    Status,
+    Services(Option<String>),
+    Service(String),
+    Backends(Option<String>),
+    Flows(FlowArgs),
+    Dns,
+    BgpSummary,
+    BgpPeers,
+    BgpPeer(IpAddr),
+    BgpRoutes,
+    BgpReceived(Option<IpAddr>),
+    BgpAdvertised(Option<IpAddr>),
+    Routes,
+    Maps,
+    Map(String, usize),
+    Xdp,
+    Reasons,
+    Config,
+}
+
+pub(super) fn execute(cli: Cli, wiring: &Wiring<'_>) -> Exit {
+    let global = &cli.global;
+    let config = global.config.clone().unwrap_or_else(|| DEFAULT_CONFIG.into());
+    let show = match cli.command {
+        Command::Run => return (wiring.run)(&config),
+        Command::Config { verb: ConfigVerb::Check } => return check(&config, wiring, global),
+        Command::Reload => return with_source(global, wiring, reload),
+        Command::Version => return with_source(global, wiring, version),
+        Command::Show { noun: ShowNoun::Version } => return with_source(global, wiring, version),
+        other => view_of(other),
+    };
+    let Some(show) = show else { return Exit::Usage };
+    with_source(global, wiring, |source| if global.watch { watch(source, &show) } else { once(source, &show) })
+}
+
+/// What a command shows; `None` for those that show nothing, which [`execute`] has dealt with.
+fn view_of(command: Command) -> Option<Show> {
+    Some(match command {
+        Command::Run | Command::Reload | Command::Version | Command::Config { verb: ConfigVerb::Check } => return None,
+        Command::Status => Show::Status,
+        Command::Service { verb: Some(ServiceVerb::Describe { service }) } => Show::Service(service),
+        Command::Service { verb: Some(ServiceVerb::List { service }) } => Show::Services(service),
+        Command::Service { verb: None } => Show::Services(None),
+        Command::Backend { verb: Some(BackendVerb::List { service }) } => Show::Backends(service),
+        Command::Backend { verb: None } => Show::Backends(None),
+        Command::Flow { verb: Some(FlowVerb::List(args)) } => Show::Flows(args),
+        Command::Flow { verb: None } => Show::Flows(all_flows()),
+        Command::Dns { .. } => Show::Dns,
+        Command::Bgp { verb } => bgp(verb),
+        Command::Route { .. } => Show::Routes,
+        Command::Map { verb: Some(MapVerb::Dump(args)) } => Show::Map(args.name, args.limit),
+        Command::Map { .. } => Show::Maps,
+        Command::Xdp { verb: Some(XdpVerb::Stats) } => Show::Reasons,
+        Command::Xdp { .. } => Show::Xdp,
+        Command::Config { verb: ConfigVerb::Show } => Show::Config,
+        Command::Get { noun } => get(noun),
+        Command::Describe { noun: DescribeNoun::Service { service } } => Show::Service(service),
+        Command::Describe { noun: DescribeNoun::Peer { address } } => Show::BgpPeer(address),
+        Command::Show { noun } => return vtysh(noun),
+    })
+}
+
+fn all_flows() -> FlowArgs {
+    FlowArgs { service: None, limit: crate::model::query::DEFAULT_LIMIT }
+}
+
+fn bgp(verb: Option<BgpVerb>) -> Show {
+    match verb {
+        None | Some(BgpVerb::Summary) => Show::BgpSummary,
+        Some(BgpVerb::Peers) => Show::BgpPeers,
+        Some(BgpVerb::Peer { address }) => Show::BgpPeer(address),
+        Some(BgpVerb::Routes { which: None | Some(Which::Available) }) => Show::BgpRoutes,
+        Some(BgpVerb::Routes { which: Some(Which::Received { peer }) }) => Show::BgpReceived(peer),
+        Some(BgpVerb::Routes { which: Some(Which::Advertised { peer }) }) => Show::BgpAdvertised(peer),
+    }
+}
+
+fn get(noun: GetNoun) -> Show {
+    match noun {
+        GetNoun::Services { service } => Show::Services(service),
+        GetNoun::Backends { service } => Show::Backends(service),
+        GetNoun::Flows(args) => Show::Flows(args),
+        GetNoun::Dns => Show::Dns,
+        GetNoun::Peers => Show::BgpSummary,
+        GetNoun::Routes => Show::Routes,
+        GetNoun::Maps => Show::Maps,
+        GetNoun::Interfaces => Show::Xdp,
+    }
+}
+
+fn vtysh(noun: ShowNoun) -> Option<Show> {
+    Some(match noun {
+        ShowNoun::Version => return None,
+        ShowNoun::Bgp { verb } | ShowNoun::Ip { noun: ShowIp::Bgp { verb } } => bgp(verb),
+        ShowNoun::Ip { noun: ShowIp::Route } => Show::Routes,
+        ShowNoun::RunningConfig => Show::Config,
+        ShowNoun::Status => Show::Status,
+        ShowNoun::Services => Show::Services(None),
+        ShowNoun::Backends => Show::Backends(None),
+        ShowNoun::Flows(args) => Show::Flows(args),
+        ShowNoun::Interfaces => Show::Xdp,
+    })
+}
+
+/// Where rows come from, and how they are to look.
+struct Source<'a> {
+    global: &'a Global,
+    wiring: &'a Wiring<'a>,
+    socket: PathBuf,
+    pins: PathBuf,
+    colour: bool,
+}
+
+/// What went wrong, and what the shell is told.
+struct Failure {
+    exit: Exit,
+    message: String,
+}
+
+impl Failure {
+    fn error(message: impl ToString) -> Self {
+        Self { exit: Exit::Error, message: message.to_string() }
+    }
+}
+
+type Outcome<T> = Result<T, Failure>;
+
+fn with_source(global: &Global, wiring: &Wiring<'_>, command: impl FnOnce(&Source<'_>) -> Outcome<Exit>) -> Exit {
+    let outcome = Source::new(global, wiring).and_then(|source| command(&source));
+    outcome.unwrap_or_else(|failure| {
+        eprintln!("edge-ctl: {}", failure.message);
+        failure.exit
+    })
+}
+
+impl<'a> Source<'a> {
+    fn new(global: &'a Global, wiring: &'a Wiring<'a>) -> Outcome<Self> {
+        let configured = match &global.config {
+            Some(file) => (wiring.check)(file).map_err(|lines| Failure {
+                exit: Exit::Usage,
+                message: format!("bad configuration\n{}", lines.join("\n")),
+            })?,
+            None => {
+                CheckedConfig { socket: DEFAULT_SOCKET.into(), pin_path: DEFAULT_PINS.into(), ..Default::default() }
+            }
+        };
+        let colour = match global.color {
+            Colour::Always => true,
+            Colour::Never => false,
+            Colour::Auto => io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none(),
+        };
+        Ok(Self {
+            global,
+            wiring,
+            socket: global.socket.clone().unwrap_or(configured.socket),
+            pins: global.pin_path.clone().unwrap_or(configured.pin_path),
+            colour,
+        })
+    }
+
+    fn ask(&self, query: &Query) -> Outcome<Value> {
+        if self.global.kernel {
+            let answer = self.wiring.kernel.answer(&self.pins, query).map_err(Failure::error)?;
+            return serde_json::to_value(answer).map_err(Failure::error);
+        }
+        client::ask(&self.socket, self.global.timeout, query).map_err(|error| {
+            let invalid = matches!(&error, client::ClientError::Refused { status, .. } if status.as_u16() == 422);
+            Failure { exit: if invalid { Exit::Usage } else { Exit::Error }, message: error.to_string() }
+        })
+    }
+
+    fn rows(&self, query: &Query) -> Outcome<Vec<Value>> {
+        match self.ask(query)? {
+            Value::Array(rows) => Ok(rows),
+            one => Ok(vec![one]),
+        }
+    }
+}
+
+/// Text to print, and what the shell is told.
+type Shown = (String, Exit);
+
+fn once(source: &Source<'_>, show: &Show) -> Outcome<Exit> {
+    let (text, exit) = shown(source, show)?;
+    print(&text);
+    Ok(exit)
+}
+
+/// Repaints on change; an error is shown in place of the rows, since the daemon may come back.
+fn watch(source: &Source<'_>, show: &Show) -> Outcome<Exit> {
+    let clear = if io::stdout().is_terminal() { "\x1b[H\x1b[2J\x1b[3J" } else { "" };
+    let mut last = None;
+    loop {
+        let text = match shown(source, show) {
+            Ok((text, _)) => text,
+            Err(failure) if failure.exit == Exit::Usage => return Err(failure),
+            Err(failure) => format!("{}\n", failure.message),
+        };
+        if last.as_ref() != Some(&text) {
+            if !print(&format!("{clear}{text}")) {
+                return Ok(Exit::Ok);
+            }
+            last = Some(text);
+        }
+        std::thread::sleep(WATCH_INTERVAL);
+    }
+}
+
+/// False where nobody reads any more (`edge-ctl ... | head`).
+fn print(text: &str) -> bool {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).is_ok()
+}
+
+fn shown(source: &Source<'_>, show: &Show) -> Outcome<Shown> {
+    let list = |view: &'static View, query: &Query| rows(source, view, source.rows(query)?);
+    let of_service = |view: &'static View, query: &Query, key: &str, service: &Option<String>| {
+        let mut found = source.rows(query)?;
+        if let Some(service) = service {
+            found.retain(|row| row.get(key).and_then(Value::as_str) == Some(service));
+            if found.is_empty() {
+                return Err(Failure::error(format!("there is nothing of a service `{service}`")));
+            }
+        }
+        rows(source, view, found)
+    };
+    match show {
+        Show::Status => status(source),
+        Show::Services(service) => of_service(&views::SERVICES, &Query::Services, "name", service),
+        Show::Service(name) => service(source, name),
+        Show::Backends(service) => of_service(&views::BACKENDS, &Query::Backends, "service", service),
+        Show::Flows(FlowArgs { service, limit }) => {
+            list(&views::FLOWS, &Query::Flows { service: service.clone(), limit: *limit })
+        }
+        Show::Dns => list(&views::DNS, &Query::Dns),
+        Show::BgpSummary => list(&views::BGP_SUMMARY, &Query::BgpPeers),
+        Show::BgpPeers => list(&views::BGP_PEERS, &Query::BgpPeers),
+        Show::BgpPeer(address) => peer(source, *address),
+        Show::BgpRoutes => list(&views::BGP_ROUTES, &Query::BgpRoutes),
+        Show::BgpReceived(peer) => peer_routes(source, *peer, Query::BgpReceived),
+        Show::BgpAdvertised(peer) => peer_routes(source, *peer, Query::BgpAdvertised),
+        Show::Routes => routes(source),
+        Show::Maps => list(&views::MAPS, &Query::Maps),
+        Show::Map(name, limit) => list(&views::MAP_ENTRIES, &Query::Map { name: name.clone(), limit: *limit }),
+        Show::Xdp => list(&views::XDP, &Query::Xdp),
+        Show::Reasons => list(&views::REASONS, &Query::Reasons),
+        Show::Config => configuration(source),
+    }
+}
+
+/// Rows of a view in the format asked for.
+fn rows(source: &Source<'_>, view: &View, mut rows: Vec<Value>) -> Outcome<Shown> {
+    if let Some(name) = &source.global.sort_by {
+        table::sort(view.columns, &mut rows, name).map_err(|message| Failure { exit: Exit::Usage, message })?;
+    }
+    let text = match source.global.output {
+        Output::Table | Output::Wide => {
+            let wide = source.global.output == Output::Wide;
+            let columns: Vec<&Column> = view.columns.iter().filter(|column| wide || !column.wide).collect();
+            let alarms = source.colour.then_some(views::is_alarming as fn(&str) -> bool);
+            table::render(&columns, &rows, !source.global.no_headers, alarms)
+        }
+        _ => structured(source.global.output, view, &rows)?,
+    };
+    Ok((text, Exit::Ok))
+}
+
+/// JSON, YAML, or names.
+fn structured(output: Output, view: &View, rows: &[Value]) -> Outcome<String> {
+    match output {
+        Output::Yaml => serde_norway::to_string(rows).map_err(Failure::error),
+        Output::Name => Ok(rows.iter().map(|row| format!("{}\n", name_of(view, row))).collect()),
+        Output::Json | Output::Table | Output::Wide => {
+            serde_json::to_string_pretty(rows).map(|text| text + "\n").map_err(Failure::error)
+        }
+    }
+}
+
+fn name_of(view: &View, row: &Value) -> String {
+    let names: Vec<_> = view.names.iter().filter_map(|key| row.get(*key)).map(table::plain).collect();
+    format!("{}/{}", view.kind, names.join("/"))
+}
+
+/// One object, as text that `pretty` makes of it or in the structured format asked for.
+fn single(source: &Source<'_>, view: &View, row: Value, pretty: fn(&Value) -> String) -> Outcome<String> {
+    match source.global.output {
+        Output::Table | Output::Wide => Ok(pretty(&row)),
+        output => structured(output, view, &[row]),
+    }
+}
+
+static EDGE: View = View { kind: "edge", names: &["pid"], columns: &[] };
+static CONFIG: View = View { kind: "config", names: &["file"], columns: &[] };
+
+fn status(source: &Source<'_>) -> Outcome<Shown> {
+    let row = source.ask(&Query::Status)?;
+    let healthy = row.get("state").and_then(Value::as_str) == Some("ok");
+    let text = single(source, &EDGE, row, describe::status)?;
+    Ok((text, if healthy { Exit::Ok } else { Exit::Degraded }))
+}
+
+fn service(source: &Source<'_>, name: &str) -> Outcome<Shown> {
+    let services = serde_json::from_value(source.ask(&Query::Services)?).map_err(Failure::error)?;
+    let backends = serde_json::from_value(source.ask(&Query::Backends)?).map_err(Failure::error)?;
+    let detail = ServiceDetail::pick(name, services, backends)
+        .ok_or_else(|| Failure::error(format!("there is no service `{name}`; `edge-ctl service list` names them")))?;
+    let detail = serde_json::to_value(detail).map_err(Failure::error)?;
+    Ok((single(source, &views::SERVICES, detail, describe::service)?, Exit::Ok))
+}
+
+fn peer(source: &Source<'_>, address: IpAddr) -> Outcome<Shown> {
+    let found = source.rows(&Query::BgpPeers)?.into_iter().find(|row| neighbour(row) == Some(address));
+    let row = found
+        .ok_or_else(|| Failure::error(format!("there is no peer {address}; `edge-ctl bgp summary` lists them")))?;
+    Ok((single(source, &views::BGP_PEERS, row, describe::peer)?, Exit::Ok))
+}
+
+fn neighbour(row: &Value) -> Option<IpAddr> {
+    row.get("neighbor").and_then(Value::as_str)?.parse().ok()
+}
+
+/// Of one peer, or of all of them one after the other.
+fn peer_routes(source: &Source<'_>, peer: Option<IpAddr>, query: fn(IpAddr) -> Query) -> Outcome<Shown> {
+    let peers = match peer {
+        Some(peer) => vec![peer],
+        None => source.rows(&Query::BgpPeers)?.iter().filter_map(neighbour).collect(),
+    };
+    let mut all = Vec::new();
+    for peer in peers {
+        all.append(&mut source.rows(&query(peer))?);
+    }
+    rows(source, &views::BGP_ROUTES, all)
+}
+
+/// As vtysh prints them; `-o wide` has them in columns.
+fn routes(source: &Source<'_>) -> Outcome<Shown> {
+    let mut found = source.rows(&Query::Routes)?;
+    if source.global.output != Output::Table {
+        return rows(source, &views::ROUTES, found);
+    }
+    if let Some(name) = &source.global.sort_by {
+        table::sort(views::ROUTES.columns, &mut found, name)
+            .map_err(|message| Failure { exit: Exit::Usage, message })?;
+    }
+    Ok((describe::routes(&found, !source.global.no_headers), Exit::Ok))
+}
+
+fn configuration(source: &Source<'_>) -> Outcome<Shown> {
+    let row = source.ask(&Query::Config)?;
+    let text = |row: &Value| format!("{}\n", row.get("text").and_then(Value::as_str).unwrap_or_default().trim_end());
+    Ok((single(source, &CONFIG, row, text)?, Exit::Ok))
+}
+
+fn reload(source: &Source<'_>) -> Outcome<Exit> {
+    if source.global.kernel {
+        return Err(Failure { exit: Exit::Usage, message: "`reload` is for the daemon; `--kernel` only reads".into() });
+    }
+    let row = source.ask(&Query::Reload)?;
+    let pretty = |row: &Value| {
+        let lines = |key: &str| {
+            let values = row.get(key).and_then(Value::as_array).cloned().unwrap_or_default();
+            values.iter().map(table::plain).collect::<Vec<_>>()
+        };
+        let file = row.get("file").map(table::plain).unwrap_or_default();
+        let (changes, restart) = (lines("changes"), lines("needs_restart"));
+        let mut text = match (changes.is_empty(), restart.is_empty()) {
+            (true, true) => format!("{file}: nothing changed\n"),
+            _ => format!("{file}: applied\n"),
+        };
+        text.extend(changes.iter().map(|change| format!("  {change}\n")));
+        text.extend(restart.iter().map(|change| format!("  needs a restart: {change}\n")));
+        text
+    };
+    print(&single(source, &CONFIG, row, pretty)?);
+    Ok(Exit::Ok)
+}
+
+/// This program's version, and the daemon's where one answers.
+fn version(source: &Source<'_>) -> Outcome<Exit> {
+    let own = env!("CARGO_PKG_VERSION");
+    let status = if source.global.kernel { None } else { source.ask(&Query::Status).ok() };
+    let daemon = status.as_ref().and_then(|row| row.get("version")).cloned().unwrap_or(Value::Null);
+    let pretty = |row: &Value| {
+        let part = |key| row.get(key).map(table::plain).unwrap_or_default();
+        format!("edge-ctl {}\ndaemon   {}\n", part("edge_ctl"), part("daemon"))
+    };
+    print(&single(source, &EDGE, json!({"edge_ctl": own, "daemon": daemon}), pretty)?);
+    Ok(Exit::Ok)
+}
+
+fn check(file: &Path, wiring: &Wiring<'_>, global: &Global) -> Exit {
+    match (wiring.check)(file) {
+        Ok(checked) => {
+            print(&checked_text(file, &checked, global.output == Output::Wide));
+            for warning in &checked.warnings {
+                eprintln!("warning: {warning}");
+            }
+            Exit::Ok
+        }
+        Err(lines) => {
+            for line in &lines {
+                eprintln!("{line}");
+            }
+            let faults = if lines.len() == 1 { "1 fault".to_owned() } else { format!("{} faults", lines.len()) };
+            eprintln!("{}: {faults}; nothing was changed", file.display());
+            Exit::Usage
+        }
+    }
+}
+
+fn checked_text(file: &Path, checked: &CheckedConfig, each_map: bool) -> String {
+    let total: u64 = checked.memory.iter().map(|(_, _, bytes)| bytes).sum();
+    let mut text = format!("{}: ok\n  {}\n", file.display(), checked.summary);
+    text.push_str(&format!("  memory of the maps: {}B\n", table::bytes(total as f64)));
+    let mut maps: Vec<_> = checked.memory.iter().collect();
+    maps.sort_by_key(|(_, _, bytes)| std::cmp::Reverse(*bytes));
+    let shown = if each_map { maps.len() } else { 3 };
+    for (name, entries, bytes) in maps.into_iter().take(shown) {
+        text.push_str(&format!("    {name:<16}{entries:>10} entries{:>10}B\n", table::bytes(*bytes as f64)));
+    }
+    text
+}

@@ -1,0 +1,285 @@
+//! The columns of every view.
+
+use serde_json::Value;
+
+use super::table::{Column, Show, clock, column, plain, wide};
+
+/// A list that can be shown.
+pub(super) struct View {
+    /// For `-o name`: KIND/NAME.
+    pub kind: &'static str,
+    /// Keys whose values make the NAME.
+    pub names: &'static [&'static str],
+    pub columns: &'static [Column],
+}
+
+pub(super) static SERVICES: View = View {
+    kind: "service",
+    names: &["name"],
+    columns: &[
+        column("NAME", "name", Show::Text),
+        column("VIP", "vip", Show::Text),
+        column("PROTO", "proto", Show::Text),
+        column("MODE", "mode", Show::Text),
+        column("BALANCE", "balance", Show::Text),
+        column("BACKENDS", "backends", Show::Text),
+        column("CONN/S", "conn/s", Show::Rate),
+        column("ACTIVE", "active", Show::Number),
+        column("RX/S", "rx/s", Show::Bytes),
+        column("TX/S", "tx/s", Show::Bytes),
+        column("ANNOUNCED", "announced", Show::Text),
+        column("AGE", "age", Show::Age),
+        wide("CONNECTIONS", "connections", Show::Number),
+        wide("RX", "bytes_in", Show::Bytes),
+        wide("TX", "bytes_out", Show::Bytes),
+        wide("DROPS", "drops", Show::Counts),
+    ],
+};
+
+pub(super) static BACKENDS: View = View {
+    kind: "backend",
+    names: &["service", "backend"],
+    columns: &[
+        column("SERVICE", "service", Show::Text),
+        column("BACKEND", "backend", Show::Text),
+        column("NODE", "node", Show::Text),
+        column("STATE", "state", Show::Text),
+        column("W", "w", Show::Number),
+        column("ACTIVE", "active", Show::Number),
+        column("LIMIT", "limit", Show::RowRight(limit)),
+        column("CONN/S", "conn/s", Show::Rate),
+        column("FAILS", "fails", Show::Number),
+        column("UNAVAIL", "unavail", Show::Number),
+        column("LAST-CHECK", "last-check", Show::Age),
+        column("CONNECT", "connect", Show::Row(connect_time)),
+        column("SOURCE", "source", Show::Text),
+        wide("VIP", "vip", Show::Text),
+        wide("CONNECTIONS", "connections", Show::Number),
+        wide("RX", "bytes_in", Show::Bytes),
+        wide("TX", "bytes_out", Show::Bytes),
+    ],
+};
+
+fn limit(row: &Value) -> String {
+    match row.get("limit").and_then(Value::as_u64) {
+        None | Some(0) => "-".to_owned(),
+        Some(limit) => limit.to_string(),
+    }
+}
+
+fn connect_time(row: &Value) -> String {
+    row.get("connect").and_then(Value::as_f64).map_or_else(|| "-".to_owned(), |ms| format!("{ms:.1}ms"))
+}
+
+pub(super) static FLOWS: View = View {
+    kind: "flow",
+    names: &["proto", "client", "vip"],
+    columns: &[
+        column("SERVICE", "service", Show::Text),
+        column("PROTO", "proto", Show::Text),
+        column("CLIENT", "client", Show::Text),
+        column("VIP", "vip", Show::Text),
+        wide("SNAT", "snat", Show::Text),
+        column("BACKEND", "backend", Show::Text),
+        column("STATE", "state", Show::Text),
+        wide("PACKETS-IN", "packets_in", Show::Number),
+        wide("PACKETS-OUT", "packets_out", Show::Number),
+        column("RX", "bytes_in", Show::Bytes),
+        column("TX", "bytes_out", Show::Bytes),
+        column("IDLE", "idle", Show::Age),
+        column("AGE", "age", Show::Age),
+    ],
+};
+
+pub(super) static DNS: View = View {
+    kind: "dns",
+    names: &["name", "type"],
+    columns: &[
+        column("NAME", "name", Show::Text),
+        column("TYPE", "type", Show::Text),
+        column("RESOLVER", "resolver", Show::Text),
+        column("ADDRESSES", "addresses", Show::Text),
+        column("STATE", "state", Show::Text),
+        column("AGE", "age", Show::Age),
+        column("NEXT", "next", Show::Age),
+        column("REQUESTS", "requests", Show::Number),
+        wide("REFUSED", "refused_addresses", Show::Number),
+        wide("RESPONSES", "responses", Show::Counts),
+        column("ERROR", "error", Show::Text),
+    ],
+};
+
+/// FRR's columns, in FRR's spelling.
+pub(super) static BGP_SUMMARY: View = View {
+    kind: "peer",
+    names: &["neighbor"],
+    columns: &[
+        column("Neighbor", "neighbor", Show::Text),
+        column("V", "v", Show::Number),
+        column("AS", "as", Show::Number),
+        column("MsgRcvd", "msg_rcvd", Show::Number),
+        column("MsgSent", "msg_sent", Show::Number),
+        column("TblVer", "tbl_ver", Show::Number),
+        column("InQ", "in_q", Show::Number),
+        column("OutQ", "out_q", Show::Number),
+        column("Up/Down", "up_down", Show::RowRight(up_down)),
+        column("State/PfxRcd", "pfx_rcd", Show::RowRight(state_or_prefixes)),
+        column("PfxSnt", "pfx_snt", Show::RowRight(prefixes_sent)),
+        column("Desc", "desc", Show::Text),
+    ],
+};
+
+/// FRR says `never` for a peer that was never up.
+pub(super) fn up_down(row: &Value) -> String {
+    row.get("up_down").and_then(Value::as_u64).map_or_else(|| "never".to_owned(), clock)
+}
+
+fn is_established(row: &Value) -> bool {
+    row.get("state").and_then(Value::as_str).is_some_and(|state| state.eq_ignore_ascii_case("established"))
+}
+
+fn state_or_prefixes(row: &Value) -> String {
+    let key = if is_established(row) { "pfx_rcd" } else { "state" };
+    plain(row.get(key).unwrap_or(&Value::Null))
+}
+
+/// As FRR: without a session nothing was sent that still counts.
+fn prefixes_sent(row: &Value) -> String {
+    let key = if is_established(row) { "pfx_snt" } else { "" };
+    row.get(key).map_or_else(|| "0".to_owned(), plain)
+}
+
+pub(super) static BGP_PEERS: View = View {
+    kind: "peer",
+    names: &["neighbor"],
+    columns: &[
+        column("NEIGHBOR", "neighbor", Show::Text),
+        column("AS", "as", Show::Number),
+        column("KIND", "kind", Show::Text),
+        column("STATE", "state", Show::Text),
+        column("UP/DOWN", "up_down", Show::RowRight(up_down)),
+        column("HOLD", "hold", Show::Number),
+        column("KEEPALIVE", "keepalive", Show::Number),
+        column("RECEIVED", "pfx_received", Show::Number),
+        column("ACCEPTED", "pfx_rcd", Show::Number),
+        column("ANNOUNCED", "pfx_snt", Show::Number),
+        column("DESC", "desc", Show::Text),
+        column("LAST-RESET", "last_reset", Show::Text),
+        wide("GROUP", "group", Show::Text),
+        wide("ROUTER-ID", "router_id", Show::Text),
+        wide("NEXT-CONNECT", "next_connect", Show::Age),
+        wide("ESTABLISHED", "established_count", Show::Number),
+        wide("CAPABILITIES", "capabilities", Show::Text),
+    ],
+};
+
+pub(super) static BGP_ROUTES: View = View {
+    kind: "path",
+    names: &["network", "peer"],
+    columns: &[
+        column("", "status", Show::Text),
+        column("Network", "network", Show::Text),
+        column("Next Hop", "next_hop", Show::Text),
+        column("Metric", "metric", Show::Number),
+        column("LocPrf", "locprf", Show::Number),
+        column("Path", "path", Show::Text),
+        column("Peer", "peer", Show::Text),
+        column("Age", "age", Show::Clock),
+        column("Reason", "reason", Show::Text),
+        wide("Communities", "communities", Show::Text),
+    ],
+};
+
+pub(super) static ROUTES: View = View {
+    kind: "route",
+    names: &["prefix"],
+    columns: &[
+        column("CODE", "code", Show::Text),
+        column("PREFIX", "prefix", Show::Text),
+        column("METRIC", "metric", Show::Number),
+        column("NEXT-HOPS", "next_hops", Show::Text),
+        column("PROTOCOL", "protocol", Show::Text),
+        column("INSTALLED", "installed", Show::Text),
+        column("AGE", "age", Show::Clock),
+    ],
+};
+
+pub(super) static MAPS: View = View {
+    kind: "map",
+    names: &["name"],
+    columns: &[
+        column("NAME", "name", Show::Text),
+        column("TYPE", "type", Show::Text),
+        column("ID", "id", Show::Number),
+        column("KEY", "key", Show::Number),
+        column("VALUE", "value", Show::Number),
+        column("ENTRIES", "entries", Show::Number),
+        column("MAX", "max_entries", Show::Number),
+        column("FILL", "fill", Show::RowRight(fill)),
+        column("MEMORY", "memory", Show::Bytes),
+        wide("PIN", "pin", Show::Text),
+    ],
+};
+
+fn fill(row: &Value) -> String {
+    let number = |key| row.get(key).and_then(Value::as_f64);
+    match (number("entries"), number("max_entries")) {
+        (Some(entries), Some(max)) if max > 0.0 => format!("{:.1}%", 100.0 * entries / max),
+        _ => "-".to_owned(),
+    }
+}
+
+pub(super) static MAP_ENTRIES: View = View {
+    kind: "entry",
+    names: &["key"],
+    columns: &[column("KEY", "key", Show::Text), column("VALUE", "value", Show::Text)],
+};
+
+pub(super) static XDP: View = View {
+    kind: "interface",
+    names: &["interface"],
+    columns: &[
+        column("INTERFACE", "interface", Show::Text),
+        column("HOOK", "hook", Show::Text),
+        column("STATE", "state", Show::Text),
+        column("PROGRAM", "program", Show::Number),
+        column("TAG", "tag", Show::Text),
+        wide("IFINDEX", "ifindex", Show::Number),
+        wide("LINK", "link", Show::Number),
+        column("REASON", "reason", Show::Text),
+    ],
+};
+
+pub(super) static REASONS: View = View {
+    kind: "reason",
+    names: &["service", "reason"],
+    columns: &[
+        column("SERVICE", "service", Show::Text),
+        column("REASON", "reason", Show::Text),
+        column("ACTION", "action", Show::Text),
+        column("PACKETS", "packets", Show::Number),
+    ],
+};
+
+/// What deserves red: states and words that mean "not as configured".
+pub(super) fn is_alarming(cell: &str) -> bool {
+    let word = cell.split(':').next().unwrap_or(cell);
+    matches!(
+        word,
+        "no-route"
+            | "down"
+            | "draining"
+            | "last-good"
+            | "unknown"
+            | "missing"
+            | "error"
+            | "drop"
+            | "degraded"
+            | "never"
+            | "Idle"
+            | "Connect"
+            | "Active"
+            | "OpenSent"
+            | "OpenConfirm"
+    ) || cell.starts_with("0/")
+}

@@ -1,0 +1,273 @@
+//! `[bgp]`, `[bgp.group.NAME]`, `[[bgp.peer]]`: groups are merged into their peers here and nowhere else.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr},
+    time::Duration,
+};
+
+use super::{
+    raw::Place,
+    read::{At, Section},
+    valid::{Bgp, Peer, PrefixRule},
+    values,
+};
+
+const DEFAULT_PORT: u16 = 179;
+/// RFC 4271 10 suggests 90 s, and a third of it for keepalives.
+const DEFAULT_HOLD: Duration = Duration::from_secs(90);
+/// RFC 4271 4.2: zero, or at least three seconds.
+const SHORTEST_HOLD: u64 = 3;
+const AS_NUMBER: std::ops::RangeInclusive<u32> = 1..=u32::MAX;
+
+/// What may stand in a group as on a peer; `None`: not said there.
+#[derive(Clone, Debug, Default)]
+struct Settings {
+    remote_asn: Option<u32>,
+    port: Option<u16>,
+    passive: Option<bool>,
+    local_address: Option<At<IpAddr>>,
+    keepalive: Option<At<Duration>>,
+    hold: Option<At<Duration>>,
+    ebgp_multihop: Option<u8>,
+    import: Option<Vec<PrefixRule>>,
+    export: Option<Vec<PrefixRule>>,
+}
+
+impl Settings {
+    fn read(section: &Section<'_>) -> Self {
+        section.not_yet(&[
+            "password_file",
+            "listen_range",
+            "ttl_security",
+            "bfd",
+            "graceful_restart",
+            "max_prefixes",
+            "max_prefix",
+            "password",
+        ]);
+        let (keepalive, hold) = timers(section);
+        Self {
+            remote_asn: section.integer("remote_asn", AS_NUMBER),
+            port: section.port("port", 1),
+            passive: section.boolean("passive"),
+            local_address: section.parse("local_address", "an IP address of this host", address),
+            keepalive,
+            hold,
+            ebgp_multihop: section.integer("ebgp_multihop", 1..=255).and_then(|hops| u8::try_from(hops).ok()),
+            import: rules(section, "import"),
+            export: rules(section, "export"),
+        }
+    }
+
+    /// These settings, and the group's where these say nothing.
+    fn over(self, group: &Settings) -> Self {
+        let group = group.clone();
+        Self {
+            remote_asn: self.remote_asn.or(group.remote_asn),
+            port: self.port.or(group.port),
+            passive: self.passive.or(group.passive),
+            local_address: self.local_address.or(group.local_address),
+            // The pair belongs together: a peer's hold with the group's keepalive may contradict each other.
+            keepalive: if self.hold.is_some() { self.keepalive } else { self.keepalive.or(group.keepalive) },
+            hold: self.hold.or(group.hold),
+            ebgp_multihop: self.ebgp_multihop.or(group.ebgp_multihop),
+            import: self.import.or(group.import),
+            export: self.export.or(group.export),
+        }
+    }
+}
+
+fn timers(section: &Section<'_>) -> (Option<At<Duration>>, Option<At<Duration>>) {
+    let Some(timers) = section.table("timers") else { return (None, None) };
+    let whole = |longest: u64| {
+        move |text: &str| match values::duration(text)? {
+            duration if duration.subsec_millis() != 0 => Err("BGP counts whole seconds".to_owned()),
+            duration if duration.as_secs() > longest => Err(format!("at most {longest} s")),
+            duration => Ok(duration),
+        }
+    };
+    let keepalive = timers.parse("keepalive", values::DURATION, whole(u64::from(u16::MAX)));
+    let hold = timers.parse("hold", "\"0s\", or at least \"3s\"", |text| match whole(u64::from(u16::MAX))(text)? {
+        hold if (1..SHORTEST_HOLD).contains(&hold.as_secs()) => Err("RFC 4271 4.2 forbids 1 s and 2 s".to_owned()),
+        hold => Ok(hold),
+    });
+    timers.finish();
+    (keepalive, hold)
+}
+
+fn rules(section: &Section<'_>, key: &'static str) -> Option<Vec<PrefixRule>> {
+    let rules = section.list(key, values::PREFIX_RULE, values::prefix_rule)?;
+    Some(rules.into_iter().map(|rule| rule.value).collect())
+}
+
+fn address(text: &str) -> Result<IpAddr, String> {
+    match text.parse() {
+        Ok(address) if values::is_host(address) => Ok(address),
+        Ok(_) => Err("no packet can be sent there".into()),
+        Err(_) => Err("not an IP address".into()),
+    }
+}
+
+/// `None` without `[bgp]`, or where something was reported.
+pub(super) fn bgp(root: &Section<'_>) -> Option<Bgp> {
+    let section = root.table("bgp")?;
+    let asn = section.integer("asn", AS_NUMBER);
+    if !section.has("asn") {
+        section.missing("asn", "our AS number, 1 to 4294967295");
+    }
+    let listen_port = section.port("listen_port", 0).unwrap_or(DEFAULT_PORT);
+    let networks = section.list("networks", values::PREFIX, values::prefix).unwrap_or_default();
+    let groups: BTreeMap<&str, Settings> = section.named("group").into_iter().map(group).collect();
+    let mut peers = BTreeMap::new();
+    for peer in section.each("peer") {
+        read_peer(peer, asn, &groups, &mut peers);
+    }
+    section.not_yet(&["graceful_restart", "bfd", "listen_range", "password_file"]);
+    let router_id = router_id(&section, &peers);
+    section.finish();
+    Some(Bgp {
+        asn: asn?,
+        router_id: router_id?,
+        listen_port: Some(listen_port).filter(|port| *port != 0),
+        networks: networks.into_iter().map(|network| network.value).collect(),
+        peers: peers.into_iter().map(|(address, (peer, _))| (address, peer)).collect(),
+    })
+}
+
+fn group<'a>((name, section): (&'a str, Section<'_>)) -> (&'a str, Settings) {
+    if let Err(why) = values::table_name(name) {
+        section.fault(section.place(), why);
+    }
+    let settings = Settings::read(&section);
+    section.finish();
+    (name, settings)
+}
+
+fn read_peer(
+    section: Section<'_>,
+    asn: Option<u32>,
+    groups: &BTreeMap<&str, Settings>,
+    peers: &mut BTreeMap<IpAddr, (Peer, Place)>,
+) {
+    let at = section.place().clone();
+    let neighbour = section.parse("address", "the peer's IP address", address);
+    if !section.has("address") {
+        section.missing("address", "the peer's IP address");
+    }
+    let group = section.parse("group", "the name of a [bgp.group.NAME]", |name| {
+        if groups.contains_key(name) { Ok(name.to_owned()) } else { Err(unknown_group(name, groups)) }
+    });
+    let group = group.map(|group| group.value);
+    let group_known = group.is_some() || !section.has("group");
+    let own = Settings::read(&section);
+    let settings = match group.as_deref().and_then(|name| groups.get(name)) {
+        Some(group) => own.over(group),
+        None => own,
+    };
+    let description = section.parse("description", "a string", |text| Ok(text.to_owned()));
+    if settings.remote_asn.is_none() && group_known && !section.has("remote_asn") {
+        section.missing("remote_asn", "the peer's AS number, here or in its group");
+    }
+    if let (Some(neighbour), Some(remote_asn)) = (neighbour, settings.remote_asn) {
+        check_family(&section, &neighbour, settings.local_address.as_ref());
+        let (keepalive, hold) = agreed_timers(&section, &settings);
+        if let Some((_, first)) = peers.get(&neighbour.value) {
+            section.fault(&neighbour.at, format!("peer {} is already configured at {first}", neighbour.value));
+        }
+        if asn == Some(remote_asn) && settings.ebgp_multihop.is_some() {
+            section.fault(&at, "`ebgp_multihop` has no meaning for an iBGP peer (same AS number); remove it".into());
+        }
+        let peer = Peer {
+            address: neighbour.value,
+            remote_asn,
+            port: settings.port.unwrap_or(DEFAULT_PORT),
+            description: description.map(|text| text.value).unwrap_or_default(),
+            group,
+            passive: settings.passive.unwrap_or(false),
+            local_address: settings.local_address.map(|local| local.value),
+            keepalive,
+            hold,
+            ebgp_multihop: settings.ebgp_multihop.unwrap_or(1),
+            import: settings.import,
+            export: settings.export,
+        };
+        peers.entry(neighbour.value).or_insert((peer, neighbour.at));
+    }
+    section.finish();
+}
+
+fn unknown_group(name: &str, groups: &BTreeMap<&str, Settings>) -> String {
+    match super::read::nearest(name, groups.keys().copied()) {
+        Some(near) => format!("there is no [bgp.group.{name}]; did you mean `{near}`?"),
+        None => format!("there is no [bgp.group.{name}]"),
+    }
+}
+
+fn check_family(section: &Section<'_>, neighbour: &At<IpAddr>, local: Option<&At<IpAddr>>) {
+    let Some(local) = local else { return };
+    if local.value.is_ipv4() != neighbour.value.is_ipv4() {
+        let message = format!("`local_address` {} and peer {} differ in family", local.value, neighbour.value);
+        section.fault(&local.at, message);
+    } else if local.value == neighbour.value {
+        section.fault(&local.at, format!("`local_address` {} is the peer's own address", local.value));
+    }
+}
+
+/// Keepalive and hold time; each follows from the other where only one is given.
+fn agreed_timers(section: &Section<'_>, settings: &Settings) -> (Duration, Duration) {
+    let hold = match (&settings.hold, &settings.keepalive) {
+        (Some(hold), _) => hold.value,
+        (None, Some(keepalive)) if !keepalive.value.is_zero() => {
+            (keepalive.value * 3).max(Duration::from_secs(SHORTEST_HOLD)).min(Duration::from_secs(u16::MAX.into()))
+        }
+        _ => DEFAULT_HOLD,
+    };
+    let Some(keepalive) = &settings.keepalive else { return (Duration::from_secs(hold.as_secs() / 3), hold) };
+    let contradicts = match (hold.is_zero(), keepalive.value.is_zero()) {
+        (true, true) => false,
+        (false, false) => keepalive.value >= hold,
+        _ => true,
+    };
+    if contradicts {
+        let (keepalive_s, hold_s) = (keepalive.value.as_secs(), hold.as_secs());
+        let message = format!(
+            "keepalive of {keepalive_s} s with a hold time of {hold_s} s would lose the session; expected a keepalive \
+             shorter than the hold time, or both 0"
+        );
+        section.fault(&keepalive.at, message);
+    }
+    (keepalive.value, hold)
+}
+
+/// The configured router id, or the one IPv4 address that every session is spoken from.
+fn router_id(section: &Section<'_>, peers: &BTreeMap<IpAddr, (Peer, Place)>) -> Option<Ipv4Addr> {
+    const EXPECTED: &str = "an IPv4 address, unique among the speakers, usually this host's own";
+    if section.has("router_id") {
+        return section
+            .parse("router_id", EXPECTED, |text| match text.parse::<Ipv4Addr>() {
+                Ok(id) if id.is_unspecified() => Err("zero is not a router id (RFC 6286)".to_owned()),
+                Ok(id) => Ok(id),
+                Err(_) => Err("not an IPv4 address".to_owned()),
+            })
+            .map(|id| id.value);
+    }
+    // Marks the key as known.
+    section.get("router_id");
+    let mut locals: Vec<Ipv4Addr> = peers
+        .values()
+        .filter_map(|(peer, _)| match peer.local_address {
+            Some(IpAddr::V4(local)) => Some(local),
+            _ => None,
+        })
+        .collect();
+    locals.sort();
+    locals.dedup();
+    match locals.as_slice() {
+        [only] => Some(*only),
+        _ => {
+            section.missing("router_id", EXPECTED);
+            None
+        }
+    }
+}

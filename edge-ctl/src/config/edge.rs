@@ -1,0 +1,148 @@
+//! `[edge]`, `[edge.tables]`, `[api]`, `[log]`.
+
+use std::{collections::BTreeSet, net::SocketAddr, path::PathBuf};
+
+use super::{
+    read::Section,
+    valid::{Edge, Hook, Tables},
+    values,
+};
+
+/// Fewest entries of a flow table. An LRU map smaller than 128 elements for each CPU of a large machine evicts live ones.
+const SMALLEST_TABLE: u32 = 1 << 10;
+/// Most entries of a flow table: 2^26 of them take some 10 GiB.
+const LARGEST_TABLE: u32 = 1 << 26;
+/// A socket path has 108 bytes with its final zero (unix(7)).
+const LONGEST_SOCKET_PATH: usize = 107;
+
+pub(super) fn edge(root: &Section<'_>) -> Option<Edge> {
+    let Some(section) = root.table("edge") else {
+        if !root.has("edge") {
+            root.missing("[edge]", "a table with at least `interfaces` and `pod_networks`");
+        }
+        return None;
+    };
+    let edge = Edge {
+        interfaces: interfaces(&section),
+        hook: section
+            .parse("hook", "\"auto\", \"xdp-native\", \"xdp-generic\" or \"tc\"", hook)
+            .map_or(Hook::default(), |hook| hook.value),
+        pod_networks: pod_networks(&section),
+        pin_path: path(&section, "pin_path").unwrap_or_else(|| "/sys/fs/bpf/edge".into()),
+        socket: socket(&section).unwrap_or_else(|| "/run/edge/edge.sock".into()),
+        state_dir: path(&section, "state_dir").unwrap_or_else(|| "/var/lib/edge".into()),
+        seed_file: path(&section, "seed_file"),
+        tables: tables(&section),
+    };
+    section.finish();
+    Some(edge)
+}
+
+fn interfaces(section: &Section<'_>) -> Vec<String> {
+    const EXPECTED: &str = "the name of a network interface";
+    let Some(names) = section.list("interfaces", EXPECTED, interface) else {
+        if !section.has("interfaces") {
+            section.missing("interfaces", "at least one name, such as [\"ens33\"]");
+        }
+        return Vec::new();
+    };
+    if names.is_empty() {
+        section.missing("interfaces", "at least one name, such as [\"ens33\"]");
+    }
+    let mut seen = BTreeSet::new();
+    for name in &names {
+        if !seen.insert(&name.value) {
+            section.fault(&name.at, format!("`interfaces`: \"{}\" stands there twice", name.value));
+        }
+    }
+    names.into_iter().map(|name| name.value).collect()
+}
+
+/// IFNAMSIZ is 16 with the final zero; the kernel refuses `/`, `:` and spaces (dev_valid_name).
+fn interface(name: &str) -> Result<String, String> {
+    let plain = name.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'/' && byte != b':');
+    match name {
+        "" | "." | ".." => Err("not an interface name".into()),
+        _ if name.len() > 15 => Err("longer than 15 characters".into()),
+        _ if !plain => Err("not an interface name".into()),
+        _ => Ok(name.to_owned()),
+    }
+}
+
+fn hook(text: &str) -> Result<Hook, String> {
+    match text {
+        "auto" => Ok(Hook::Auto),
+        "xdp-native" => Ok(Hook::XdpNative),
+        "xdp-generic" => Ok(Hook::XdpGeneric),
+        "tc" => Ok(Hook::Tc),
+        _ => Err(String::new()),
+    }
+}
+
+fn pod_networks(section: &Section<'_>) -> Vec<ipnet::IpNet> {
+    let Some(networks) = section.list("pod_networks", values::PREFIX, values::prefix) else {
+        if !section.has("pod_networks") {
+            section.missing("pod_networks", "the networks that backends lie in, such as [\"10.1.0.0/16\"]");
+        }
+        return Vec::new();
+    };
+    if networks.is_empty() {
+        section.missing("pod_networks", "at least one network, such as [\"10.1.0.0/16\"]");
+    }
+    for network in networks.iter().filter(|network| network.value.prefix_len() == 0) {
+        let why = "would let DNS name any host in the world as a backend; list the pods' own networks";
+        section.fault(&network.at, format!("`pod_networks`: \"{}\" {why}", network.value));
+    }
+    networks.into_iter().map(|network| network.value).collect()
+}
+
+fn path(section: &Section<'_>, key: &'static str) -> Option<PathBuf> {
+    let absolute = |text: &str| match PathBuf::from(text) {
+        path if path.is_absolute() => Ok(path),
+        _ => Err("not absolute".to_owned()),
+    };
+    section.parse(key, "an absolute path", absolute).map(|path| path.value)
+}
+
+fn socket(section: &Section<'_>) -> Option<PathBuf> {
+    let socket = path(section, "socket")?;
+    if socket.as_os_str().len() > LONGEST_SOCKET_PATH {
+        let message = format!("`socket`: a socket path has at most {LONGEST_SOCKET_PATH} bytes");
+        section.fault(section.place(), message);
+    }
+    Some(socket)
+}
+
+fn tables(section: &Section<'_>) -> Tables {
+    let defaults = Tables::default();
+    let Some(tables) = section.table("tables") else { return defaults };
+    let entries = |key, default| tables.integer(key, SMALLEST_TABLE..=LARGEST_TABLE).unwrap_or(default);
+    let read = Tables {
+        established: entries("established", defaults.established),
+        half_open: entries("half_open", defaults.half_open),
+        closing: entries("closing", defaults.closing),
+    };
+    tables.finish();
+    read
+}
+
+/// `[api] http`; the default is on, on the loopback address only.
+pub(super) fn http(root: &Section<'_>) -> Option<SocketAddr> {
+    let default = Some(SocketAddr::from(([127, 0, 0, 1], 9180)));
+    let Some(section) = root.table("api") else { return default };
+    let parse = |text: &str| match text {
+        "" => Ok(None),
+        _ => text.parse().map(Some).map_err(|_| "not an address with a port".to_owned()),
+    };
+    let http = section.parse("http", "ADDRESS:PORT such as \"127.0.0.1:9180\", or \"\" to turn it off", parse);
+    section.finish();
+    http.map_or(default, |http| http.value)
+}
+
+/// `[log]` belongs to the design; this version writes no access log.
+pub(super) fn log(root: &Section<'_>) {
+    if let Some(section) = root.table("log") {
+        section.not_yet(&["access", "format"]);
+        section.finish();
+    }
+}

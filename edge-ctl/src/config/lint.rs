@@ -1,0 +1,71 @@
+//! What is allowed but probably not meant: warnings of `config check`. Pure.
+
+use ipnet::IpNet;
+
+use super::valid::{Bgp, Config, Peer, PrefixRule};
+
+/// One line for each thing worth a second look.
+pub fn warnings(config: &Config) -> Vec<String> {
+    let mut warnings = Vec::new();
+    if let Some(http) = config.http.filter(|http| !http.ip().is_loopback()) {
+        warnings.push(format!(
+            "[api] http = \"{http}\": metrics can be read from other hosts, without authentication; the default is 127.0.0.1:9180"
+        ));
+    }
+    if let Some(bgp) = &config.bgp {
+        for peer in bgp.peers.values() {
+            peer_warnings(bgp, peer, &config.edge.pod_networks, &mut warnings);
+        }
+        unannounced(config, bgp, &mut warnings);
+    }
+    for resolver in config.resolvers.values() {
+        let used = config.services.values().any(|service| match &service.backends {
+            crate::model::BackendSource::Dns { resolver: name, .. } => *name == resolver.name,
+            crate::model::BackendSource::Static(_) => false,
+        });
+        if !used {
+            warnings.push(format!("[resolver.{}]: no service uses it", resolver.name));
+        }
+    }
+    warnings
+}
+
+fn peer_warnings(bgp: &Bgp, peer: &Peer, pod_networks: &[IpNet], warnings: &mut Vec<String>) {
+    let address = peer.address;
+    match &peer.import {
+        None if peer.remote_asn != bgp.asn => warnings.push(format!(
+            "peer {address}: eBGP without `import` accepts nothing (RFC 8212); give a list, or `import = []` to say so"
+        )),
+        Some(rules) => warnings.extend(rules.iter().filter(|rule| is_exact_cover(rule, pod_networks)).map(|rule| {
+            format!(
+                "peer {address}: `import` \"{0}\" accepts that prefix only, not the nodes' blocks inside it; meant \
+                 \"{0} le 32\"?",
+                rule.prefix
+            )
+        })),
+        None => {}
+    }
+}
+
+/// A rule without lengths on a prefix that pods are numbered from: nodes announce parts of it.
+fn is_exact_cover(rule: &PrefixRule, pod_networks: &[IpNet]) -> bool {
+    rule.max_length == rule.prefix.prefix_len()
+        && rule.max_length < 24
+        && pod_networks.iter().any(|network| rule.prefix.contains(network) || network.contains(&rule.prefix))
+}
+
+fn unannounced(config: &Config, bgp: &Bgp, warnings: &mut Vec<String>) {
+    for service in config.services.values().filter(|service| service.announce.is_some()) {
+        for frontend in &service.listen {
+            let vip = IpNet::from(frontend.address.ip());
+            let announced = bgp.peers.values().any(|peer| match &peer.export {
+                Some(rules) => rules.iter().any(|rule| rule.matches(&vip)),
+                None => peer.remote_asn == bgp.asn,
+            });
+            if !announced {
+                warnings
+                    .push(format!("service {}: no peer's `export` lets {vip} out, so nobody learns it", service.name));
+            }
+        }
+    }
+}

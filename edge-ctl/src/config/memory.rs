@@ -1,0 +1,102 @@
+//! What the maps will cost, before they are made: the kernel's own arithmetic (kernel/bpf/{hashtab,arraymap}.c) over the
+//! layouts of `edge_common::maps`.
+
+use edge_common::{
+    flow::FlowKeyV4,
+    maps::{self, name},
+};
+
+use super::valid::Tables;
+
+/// `struct htab_elem` without key and value, bytes (64-bit kernels 5.15 to 6.18).
+const HASH_ELEMENT: u64 = 48;
+/// `struct bucket`, bytes.
+const BUCKET: u64 = 16;
+
+/// One map's share.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MapMemory {
+    /// Map name.
+    pub name: &'static str,
+    /// Capacity.
+    pub entries: u32,
+    /// Kernel memory, bytes.
+    pub bytes: u64,
+}
+
+/// Every map's share on a machine with `cpus` possible CPUs, in the order of `maps::name::ALL`.
+pub fn estimate(tables: &Tables, cpus: u32) -> Vec<MapMemory> {
+    name::ALL
+        .iter()
+        .map(|name| {
+            let (entries, bytes) = one(name, tables, cpus);
+            MapMemory { name, entries, bytes }
+        })
+        .collect()
+}
+
+fn one(name: &str, tables: &Tables, cpus: u32) -> (u32, u64) {
+    let flow = |entries| (entries, hash::<FlowKeyV4, maps::FlowV4>(entries, cpus));
+    match name {
+        name::ESTABLISHED => flow(tables.established),
+        name::HALF_OPEN => flow(tables.half_open),
+        name::CLOSING => flow(tables.closing),
+        name::SERVICE_INDEX => (maps::SERVICES, hash::<maps::ServiceKeyV4, u32>(maps::SERVICES, cpus)),
+        name::BACKEND_INDEX => (maps::BACKENDS, hash::<maps::ServiceKeyV4, u32>(maps::BACKENDS, cpus)),
+        name::NEXT_HOP_INDEX => (maps::NEXT_HOPS, hash::<maps::NeighbourKey, u32>(maps::NEXT_HOPS, cpus)),
+        name::INTERFACES => (maps::INTERFACES, hash::<u32, u32>(maps::INTERFACES, cpus)),
+        name::SERVICES => (maps::SERVICES, array::<maps::ServiceEntry>(maps::SERVICES)),
+        name::SERVICE_LABELS => (maps::SERVICES, array::<maps::Label>(maps::SERVICES)),
+        name::BACKENDS => (maps::BACKENDS, array::<maps::BackendEntry>(maps::BACKENDS)),
+        name::BACKEND_STATE | name::BACKEND_CURSOR => (maps::BACKENDS, array::<u32>(maps::BACKENDS)),
+        name::SELECTION => (maps::SELECTION_CHUNKS, array::<maps::Chunk>(maps::SELECTION_CHUNKS)),
+        name::NEXT_HOPS => (maps::NEXT_HOPS, array::<maps::NextHop>(maps::NEXT_HOPS)),
+        name::NEXT_HOP_CURSOR => (1, array::<u32>(1)),
+        name::ADDRESS_FILTER => (1, array::<maps::AddressFilter>(1)),
+        name::SNAT_PORTS => (1, array::<maps::PortSet>(1)),
+        name::CONTROL => (1, array::<maps::Control>(1)),
+        name::SERVICE_STATS => (maps::SERVICES, per_cpu::<maps::ServiceStats>(maps::SERVICES, cpus)),
+        name::BACKEND_STATS => (maps::BACKENDS, per_cpu::<maps::BackendStats>(maps::BACKENDS, cpus)),
+        name::REASONS => (maps::REASON_SLOTS, per_cpu::<u64>(maps::REASON_SLOTS, cpus)),
+        _ => (0, 0),
+    }
+}
+
+/// A preallocated hash: one spare element for each CPU, and a power of two of buckets.
+fn hash<K, V>(entries: u32, cpus: u32) -> u64 {
+    let element = HASH_ELEMENT + round8(size_of::<K>()) + round8(size_of::<V>());
+    let buckets = u64::from(entries).next_power_of_two();
+    (u64::from(entries) + u64::from(cpus)) * element + buckets * BUCKET
+}
+
+fn array<V>(entries: u32) -> u64 {
+    u64::from(entries) * round8(size_of::<V>())
+}
+
+fn per_cpu<V>(entries: u32, cpus: u32) -> u64 {
+    let pointer = 8;
+    u64::from(entries) * (round8(size_of::<V>()) * u64::from(cpus) + pointer)
+}
+
+fn round8(bytes: usize) -> u64 {
+    (bytes as u64).next_multiple_of(8)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_map_has_a_share() {
+        for map in estimate(&Tables::default(), 2) {
+            assert!(map.bytes > 0 && map.entries > 0, "{} is not in the estimate", map.name);
+        }
+    }
+
+    #[test]
+    fn an_established_entry_costs_about_what_the_design_says() {
+        let established = &estimate(&Tables::default(), 2)[0];
+        let each = established.bytes / u64::from(established.entries);
+        assert!((160..=180).contains(&each), "{each}");
+    }
+}

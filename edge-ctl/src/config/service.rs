@@ -1,0 +1,315 @@
+//! `[resolver.NAME]` and `[service.NAME]`, with the checks that need more than one of them.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
+
+use ipnet::IpNet;
+
+use super::{
+    raw::{Place, Value},
+    read::{At, Section, nearest, not_yet},
+    values,
+};
+use crate::model::{
+    Announce, BackendSource, Balance, Frontend, Mode, PathAttributes, RecordType, Resolver, Service, Snat, within,
+};
+
+const DNS_PORT: u16 = 53;
+/// Service and backend numbers start at 1.
+const MOST_FRONTENDS: usize = edge_common::maps::SERVICES as usize - 1;
+const MOST_BACKENDS: usize = edge_common::maps::BACKENDS as usize - 1;
+const BACKENDS: &str = "{ dns = NAME, port = N, resolver = NAME } or { static = [\"ADDRESS:PORT\"] }";
+
+/// Resolvers as configured; a faulty one still has a name that services may refer to.
+pub(super) struct Resolvers {
+    names: BTreeSet<String>,
+    values: BTreeMap<String, Resolver>,
+}
+
+impl Resolvers {
+    pub fn into_values(self) -> BTreeMap<String, Resolver> {
+        self.values
+    }
+}
+
+pub(super) fn resolvers(root: &Section<'_>) -> Resolvers {
+    let mut resolvers = Resolvers { names: BTreeSet::new(), values: BTreeMap::new() };
+    for (name, section) in root.named("resolver") {
+        if let Err(why) = values::table_name(name) {
+            section.fault(section.place(), why);
+        }
+        resolvers.names.insert(name.to_owned());
+        let servers = section.list("servers", "ADDRESS or ADDRESS:PORT of a DNS server", server);
+        if servers.as_ref().is_none_or(Vec::is_empty) {
+            section.missing("servers", "at least one DNS server's address");
+        }
+        let valid = section.parse("valid", "a duration from \"1s\" to \"1d\"", |text| match values::duration(text)? {
+            valid if valid < Duration::from_secs(1) => Err("the servers would be asked without a pause".to_owned()),
+            valid if valid > Duration::from_secs(86_400) => Err("new pods would not be seen".to_owned()),
+            valid => Ok(valid),
+        });
+        section.finish();
+        let servers = servers.unwrap_or_default().into_iter().map(|server| server.value).collect();
+        let resolver = Resolver { name: name.to_owned(), servers, valid: valid.map(|valid| valid.value) };
+        resolvers.values.insert(name.to_owned(), resolver);
+    }
+    resolvers
+}
+
+fn server(text: &str) -> Result<SocketAddr, String> {
+    let parsed = text.parse().or_else(|_| text.parse::<IpAddr>().map(|address| SocketAddr::new(address, DNS_PORT)));
+    match parsed {
+        Ok(server) if server.port() == 0 => Err("port 0 cannot be used".into()),
+        Ok(server) if server.ip().is_unspecified() => Err("no packet can be sent there".into()),
+        Ok(server) => Ok(server),
+        Err(_) => Err("not an IP address (names would need a resolver themselves)".into()),
+    }
+}
+
+/// What services refer to.
+pub(super) struct Context<'a> {
+    pub pod_networks: &'a [IpNet],
+    pub resolvers: &'a Resolvers,
+    pub has_bgp: bool,
+}
+
+pub(super) fn services(root: &Section<'_>, context: &Context<'_>) -> BTreeMap<String, Service> {
+    let mut services = BTreeMap::new();
+    let mut taken = BTreeMap::new();
+    let mut backends = 0;
+    for (name, section) in root.named("service") {
+        if let Err(why) = values::table_name(name) {
+            section.fault(section.place(), why);
+        }
+        let place = section.place().clone();
+        if let Some(service) = service(name, section, context, &mut taken) {
+            if let BackendSource::Static(addresses) = &service.backends {
+                backends += addresses.len() * service.listen.len();
+            }
+            services.insert(name.to_owned(), service);
+        }
+        if taken.len() > MOST_FRONTENDS || backends > MOST_BACKENDS {
+            root.fault(&place, format!("more than {MOST_FRONTENDS} listen addresses or {MOST_BACKENDS} backends"));
+            break;
+        }
+    }
+    services
+}
+
+fn service(
+    name: &str,
+    section: Section<'_>,
+    context: &Context<'_>,
+    taken: &mut BTreeMap<Frontend, (String, Place)>,
+) -> Option<Service> {
+    section.not_yet(&["health", "affinity", "max_connections", "source_ranges", "arp"]);
+    let mode = section.parse("mode", "\"full-nat\" or \"dnat\"", |text| match text {
+        "full-nat" => Ok(Mode::FullNat),
+        "dnat" => Ok(Mode::Dnat),
+        _ => Err(String::new()),
+    });
+    let mode = mode.map_or(Mode::default(), |mode| mode.value);
+    let balance = section.parse("balance", "\"maglev\"", |text| match text {
+        "maglev" => Ok(Balance::Maglev),
+        "round-robin" | "least-conn" => Err(not_yet("that method")),
+        _ => Err(String::new()),
+    });
+    let listen = listen(name, &section, context, taken);
+    let backends = backends(&section, context);
+    let snat = snat(&section, mode, context);
+    let announce = announce(&section, context);
+    section.finish();
+    Some(Service {
+        name: name.to_owned(),
+        listen,
+        backends: backends?,
+        mode,
+        balance: balance.map_or(Balance::default(), |balance| balance.value),
+        snat,
+        announce,
+    })
+}
+
+fn listen(
+    name: &str,
+    section: &Section<'_>,
+    context: &Context<'_>,
+    taken: &mut BTreeMap<Frontend, (String, Place)>,
+) -> Vec<Frontend> {
+    const EXPECTED: &str = "ADDRESS:PORT/tcp or ADDRESS:PORT/udp";
+    let listen = section.list("listen", EXPECTED, frontend);
+    if !section.has("listen") || listen.as_ref().is_some_and(Vec::is_empty) && is_empty_array(section, "listen") {
+        section.missing("listen", "at least one listen address, such as [\"172.16.1.88:8443/tcp\"]");
+    }
+    let listen = listen.unwrap_or_default();
+    for At { value: frontend, at } in &listen {
+        if within(context.pod_networks, frontend.address.ip()) {
+            let message = format!("`listen`: {frontend} lies in `pod_networks`; a VIP must not be a pod's address");
+            section.fault(at, message);
+        }
+        if let Some((other, first)) = taken.get(frontend) {
+            section.fault(at, format!("`listen`: {frontend} is already taken by service `{other}` at {first}"));
+        } else {
+            taken.insert(*frontend, (name.to_owned(), at.clone()));
+        }
+    }
+    listen.into_iter().map(|frontend| frontend.value).collect()
+}
+
+/// True where the array itself is empty, rather than emptied of elements that were refused.
+fn is_empty_array(section: &Section<'_>, key: &'static str) -> bool {
+    matches!(section.get(key).map(|node| &node.value), Some(Value::Array(nodes)) if nodes.is_empty())
+}
+
+fn frontend(text: &str) -> Result<Frontend, String> {
+    let frontend: Frontend = text.parse().map_err(|_| String::new())?;
+    match frontend.address.ip() {
+        IpAddr::V6(_) => Err(not_yet("an IPv6 listen address")),
+        address if !values::is_host(address) => Err("clients cannot send to that address".into()),
+        _ => Ok(frontend),
+    }
+}
+
+fn backends(section: &Section<'_>, context: &Context<'_>) -> Option<BackendSource> {
+    let Some(source) = section.table("backends") else {
+        if !section.has("backends") {
+            section.missing("backends", BACKENDS);
+        }
+        return None;
+    };
+    source.not_yet(&["kubernetes"]);
+    let read = match (source.has("dns"), source.has("static")) {
+        (true, false) => dns(&source, context),
+        (false, true) => fixed(&source, context),
+        (true, true) => {
+            source.get("dns");
+            source.get("static");
+            source.fault(source.place(), format!("`dns` and `static` exclude each other; expected {BACKENDS}"));
+            return None;
+        }
+        (false, false) => {
+            // Named so that a misspelt one finds its nearest.
+            for key in ["dns", "static", "port", "resolver", "record"] {
+                source.get(key);
+            }
+            if !source.has("kubernetes") {
+                source.fault(source.place(), format!("neither `dns` nor `static` is given; expected {BACKENDS}"));
+            }
+            None
+        }
+    };
+    source.finish();
+    read
+}
+
+fn dns(source: &Section<'_>, context: &Context<'_>) -> Option<BackendSource> {
+    let name = source.parse("dns", "a fully qualified DNS name", values::dns_name);
+    let resolver = source.parse("resolver", "the name of a [resolver.NAME]", |name| {
+        let names = &context.resolvers.names;
+        match nearest(name, names.iter().map(String::as_str)) {
+            _ if names.contains(name) => Ok(name.to_owned()),
+            Some(near) => Err(format!("there is no [resolver.{name}]; did you mean `{near}`?")),
+            None => Err(format!("there is no [resolver.{name}]")),
+        }
+    });
+    if !source.has("resolver") {
+        source.missing("resolver", "the name of a [resolver.NAME]");
+    }
+    let record = source.parse("record", "\"a\" or \"srv\"", |text| match text {
+        "a" => Ok(RecordType::A),
+        "srv" => Ok(RecordType::Srv),
+        "aaaa" => Err(not_yet("`record = \"aaaa\"`")),
+        _ => Err(String::new()),
+    });
+    let record_known = record.is_some() || !source.has("record");
+    let record = record.map_or(RecordType::default(), |record| record.value);
+    let port = source.port("port", 1);
+    match record {
+        RecordType::Srv if source.has("port") => {
+            source
+                .fault(source.place(), "`port` with `record = \"srv\"`: SRV answers carry the port; remove it".into());
+        }
+        RecordType::A if !source.has("port") && record_known => {
+            source.missing("port", "the backends' port, 1 to 65535");
+        }
+        _ => {}
+    }
+    Some(BackendSource::Dns { name: name?.value, port, resolver: resolver?.value, record })
+}
+
+fn fixed(source: &Section<'_>, context: &Context<'_>) -> Option<BackendSource> {
+    let addresses = source.list("static", "ADDRESS:PORT", |text| match text.parse::<SocketAddr>() {
+        Ok(address) if address.port() == 0 => Err("port 0 cannot be used".to_owned()),
+        Ok(SocketAddr::V6(_)) => Err(not_yet("an IPv6 backend")),
+        Ok(address) if !within(context.pod_networks, address.ip()) => {
+            let networks: Vec<_> = context.pod_networks.iter().map(ToString::to_string).collect();
+            Err(format!("it lies outside `pod_networks` ({})", networks.join(", ")))
+        }
+        Ok(address) => Ok(address),
+        Err(_) => Err("not an address with a port".to_owned()),
+    })?;
+    if is_empty_array(source, "static") {
+        source.missing("static", "at least one ADDRESS:PORT");
+    }
+    let mut seen = BTreeSet::new();
+    for address in &addresses {
+        if !seen.insert(address.value) {
+            source.fault(&address.at, format!("`static`: {} stands there twice", address.value));
+        }
+    }
+    Some(BackendSource::Static(addresses.into_iter().map(|address| address.value).collect()))
+}
+
+fn snat(section: &Section<'_>, mode: Mode, context: &Context<'_>) -> Snat {
+    let Some(snat) = section.table("snat") else { return Snat::default() };
+    if mode == Mode::Dnat {
+        snat.fault(snat.place(), "a dnat service keeps the client's address; remove `snat` or use full-nat".into());
+    }
+    let addresses = snat.list("addresses", "an IPv4 address of this host", |text| match text.parse::<IpAddr>() {
+        Ok(IpAddr::V6(_)) => Err(not_yet("an IPv6 SNAT address")),
+        Ok(address) if !values::is_host(address) => Err("pods cannot answer to that address".to_owned()),
+        Ok(address) if within(context.pod_networks, address) => Err("it lies in `pod_networks`".to_owned()),
+        Ok(address) => Ok(address),
+        Err(_) => Err("not an IP address".to_owned()),
+    });
+    let addresses: Vec<IpAddr> = addresses.unwrap_or_default().into_iter().map(|address| address.value).collect();
+    let most = edge_common::maps::SNAT_ADDRESSES;
+    if addresses.len() > most {
+        snat.fault(snat.place(), format!("`addresses`: {} of them; at most {most} are used", addresses.len()));
+    }
+    let ports = snat.parse("ports", values::PORT_RANGE, values::port_range).map(|ports| ports.value);
+    snat.finish();
+    Snat { addresses, ports }
+}
+
+fn announce(section: &Section<'_>, context: &Context<'_>) -> Option<Announce> {
+    const EXPECTED: &str = "true, false, or { min_backends, communities, med, local_pref }";
+    let node = section.get("announce")?;
+    let announce = match &node.value {
+        Value::Boolean(false) => return None,
+        Value::Boolean(true) => Announce { min_backends: 1, attributes: PathAttributes::default() },
+        Value::Table(_) => {
+            let table = section.table("announce")?;
+            let communities = table.list("communities", values::COMMUNITY, values::community).unwrap_or_default();
+            let min_backends = table.integer("min_backends", 1..=65_535).unwrap_or(1);
+            let attributes = PathAttributes {
+                communities: communities.into_iter().map(|community| community.value).collect(),
+                med: table.integer("med", 0..=u32::MAX),
+                local_pref: table.integer("local_pref", 0..=u32::MAX),
+            };
+            table.finish();
+            Announce { min_backends: usize::try_from(min_backends).unwrap_or(1), attributes }
+        }
+        _ => {
+            section.wrong_kind("announce", node, EXPECTED);
+            return None;
+        }
+    };
+    if !context.has_bgp {
+        section.fault(&node.at, "`announce` needs BGP; add [bgp] with at least one peer, or remove it".into());
+    }
+    Some(announce)
+}

@@ -1,0 +1,257 @@
+//! What can be asked of a running edge, and the answers: one vocabulary for the API, the command line, and the reader
+//! of pinned maps that serves while the daemon is dead.
+
+use std::{fmt, net::IpAddr};
+
+use serde::{Deserialize, Serialize};
+
+use super::view::{
+    BackendRow, BgpPeerRow, BgpRouteRow, DnsRow, FlowRow, MapRow, RouteRow, ServiceRow, StatusRow, XdpRow,
+};
+
+/// Rows that a list of flows or map entries has unless told otherwise.
+pub const DEFAULT_LIMIT: usize = 1000;
+
+/// A question.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Query {
+    /// The daemon in one screen: [`Answer::Status`].
+    Status,
+    /// Every frontend: [`Answer::Services`].
+    Services,
+    /// Every backend: [`Answer::Backends`].
+    Backends,
+    /// Flows, the client's direction and the reply's in one row: [`Answer::Flows`].
+    Flows {
+        /// Only this service's.
+        service: Option<String>,
+        /// At most so many rows.
+        limit: usize,
+    },
+    /// Names asked of the resolvers: [`Answer::Dns`].
+    Dns,
+    /// BGP peers: [`Answer::BgpPeers`].
+    BgpPeers,
+    /// The Loc-RIB, paths that lost included: [`Answer::BgpRoutes`].
+    BgpRoutes,
+    /// What a peer sent, before policy: [`Answer::BgpRoutes`].
+    BgpReceived(IpAddr),
+    /// What is announced to a peer: [`Answer::BgpRoutes`].
+    BgpAdvertised(IpAddr),
+    /// Routes of the kernel that concern us: [`Answer::Routes`].
+    Routes,
+    /// Maps: [`Answer::Maps`].
+    Maps,
+    /// Entries of one map: [`Answer::MapEntries`].
+    Map {
+        /// The map's name.
+        name: String,
+        /// At most so many entries.
+        limit: usize,
+    },
+    /// Where the program is attached: [`Answer::Xdp`].
+    Xdp,
+    /// Packets dropped or passed, by service and reason: [`Answer::Reasons`].
+    Reasons,
+    /// The configuration in force: [`Answer::Config`].
+    Config,
+    /// Read the configuration again and apply it: [`Answer::Reloaded`].
+    Reload,
+}
+
+impl Query {
+    /// Method and path with query string, below the API's root.
+    pub fn request(&self) -> (&'static str, String) {
+        let path = match self {
+            Self::Status => "/v1/status".to_owned(),
+            Self::Services => "/v1/services".to_owned(),
+            Self::Backends => "/v1/backends".to_owned(),
+            Self::Flows { service: Some(service), limit } => {
+                format!("/v1/flows?limit={limit}&service={}", percent_encode(service))
+            }
+            Self::Flows { service: None, limit } => format!("/v1/flows?limit={limit}"),
+            Self::Dns => "/v1/dns".to_owned(),
+            Self::BgpPeers => "/v1/bgp/peers".to_owned(),
+            Self::BgpRoutes => "/v1/bgp/routes".to_owned(),
+            Self::BgpReceived(peer) => format!("/v1/bgp/peers/{peer}/received"),
+            Self::BgpAdvertised(peer) => format!("/v1/bgp/peers/{peer}/advertised"),
+            Self::Routes => "/v1/routes".to_owned(),
+            Self::Maps => "/v1/maps".to_owned(),
+            Self::Map { name, limit } => format!("/v1/maps/{}?limit={limit}", percent_encode(name)),
+            Self::Xdp => "/v1/xdp".to_owned(),
+            Self::Reasons => "/v1/reasons".to_owned(),
+            Self::Config => "/v1/config".to_owned(),
+            Self::Reload => return ("POST", "/v1/reload".to_owned()),
+        };
+        ("GET", path)
+    }
+}
+
+/// An answer. Serialized it is the rows alone, an array wherever there may be several.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum Answer {
+    /// To [`Query::Status`].
+    Status(Box<StatusRow>),
+    /// To [`Query::Services`].
+    Services(Vec<ServiceRow>),
+    /// To [`Query::Backends`].
+    Backends(Vec<BackendRow>),
+    /// To [`Query::Flows`].
+    Flows(Vec<FlowRow>),
+    /// To [`Query::Dns`].
+    Dns(Vec<DnsRow>),
+    /// To [`Query::BgpPeers`].
+    BgpPeers(Vec<BgpPeerRow>),
+    /// To [`Query::BgpRoutes`], [`Query::BgpReceived`] and [`Query::BgpAdvertised`].
+    BgpRoutes(Vec<BgpRouteRow>),
+    /// To [`Query::Routes`].
+    Routes(Vec<RouteRow>),
+    /// To [`Query::Maps`].
+    Maps(Vec<MapRow>),
+    /// To [`Query::Map`].
+    MapEntries(Vec<MapEntryRow>),
+    /// To [`Query::Xdp`].
+    Xdp(Vec<XdpRow>),
+    /// To [`Query::Reasons`].
+    Reasons(Vec<ReasonRow>),
+    /// To [`Query::Config`].
+    Config(ConfigRow),
+    /// To [`Query::Reload`].
+    Reloaded(ReloadRow),
+}
+
+/// One entry in `map dump`: key and value as the daemon understands them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MapEntryRow {
+    /// The key: an index, or fields as `name=value` separated by spaces.
+    pub key: String,
+    /// The value in the same form.
+    pub value: String,
+}
+
+/// One counter of the program: packets by service and reason.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReasonRow {
+    /// Service name; `-` for packets that belong to none.
+    pub service: String,
+    /// Reason name.
+    pub reason: String,
+    /// `drop` or `pass`.
+    pub action: String,
+    /// Packets since the maps exist.
+    pub packets: u64,
+}
+
+/// The configuration in force.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConfigRow {
+    /// The file it was read from.
+    pub file: String,
+    /// Seconds since it was applied.
+    pub age: u64,
+    /// The text of the file and of those in `conf.d`.
+    pub text: String,
+}
+
+/// What a reload did.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReloadRow {
+    /// The file it was read from.
+    pub file: String,
+    /// One line for each thing that changed; empty: nothing did.
+    pub changes: Vec<String>,
+    /// Changes in the file that need a restart to take effect.
+    pub needs_restart: Vec<String>,
+}
+
+/// `service describe`: the frontends of one service and the backends behind them.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ServiceDetail {
+    /// Service name.
+    pub name: String,
+    /// Its frontends.
+    pub frontends: Vec<ServiceRow>,
+    /// Its backends.
+    pub backends: Vec<BackendRow>,
+}
+
+impl ServiceDetail {
+    /// The detail of service `name` out of all rows; `None`: there is no such service.
+    pub fn pick(name: &str, services: Vec<ServiceRow>, backends: Vec<BackendRow>) -> Option<Self> {
+        let frontends: Vec<_> = services.into_iter().filter(|row| row.name == name).collect();
+        if frontends.is_empty() {
+            return None;
+        }
+        let backends = backends.into_iter().filter(|row| row.service == name).collect();
+        Some(Self { name: name.to_owned(), frontends, backends })
+    }
+}
+
+/// Why there is no answer. On the wire: an HTTP status and [`Refusal`] as the body.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ViewError {
+    /// No such service, peer or map; the text names it. 404.
+    NotFound(String),
+    /// The request or the configuration is wrong; one line for each fault. 422.
+    Invalid(Vec<String>),
+    /// It cannot be told now (the text says why and what to do). 503.
+    Unavailable(String),
+    /// Something failed that should not; the text says what. 500.
+    Internal(String),
+}
+
+impl fmt::Display for ViewError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotFound(text) | Self::Unavailable(text) | Self::Internal(text) => f.write_str(text),
+            Self::Invalid(lines) => f.write_str(&lines.join("\n")),
+        }
+    }
+}
+
+impl std::error::Error for ViewError {}
+
+/// The body of a refused request.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    /// What was wrong.
+    pub error: String,
+    /// One line for each fault, where there may be several.
+    #[serde(default)]
+    pub problems: Vec<String>,
+}
+
+/// Percent-encodes everything but RFC 3986's unreserved characters.
+fn percent_encode(text: &str) -> String {
+    text.bytes().fold(String::with_capacity(text.len()), |mut out, byte| {
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+            out.push(char::from(byte));
+        } else {
+            out.push_str(&format!("%{byte:02X}"));
+        }
+        out
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_cannot_break_out_of_their_part_of_the_path() {
+        let query = Query::Map { name: "../v1/reload?x=1".into(), limit: 5 };
+        assert_eq!(query.request(), ("GET", "/v1/maps/..%2Fv1%2Freload%3Fx%3D1?limit=5".into()));
+    }
+
+    #[test]
+    fn a_detail_holds_only_rows_of_its_service() {
+        let service = |name: &str| ServiceRow { name: name.into(), ..ServiceRow::default() };
+        let backend = |service: &str| BackendRow { service: service.into(), ..BackendRow::default() };
+        let detail =
+            ServiceDetail::pick("web", vec![service("web"), service("dns")], vec![backend("dns"), backend("web")])
+                .unwrap();
+        assert_eq!((detail.frontends.len(), detail.backends.len()), (1, 1));
+        assert!(ServiceDetail::pick("gone", vec![service("web")], vec![]).is_none());
+    }
+}
