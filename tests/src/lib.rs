@@ -1,9 +1,6 @@
 //! The lab of network namespaces, its servers, and what the tests and benchmarks share.
 
-<<<<<<< HEAD
-pub mod datapath;
-=======
 pub mod bench;
+pub mod datapath;
 pub mod lab;
 pub mod skip;
->>>>>>> lab

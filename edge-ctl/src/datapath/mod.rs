@@ -1,7 +1,3 @@
-<<<<<<< HEAD
 //! The kernel side: the eBPF object and what the daemon does with it.
 
 pub mod object;
-=======
-//! The kernel side.
->>>>>>> control
