@@ -1,5 +1,12 @@
 //! The kernel side in network namespaces of its own, checked with iproute2.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests may stop at the first broken assumption"
+)]
+
 use std::{
     collections::BTreeSet,
     fs::File,
@@ -28,7 +35,14 @@ struct Lab {
 }
 
 impl Lab {
-    fn new() -> Self {
+    /// `None`, said aloud, where namespaces cannot be made.
+    fn new() -> Option<Self> {
+        // SAFETY: geteuid cannot fail and touches no memory.
+        #[allow(unsafe_code, reason = "no safe wrapper among our dependencies")]
+        if unsafe { libc::geteuid() } != 0 {
+            println!("SKIPPED {}: needs root", std::thread::current().name().unwrap_or("fib_netlink"));
+            return None;
+        }
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::SeqCst);
         let name = |role: &str| format!("fibt-{}-{number}-{role}", std::process::id());
@@ -45,7 +59,7 @@ impl Lab {
         }
         lab.nodes(&["link", "set", "node0", "up"]);
         lab.edge(&["link", "set", "up0", "up"]);
-        lab
+        Some(lab)
     }
 
     fn edge(&self, arguments: &[&str]) {
@@ -117,6 +131,18 @@ fn enter(namespace: &str) {
     assert_eq!(result, 0, "setns: {}", std::io::Error::last_os_error());
 }
 
+/// Leaves the calling thread these capabilities and no others.
+#[allow(unsafe_code, reason = "capset has no safe wrapper among our dependencies")]
+fn keep_capabilities(mask: u32) {
+    const VERSION_3: u32 = 0x2008_0522;
+    let header = [VERSION_3, 0];
+    // Effective, permitted, inheritable; twice, for the low and the high half.
+    let data = [mask, mask, 0, 0, 0, 0];
+    // SAFETY: both arrays have the layout of version 3 (capget(2)), live through the call, and pid 0 is this thread.
+    let result = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), data.as_ptr()) };
+    assert_eq!(result, 0, "capset: {}", std::io::Error::last_os_error());
+}
+
 fn update(prefix: &str, hops: &[&str]) -> RouteUpdate {
     RouteUpdate { prefix: prefix.parse().unwrap(), next_hops: hops.iter().map(|hop| hop.parse().unwrap()).collect() }
 }
@@ -148,7 +174,7 @@ async fn event(events: &mut mpsc::Receiver<FibEvent>, wanted: impl Fn(&FibEvent)
 
 #[test]
 fn routes_are_installed_replaced_multipathed_and_withdrawn() {
-    let lab = Lab::new();
+    let Some(lab) = Lab::new() else { return };
     lab.run(async |fib, _events| {
         fib.apply(vec![
             update("10.1.0.0/24", &["172.31.0.2"]),
@@ -185,7 +211,7 @@ fn routes_are_installed_replaced_multipathed_and_withdrawn() {
 
 #[test]
 fn the_same_routes_again_write_nothing() {
-    let lab = Lab::new();
+    let Some(lab) = Lab::new() else { return };
     lab.run(async |fib, _events| {
         let routes = vec![update("10.1.0.0/24", &["172.31.0.2", "172.31.0.3"]), update("fd10::/64", &["fd31::2"])];
         fib.apply(routes.clone()).await;
@@ -197,7 +223,7 @@ fn the_same_routes_again_write_nothing() {
 
 #[test]
 fn a_restart_keeps_stale_routes_until_bgp_has_converged_and_then_sweeps_the_others() {
-    let lab = Lab::new();
+    let Some(lab) = Lab::new() else { return };
     let kept = [update("10.1.0.0/24", &["172.31.0.2", "172.31.0.3"]), update("fd10::/64", &["fd31::2", "fd31::3"])];
     lab.run(async |fib, _events| {
         fib.apply([kept.to_vec(), vec![update("10.1.9.0/24", &["172.31.0.3"])]].concat()).await;
@@ -223,7 +249,7 @@ fn a_restart_keeps_stale_routes_until_bgp_has_converged_and_then_sweeps_the_othe
 
 #[test]
 fn a_route_deleted_or_changed_by_hand_is_repaired_and_reported() {
-    let lab = Lab::new();
+    let Some(lab) = Lab::new() else { return };
     lab.run(async |fib, mut events| {
         fib.apply(vec![update("10.1.0.0/24", &["172.31.0.2"]), update("10.1.1.0/24", &["172.31.0.3"])]).await;
         lab.edge(&["route", "del", "10.1.0.0/24", "proto", "bgp"]);
@@ -241,7 +267,7 @@ fn a_route_deleted_or_changed_by_hand_is_repaired_and_reported() {
 
 #[test]
 fn routes_lost_with_the_link_or_the_address_come_back_with_it() {
-    let lab = Lab::new();
+    let Some(lab) = Lab::new() else { return };
     lab.run(async |fib, mut events| {
         fib.apply(vec![update("10.1.0.0/24", &["172.31.0.2"])]).await;
         let is_link = |up: bool| move |event: &FibEvent| matches!(event, FibEvent::LinkChanged { name, up: now, .. } if name == "up0" && *now == up);
@@ -266,7 +292,7 @@ fn routes_lost_with_the_link_or_the_address_come_back_with_it() {
 
 #[test]
 fn a_next_hop_off_the_link_is_named_and_the_others_are_used() {
-    let lab = Lab::new();
+    let Some(lab) = Lab::new() else { return };
     lab.run(async |fib, _events| {
         fib.apply(vec![update("10.1.0.0/24", &["172.31.0.2", "192.0.2.9"]), update("10.1.1.0/24", &["192.0.2.9"])])
             .await;
@@ -283,7 +309,7 @@ fn a_next_hop_off_the_link_is_named_and_the_others_are_used() {
 
 #[test]
 fn kernel_prefixes_are_connected_and_static_ones_and_their_changes_are_reported() {
-    let lab = Lab::new();
+    let Some(lab) = Lab::new() else { return };
     lab.run(async |fib, mut events| {
         fib.apply(vec![update("10.1.0.0/24", &["172.31.0.2"])]).await;
         lab.edge(&["route", "add", "default", "via", "172.31.0.2"]);
@@ -306,7 +332,7 @@ fn kernel_prefixes_are_connected_and_static_ones_and_their_changes_are_reported(
 
 #[test]
 fn a_vip_is_held_on_lo_restored_and_released_but_never_taken_from_its_owner() {
-    let lab = Lab::new();
+    let Some(lab) = Lab::new() else { return };
     let on_lo = |vip: &str| {
         lab.json(&["addr", "show", "dev", "lo"])
             .iter()
@@ -337,7 +363,7 @@ fn a_vip_is_held_on_lo_restored_and_released_but_never_taken_from_its_owner() {
 
 #[test]
 fn the_source_towards_a_backend_is_the_kernels_choice() {
-    let lab = Lab::new();
+    let Some(lab) = Lab::new() else { return };
     lab.edge(&["addr", "add", "172.31.0.77/24", "dev", "up0"]);
     lab.edge(&["route", "add", "10.9.0.0/16", "via", "172.31.0.3", "src", "172.31.0.77"]);
     lab.run(async |fib, _events| {
@@ -350,7 +376,7 @@ fn the_source_towards_a_backend_is_the_kernels_choice() {
 
 #[test]
 fn watched_neighbours_are_resolved_kept_and_reported_when_their_address_changes() {
-    let lab = Lab::new();
+    let Some(lab) = Lab::new() else { return };
     lab.run(async |fib, mut events| {
         let links = fib.links().await;
         let (ifindex, _) = links.iter().find(|(_, link)| link.name == "up0").map(|(index, link)| (*index, link)).unwrap();
@@ -364,6 +390,10 @@ fn watched_neighbours_are_resolved_kept_and_reported_when_their_address_changes(
         event(&mut events, resolved("172.31.0.2")).await;
         let entry = &lab.json(&["neigh", "show", "172.31.0.2"])[0];
         assert!(entry["lladdr"].is_string(), "{entry}");
+        assert!(entry.get("managed").is_some(), "kept by the kernel from 5.16 on: {entry}");
+        fib.watch_neighbours(BTreeSet::new()).await;
+        let entry = &lab.json(&["neigh", "show", "172.31.0.2"])[0];
+        assert!(entry.get("managed").is_none(), "given back: {entry}");
 
         // A backend behind a gateway that nobody watches.
         fib.apply(vec![update("10.1.1.0/24", &["172.31.0.3"])]).await;
@@ -384,8 +414,41 @@ fn watched_neighbours_are_resolved_kept_and_reported_when_their_address_changes(
 }
 
 #[test]
+fn cap_net_admin_alone_is_enough_and_its_absence_is_named() {
+    let Some(lab) = Lab::new() else { return };
+    let try_with = |capabilities: u32| {
+        let mut errors = Vec::new();
+        std::thread::scope(|scope| {
+            let work = || {
+                enter(&lab.edge);
+                keep_capabilities(capabilities);
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+                runtime.block_on(async {
+                    let (sender, _events) = mpsc::channel(256);
+                    let fib = fib::spawn(FibOptions::default(), sender).await.unwrap();
+                    fib.apply(vec![update("10.1.0.0/24", &["172.31.0.2"])]).await;
+                    errors.extend(fib.status().await.errors.into_values());
+                    errors.extend(fib.hold_vip(address("192.0.2.10")).await.err().map(|error| error.to_string()));
+                    assert_eq!(fib.source_for(address("172.31.0.2")).await, Some(address("172.31.0.1")));
+                });
+            };
+            if let Err(panic) = scope.spawn(work).join() {
+                std::panic::resume_unwind(panic);
+            }
+        });
+        errors
+    };
+    let refused = try_with(0);
+    assert_eq!(refused.len(), 2);
+    assert!(refused.iter().all(|error| error.contains("CAP_NET_ADMIN")), "{refused:?}");
+    const CAP_NET_ADMIN: u32 = 12;
+    assert_eq!(try_with(1 << CAP_NET_ADMIN), Vec::<String>::new());
+    assert_eq!(lab.gateways("10.1.0.0/24"), ["172.31.0.2"]);
+}
+
+#[test]
 fn ten_thousand_routes_go_in_and_out() {
-    let lab = Lab::new();
+    let Some(lab) = Lab::new() else { return };
     lab.run(async |fib, _events| {
         let prefix = |n: u32| format!("10.{}.{}.0/24", 100 + n / 256, n % 256);
         fib.apply((0..10_000).map(|n| update(&prefix(n), &["172.31.0.2"])).collect()).await;
@@ -399,7 +462,7 @@ fn ten_thousand_routes_go_in_and_out() {
 
 #[test]
 fn settings_that_drop_full_nat_packets_are_found_and_their_fix_works() {
-    let lab = Lab::new();
+    let Some(lab) = Lab::new() else { return };
     std::thread::scope(|scope| {
         let work = || {
             enter(&lab.edge);
