@@ -376,3 +376,16 @@ async fn other_settings_keep_what_was_learnt_and_other_sources_go() {
     pool.handle.reconfigure(Vec::new(), Vec::new());
     assert_eq!(pool.handle.rows(), Vec::new());
 }
+
+#[tokio::test]
+async fn a_server_that_cannot_be_reached_counts_as_timed_out_and_is_passed_over() {
+    let (gone, alive) = (Server::start().await, Server::start().await);
+    let mut servers = resolver(&[&gone, &alive]);
+    drop(gone);
+    servers.servers.insert(1, "127.0.0.1:1".parse().unwrap());
+    alive.says("ready-1");
+    let mut pool = Pool::of(source(SERVICE, RecordType::A), servers);
+    assert_eq!(pool.next().await.members.len(), 1);
+    assert_eq!(pool.handle.rows()[0].responses["timed_out"], 2);
+    assert_eq!(pool.handle.rows()[0].requests, 3);
+}

@@ -186,12 +186,11 @@ pub fn plan<'a>(
     table: &Table,
     prefixes: impl IntoIterator<Item = &'a IpNet>,
 ) -> Plan {
-    let wanted: BTreeMap<&IpNet, &[IpAddr]> = desired.iter().collect();
     let mut plan = Plan::default();
     let mut deletions = Vec::new();
     for prefix in prefixes {
         let present = table.ours(prefix);
-        let Some(gateways) = wanted.get(prefix) else {
+        let Some(gateways) = desired.get(prefix) else {
             if !keep.contains(prefix) {
                 deletions.extend(present.map(delete));
             }
