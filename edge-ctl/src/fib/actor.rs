@@ -265,7 +265,7 @@ impl<K: Kernel> Actor<K> {
         self.dump_time = started.elapsed();
         self.status.dump_error = None;
         let before = std::mem::replace(&mut self.known, snapshot);
-        self.report(&before);
+        let links_changed = self.report(&before);
         let prefixes = self.all_prefixes();
         let touched: BTreeSet<IpNet> = prefixes
             .iter()
@@ -279,12 +279,15 @@ impl<K: Kernel> Actor<K> {
             self.events.push_back(FibEvent::ForeignChange { prefix: *prefix });
         }
         self.restore_held().await;
-        if std::mem::take(&mut self.neighbours_lost) {
+        // A link that went down has flushed its neighbours, managed ones too.
+        if std::mem::take(&mut self.neighbours_lost) || links_changed {
             self.look_after_neighbours().await;
         }
     }
 
-    fn report(&mut self, before: &Snapshot) {
+    /// True where a link changed.
+    fn report(&mut self, before: &Snapshot) -> bool {
+        let links_changed = before.links != self.known.links;
         let indices: BTreeSet<u32> = before.links.keys().chain(self.known.links.keys()).copied().collect();
         for ifindex in indices {
             let (old, new) = (before.links.get(&ifindex), self.known.links.get(&ifindex));
@@ -300,6 +303,7 @@ impl<K: Kernel> Actor<K> {
         if !before.table.others().eq(self.known.table.others()) {
             self.events.push_back(FibEvent::RoutesChanged);
         }
+        links_changed
     }
 
     async fn hold(&mut self, vip: IpAddr) -> Result<(), FibError> {
@@ -680,6 +684,19 @@ mod tests {
         assert_eq!(kernel.probes(), [(2, hop(82), true)]);
         fib.watch_neighbours([80, 82].map(|last| (2, hop(last))).into()).await;
         assert_eq!(kernel.probes()[1..], [(2, hop(81), false)], "given back");
+    }
+
+    #[tokio::test]
+    async fn watched_neighbours_are_asked_for_again_as_soon_as_their_link_is_back() {
+        let Setup { kernel, fib, mut events } = setup(|_| {}).await;
+        let hop = (2, "172.16.1.80".parse().unwrap());
+        fib.watch_neighbours([hop].into()).await;
+        kernel.link_down(2);
+        event(&mut events, |event| matches!(event, FibEvent::LinkChanged { up: false, .. })).await;
+        let before = kernel.probes().len();
+        kernel.link_up(2);
+        event(&mut events, |event| matches!(event, FibEvent::LinkChanged { up: true, .. })).await;
+        assert_eq!(kernel.probes()[before..], [(2, hop.1, true)]);
     }
 
     #[tokio::test]
