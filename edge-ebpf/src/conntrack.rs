@@ -8,17 +8,42 @@ use edge_common::{
 };
 
 use crate::{
-    classify, create::{self, Reuse}, forward,
+    forward,
     maps::{self, EEXIST, Table},
     packet::Packet,
     parse::Parsed,
-    pipeline::Side,
     stats::{because, count_closed, count_opened},
 };
 
+/// The packet has no flow (any more).
+pub const NO_FLOW: Verdict = Verdict::UNDECIDED;
+
+/// The flow that the same client tuple had before, whose SNAT port the new one should have.
+pub struct Past {
+    /// The service of the new flow, once known.
+    pub service: u32,
+    /// Its backend; 0: there was none.
+    pub backend: u32,
+    /// Its SNAT address, network order.
+    pub address: u32,
+    /// Its SNAT port, network order.
+    pub port: u16,
+}
+
+impl Past {
+    /// A tuple seen for the first time.
+    pub const NONE: Self = Self { service: 0, backend: 0, address: 0, port: 0 };
+}
+
 /// A packet that hit an entry and may change its flow's state, or that hit one outside the established table.
 #[inline(never)]
-pub fn track<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, table: Table) -> Verdict {
+pub fn track<P: Packet>(
+    packet: &mut P,
+    parsed: &Parsed,
+    flow: &mut FlowV4,
+    table: Table,
+    past: &mut Past,
+) -> Verdict {
     let Some(service) = maps::service(flow.service) else {
         return because(Reason::NotReady, 0);
     };
@@ -26,7 +51,7 @@ pub fn track<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, tabl
     let expired = conntrack::expired(flow.last_seen, timeout(service, table), now);
     if expired && table == Table::Closing {
         maps::remove_flow(Table::Closing, &parsed.key);
-        return classify::untracked(packet, parsed, Side::ToUs);
+        return NO_FLOW;
     }
     let direction = Direction::from_number(flow.direction);
     let state = match table {
@@ -34,7 +59,7 @@ pub fn track<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, tabl
         Table::HalfOpen => State::HalfOpen,
         Table::Closing => State::Closing,
     };
-    match conntrack::step(state, direction, flow.flags, flow.ack_floor, expired, &parsed.segment) {
+    match conntrack::step(state, direction, flow.flags, flow.ack_floor, expired, &parsed.segment()) {
         Step::Stay => forward::any(packet, parsed, flow),
         Step::Flag(flags) => {
             flow.flags |= flags;
@@ -52,7 +77,11 @@ pub fn track<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, tabl
         }
         Step::Promote(flags) => promote(packet, parsed, flow, flags, service.established_timeout),
         Step::Close(flags) => close(packet, parsed, flow, flags, table),
-        Step::Reopen => reopen(packet, parsed, flow, table),
+        Step::Reopen => {
+            *past = Past { service: flow.service, backend: flow.backend, address: flow.new_src, port: flow.new_src_port };
+            reopen(parsed, flow, table);
+            NO_FLOW
+        }
     }
 }
 
@@ -119,11 +148,19 @@ fn add_established(half_open: &FlowV4, flags: u16, touch_due: u32) -> i32 {
 /// As [`add_established`], for a twin that the half-open table has evicted.
 #[inline(never)]
 fn add_missing_twin(flow: &FlowV4, touch_due: u32) -> i32 {
-    let mut twin = flow.make_twin();
+    let mut twin = *flow;
+    turn(&mut twin);
     twin.state = State::Established as u8;
     twin.sequence = twin.sequence.wrapping_add(1);
     twin.touch_due = touch_due;
     insert(Table::Established, &twin)
+}
+
+/// Makes a copy of an entry the other direction's; a function of its own, so that only the copy takes stack where it
+/// is inserted.
+#[inline(never)]
+pub fn turn(flow: &mut FlowV4) {
+    flow.turn();
 }
 
 #[inline(always)]
@@ -183,30 +220,28 @@ fn put_closing(flow: &FlowV4) -> u32 {
 
 #[inline(never)]
 fn put_closing_twin(flow: &FlowV4) -> u32 {
-    let mut closing = flow.make_twin();
+    let mut closing = *flow;
+    turn(&mut closing);
     closing.state = State::Closing as u8;
     closing.sequence = closing.sequence.wrapping_add(1);
     closing.last_seen = maps::now();
     u32::from(!maps::put_closing(&closing))
 }
 
-/// A SYN on a flow of the past: takes its entries out and starts a new one, with the same SNAT port where the same
-/// backend is chosen, since its TIME_WAIT takes a larger timestamp or sequence number of the same client.
+/// Takes a flow of the past out, so that its client's SYN can start a new one. Its SNAT port rests for everybody
+/// else; the same client may have it again, since a TIME_WAIT takes a larger timestamp or sequence number of the
+/// same tuple.
 #[inline(never)]
-fn reopen<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, table: Table) -> Verdict {
-    let service = flow.service;
-    let reuse = Reuse { backend: flow.backend, address: flow.new_src, port: flow.new_src_port, closing: true };
-    let twin_key = flow.twin();
+fn reopen(parsed: &Parsed, flow: &FlowV4, table: Table) {
     if table == Table::Established {
-        count_closed(service, flow.backend);
+        count_closed(flow.service, flow.backend);
     }
     if table != Table::Closing {
-        // The port rests for everybody else.
+        let twin_key = flow.twin();
         put_closing_twin(flow);
         maps::remove_flow(table, &twin_key);
     }
     maps::remove_flow(table, &parsed.key);
-    create::flow(packet, parsed, service, &reuse)
 }
 
 /// Refreshes the twin, so that a flow which only one side uses does not expire, and has the route looked up again.
@@ -229,7 +264,8 @@ pub fn touch(parsed: &Parsed, flow: &mut FlowV4, now: u64) -> bool {
 
 #[inline(never)]
 fn rebuild_twin(flow: &FlowV4, now: u64) -> bool {
-    let mut twin = flow.make_twin();
+    let mut twin = *flow;
+    turn(&mut twin);
     twin.last_seen = now;
     // A full table is no reason to drop this packet: the next touch tries again.
     insert(Table::Established, &twin) != EEXIST
