@@ -75,13 +75,37 @@ pub fn track<P: Packet>(
             }
             forward::any(packet, parsed, flow)
         }
-        Step::Promote(flags) => promote(packet, parsed, flow, flags, service.established_timeout),
-        Step::Close(flags) => close(packet, parsed, flow, flags, table),
+        Step::Promote(flags) => {
+            let verdict = promote(parsed, flow, flags, service.established_timeout);
+            if verdict != MOVED {
+                return verdict;
+            }
+            forward_from(packet, parsed, Table::Established)
+        }
+        Step::Close(flags) => {
+            if close(parsed, flow, flags, table) {
+                forward_from(packet, parsed, Table::Closing)
+            } else {
+                forward::any(packet, parsed, flow)
+            }
+        }
         Step::Reopen => {
             *past = Past { service: flow.service, backend: flow.backend, address: flow.new_src, port: flow.new_src_port };
             reopen(parsed, flow, table);
             NO_FLOW
         }
+    }
+}
+
+/// The entry is in another table now.
+const MOVED: Verdict = Verdict::UNDECIDED;
+
+#[inline(always)]
+fn forward_from<P: Packet>(packet: &mut P, parsed: &Parsed, table: Table) -> Verdict {
+    match maps::flow(table, &parsed.key) {
+        Some(flow) => forward::any(packet, parsed, flow),
+        // Evicted between two lookups; the sender repeats the packet.
+        None => because(Reason::NoFlow, 0),
     }
 }
 
@@ -96,13 +120,7 @@ fn timeout(service: &ServiceEntry, table: Table) -> u32 {
 
 /// Half-open to established: both halves in, then both out. The client's half is hit.
 #[inline(never)]
-fn promote<P: Packet>(
-    packet: &mut P,
-    parsed: &Parsed,
-    flow: &mut FlowV4,
-    flags: u16,
-    established_timeout: u32,
-) -> Verdict {
+fn promote(parsed: &Parsed, flow: &mut FlowV4, flags: u16, established_timeout: u32) -> Verdict {
     let (service, backend) = (flow.service, flow.backend);
     let twin_key = flow.twin();
     flow.flags |= flags;
@@ -128,10 +146,7 @@ fn promote<P: Packet>(
     }
     maps::remove_flow(Table::HalfOpen, &parsed.key);
     maps::remove_flow(Table::HalfOpen, &twin_key);
-    match maps::flow(Table::Established, &parsed.key) {
-        Some(flow) => forward::any(packet, parsed, flow),
-        None => because(Reason::EstablishedFull, service),
-    }
+    MOVED
 }
 
 /// A copy of a half-open entry into the established table; 0 or an errno.
@@ -181,34 +196,31 @@ fn jitter(key: &FlowKeyV4) -> u32 {
     (key.src ^ u32::from(key.src_port) ^ u32::from(key.dst_port)).wrapping_mul(0x9e37_79b1) >> 24
 }
 
-/// To the closing table: both halves in, then both out; the packet itself still goes through.
+/// To the closing table: both halves in, then both out. False where the closing table refused: the flow then stays,
+/// and expires where it is.
 #[inline(never)]
-fn close<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, flags: u16, table: Table) -> Verdict {
+fn close(parsed: &Parsed, flow: &mut FlowV4, flags: u16, table: Table) -> bool {
     let (service, backend) = (flow.service, flow.backend);
     let twin_key = flow.twin();
     flow.flags |= flags;
-    let twin_flags = match maps::flow(table, &twin_key) {
+    let refused = match maps::flow(table, &twin_key) {
         Some(twin) => {
             twin.flags |= flags;
             put_closing(twin)
         }
         None => put_closing_twin(flow),
     };
-    let closed = put_closing(flow);
-    // Where the closing table refused, the flow stays: it expires where it is.
-    if twin_flags == 0 && closed == 0 {
-        maps::remove_flow(table, &twin_key);
-        if maps::remove_flow(table, &parsed.key) && table == Table::Established {
-            count_closed(service, backend);
-        }
-        if let Some(flow) = maps::flow(Table::Closing, &parsed.key) {
-            return forward::any(packet, parsed, flow);
-        }
-        return because(Reason::NotReady, service);
+    if refused != 0 || put_closing(flow) != 0 {
+        return false;
     }
-    forward::any(packet, parsed, flow)
+    maps::remove_flow(table, &twin_key);
+    if maps::remove_flow(table, &parsed.key) && table == Table::Established {
+        count_closed(service, backend);
+    }
+    true
 }
 
+/// Copies an entry into the closing table; 0, or 1 where that refuses.
 #[inline(never)]
 fn put_closing(flow: &FlowV4) -> u32 {
     let mut closing = *flow;
@@ -218,6 +230,7 @@ fn put_closing(flow: &FlowV4) -> u32 {
     u32::from(!maps::put_closing(&closing))
 }
 
+/// As [`put_closing`], the other direction's entry.
 #[inline(never)]
 fn put_closing_twin(flow: &FlowV4) -> u32 {
     let mut closing = *flow;
