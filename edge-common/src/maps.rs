@@ -172,32 +172,22 @@ impl FlowV4 {
         FlowKeyV4::new(self.new_dst, self.new_src, self.new_dst_port, self.new_src_port, self.key.protocol)
     }
 
-    /// The other direction's entry, made from this one: reversed tuple, complemented deltas, no next hop, no packets.
+    /// Makes this entry the other direction's: reversed tuple, complemented deltas, no next hop, no packets.
     #[inline(always)]
-    pub const fn make_twin(&self) -> Self {
-        Self {
-            key: self.twin(),
-            new_src: self.key.dst,
-            new_dst: self.key.src,
-            new_src_port: self.key.dst_port,
-            new_dst_port: self.key.src_port,
-            address_delta: !self.address_delta,
-            port_delta: !self.port_delta,
-            next_hop: 0,
-            route_generation: 0,
-            service: self.service,
-            backend: self.backend,
-            sequence: self.sequence,
-            state: self.state,
-            direction: Direction::from_number(self.direction).opposite() as u8,
-            flags: self.flags,
-            ack_floor: self.ack_floor,
-            touch_due: self.touch_due,
-            created: self.created,
-            last_seen: self.last_seen,
-            packets: 0,
-            bytes: 0,
-        }
+    pub const fn turn(&mut self) {
+        let twin = self.twin();
+        self.new_src = self.key.dst;
+        self.new_dst = self.key.src;
+        self.new_src_port = self.key.dst_port;
+        self.new_dst_port = self.key.src_port;
+        self.key = twin;
+        self.address_delta = !self.address_delta;
+        self.port_delta = !self.port_delta;
+        self.next_hop = 0;
+        self.route_generation = 0;
+        self.direction = Direction::from_number(self.direction).opposite() as u8;
+        self.packets = 0;
+        self.bytes = 0;
     }
 
     /// Writes both checksum deltas from the tuple and its rewritten form.

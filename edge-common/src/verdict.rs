@@ -26,6 +26,9 @@ impl Verdict {
     /// [`Action::Drop`].
     pub const DROP: Self = Self(2);
 
+    /// No decision yet: for a stage that leaves the packet to the next one. Dropped where nothing decides.
+    pub const UNDECIDED: Self = Self(4);
+
     /// [`Action::Redirect`].
     #[inline(always)]
     pub const fn redirect(ifindex: u32) -> Self {

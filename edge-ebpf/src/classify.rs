@@ -8,7 +8,7 @@ use edge_common::{
 };
 
 use crate::{
-    create::{self, Reuse},
+    conntrack::Past,
     fib, maps,
     packet::Packet,
     parse::Parsed,
@@ -16,14 +16,18 @@ use crate::{
     stats::because,
 };
 
-/// Starts a flow, passes the packet untouched, or drops what must not leave as it is.
-#[inline(always)]
-pub fn untracked<P: Packet>(packet: &mut P, parsed: &Parsed, side: Side) -> Verdict {
+/// The packet starts a flow of the service noted in [`Past`].
+pub const NEW_FLOW: Verdict = Verdict::UNDECIDED;
+
+/// [`NEW_FLOW`] for a packet that starts a flow of a frontend; else passes the packet untouched, or drops what must not leave as it is.
+#[inline(never)]
+pub fn untracked<P: Packet>(packet: &mut P, parsed: &Parsed, side: Side, past: &mut Past) -> Verdict {
     let key = &parsed.key;
     let frontend = ServiceKeyV4 { address: key.dst, port: key.dst_port, protocol: key.protocol, _pad: 0 };
     if let Some(service) = maps::frontend(&frontend) {
-        return if key.protocol == UDP || opens(parsed.segment.flags) {
-            create::flow(packet, parsed, service, &Reuse::NONE)
+        return if key.protocol == UDP || opens(parsed.flags) {
+            past.service = service;
+            NEW_FLOW
         } else {
             because(Reason::NoFlow, service)
         };

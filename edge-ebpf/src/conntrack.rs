@@ -8,17 +8,42 @@ use edge_common::{
 };
 
 use crate::{
-    classify, create::{self, Reuse}, forward,
+    forward,
     maps::{self, EEXIST, Table},
     packet::Packet,
     parse::Parsed,
-    pipeline::Side,
     stats::{because, count_closed, count_opened},
 };
 
+/// The packet has no flow (any more).
+pub const NO_FLOW: Verdict = Verdict::UNDECIDED;
+
+/// The flow that the same client tuple had before, whose SNAT port the new one should have.
+pub struct Past {
+    /// The service of the new flow, once known.
+    pub service: u32,
+    /// Its backend; 0: there was none.
+    pub backend: u32,
+    /// Its SNAT address, network order.
+    pub address: u32,
+    /// Its SNAT port, network order.
+    pub port: u16,
+}
+
+impl Past {
+    /// A tuple seen for the first time.
+    pub const NONE: Self = Self { service: 0, backend: 0, address: 0, port: 0 };
+}
+
 /// A packet that hit an entry and may change its flow's state, or that hit one outside the established table.
 #[inline(never)]
-pub fn track<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, table: Table) -> Verdict {
+pub fn track<P: Packet>(
+    packet: &mut P,
+    parsed: &Parsed,
+    flow: &mut FlowV4,
+    table: Table,
+    past: &mut Past,
+) -> Verdict {
     let Some(service) = maps::service(flow.service) else {
         return because(Reason::NotReady, 0);
     };
@@ -26,7 +51,7 @@ pub fn track<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, tabl
     let expired = conntrack::expired(flow.last_seen, timeout(service, table), now);
     if expired && table == Table::Closing {
         maps::remove_flow(Table::Closing, &parsed.key);
-        return classify::untracked(packet, parsed, Side::ToUs);
+        return NO_FLOW;
     }
     let direction = Direction::from_number(flow.direction);
     let state = match table {
@@ -34,7 +59,7 @@ pub fn track<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, tabl
         Table::HalfOpen => State::HalfOpen,
         Table::Closing => State::Closing,
     };
-    match conntrack::step(state, direction, flow.flags, flow.ack_floor, expired, &parsed.segment) {
+    match conntrack::step(state, direction, flow.flags, flow.ack_floor, expired, &parsed.segment()) {
         Step::Stay => forward::any(packet, parsed, flow),
         Step::Flag(flags) => {
             flow.flags |= flags;
@@ -50,9 +75,37 @@ pub fn track<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, tabl
             }
             forward::any(packet, parsed, flow)
         }
-        Step::Promote(flags) => promote(packet, parsed, flow, flags, service.established_timeout),
-        Step::Close(flags) => close(packet, parsed, flow, flags, table),
-        Step::Reopen => reopen(packet, parsed, flow, table),
+        Step::Promote(flags) => {
+            let verdict = promote(parsed, flow, flags, service.established_timeout);
+            if verdict != MOVED {
+                return verdict;
+            }
+            forward_from(packet, parsed, Table::Established)
+        }
+        Step::Close(flags) => {
+            if close(parsed, flow, flags, table) {
+                forward_from(packet, parsed, Table::Closing)
+            } else {
+                forward::any(packet, parsed, flow)
+            }
+        }
+        Step::Reopen => {
+            *past = Past { service: flow.service, backend: flow.backend, address: flow.new_src, port: flow.new_src_port };
+            reopen(parsed, flow, table);
+            NO_FLOW
+        }
+    }
+}
+
+/// The entry is in another table now.
+const MOVED: Verdict = Verdict::UNDECIDED;
+
+#[inline(always)]
+fn forward_from<P: Packet>(packet: &mut P, parsed: &Parsed, table: Table) -> Verdict {
+    match maps::flow(table, &parsed.key) {
+        Some(flow) => forward::any(packet, parsed, flow),
+        // Evicted between two lookups; the sender repeats the packet.
+        None => because(Reason::NoFlow, 0),
     }
 }
 
@@ -67,13 +120,7 @@ fn timeout(service: &ServiceEntry, table: Table) -> u32 {
 
 /// Half-open to established: both halves in, then both out. The client's half is hit.
 #[inline(never)]
-fn promote<P: Packet>(
-    packet: &mut P,
-    parsed: &Parsed,
-    flow: &mut FlowV4,
-    flags: u16,
-    established_timeout: u32,
-) -> Verdict {
+fn promote(parsed: &Parsed, flow: &mut FlowV4, flags: u16, established_timeout: u32) -> Verdict {
     let (service, backend) = (flow.service, flow.backend);
     let twin_key = flow.twin();
     flow.flags |= flags;
@@ -99,10 +146,7 @@ fn promote<P: Packet>(
     }
     maps::remove_flow(Table::HalfOpen, &parsed.key);
     maps::remove_flow(Table::HalfOpen, &twin_key);
-    match maps::flow(Table::Established, &parsed.key) {
-        Some(flow) => forward::any(packet, parsed, flow),
-        None => because(Reason::EstablishedFull, service),
-    }
+    MOVED
 }
 
 /// A copy of a half-open entry into the established table; 0 or an errno.
@@ -119,11 +163,19 @@ fn add_established(half_open: &FlowV4, flags: u16, touch_due: u32) -> i32 {
 /// As [`add_established`], for a twin that the half-open table has evicted.
 #[inline(never)]
 fn add_missing_twin(flow: &FlowV4, touch_due: u32) -> i32 {
-    let mut twin = flow.make_twin();
+    let mut twin = *flow;
+    turn(&mut twin);
     twin.state = State::Established as u8;
     twin.sequence = twin.sequence.wrapping_add(1);
     twin.touch_due = touch_due;
     insert(Table::Established, &twin)
+}
+
+/// Makes a copy of an entry the other direction's; a function of its own, so that only the copy takes stack where it
+/// is inserted.
+#[inline(never)]
+pub fn turn(flow: &mut FlowV4) {
+    flow.turn();
 }
 
 #[inline(always)]
@@ -144,34 +196,31 @@ fn jitter(key: &FlowKeyV4) -> u32 {
     (key.src ^ u32::from(key.src_port) ^ u32::from(key.dst_port)).wrapping_mul(0x9e37_79b1) >> 24
 }
 
-/// To the closing table: both halves in, then both out; the packet itself still goes through.
+/// To the closing table: both halves in, then both out. False where the closing table refused: the flow then stays,
+/// and expires where it is.
 #[inline(never)]
-fn close<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, flags: u16, table: Table) -> Verdict {
+fn close(parsed: &Parsed, flow: &mut FlowV4, flags: u16, table: Table) -> bool {
     let (service, backend) = (flow.service, flow.backend);
     let twin_key = flow.twin();
     flow.flags |= flags;
-    let twin_flags = match maps::flow(table, &twin_key) {
+    let refused = match maps::flow(table, &twin_key) {
         Some(twin) => {
             twin.flags |= flags;
             put_closing(twin)
         }
         None => put_closing_twin(flow),
     };
-    let closed = put_closing(flow);
-    // Where the closing table refused, the flow stays: it expires where it is.
-    if twin_flags == 0 && closed == 0 {
-        maps::remove_flow(table, &twin_key);
-        if maps::remove_flow(table, &parsed.key) && table == Table::Established {
-            count_closed(service, backend);
-        }
-        if let Some(flow) = maps::flow(Table::Closing, &parsed.key) {
-            return forward::any(packet, parsed, flow);
-        }
-        return because(Reason::NotReady, service);
+    if refused != 0 || put_closing(flow) != 0 {
+        return false;
     }
-    forward::any(packet, parsed, flow)
+    maps::remove_flow(table, &twin_key);
+    if maps::remove_flow(table, &parsed.key) && table == Table::Established {
+        count_closed(service, backend);
+    }
+    true
 }
 
+/// Copies an entry into the closing table; 0, or 1 where that refuses.
 #[inline(never)]
 fn put_closing(flow: &FlowV4) -> u32 {
     let mut closing = *flow;
@@ -181,32 +230,31 @@ fn put_closing(flow: &FlowV4) -> u32 {
     u32::from(!maps::put_closing(&closing))
 }
 
+/// As [`put_closing`], the other direction's entry.
 #[inline(never)]
 fn put_closing_twin(flow: &FlowV4) -> u32 {
-    let mut closing = flow.make_twin();
+    let mut closing = *flow;
+    turn(&mut closing);
     closing.state = State::Closing as u8;
     closing.sequence = closing.sequence.wrapping_add(1);
     closing.last_seen = maps::now();
     u32::from(!maps::put_closing(&closing))
 }
 
-/// A SYN on a flow of the past: takes its entries out and starts a new one, with the same SNAT port where the same
-/// backend is chosen, since its TIME_WAIT takes a larger timestamp or sequence number of the same client.
+/// Takes a flow of the past out, so that its client's SYN can start a new one. Its SNAT port rests for everybody
+/// else; the same client may have it again, since a TIME_WAIT takes a larger timestamp or sequence number of the
+/// same tuple.
 #[inline(never)]
-fn reopen<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, table: Table) -> Verdict {
-    let service = flow.service;
-    let reuse = Reuse { backend: flow.backend, address: flow.new_src, port: flow.new_src_port, closing: true };
-    let twin_key = flow.twin();
+fn reopen(parsed: &Parsed, flow: &FlowV4, table: Table) {
     if table == Table::Established {
-        count_closed(service, flow.backend);
+        count_closed(flow.service, flow.backend);
     }
     if table != Table::Closing {
-        // The port rests for everybody else.
+        let twin_key = flow.twin();
         put_closing_twin(flow);
         maps::remove_flow(table, &twin_key);
     }
     maps::remove_flow(table, &parsed.key);
-    create::flow(packet, parsed, service, &reuse)
 }
 
 /// Refreshes the twin, so that a flow which only one side uses does not expire, and has the route looked up again.
@@ -229,7 +277,8 @@ pub fn touch(parsed: &Parsed, flow: &mut FlowV4, now: u64) -> bool {
 
 #[inline(never)]
 fn rebuild_twin(flow: &FlowV4, now: u64) -> bool {
-    let mut twin = flow.make_twin();
+    let mut twin = *flow;
+    turn(&mut twin);
     twin.last_seen = now;
     // A full table is no reason to drop this packet: the next touch tries again.
     insert(Table::Established, &twin) != EEXIST

@@ -1,7 +1,7 @@
 //! New flows: backend, SNAT port, and the two half-open entries.
 
 use edge_common::{
-    conntrack::{self, Direction, State},
+    conntrack::{Direction, State, expired, rest_seconds},
     flow::FlowKeyV4,
     hash::spread,
     maps::{BackendEntry, FlowV4, SNAT_ADDRESSES, ServiceEntry, mode},
@@ -9,6 +9,7 @@ use edge_common::{
 };
 
 use crate::{
+    conntrack::{self, Past},
     forward,
     maps::{self, EEXIST, Table},
     packet::Packet,
@@ -21,27 +22,11 @@ use crate::{
 /// `p^16`: 50 % full 0.0015 %, 75 % full 1 %, 90 % full 19 %.
 const PROBES: u32 = 16;
 
-/// The past flow of the same client tuple, whose SNAT port the new flow should have.
-pub struct Reuse {
-    /// Its backend; 0: there was none.
-    pub backend: u32,
-    /// Its SNAT address, network order.
-    pub address: u32,
-    /// Its SNAT port, network order.
-    pub port: u16,
-    /// There is such a flow.
-    pub closing: bool,
-}
-
-impl Reuse {
-    /// A tuple seen for the first time.
-    pub const NONE: Self = Self { backend: 0, address: 0, port: 0, closing: false };
-}
-
 /// Starts a flow for the client's packet and sends it on its way.
 #[inline(never)]
-pub fn flow<P: Packet>(packet: &mut P, parsed: &Parsed, service_number: u32, reuse: &Reuse) -> Verdict {
-    if parsed.ip.ttl <= 1 {
+pub fn flow<P: Packet>(packet: &mut P, parsed: &Parsed, past: &Past) -> Verdict {
+    let service_number = past.service;
+    if parsed.ttl <= 1 {
         return because(Reason::TtlExpired, service_number);
     }
     let Some(service) = maps::service(service_number) else {
@@ -54,7 +39,17 @@ pub fn flow<P: Packet>(packet: &mut P, parsed: &Parsed, service_number: u32, reu
     let Some(backend) = maps::backend(backend_number) else {
         return because(Reason::NotReady, service_number);
     };
-    let failed = open(&parsed.key, &Choice { service: service_number, backend: backend_number }, service, backend, reuse);
+    let mut plan = Plan {
+        key: parsed.key,
+        new_src: parsed.key.src,
+        new_dst: backend.address,
+        new_src_port: parsed.key.src_port,
+        new_dst_port: backend.port,
+        service: service_number,
+        backend: backend_number,
+        now: maps::now(),
+    };
+    let failed = open(&mut plan, service, backend, past);
     if failed != OPENED {
         return match failed {
             NO_SNAT_ADDRESS => because(Reason::NoSnatAddress, service_number),
@@ -76,137 +71,192 @@ const TAKEN: u32 = 2;
 const EXHAUSTED: u32 = 3;
 const FULL: u32 = 4;
 
-/// The numbers of what was chosen.
-struct Choice {
+/// What both entries are made of; they are built where they are inserted, since the stack does not hold both.
+struct Plan {
+    key: FlowKeyV4,
+    new_src: u32,
+    new_dst: u32,
+    new_src_port: u16,
+    new_dst_port: u16,
     service: u32,
     backend: u32,
+    now: u64,
+}
+
+impl Plan {
+    #[inline(always)]
+    fn reply_key(&self) -> FlowKeyV4 {
+        FlowKeyV4::new(self.new_dst, self.new_src, self.new_dst_port, self.new_src_port, self.key.protocol)
+    }
+}
+
+/// Writes the forward entry; a function of its own, so that only the entry takes stack where it is inserted.
+#[inline(never)]
+fn write_forward(plan: &Plan, flow: &mut FlowV4) {
+    flow.key = plan.key;
+    flow.new_src = plan.new_src;
+    flow.new_dst = plan.new_dst;
+    flow.new_src_port = plan.new_src_port;
+    flow.new_dst_port = plan.new_dst_port;
+    flow.set_deltas();
+    flow.service = plan.service;
+    flow.backend = plan.backend;
+    flow.sequence = 1;
+    flow.state = State::HalfOpen as u8;
+    flow.direction = Direction::Forward as u8;
+    flow.created = plan.now;
+    flow.last_seen = plan.now;
+}
+
+/// Adds the forward entry; 0 or an errno.
+#[inline(never)]
+fn add_forward(plan: &Plan) -> i32 {
+    let mut flow = FlowV4::default();
+    write_forward(plan, &mut flow);
+    maps::add_flow(Table::HalfOpen, &flow).err().unwrap_or(0)
+}
+
+/// Adds the reply's entry; 0 or an errno.
+#[inline(never)]
+fn add_reply(plan: &Plan) -> i32 {
+    let mut flow = FlowV4::default();
+    write_forward(plan, &mut flow);
+    conntrack::turn(&mut flow);
+    maps::add_flow(Table::HalfOpen, &flow).err().unwrap_or(0)
 }
 
 /// Makes both entries, the reply's first.
 #[inline(never)]
-fn open(
-    key: &FlowKeyV4,
-    choice: &Choice,
-    service: &ServiceEntry,
-    backend: &BackendEntry,
-    reuse: &Reuse,
-) -> u32 {
-    let now = maps::now();
-    let mut forward = FlowV4 {
-        key: *key,
-        new_src: key.src,
-        new_dst: backend.address,
-        new_src_port: key.src_port,
-        new_dst_port: backend.port,
-        service: choice.service,
-        backend: choice.backend,
-        sequence: 1,
-        state: State::HalfOpen as u8,
-        direction: Direction::Forward as u8,
-        created: now,
-        last_seen: now,
-        ..FlowV4::default()
-    };
-    let claimed = if service.mode == mode::DNAT {
-        claim(&mut forward, service, true)
-    } else {
-        claim_snat(&mut forward, service, backend, reuse)
-    };
+fn open(plan: &mut Plan, service: &ServiceEntry, backend: &BackendEntry, past: &Past) -> u32 {
+    let claimed = choose_source(plan, service, backend, past);
     if claimed != OPENED {
         return claimed;
     }
-    match maps::add_flow(Table::HalfOpen, &forward) {
-        Ok(()) => OPENED,
-        Err(errno) => {
-            maps::remove_flow(Table::HalfOpen, &forward.twin());
+    match add_forward(plan) {
+        0 => OPENED,
+        errno => {
+            maps::remove_flow(Table::HalfOpen, &plan.reply_key());
             // Another CPU opened this flow just now: its entry serves this packet too.
             if errno == EEXIST { OPENED } else { FULL }
         }
     }
 }
 
-/// Finds a SNAT address and port and claims the reply's key with them.
+/// Finds the source that the backend is to see, and claims the reply's key with it: the client's own in dnat mode;
+/// the past flow's, then one candidate after another in full-nat mode.
 #[inline(always)]
-fn claim_snat(forward: &mut FlowV4, service: &ServiceEntry, backend: &BackendEntry, reuse: &Reuse) -> u32 {
-    if reuse.closing && reuse.backend == forward.backend && reuse.address != 0 {
-        forward.new_src = reuse.address;
-        forward.new_src_port = reuse.port;
-        if claim(forward, service, true) == OPENED {
-            return OPENED;
-        }
-    }
-    let addresses = service.snat_count.min(SNAT_ADDRESSES as u32);
-    if addresses == 0 && backend.snat_address == 0 {
+fn choose_source(plan: &mut Plan, service: &ServiceEntry, backend: &BackendEntry, past: &Past) -> u32 {
+    let dnat = service.mode == mode::DNAT;
+    if !dnat && service.snat_count == 0 && backend.snat_address == 0 {
         return NO_SNAT_ADDRESS;
     }
-    if service.snat_port_max < service.snat_port_min {
-        return EXHAUSTED;
-    }
-    let span = u32::from(service.snat_port_max) - u32::from(service.snat_port_min) + 1;
-    for _ in 0..PROBES {
-        let Some(candidate) = maps::next_candidate(forward.backend) else {
-            return EXHAUSTED;
-        };
-        let (address, index) = if addresses == 0 {
-            (backend.snat_address, candidate)
-        } else {
-            let which = candidate % addresses;
-            (service.snat_addresses[(which as usize) & (SNAT_ADDRESSES - 1)], candidate / addresses)
-        };
-        let port = service.snat_port_min.wrapping_add(spread(index, span) as u16);
-        if !maps::snat_port_allowed(port) {
+    // One call of `claim` in one loop: the verifier walks it once, and its stack stays small.
+    for probe in 0..=PROBES {
+        let own = probe == 0;
+        if own {
+            if !dnat {
+                if past.backend != plan.backend {
+                    continue;
+                }
+                plan.new_src = past.address;
+                plan.new_src_port = past.port;
+            }
+        } else if !next_source(plan, service, backend) {
             continue;
         }
-        forward.new_src = address;
-        forward.new_src_port = port.to_be();
-        match claim(forward, service, false) {
+        match claim(plan, service, own) {
             OPENED => return OPENED,
             FULL => return FULL,
+            _ if dnat => return TAKEN,
             _ => {}
         }
     }
     EXHAUSTED
 }
 
+/// The next candidate; false where its port may not be used.
+#[inline(never)]
+fn next_source(plan: &mut Plan, service: &ServiceEntry, backend: &BackendEntry) -> bool {
+    let Some(candidate) = maps::next_candidate(plan.backend) else {
+        return false;
+    };
+    let addresses = service.snat_count.min(SNAT_ADDRESSES as u32);
+    let (address, index) = if addresses == 0 {
+        (backend.snat_address, candidate)
+    } else {
+        let which = candidate % addresses;
+        (snat_address(service, which), candidate / addresses)
+    };
+    let span = (u32::from(service.snat_port_max) + 1).saturating_sub(u32::from(service.snat_port_min));
+    let port = service.snat_port_min.wrapping_add(spread(index, span) as u16);
+    plan.new_src = address;
+    plan.new_src_port = port.to_be();
+    span != 0 && maps::snat_port_allowed(port)
+}
+
+/// One of the service's SNAT addresses, by constant offsets: the compiler sees that `which` is in bounds and leaves the
+/// check out, the verifier does not see it.
+#[inline(always)]
+fn snat_address(service: &ServiceEntry, which: u32) -> u32 {
+    let [first, second, third, fourth] = service.snat_addresses;
+    match which {
+        0 => first,
+        1 => second,
+        2 => third,
+        _ => fourth,
+    }
+}
+
 /// Puts the reply's entry into the half-open table, then makes sure that no other table knows its key, and takes it
 /// out again where one does. `own`: a closing entry of the same client tuple is no conflict.
 #[inline(never)]
-fn claim(forward: &mut FlowV4, service: &ServiceEntry, own: bool) -> u32 {
-    forward.set_deltas();
-    let reply = forward.make_twin();
-    if let Err(errno) = maps::add_flow(Table::HalfOpen, &reply) {
-        if errno != EEXIST {
-            return FULL;
+fn claim(plan: &Plan, service: &ServiceEntry, own: bool) -> u32 {
+    let reply = plan.reply_key();
+    match add_reply(plan) {
+        0 => {}
+        EEXIST => {
+            // A half-open entry that timed out is no conflict either, where the tuple leaves no choice of port.
+            if !own || !idle(Table::HalfOpen, &reply, service.half_open_timeout, plan.now) {
+                return TAKEN;
+            }
+            maps::remove_flow(Table::HalfOpen, &reply);
+            if add_reply(plan) != 0 {
+                return TAKEN;
+            }
         }
-        // A half-open entry that timed out is no conflict either, where the tuple leaves no choice of port.
-        let stale = maps::flow(Table::HalfOpen, &reply.key)
-            .is_some_and(|flow| conntrack::expired(flow.last_seen, service.half_open_timeout, forward.created));
-        if !own || !stale {
-            return TAKEN;
-        }
-        maps::remove_flow(Table::HalfOpen, &reply.key);
-        if maps::add_flow(Table::HalfOpen, &reply).is_err() {
-            return TAKEN;
-        }
+        _ => return FULL,
     }
-    if let Some(flow) = maps::flow(Table::Established, &reply.key) {
-        let expired = conntrack::expired(flow.last_seen, service.established_timeout, forward.created);
-        if !(own && expired) {
-            maps::remove_flow(Table::HalfOpen, &reply.key);
+    if maps::flow(Table::Established, &reply).is_some() {
+        if !own || !idle(Table::Established, &reply, service.established_timeout, plan.now) {
+            maps::remove_flow(Table::HalfOpen, &reply);
             return TAKEN;
         }
-        maps::remove_flow(Table::Established, &reply.key);
+        maps::remove_flow(Table::Established, &reply);
     }
-    if let Some(flow) = maps::flow(Table::Closing, &reply.key) {
-        let rest = conntrack::rest_seconds(reply.key.protocol, flow.flags, service.closing_timeout);
-        let client = flow.twin();
-        let rested = conntrack::expired(flow.last_seen, rest, forward.created);
-        if !rested && !(own && client == forward.key) {
-            maps::remove_flow(Table::HalfOpen, &reply.key);
-            return TAKEN;
-        }
-        maps::remove_flow(Table::Closing, &reply.key);
-        maps::remove_flow(Table::Closing, &client);
+    if !clear_closing(plan, &reply, service.closing_timeout, own) {
+        maps::remove_flow(Table::HalfOpen, &reply);
+        return TAKEN;
     }
     OPENED
+}
+
+/// Takes a closing flow out whose SNAT port has rested, or whose client has come back; false where it stays.
+#[inline(never)]
+fn clear_closing(plan: &Plan, reply: &FlowKeyV4, closing_timeout: u32, own: bool) -> bool {
+    let Some(flow) = maps::flow(Table::Closing, reply) else {
+        return true;
+    };
+    let rest = rest_seconds(reply.protocol, flow.flags, closing_timeout);
+    let client = flow.twin();
+    if !expired(flow.last_seen, rest, plan.now) && !(own && client == plan.key) {
+        return false;
+    }
+    maps::remove_flow(Table::Closing, reply);
+    maps::remove_flow(Table::Closing, &client);
+    true
+}
+
+#[inline(always)]
+fn idle(table: Table, key: &FlowKeyV4, timeout: u32, now: u64) -> bool {
+    maps::flow(table, key).is_some_and(|flow| expired(flow.last_seen, timeout, now))
 }

@@ -36,7 +36,7 @@ pub fn resolve<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, ge
         src_port: flow.new_src_port,
         dst_port: flow.new_dst_port,
         protocol: flow.key.protocol,
-        tos: parsed.ip.tos,
+        tos: parsed.tos,
         ingress: packet.ingress(),
     };
     let route = packet.route(query.encode());
@@ -99,7 +99,7 @@ fn number(route: &Route) -> Option<u32> {
 }
 
 /// True where the packet, as it is, would be forwarded: its destination is not this host.
-#[inline(always)]
+#[inline(never)]
 pub fn leads_away<P: Packet>(packet: &mut P, parsed: &Parsed) -> bool {
     let query = Query {
         src: parsed.key.src,
@@ -107,7 +107,7 @@ pub fn leads_away<P: Packet>(packet: &mut P, parsed: &Parsed) -> bool {
         src_port: parsed.key.src_port,
         dst_port: parsed.key.dst_port,
         protocol: parsed.key.protocol,
-        tos: parsed.ip.tos,
+        tos: parsed.tos,
         ingress: packet.ingress(),
     };
     packet.route(query.encode()).result != i64::from(BPF_FIB_LKUP_RET_NOT_FWDED)

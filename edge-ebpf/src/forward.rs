@@ -35,7 +35,7 @@ pub fn any<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4) -> Ver
 
 #[inline(always)]
 fn send<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: u64) -> Verdict {
-    if parsed.ip.ttl <= 1 {
+    if parsed.ttl <= 1 {
         return because(Reason::TtlExpired, flow.service);
     }
     let Some(control) = maps::control() else {
@@ -52,10 +52,10 @@ fn send<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: u64)
     let Some(hop) = maps::next_hop(flow.next_hop) else {
         return because(Reason::NotReady, flow.service);
     };
-    let length = packet.segment_len(parsed.ip.total_len, parsed.ip.header_len + parsed.l4_len);
+    let length = packet.segment_len(usize::from(parsed.total_len), usize::from(parsed.header_len) + usize::from(parsed.l4_len));
     if length > hop.mtu as usize {
         // The stack fragments what may be fragmented.
-        return if parsed.ip.must_not_fragment() {
+        return if parsed.must_not_fragment {
             because(Reason::TooBig, flow.service)
         } else {
             to_stack(packet, parsed, flow, now, Reason::ViaStack)
@@ -102,6 +102,6 @@ fn translate<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now:
         return false;
     }
     flow.last_seen = now;
-    count_packet(flow, parsed.ip.total_len as u64);
+    count_packet(flow, u64::from(parsed.total_len));
     true
 }

@@ -2,7 +2,7 @@
 
 use edge_common::{
     conntrack::Segment,
-    flow::{FlowKeyV4, TCP, UDP},
+    flow::{FlowKeyV4, TCP},
 };
 use network_types::{
     eth::{EthHdr, EtherType},
@@ -18,12 +18,17 @@ pub const HEADERS: usize = EthHdr::LEN + 60 + TcpHdr::LEN;
 /// Offset of the IPv4 header.
 pub const IP: usize = EthHdr::LEN;
 
-/// The IPv4 header's facts.
+/// The IPv4 header's facts. Small, as is [`Parsed`]: both live on the program's 512 bytes of stack.
+#[derive(Clone, Copy)]
 pub struct Ipv4 {
     /// Source, network order.
     pub src: u32,
     /// Destination, network order.
     pub dst: u32,
+    /// Length from the IP header on, as the header says.
+    pub total_len: u16,
+    /// Flags and fragment offset, host order.
+    fragment: u16,
     /// IP protocol number.
     pub protocol: u8,
     /// Time to live.
@@ -31,11 +36,7 @@ pub struct Ipv4 {
     /// Type of service.
     pub tos: u8,
     /// Header length, bytes.
-    pub header_len: usize,
-    /// Length from the IP header on, as the header says.
-    pub total_len: usize,
-    /// Flags and fragment offset, host order.
-    fragment: u16,
+    pub header_len: u8,
 }
 
 const DONT_FRAGMENT: u16 = 0x4000;
@@ -48,31 +49,43 @@ impl Ipv4 {
     pub fn is_fragment(&self) -> bool {
         self.fragment & (MORE_FRAGMENTS | FRAGMENT_OFFSET) != 0
     }
-
-    /// Routers must not fragment it.
-    #[inline(always)]
-    pub fn must_not_fragment(&self) -> bool {
-        self.fragment & DONT_FRAGMENT != 0
-    }
 }
 
 /// A TCP or UDP packet over IPv4.
 pub struct Parsed {
     /// Its tuple.
     pub key: FlowKeyV4,
-    /// What it says to connection tracking.
-    pub segment: Segment,
+    /// TCP sequence number, host order.
+    pub seq: u32,
+    /// TCP acknowledgement number, host order.
+    pub ack: u32,
+    /// Length from the IP header on, as the header says.
+    pub total_len: u16,
+    /// TCP flags; 0 for UDP.
+    pub flags: u8,
+    /// Time to live.
+    pub ttl: u8,
+    /// Type of service.
+    pub tos: u8,
+    /// IPv4 header length, bytes.
+    pub header_len: u8,
     /// Layer-4 header length, bytes.
-    pub l4_len: usize,
-    /// The IP header.
-    pub ip: Ipv4,
+    pub l4_len: u8,
+    /// Routers must not fragment it.
+    pub must_not_fragment: bool,
 }
 
 impl Parsed {
     /// Offset of the layer-4 header.
     #[inline(always)]
     pub fn l4(&self) -> usize {
-        IP + self.ip.header_len
+        IP + usize::from(self.header_len)
+    }
+
+    /// What it says to connection tracking.
+    #[inline(always)]
+    pub fn segment(&self) -> Segment {
+        Segment { protocol: self.key.protocol, flags: self.flags, seq: self.seq, ack: self.ack }
     }
 }
 
@@ -93,8 +106,8 @@ pub fn ipv4<P: Packet>(packet: &mut P) -> Option<Ipv4> {
         protocol: ip.proto,
         ttl: ip.ttl,
         tos: ip.tos,
-        header_len: usize::from(ip.vihl & 0xf) << 2,
-        total_len: usize::from(u16::from_be_bytes(ip.tot_len)),
+        header_len: (ip.vihl & 0xf) << 2,
+        total_len: u16::from_be_bytes(ip.tot_len),
         fragment: u16::from_be_bytes(ip.frags),
     })
 }
@@ -103,30 +116,40 @@ pub fn ipv4<P: Packet>(packet: &mut P) -> Option<Ipv4> {
 /// each other.
 #[inline(always)]
 pub fn transport<P: Packet>(packet: &mut P, ip: Ipv4) -> Option<Parsed> {
-    if ip.header_len < Ipv4Hdr::LEN || IP + ip.total_len > packet.len() {
+    let (header_len, total_len) = (usize::from(ip.header_len), usize::from(ip.total_len));
+    if header_len < Ipv4Hdr::LEN || IP + total_len > packet.len() {
         return None;
     }
-    let payload = ip.total_len.checked_sub(ip.header_len)?;
-    let l4 = IP + ip.header_len;
+    let payload = total_len.checked_sub(header_len)?;
+    let mut parsed = Parsed {
+        key: FlowKeyV4::new(ip.src, ip.dst, 0, 0, ip.protocol),
+        seq: 0,
+        ack: 0,
+        total_len: ip.total_len,
+        flags: 0,
+        ttl: ip.ttl,
+        tos: ip.tos,
+        header_len: ip.header_len,
+        l4_len: UdpHdr::LEN as u8,
+        must_not_fragment: ip.fragment & DONT_FRAGMENT != 0,
+    };
     if ip.protocol == TCP {
-        let tcp = packet.header::<[u8; TcpHdr::LEN]>(l4)?;
-        let l4_len = usize::from(tcp[12] >> 4) << 2;
-        if l4_len < TcpHdr::LEN || l4_len > payload {
+        let tcp = packet.header::<[u8; TcpHdr::LEN]>(IP + header_len)?;
+        parsed.l4_len = (tcp[12] >> 4) << 2;
+        if usize::from(parsed.l4_len) < TcpHdr::LEN {
             return None;
         }
-        let key = FlowKeyV4::new(ip.src, ip.dst, word(tcp, 0), word(tcp, 2), TCP);
-        let segment = Segment { protocol: TCP, flags: tcp[13], seq: long(tcp, 4), ack: long(tcp, 8) };
-        Some(Parsed { key, segment, l4_len, ip })
+        parsed.key.src_port = word(tcp, 0);
+        parsed.key.dst_port = word(tcp, 2);
+        parsed.seq = long(tcp, 4);
+        parsed.ack = long(tcp, 8);
+        parsed.flags = tcp[13];
     } else {
-        let udp = packet.header::<UdpHdr>(l4)?;
-        if payload < UdpHdr::LEN {
-            return None;
-        }
-        let key =
-            FlowKeyV4::new(ip.src, ip.dst, u16::from_ne_bytes(udp.src), u16::from_ne_bytes(udp.dst), UDP);
-        let segment = Segment { protocol: UDP, flags: 0, seq: 0, ack: 0 };
-        Some(Parsed { key, segment, l4_len: UdpHdr::LEN, ip })
+        let udp = packet.header::<UdpHdr>(IP + header_len)?;
+        parsed.key.src_port = u16::from_ne_bytes(udp.src);
+        parsed.key.dst_port = u16::from_ne_bytes(udp.dst);
     }
+    (usize::from(parsed.l4_len) <= payload).then_some(parsed)
 }
 
 #[inline(always)]

@@ -8,7 +8,9 @@ use edge_common::{
 };
 
 use crate::{
-    classify, conntrack, forward,
+    classify::{self, NEW_FLOW},
+    conntrack::{self, NO_FLOW, Past},
+    create, forward,
     maps::{self, Table},
     packet::Packet,
     parse::{self, Ipv4, Parsed},
@@ -44,10 +46,24 @@ pub fn run<P: Packet>(packet: &mut P) -> Verdict {
         return because(Reason::Malformed, 0);
     };
     match maps::flow(Table::Established, &parsed.key) {
-        Some(flow) if parsed.segment.flags & (SYN | FIN | RST) == 0 => forward::established(packet, &parsed, flow),
-        Some(flow) => conntrack::track(packet, &parsed, flow, Table::Established),
-        None => young_or_old(packet, &parsed, side),
+        Some(flow) if parsed.flags & (SYN | FIN | RST) == 0 => forward::established(packet, &parsed, flow),
+        _ => slow(packet, &parsed, side),
     }
+}
+
+/// A packet that may change its flow's state, or that has no flow. The stages follow each other rather than call each
+/// other, which keeps the stack flat.
+#[inline(always)]
+fn slow<P: Packet>(packet: &mut P, parsed: &Parsed, side: Side) -> Verdict {
+    let mut past = Past::NONE;
+    let mut verdict = tracked(packet, parsed, &mut past);
+    if verdict == NO_FLOW {
+        verdict = classify::untracked(packet, parsed, side, &mut past);
+        if verdict == NEW_FLOW {
+            verdict = create::flow(packet, parsed, &past);
+        }
+    }
+    verdict
 }
 
 /// The interface a packet came in by.
@@ -69,14 +85,18 @@ fn prefilter(ip: &Ipv4) -> Option<Side> {
     }
 }
 
-/// Not established: half-open, closing, or without a flow.
+/// A packet that may change its flow's state; [`NO_FLOW`] where it has none, or none any more.
 #[inline(never)]
-fn young_or_old<P: Packet>(packet: &mut P, parsed: &Parsed, side: Side) -> Verdict {
-    if let Some(flow) = maps::flow(Table::HalfOpen, &parsed.key) {
-        return conntrack::track(packet, parsed, flow, Table::HalfOpen);
+fn tracked<P: Packet>(packet: &mut P, parsed: &Parsed, past: &mut Past) -> Verdict {
+    let key = &parsed.key;
+    if let Some(flow) = maps::flow(Table::Established, key) {
+        return conntrack::track(packet, parsed, flow, Table::Established, past);
     }
-    match maps::flow(Table::Closing, &parsed.key) {
-        Some(flow) => conntrack::track(packet, parsed, flow, Table::Closing),
-        None => classify::untracked(packet, parsed, side),
+    if let Some(flow) = maps::flow(Table::HalfOpen, key) {
+        return conntrack::track(packet, parsed, flow, Table::HalfOpen, past);
+    }
+    match maps::flow(Table::Closing, key) {
+        Some(flow) => conntrack::track(packet, parsed, flow, Table::Closing, past),
+        None => NO_FLOW,
     }
 }

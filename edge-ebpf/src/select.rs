@@ -23,29 +23,19 @@ pub fn backend(region: u32, key: &FlowKeyV4) -> Option<core::num::NonZeroU32> {
     if header.pool_len == 0 || header.table_len == 0 {
         return None;
     }
-    let mut slot = maglev::slot(hash::tuple(control.seed, key), header.table_len);
+    let start = maglev::slot(hash::tuple(control.seed, key), header.table_len);
     let mut index = 0;
-    for _ in 0..=NEXT_SLOTS {
+    // Remainders rather than a wrap to 0: the verifier then sees one path per step.
+    for step in 0..=NEXT_SLOTS {
+        let slot = (start + step) % header.table_len;
         index = u32::from(maps::selection_u16(header.table_chunk + slot / SLOTS_PER_CHUNK, slot % SLOTS_PER_CHUNK)?);
         let found = eligible(&header, index);
         if found.is_some() {
             return found;
         }
-        slot += 1;
-        if slot >= header.table_len {
-            slot = 0;
-        }
     }
-    let bound = if header.pool_len < POOL_SCAN { header.pool_len } else { POOL_SCAN };
-    for step in 0..POOL_SCAN {
-        if step >= bound {
-            break;
-        }
-        index += 1;
-        if index >= header.pool_len {
-            index = 0;
-        }
-        let found = eligible(&header, index);
+    for step in 1..=POOL_SCAN {
+        let found = eligible(&header, (index + step) % header.pool_len);
         if found.is_some() {
             return found;
         }

@@ -2,7 +2,7 @@
 
 use edge_common::{
     conntrack::Direction,
-    maps::FlowV4,
+    maps::{FlowV4, ServiceStats},
     verdict::{REASONS, Reason, Verdict},
 };
 
@@ -22,38 +22,44 @@ pub fn because(reason: Reason, service: u32) -> Verdict {
 pub fn count_packet(flow: &mut FlowV4, bytes: u64) {
     flow.packets += 1;
     flow.bytes += bytes;
-    let forward = flow.direction == Direction::Forward as u8;
-    for stats in [maps::service_stats(flow.service), maps::backend_stats(flow.backend)].into_iter().flatten() {
-        if forward {
+    let (service, backend) = (flow.service, flow.backend);
+    if flow.direction == Direction::Forward as u8 {
+        update(service, backend, |stats| {
             stats.packets_in += 1;
             stats.bytes_in += bytes;
-        } else {
+        });
+    } else {
+        update(service, backend, |stats| {
             stats.packets_out += 1;
             stats.bytes_out += bytes;
-        }
+        });
     }
 }
 
 /// Counts a flow that entered half-open.
 #[inline(always)]
 pub fn count_half_opened(service: u32, backend: u32) {
-    for stats in [maps::service_stats(service), maps::backend_stats(backend)].into_iter().flatten() {
-        stats.half_opened += 1;
-    }
+    update(service, backend, |stats| stats.half_opened += 1);
 }
 
 /// Counts a flow that was promoted.
 #[inline(always)]
 pub fn count_opened(service: u32, backend: u32) {
-    for stats in [maps::service_stats(service), maps::backend_stats(backend)].into_iter().flatten() {
-        stats.opened += 1;
-    }
+    update(service, backend, |stats| stats.opened += 1);
 }
 
 /// Counts an established flow that ended.
 #[inline(always)]
 pub fn count_closed(service: u32, backend: u32) {
-    for stats in [maps::service_stats(service), maps::backend_stats(backend)].into_iter().flatten() {
-        stats.closed += 1;
+    update(service, backend, |stats| stats.closed += 1);
+}
+
+#[inline(always)]
+fn update(service: u32, backend: u32, change: impl Fn(&mut ServiceStats)) {
+    if let Some(stats) = maps::service_stats(service) {
+        change(stats);
+    }
+    if let Some(stats) = maps::backend_stats(backend) {
+        change(stats);
     }
 }

@@ -265,7 +265,7 @@ impl<K: Kernel> Actor<K> {
         self.dump_time = started.elapsed();
         self.status.dump_error = None;
         let before = std::mem::replace(&mut self.known, snapshot);
-        self.report(&before);
+        let links_changed = self.report(&before);
         let prefixes = self.all_prefixes();
         let touched: BTreeSet<IpNet> = prefixes
             .iter()
@@ -279,12 +279,15 @@ impl<K: Kernel> Actor<K> {
             self.events.push_back(FibEvent::ForeignChange { prefix: *prefix });
         }
         self.restore_held().await;
-        if std::mem::take(&mut self.neighbours_lost) {
+        // A link that went down has flushed its neighbours, managed ones too.
+        if std::mem::take(&mut self.neighbours_lost) || links_changed {
             self.look_after_neighbours().await;
         }
     }
 
-    fn report(&mut self, before: &Snapshot) {
+    /// True where a link changed.
+    fn report(&mut self, before: &Snapshot) -> bool {
+        let links_changed = before.links != self.known.links;
         let indices: BTreeSet<u32> = before.links.keys().chain(self.known.links.keys()).copied().collect();
         for ifindex in indices {
             let (old, new) = (before.links.get(&ifindex), self.known.links.get(&ifindex));
@@ -300,6 +303,7 @@ impl<K: Kernel> Actor<K> {
         if !before.table.others().eq(self.known.table.others()) {
             self.events.push_back(FibEvent::RoutesChanged);
         }
+        links_changed
     }
 
     async fn hold(&mut self, vip: IpAddr) -> Result<(), FibError> {
@@ -317,11 +321,10 @@ impl<K: Kernel> Actor<K> {
             return Ok(());
         }
         let ifindex = self.loopback()?;
-        if self.known.addresses.iter().any(|entry| entry.address == vip && entry.ifindex == ifindex) {
-            if let Err(error) = self.kernel.remove_address(ifindex, vip).await {
-                self.held.insert(vip);
-                return Err(error);
-            }
+        let present = self.known.addresses.iter().any(|entry| entry.address == vip && entry.ifindex == ifindex);
+        if present && let Err(error) = self.kernel.remove_address(ifindex, vip).await {
+            self.held.insert(vip);
+            return Err(error);
         }
         self.refresh_addresses().await
     }
@@ -503,4 +506,226 @@ fn ticker(period: Duration) -> tokio::time::Interval {
     let mut ticker = tokio::time::interval_at(Instant::now() + period, period);
     ticker.set_missed_tick_behavior(MissedTickBehavior::Delay);
     ticker
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::{fake::FakeKernel, plan::METRIC},
+        *,
+    };
+
+    const PATIENCE: Duration = Duration::from_secs(10);
+
+    struct Setup {
+        kernel: FakeKernel,
+        fib: super::super::FibHandle,
+        events: mpsc::Receiver<FibEvent>,
+    }
+
+    /// An edge at 172.16.1.88/24 on interface 2; notifications are acted upon at once, periods are out of reach.
+    async fn setup(prepare: impl FnOnce(&FakeKernel)) -> Setup {
+        setup_with(options(), 64, prepare).await
+    }
+
+    async fn setup_with(options: FibOptions, events: usize, prepare: impl FnOnce(&FakeKernel)) -> Setup {
+        let (kernel, notices) = FakeKernel::new();
+        kernel.add_interface(2, "ens33", "172.16.1.88".parse().unwrap(), 24);
+        prepare(&kernel);
+        let (sender, events) = mpsc::channel(events);
+        let fib = kernel.spawn(notices, options, sender).await.unwrap();
+        Setup { kernel, fib, events }
+    }
+
+    fn options() -> FibOptions {
+        let never = Duration::from_secs(3600);
+        FibOptions { coalesce: Duration::ZERO, repair_interval: never, neighbour_interval: never }
+    }
+
+    fn update(prefix: &str, hops: &[&str]) -> RouteUpdate {
+        let next_hops = hops.iter().map(|hop| hop.parse().unwrap()).collect();
+        RouteUpdate { prefix: prefix.parse().unwrap(), next_hops }
+    }
+
+    fn installed(kernel: &FakeKernel, prefix: &str) -> bool {
+        kernel.tables().table.ours(&prefix.parse().unwrap()).is_some()
+    }
+
+    async fn event(events: &mut mpsc::Receiver<FibEvent>, wanted: impl Fn(&FibEvent) -> bool) {
+        let waiting = async {
+            while let Some(event) = events.recv().await {
+                if wanted(&event) {
+                    return;
+                }
+            }
+            panic!("the actor has ended");
+        };
+        tokio::time::timeout(PATIENCE, waiting).await.expect("the event");
+    }
+
+    #[tokio::test]
+    async fn a_refused_change_is_reported_and_tried_again_at_the_next_comparison() {
+        let Setup { kernel, fib, .. } = setup(|_| {}).await;
+        kernel.refuse(Some(libc::ENOBUFS));
+        fib.apply(vec![update("10.1.0.0/24", &["172.16.1.80"])]).await;
+        assert_eq!(fib.status().await.errors.len(), 1);
+        kernel.refuse(None);
+        kernel.change_by_other(&RouteChange::Delete { prefix: "10.99.0.0/24".parse().unwrap(), metric: METRIC });
+        let repaired = async {
+            while !installed(&kernel, "10.1.0.0/24") {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, repaired).await.unwrap();
+        assert_eq!(fib.status().await.errors.len(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_refused_withdrawal_is_not_forgotten() {
+        let Setup { kernel, fib, .. } = setup(|_| {}).await;
+        fib.apply(vec![update("10.1.0.0/24", &["172.16.1.80"])]).await;
+        kernel.refuse(Some(libc::ENOBUFS));
+        fib.apply(vec![update("10.1.0.0/24", &[])]).await;
+        assert!(installed(&kernel, "10.1.0.0/24"));
+        kernel.refuse(None);
+        fib.apply(vec![]).await;
+        fib.finish_restart(&RouteSet::default()).await;
+        assert!(!installed(&kernel, "10.1.0.0/24"));
+    }
+
+    #[tokio::test]
+    async fn routes_that_go_with_a_link_without_a_word_come_back_with_it() {
+        let Setup { kernel, fib, mut events } = setup(|_| {}).await;
+        fib.apply(vec![update("10.1.0.0/24", &["172.16.1.80"])]).await;
+        kernel.link_down(2);
+        event(&mut events, |event| matches!(event, FibEvent::LinkChanged { ifindex: 2, up: false, .. })).await;
+        assert_eq!(fib.status().await.errors.len(), 1);
+        kernel.link_up(2);
+        event(&mut events, |event| matches!(event, FibEvent::LinkChanged { ifindex: 2, up: true, .. })).await;
+        assert_eq!(fib.status().await.errors.len(), 0);
+        assert!(installed(&kernel, "10.1.0.0/24"));
+        assert_eq!(fib.status().await.repairs, 0, "nobody meddled");
+    }
+
+    #[tokio::test]
+    async fn a_loss_that_nobody_reported_is_found_by_the_periodic_comparison() {
+        let periodic = FibOptions { repair_interval: Duration::from_millis(20), ..options() };
+        let Setup { kernel, fib, mut events } = setup_with(periodic, 64, |_| {}).await;
+        fib.apply(vec![update("10.1.0.0/24", &["172.16.1.80"])]).await;
+        kernel.lose_silently(&"10.1.0.0/24".parse().unwrap());
+        event(&mut events, |event| matches!(event, FibEvent::ForeignChange { .. })).await;
+        assert!(installed(&kernel, "10.1.0.0/24"));
+    }
+
+    #[tokio::test]
+    async fn events_that_nobody_reads_do_not_block_commands() {
+        let Setup { kernel, fib, mut events } = setup_with(options(), 1, |_| {}).await;
+        for last in 0..20u8 {
+            let address = IpAddr::from([172, 16, 1, last]);
+            kernel.set_neighbour(Neighbour { ifindex: 2, address, mac: Some([2; 6]), fixed: false, managed: false });
+        }
+        for number in 0..20 {
+            let apply = fib.apply(vec![update(&format!("10.1.{number}.0/24"), &["172.16.1.80"])]);
+            tokio::time::timeout(PATIENCE, apply).await.expect("no deadlock");
+        }
+        let last = IpAddr::from([172, 16, 1, 19]);
+        event(&mut events, |event| matches!(event, FibEvent::NeighbourChanged { address, .. } if *address == last))
+            .await;
+    }
+
+    #[tokio::test]
+    async fn a_neighbour_that_keeps_its_address_is_not_reported_again() {
+        let Setup { kernel, fib, mut events } = setup(|_| {}).await;
+        let address: IpAddr = "172.16.1.80".parse().unwrap();
+        let neighbour = Neighbour { ifindex: 2, address, mac: Some([2; 6]), fixed: false, managed: false };
+        kernel.set_neighbour(neighbour.clone());
+        kernel.set_neighbour(neighbour.clone());
+        kernel.set_neighbour(Neighbour { mac: None, ..neighbour });
+        let mut seen = Vec::new();
+        while seen.len() < 2 {
+            let event = tokio::time::timeout(PATIENCE, events.recv()).await.unwrap().unwrap();
+            if let FibEvent::NeighbourChanged { mac, .. } = event {
+                seen.push(mac);
+            }
+        }
+        assert_eq!(seen, [Some([2; 6]), None]);
+        drop(fib);
+    }
+
+    #[tokio::test]
+    async fn lost_notifications_are_made_up_for_by_reading_everything() {
+        let Setup { kernel, fib, mut events } = setup(|_| {}).await;
+        fib.apply(vec![update("10.1.0.0/24", &["172.16.1.80"])]).await;
+        let hop: IpAddr = "172.16.1.80".parse().unwrap();
+        kernel.lose_silently(&"10.1.0.0/24".parse().unwrap());
+        kernel.lose_notifications(Neighbour {
+            ifindex: 2,
+            address: hop,
+            mac: Some([2; 6]),
+            fixed: false,
+            managed: false,
+        });
+        event(&mut events, |event| matches!(event, FibEvent::ForeignChange { .. })).await;
+        event(&mut events, |event| matches!(event, FibEvent::NeighbourChanged { address, .. } if *address == hop))
+            .await;
+    }
+
+    #[tokio::test]
+    async fn static_neighbours_are_not_touched_and_managed_ones_not_asked_again() {
+        let hop = |last: u8| IpAddr::from([172, 16, 1, last]);
+        let Setup { kernel, fib, .. } = setup(|kernel| {
+            let entry =
+                |last, fixed, managed| Neighbour { ifindex: 2, address: hop(last), mac: Some([2; 6]), fixed, managed };
+            kernel.set_neighbour(entry(80, true, false));
+            kernel.set_neighbour(entry(81, false, true));
+        })
+        .await;
+        fib.watch_neighbours([80, 81, 82].map(|last| (2, hop(last))).into()).await;
+        assert_eq!(kernel.probes(), [(2, hop(82), true)]);
+        fib.watch_neighbours([80, 82].map(|last| (2, hop(last))).into()).await;
+        assert_eq!(kernel.probes()[1..], [(2, hop(81), false)], "given back");
+    }
+
+    #[tokio::test]
+    async fn watched_neighbours_are_asked_for_again_as_soon_as_their_link_is_back() {
+        let Setup { kernel, fib, mut events } = setup(|_| {}).await;
+        let hop = (2, "172.16.1.80".parse().unwrap());
+        fib.watch_neighbours([hop].into()).await;
+        kernel.link_down(2);
+        event(&mut events, |event| matches!(event, FibEvent::LinkChanged { up: false, .. })).await;
+        let before = kernel.probes().len();
+        kernel.link_up(2);
+        event(&mut events, |event| matches!(event, FibEvent::LinkChanged { up: true, .. })).await;
+        assert_eq!(kernel.probes()[before..], [(2, hop.1, true)]);
+    }
+
+    #[tokio::test]
+    async fn a_backend_is_resolved_through_its_gateway_and_this_host_is_not() {
+        let Setup { kernel, fib, .. } = setup(|_| {}).await;
+        fib.apply(vec![update("10.1.0.0/24", &["172.16.1.80"])]).await;
+        for destination in ["10.1.0.4", "172.16.1.88", "203.0.113.1"] {
+            fib.resolve(destination.parse().unwrap()).await;
+        }
+        assert_eq!(kernel.probes(), [(2, "172.16.1.80".parse().unwrap(), false)]);
+    }
+
+    #[tokio::test]
+    async fn a_route_withdrawn_before_bgp_has_converged_is_deleted_at_once() {
+        let stale = |kernel: &FakeKernel| {
+            for prefix in ["10.1.0.0/24", "10.1.1.0/24"] {
+                let gateway = Some("172.16.1.80".parse().unwrap());
+                let next_hops = vec![NextHop { gateway, ifindex: 2 }];
+                kernel.add_route(KernelRoute {
+                    prefix: prefix.parse().unwrap(),
+                    metric: METRIC,
+                    protocol: 186,
+                    next_hops,
+                });
+            }
+        };
+        let Setup { kernel, fib, .. } = setup(stale).await;
+        assert_eq!(fib.stale().await.len(), 2);
+        fib.apply(vec![update("10.1.0.0/24", &[])]).await;
+        assert!(!installed(&kernel, "10.1.0.0/24") && installed(&kernel, "10.1.1.0/24"));
+    }
 }

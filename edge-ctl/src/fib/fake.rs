@@ -104,13 +104,24 @@ impl FakeKernel {
         self.notify(Notice::Tables);
     }
 
+    /// Drops every route to a prefix and tells nobody.
+    pub fn lose_silently(&self, prefix: &ipnet::IpNet) {
+        let mut state = self.state();
+        let left: Vec<KernelRoute> =
+            state.snapshot.table.iter().filter(|route| route.prefix != *prefix).cloned().collect();
+        state.snapshot.table = Table::new(left);
+    }
+
     /// Sets a neighbour, as ARP would.
     pub fn set_neighbour(&self, neighbour: Neighbour) {
-        let mut state = self.state();
-        state.neighbours.retain(|entry| (entry.ifindex, entry.address) != (neighbour.ifindex, neighbour.address));
-        state.neighbours.push(neighbour.clone());
-        drop(state);
+        self.state().set_neighbour(neighbour.clone());
         self.notify(Notice::Neighbour(neighbour));
+    }
+
+    /// Sets a neighbour while the listener's socket buffer is full: it learns only that something was lost.
+    pub fn lose_notifications(&self, neighbour: Neighbour) {
+        self.state().set_neighbour(neighbour);
+        self.notify(Notice::Lost);
     }
 
     /// Refuses every change with this `errno`; `None`: no longer.
@@ -154,6 +165,11 @@ impl FakeKernel {
 }
 
 impl State {
+    fn set_neighbour(&mut self, neighbour: Neighbour) {
+        self.neighbours.retain(|entry| (entry.ifindex, entry.address) != (neighbour.ifindex, neighbour.address));
+        self.neighbours.push(neighbour);
+    }
+
     fn check(&self, what: &str) -> Result<(), FibError> {
         match self.refuse {
             Some(errno) => Err(refused(what, errno)),

@@ -50,3 +50,64 @@ fn translate(message: NetlinkMessage<RouteNetlinkMessage>, own_port: u32) -> Opt
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use rtnetlink::packet_route::{
+        link::LinkMessage,
+        neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
+        route::RouteMessage,
+    };
+
+    use super::*;
+
+    const OWN: u32 = 77;
+
+    fn said(message: RouteNetlinkMessage, port: u32) -> Option<Notice> {
+        let mut message = NetlinkMessage::from(message);
+        message.header.port_number = port;
+        translate(message, OWN)
+    }
+
+    fn route(kind: RouteType) -> RouteNetlinkMessage {
+        let mut message = RouteMessage::default();
+        message.header.kind = kind;
+        RouteNetlinkMessage::NewRoute(message)
+    }
+
+    #[test]
+    fn the_echo_of_our_own_routes_is_not_a_notice_and_anybody_elses_is() {
+        assert_eq!(said(route(RouteType::Unicast), OWN), None);
+        assert_eq!(said(route(RouteType::Unicast), 4711), Some(Notice::Tables));
+        assert_eq!(said(route(RouteType::Unicast), 0), Some(Notice::Tables), "the kernel itself");
+        assert_eq!(said(route(RouteType::Broadcast), 4711), None);
+    }
+
+    #[test]
+    fn links_are_noticed_whoever_changed_them_and_lost_messages_are_told() {
+        assert_eq!(said(RouteNetlinkMessage::NewLink(LinkMessage::default()), OWN), Some(Notice::Tables));
+        let lost = NetlinkMessage::new(Default::default(), NetlinkPayload::Overrun(Vec::new()));
+        assert_eq!(translate(lost, OWN), Some(Notice::Lost));
+    }
+
+    #[test]
+    fn a_neighbour_that_failed_or_went_has_no_usable_address() {
+        let entry = |state| {
+            let mut message = NeighbourMessage::default();
+            message.header.ifindex = 2;
+            message.header.state = state;
+            message.attributes.push(NeighbourAttribute::Destination(NeighbourAddress::Inet([172, 16, 1, 80].into())));
+            message.attributes.push(NeighbourAttribute::LinkLayerAddress(vec![2; 6]));
+            message
+        };
+        let mac = |notice| match notice {
+            Some(Notice::Neighbour(neighbour)) => neighbour.mac,
+            other => panic!("{other:?}"),
+        };
+        for usable in [NeighbourState::Reachable, NeighbourState::Stale, NeighbourState::Delay, NeighbourState::Probe] {
+            assert_eq!(mac(said(RouteNetlinkMessage::NewNeighbour(entry(usable)), 0)), Some([2; 6]), "{usable:?}");
+        }
+        assert_eq!(mac(said(RouteNetlinkMessage::NewNeighbour(entry(NeighbourState::Failed)), 0)), None);
+        assert_eq!(mac(said(RouteNetlinkMessage::DelNeighbour(entry(NeighbourState::Stale)), 0)), None);
+    }
+}

@@ -139,8 +139,12 @@ impl Table {
         }
     }
 
-    /// Interface of the connected network that `address` lies in; the longest prefix wins.
+    /// Interface of the connected network that `address` lies in; the longest prefix wins. A link-local address says
+    /// nothing about its interface, so that it has one only where a single link carries such addresses.
     pub fn on_link(&self, address: IpAddr) -> Option<u32> {
+        if matches!(address, IpAddr::V6(address) if address.is_unicast_link_local()) {
+            return self.only_link_local();
+        }
         let longest = if address.is_ipv4() { 32 } else { 128 };
         (1..=longest).rev().find_map(|length| {
             let prefix = IpNet::new(address, length).ok()?.trunc();
@@ -148,6 +152,16 @@ impl Table {
             let route = routes.iter().find(|route| !route.is_bgp() && route.is_connected())?;
             route.next_hops.first().map(|hop| hop.ifindex)
         })
+    }
+
+    fn only_link_local(&self) -> Option<u32> {
+        let connected = self.others().filter(|route| route.is_connected());
+        let mut links: BTreeSet<u32> = connected
+            .filter(|route| matches!(route.prefix, IpNet::V6(prefix) if prefix.addr().is_unicast_link_local()))
+            .flat_map(|route| route.next_hops.iter().map(|hop| hop.ifindex))
+            .collect();
+        let only = links.pop_first()?;
+        links.is_empty().then_some(only)
     }
 }
 
@@ -172,12 +186,11 @@ pub fn plan<'a>(
     table: &Table,
     prefixes: impl IntoIterator<Item = &'a IpNet>,
 ) -> Plan {
-    let wanted: BTreeMap<&IpNet, &[IpAddr]> = desired.iter().collect();
     let mut plan = Plan::default();
     let mut deletions = Vec::new();
     for prefix in prefixes {
         let present = table.ours(prefix);
-        let Some(gateways) = wanted.get(prefix) else {
+        let Some(gateways) = desired.get(prefix) else {
             if !keep.contains(prefix) {
                 deletions.extend(present.map(delete));
             }
@@ -230,7 +243,10 @@ fn resolve(table: &Table, gateways: &[IpAddr]) -> (Vec<NextHop>, Vec<IpAddr>) {
 
 fn off_link_text(off_link: &[IpAddr]) -> String {
     let hops: Vec<String> = off_link.iter().map(IpAddr::to_string).collect();
-    format!("next hop {} is in no connected network: check the interface and its address", hops.join(", "))
+    format!(
+        "next hop {} is in no connected network (or is link-local with several links): check the interface and its address",
+        hops.join(", ")
+    )
 }
 
 #[cfg(test)]
@@ -329,6 +345,13 @@ mod tests {
     fn a_default_route_does_not_make_a_next_hop_on_link() {
         let table = Table::new([connected("0.0.0.0/0", 2)]);
         assert_eq!(table.on_link("192.0.2.1".parse().unwrap()), None);
+    }
+
+    #[test]
+    fn a_link_local_next_hop_is_on_link_only_where_a_single_link_has_such_addresses() {
+        let hop = "fe80::1".parse().unwrap();
+        assert_eq!(Table::new([connected("fe80::/64", 2)]).on_link(hop), Some(2));
+        assert_eq!(Table::new([connected("fe80::/64", 2), connected("fe80::/64", 3)]).on_link(hop), None);
     }
 
     proptest! {

@@ -50,7 +50,8 @@ impl fmt::Display for SysctlProblem {
 
 /// Reads the settings of the present network namespace and judges them; empty: all is well.
 ///
-/// `full_nat`: at least one service is full-nat, whose rewritten packets carry a local source address.
+/// `full_nat`: at least one service is full-nat. Its rewritten packets carry a local source address in both directions,
+/// and every one that needs a neighbour or fragmentation goes through the stack.
 pub fn check(interfaces: &[String], full_nat: bool) -> Vec<SysctlProblem> {
     evaluate(&read(Path::new("/proc/sys"), interfaces), full_nat)
 }
@@ -175,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn dnat_needs_neither_accept_local_nor_loose_filtering() {
+    fn without_full_nat_only_forwarding_is_judged() {
         assert_eq!(evaluate(&settings(1, 1, 0), false), []);
     }
 

@@ -364,7 +364,7 @@ impl Rig {
     pub fn change_flow(&mut self, table: &str, key: &FlowKeyV4, change: impl FnOnce(&mut FlowV4)) -> Result<()> {
         let mut flow = self.flow(table, key).ok_or_else(|| anyhow!("no flow {key:?} in {table}"))?;
         change(&mut flow);
-        Ok(self.hash(table)?.insert(key, flow, 0)?)
+        Ok(self.hash(table)?.insert(*key, flow, 0)?)
     }
 
     /// The sum over CPUs of a service's counters.

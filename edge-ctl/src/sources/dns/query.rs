@@ -115,6 +115,8 @@ impl Servers {
         options.timeout = timeout;
         options.attempts = 1;
         options.num_concurrent_reqs = 1;
+        // Without it the port is any from 1024 on, which may be one that SNAT gives to a flow towards the same server.
+        options.os_port_selection = true;
         let pools = addresses
             .iter()
             .filter_map(|address| {
@@ -337,5 +339,58 @@ fn type_name(wire: WireType) -> &'static str {
         WireType::A => "A",
         WireType::AAAA => "AAAA",
         _ => "SRV",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hickory_resolver::proto::{
+        op::{Message, OpCode},
+        rr::rdata::A,
+    };
+
+    use super::*;
+
+    fn name(text: &str) -> Name {
+        Name::from_ascii(text).unwrap()
+    }
+
+    fn srv(priority: u16, weight: u16, target: &str) -> Record {
+        Record::from_rdata(name("_https._tcp.web."), 30, RData::SRV(SRV::new(priority, weight, 8443, name(target))))
+    }
+
+    fn glue(target: &str, address: [u8; 4]) -> Record {
+        Record::from_rdata(name(target), 5, RData::A(A(address.into())))
+    }
+
+    async fn members(answers: Vec<Record>, additionals: Vec<Record>) -> Outcome {
+        let mut message = Message::response(1, OpCode::Query);
+        message.add_answers(answers);
+        message.add_additionals(additionals);
+        let response = DnsResponse::from_message(message).unwrap();
+        // Without servers every question fails.
+        let servers = Servers::new(&[], Duration::from_millis(1));
+        servers.srv_members(&response, &mut Counts::default()).await
+    }
+
+    #[tokio::test]
+    async fn only_the_lowest_priority_counts_and_weight_zero_becomes_one() {
+        let answers = vec![srv(10, 0, "a."), srv(10, 50, "b."), srv(20, 100, "c.")];
+        let additionals = vec![glue("A.", [10, 1, 0, 4]), glue("b.", [10, 1, 1, 4]), glue("c.", [10, 1, 2, 4])];
+        let expected = [("10.1.0.4:8443", 1), ("10.1.1.4:8443", 50)]
+            .map(|(address, weight)| PoolMember { address: address.parse().unwrap(), weight });
+        let ttl = Duration::from_secs(5);
+        assert_eq!(members(answers, additionals).await, Outcome::Answer { members: expected.into(), ttl });
+    }
+
+    #[tokio::test]
+    async fn a_target_that_cannot_be_resolved_fails_the_answer_instead_of_halving_the_pool() {
+        let outcome = members(vec![srv(0, 1, "a."), srv(0, 1, "b.")], vec![glue("a.", [10, 1, 0, 4])]).await;
+        assert!(matches!(&outcome, Outcome::Failure { reason } if reason.contains("target b.")), "{outcome:?}");
+    }
+
+    #[tokio::test]
+    async fn a_root_target_says_that_there_is_no_service() {
+        assert!(matches!(members(vec![srv(0, 0, ".")], Vec::new()).await, Outcome::Negative { .. }));
     }
 }
