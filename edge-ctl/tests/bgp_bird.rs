@@ -22,30 +22,41 @@ fn ibgp_passive() -> String {
 
 trait Bird {
     fn bird(&mut self, protocols: &str);
+    fn bird_at(&mut self, address: &str, protocols: &str);
     fn birdc(&self, command: &str) -> String;
+    fn birdc_at(&self, address: &str, command: &str) -> String;
 }
 
 impl Bird for Lab {
     /// Starts BIRD with static pod routes and the given protocols.
     fn bird(&mut self, protocols: &str) {
+        self.bird_at(NODE, protocols);
+    }
+
+    /// As above, with the router id of one of the node's addresses, so that several can run.
+    fn bird_at(&mut self, address: &str, protocols: &str) {
         let config = format!(
-            "router id 10.0.0.2;\nprotocol device {{}}\n\
+            "router id {address};\nprotocol device {{}}\n\
              protocol static pods4 {{ ipv4; route 10.1.2.0/26 blackhole; route 10.1.3.0/26 blackhole; }}\n\
              protocol static pods6 {{ ipv6; route fd01:2::/64 blackhole; }}\n{protocols}\n"
         );
-        let (file, socket, pid) = (self.path("bird.conf"), self.path("bird.ctl"), self.path("bird.pid"));
+        let (file, socket, pid) = (self.path("bird.conf"), self.path(&format!("{address}.ctl")), self.path("bird.pid"));
         fs::write(&file, config).unwrap();
         let texts = [file, socket, pid].map(|path| path.display().to_string());
         self.start("bird", &["-f", "-c", &texts[0], "-s", &texts[1], "-P", &texts[2]]);
         eventually("BIRD answers", PATIENCE, || {
-            let answer = self.birdc("show status");
+            let answer = self.birdc_at(address, "show status");
             if answer.contains("Daemon is up") { Ok(()) } else { Err(answer) }
         });
     }
 
     fn birdc(&self, command: &str) -> String {
+        self.birdc_at(NODE, command)
+    }
+
+    fn birdc_at(&self, address: &str, command: &str) -> String {
         let mut birdc = Command::new("birdc");
-        let output = birdc.arg("-s").arg(self.path("bird.ctl")).args(command.split(' ')).output().unwrap();
+        let output = birdc.arg("-s").arg(self.path(&format!("{address}.ctl"))).args(command.split(' ')).output().unwrap();
         String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
     }
 }
@@ -181,8 +192,8 @@ fn equal_sessions_share_the_load_and_the_loss_of_one_leaves_the_other() {
         return;
     }
     let mut lab = Lab::new();
-    let second = ibgp_passive().replace("bgp edge", "bgp second").replace("local 10.0.0.2", "local 10.0.0.3");
-    lab.bird(&format!("{}\n{second}", ibgp_passive()));
+    lab.bird(&ibgp_passive());
+    lab.bird_at("10.0.0.3", &ibgp_passive().replace("local 10.0.0.2", "local 10.0.0.3"));
     lab.edge.block_on(|| async {
         let mut edge = Edge::start(config([peer(NODE, 64512), peer("10.0.0.3", 64512)])).await;
         edge.converged().await;
@@ -191,11 +202,11 @@ fn equal_sessions_share_the_load_and_the_loss_of_one_leaves_the_other() {
         let shown: Vec<_> = rows.iter().filter(|row| row.network == "10.1.2.0/26").map(|row| &row.status).collect();
         assert_eq!(shown, ["*>i", "*=i"]);
 
-        lab.birdc("disable second");
+        lab.birdc_at("10.0.0.3", "disable edge");
         let down = |event: &BgpEvent| matches!(event, BgpEvent::PeerDown { reason, .. } if reason.contains("Administrative Shutdown (6/2)"));
         edge.until("the loss", |edge| edge.seen.iter().any(down)).await;
         assert_eq!(edge.hops("10.1.2.0/26"), [NODE]);
-        lab.birdc("enable second");
+        lab.birdc_at("10.0.0.3", "enable edge");
         edge.until("the return", |edge| edge.hops("10.1.2.0/26").len() == 2).await;
     });
 }
