@@ -277,9 +277,14 @@ impl Actor {
             return;
         };
         if peer.incoming.is_some() {
-            tracing::info!(%remote, "BGP connection refused: the peer has an incoming connection already");
-            return;
+            if peer.fsm.established().is_some_and(|(side, _)| side == Side::Incoming) {
+                return session::refuse(stream, &Notification::cease(cease::CONNECTION_COLLISION_RESOLUTION));
+            }
+            // A peer that dials again has given up its first attempt, even if no FIN has told us.
+            let reason = "replaced by a newer connection of the peer".to_owned();
+            self.feed(address, Event::TcpConnectionFails(Side::Incoming, reason));
         }
+        let Some(peer) = self.peers.get(&address) else { return };
         match session::prepare_accepted(&stream, &peer.config, peer.policy.internal) {
             Ok(()) => self.connected(address, Side::Incoming, stream),
             Err(error) => tracing::warn!(%remote, %error, "BGP connection refused: socket options"),

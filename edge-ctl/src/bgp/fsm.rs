@@ -352,13 +352,13 @@ impl State {
     }
 
     /// After a loss that is nobody's fault: listen at once, dial after the backoff.
-    fn to_active(&mut self, now: Now) {
+    fn await_peer(&mut self, now: Now) {
         let wait = self.backoff(now);
         self.phase = Phase::Active { until: (!self.settings.passive).then_some(now.time + wait) };
     }
 
     /// After an error: rest, and refuse connections meanwhile, so that two sides that disagree do not spin.
-    fn to_idle(&mut self, now: Now, actions: &mut Vec<Action>) {
+    fn rest(&mut self, now: Now, actions: &mut Vec<Action>) {
         if matches!(self.phase, Phase::Connect { .. }) {
             actions.push(Action::StopDial);
         }
@@ -406,7 +406,7 @@ pub fn step(state: &mut State, now: Now, event: Event) -> Vec<Action> {
             Phase::Connect { .. } => {
                 actions.push(Action::StopDial);
                 actions.push(Action::Failed(format!("no connection within {} s", CONNECT_TIMEOUT.as_secs())));
-                state.to_active(now);
+                state.await_peer(now);
             }
             Phase::Active { .. } if state.outgoing.is_none() => state.dial(now, &mut actions),
             _ => {}
@@ -420,8 +420,10 @@ pub fn step(state: &mut State, now: Now, event: Event) -> Vec<Action> {
         }
         // Event 11: KeepaliveTimer_Expires
         Event::KeepaliveTimerExpires(side) => {
-            restart_keepalive(state, now, side);
-            actions.push(Action::SendKeepalive(side));
+            if state.connected(side) {
+                restart_keepalive(state, now, side);
+                actions.push(Action::SendKeepalive(side));
+            }
         }
         // Events 16 and 17: Tcp_CR_Acked, TcpConnectionConfirmed
         Event::TcpConnectionConfirmed(side) => connected(state, now, side, &mut actions),
@@ -501,7 +503,7 @@ fn connection_fails(state: &mut State, now: Now, side: Side, reason: String, act
         // Only the dial failed.
         if state.idle() {
             actions.push(Action::Failed(reason));
-            state.to_active(now);
+            state.await_peer(now);
         } else {
             state.phase = Phase::Active { until: None };
         }
@@ -528,8 +530,8 @@ fn fail(
         return;
     }
     match then {
-        Then::Active => state.to_active(now),
-        Then::Idle => state.to_idle(now, actions),
+        Then::Active => state.await_peer(now),
+        Then::Idle => state.rest(now, actions),
     }
 }
 
@@ -652,5 +654,361 @@ fn restart_keepalive(state: &mut State, now: Now, side: Side) {
     if let Some(connection) = state.slot(side) {
         let interval = connection.negotiated().map_or(Duration::ZERO, |negotiated| negotiated.keepalive);
         connection.keepalive_at = (!interval.is_zero()).then(|| now.time + jitter(interval, now.random));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PEER_ID: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
+
+    fn settings() -> Settings {
+        Settings {
+            local_asn: 64512,
+            router_id: Ipv4Addr::new(10, 0, 0, 1),
+            remote_asn: 64513,
+            hold: 90,
+            keepalive: Duration::from_secs(30),
+            passive: false,
+        }
+    }
+
+    /// The middle of the jitter range would hide a missing jitter; its top makes waits equal their nominal value.
+    fn at(seconds: u64) -> Now {
+        Now { time: Duration::from_secs(seconds), random: u32::MAX }
+    }
+
+    fn open() -> Open {
+        Open::ours(64513, 180, PEER_ID)
+    }
+
+    /// Started, and fed with `events` at time zero.
+    fn after(settings: Settings, events: impl IntoIterator<Item = Event>) -> (State, Vec<Action>) {
+        let mut state = State::new(settings);
+        let mut last = step(&mut state, at(0), Event::ManualStart);
+        for event in events {
+            last = step(&mut state, at(0), event);
+        }
+        (state, last)
+    }
+
+    fn up(side: Side) -> [Event; 3] {
+        [Event::TcpConnectionConfirmed(side), Event::BgpOpen(side, open()), Event::KeepAliveMsg(side)]
+    }
+
+    fn closed_with(actions: &[Action], side: Side, code: u8, subcode: u8) -> bool {
+        let says = |action: &Action| {
+            matches!(action, Action::SendNotification(to, n) if *to == side && (n.code, n.subcode) == (code, subcode))
+        };
+        actions.iter().any(says) && actions.contains(&Action::Close(side))
+    }
+
+    #[test]
+    fn manual_start_dials_and_a_passive_peer_waits() {
+        let (state, actions) = after(settings(), []);
+        assert_eq!((state.name(), actions.as_slice()), (Name::Connect, &[Action::Dial][..]));
+        let (state, actions) = after(Settings { passive: true, ..settings() }, []);
+        assert_eq!((state.name(), actions.as_slice()), (Name::Active, &[][..]));
+        assert_eq!(state.next_deadline(), None);
+    }
+
+    #[test]
+    fn tcp_connection_confirmed_sends_our_open_with_both_families_refresh_and_four_octets() {
+        let (state, actions) = after(settings(), [Event::TcpConnectionConfirmed(Side::Outgoing)]);
+        assert_eq!(state.name(), Name::OpenSent);
+        let [Action::SendOpen(Side::Outgoing, open)] = actions.as_slice() else { panic!("{actions:?}") };
+        assert_eq!((open.asn, open.hold, open.router_id), (64512, 90, Ipv4Addr::new(10, 0, 0, 1)));
+        assert_eq!(open.families(false), Family::ALL);
+        assert!(open.route_refresh() && open.four_octet_as());
+    }
+
+    #[test]
+    fn bgp_open_then_keepalive_establish_with_the_lesser_hold_time() {
+        let (mut state, actions) =
+            after(settings(), [Event::TcpConnectionConfirmed(Side::Outgoing), Event::BgpOpen(Side::Outgoing, open())]);
+        assert_eq!(state.name(), Name::OpenConfirm);
+        assert_eq!(actions, [Action::SendKeepalive(Side::Outgoing)]);
+        let actions = step(&mut state, at(1), Event::KeepAliveMsg(Side::Outgoing));
+        let [Action::Up(Side::Outgoing, negotiated)] = actions.as_slice() else { panic!("{actions:?}") };
+        assert_eq!((negotiated.hold, negotiated.keepalive), (90, Duration::from_secs(30)));
+        assert_eq!(state.name(), Name::Established);
+    }
+
+    #[test]
+    fn the_keepalive_interval_is_at_most_a_third_of_the_negotiated_hold_time() {
+        let short = Open { hold: 9, ..open() };
+        let events =
+            [Event::TcpConnectionConfirmed(Side::Incoming), Event::BgpOpen(Side::Incoming, short)];
+        let (state, _) = after(settings(), events);
+        let negotiated = state.incoming.as_ref().and_then(Connection::negotiated).unwrap();
+        assert_eq!((negotiated.hold, negotiated.keepalive), (9, Duration::from_secs(3)));
+    }
+
+    #[test]
+    fn a_hold_time_of_zero_turns_both_timers_off() {
+        let zero = Open { hold: 0, ..open() };
+        let side = Side::Incoming;
+        let events = [Event::TcpConnectionConfirmed(side), Event::BgpOpen(side, zero), Event::KeepAliveMsg(side)];
+        let (state, _) = after(Settings { passive: true, ..settings() }, events);
+        assert_eq!(state.name(), Name::Established);
+        assert_eq!(state.next_deadline(), None);
+    }
+
+    #[test]
+    fn hold_timer_expires_after_the_last_message_and_not_before() {
+        let (mut state, _) = after(settings(), up(Side::Outgoing));
+        step(&mut state, at(50), Event::UpdateMsg(Side::Outgoing));
+        step(&mut state, at(50), Event::KeepaliveTimerExpires(Side::Outgoing));
+        assert_eq!(state.due(Duration::from_secs(79)), None);
+        step(&mut state, at(139), Event::KeepaliveTimerExpires(Side::Outgoing));
+        assert_eq!(state.due(Duration::from_secs(139)), None);
+        assert_eq!(state.due(Duration::from_secs(140)), Some(Event::HoldTimerExpires(Side::Outgoing)));
+        let actions = step(&mut state, at(140), Event::HoldTimerExpires(Side::Outgoing));
+        assert!(closed_with(&actions, Side::Outgoing, 4, 0), "{actions:?}");
+        assert!(actions.contains(&Action::Down("hold timer expired: nothing received for 90 s".to_owned())));
+        assert_eq!(state.name(), Name::Idle);
+    }
+
+    #[test]
+    fn keepalive_timer_expires_every_interval_jittered_down_to_three_quarters() {
+        let (mut state, _) = after(settings(), up(Side::Outgoing));
+        assert_eq!(state.due(Duration::from_secs(30)), Some(Event::KeepaliveTimerExpires(Side::Outgoing)));
+        let early = Now { random: 0, ..at(30) };
+        assert_eq!(
+            step(&mut state, early, Event::KeepaliveTimerExpires(Side::Outgoing)),
+            [Action::SendKeepalive(Side::Outgoing)]
+        );
+        assert_eq!(state.next_deadline(), Some(Duration::from_millis(52_500)));
+    }
+
+    #[test]
+    fn a_connection_whose_open_never_comes_is_given_up_after_four_minutes() {
+        let (mut state, _) =
+            after(Settings { passive: true, ..settings() }, [Event::TcpConnectionConfirmed(Side::Incoming)]);
+        assert_eq!(state.next_deadline(), Some(OPEN_HOLD));
+        let event = state.due(OPEN_HOLD).unwrap();
+        let actions = step(&mut state, at(240), event);
+        assert!(closed_with(&actions, Side::Incoming, 4, 0), "{actions:?}");
+        assert!(actions.iter().all(|action| !matches!(action, Action::Down(_))));
+    }
+
+    #[test]
+    fn tcp_connection_fails_while_dialling_retries_with_growing_waits_up_to_the_limit() {
+        let (mut state, _) = after(settings(), []);
+        let mut time = 0;
+        for wait in [1, 2, 4, 8, 16, 30, 30] {
+            let fails = Event::TcpConnectionFails(Side::Outgoing, "refused".to_owned());
+            let actions = step(&mut state, at(time), fails);
+            assert_eq!(actions, [Action::Failed("refused".to_owned())]);
+            assert_eq!(state.name(), Name::Active);
+            assert_eq!(state.next_connect(), Some(Duration::from_secs(time + wait)));
+            time += wait;
+            let event = state.due(at(time).time).unwrap();
+            assert_eq!(step(&mut state, at(time), event), [Action::Dial]);
+        }
+    }
+
+    #[test]
+    fn connect_retry_timer_expires_during_a_dial_gives_it_up() {
+        let (mut state, _) = after(settings(), []);
+        assert_eq!(state.due(CONNECT_TIMEOUT), Some(Event::ConnectRetryTimerExpires));
+        let actions = step(&mut state, at(10), Event::ConnectRetryTimerExpires);
+        assert_eq!(actions[0], Action::StopDial);
+        assert_eq!(state.name(), Name::Active);
+    }
+
+    #[test]
+    fn an_established_session_resets_the_backoff() {
+        let (mut state, _) = after(settings(), []);
+        for _ in 0..5 {
+            step(&mut state, at(0), Event::TcpConnectionFails(Side::Outgoing, String::new()));
+            step(&mut state, at(0), Event::ConnectRetryTimerExpires);
+        }
+        up(Side::Outgoing).into_iter().for_each(|event| drop(step(&mut state, at(100), event)));
+        let actions = step(&mut state, at(100), Event::TcpConnectionFails(Side::Outgoing, "gone".to_owned()));
+        assert_eq!(actions, [Action::Close(Side::Outgoing), Action::Down("gone".to_owned())]);
+        assert_eq!((state.name(), state.next_connect()), (Name::Active, Some(Duration::from_secs(101))));
+    }
+
+    #[test]
+    fn bgp_open_from_the_wrong_as_is_answered_bad_peer_as_and_names_both_numbers() {
+        let wrong = Open { asn: 65000, ..open() };
+        let (mut state, actions) =
+            after(settings(), [Event::TcpConnectionConfirmed(Side::Incoming), Event::BgpOpen(Side::Incoming, wrong)]);
+        assert!(closed_with(&actions, Side::Incoming, 2, 2), "{actions:?}");
+        let told = |action: &Action| matches!(action, Action::Failed(why) if why.contains("65000") && why.contains("64513"));
+        assert!(actions.iter().any(told), "{actions:?}");
+        assert_eq!(state.name(), Name::Idle);
+        // While it rests, connections are refused: two sides that disagree do not spin.
+        let actions = step(&mut state, at(0), Event::TcpConnectionConfirmed(Side::Incoming));
+        assert!(closed_with(&actions, Side::Incoming, 6, 5), "{actions:?}");
+        assert_eq!(state.due(Duration::from_secs(1)), Some(Event::IdleHoldTimerExpires));
+    }
+
+    #[test]
+    fn bgp_open_with_a_bad_identifier_or_hold_time_is_refused() {
+        let bad = |open: Open, settings: Settings| {
+            let events = [Event::TcpConnectionConfirmed(Side::Incoming), Event::BgpOpen(Side::Incoming, open)];
+            after(settings, events).1
+        };
+        let zero = Open { router_id: Ipv4Addr::UNSPECIFIED, ..open() };
+        assert!(closed_with(&bad(zero, settings()), Side::Incoming, 2, 3));
+        let ours = Open { asn: 64512, router_id: settings().router_id, ..open() };
+        let internal = Settings { remote_asn: 64512, ..settings() };
+        assert!(closed_with(&bad(ours, internal), Side::Incoming, 2, 3));
+        // RFC 6286: across ASes the identifier need not be unique.
+        let same = Open { router_id: settings().router_id, ..open() };
+        assert_eq!(bad(same, settings()), [Action::SendKeepalive(Side::Incoming)]);
+        for hold in [1, 2] {
+            assert!(closed_with(&bad(Open { hold, ..open() }, settings()), Side::Incoming, 2, 6));
+        }
+    }
+
+    #[test]
+    fn a_peer_without_multiprotocol_capabilities_speaks_ipv4() {
+        let bare = Open { capabilities: vec![], ..open() };
+        let side = Side::Incoming;
+        let events = [Event::TcpConnectionConfirmed(side), Event::BgpOpen(side, bare), Event::KeepAliveMsg(side)];
+        let (state, _) = after(settings(), events);
+        let (_, negotiated) = state.established().unwrap();
+        assert_eq!(negotiated.families, [Family::Ipv4]);
+        assert!(!negotiated.four_octet_as && !negotiated.route_refresh);
+    }
+
+    /// Both connections are up; `first` has received its OPEN, now the other one does.
+    fn collide(local: Settings, first: Side) -> (State, Vec<Action>) {
+        after(
+            local,
+            [
+                Event::TcpConnectionConfirmed(Side::Incoming),
+                Event::TcpConnectionConfirmed(Side::Outgoing),
+                Event::BgpOpen(first, open()),
+                Event::BgpOpen(first.other(), open()),
+            ],
+        )
+    }
+
+    #[test]
+    fn in_a_collision_the_connection_opened_by_the_higher_identifier_survives_whatever_the_order() {
+        let lower = settings();
+        let higher = Settings { router_id: Ipv4Addr::new(10, 0, 0, 3), ..settings() };
+        for first in [Side::Outgoing, Side::Incoming] {
+            let (state, actions) = collide(lower, first);
+            assert!(closed_with(&actions, Side::Outgoing, 6, 7), "{first:?}: {actions:?}");
+            assert!(state.connected(Side::Incoming) && !state.connected(Side::Outgoing));
+            let (state, actions) = collide(higher, first);
+            assert!(closed_with(&actions, Side::Incoming, 6, 7), "{first:?}: {actions:?}");
+            assert!(state.connected(Side::Outgoing) && !state.connected(Side::Incoming));
+        }
+    }
+
+    #[test]
+    fn with_equal_identifiers_the_higher_as_decides_the_collision() {
+        let same = Settings { router_id: PEER_ID, ..settings() };
+        let (state, _) = collide(same, Side::Outgoing);
+        assert!(state.connected(Side::Incoming), "the peer's AS 64513 is higher than our 64512");
+    }
+
+    #[test]
+    fn an_established_session_is_not_disturbed_by_a_second_connection() {
+        let (mut state, _) = after(settings(), up(Side::Outgoing));
+        let actions = step(&mut state, at(1), Event::TcpConnectionConfirmed(Side::Incoming));
+        assert!(closed_with(&actions, Side::Incoming, 6, 7), "{actions:?}");
+        assert_eq!(state.name(), Name::Established);
+    }
+
+    #[test]
+    fn the_second_connection_is_closed_once_the_first_is_established() {
+        let events = [Event::TcpConnectionConfirmed(Side::Outgoing)].into_iter().chain(up(Side::Incoming));
+        let (state, actions) = after(settings(), events);
+        assert!(closed_with(&actions, Side::Outgoing, 6, 7), "{actions:?}");
+        assert_eq!(state.established().unwrap().0, Side::Incoming);
+    }
+
+    #[test]
+    fn a_dial_under_way_is_given_up_once_the_incoming_connection_is_established() {
+        let (state, actions) = after(settings(), up(Side::Incoming));
+        assert!(actions.contains(&Action::StopDial), "{actions:?}");
+        assert_eq!(state.next_connect(), None);
+    }
+
+    #[test]
+    fn the_loss_of_one_of_two_connections_leaves_the_other_alone() {
+        let (mut state, _) = after(
+            settings(),
+            [Event::TcpConnectionConfirmed(Side::Incoming), Event::TcpConnectionConfirmed(Side::Outgoing)],
+        );
+        step(&mut state, at(0), Event::TcpConnectionFails(Side::Incoming, "reset".to_owned()));
+        assert_eq!(state.name(), Name::OpenSent);
+        assert_eq!(state.next_connect(), None);
+    }
+
+    #[test]
+    fn messages_out_of_turn_are_finite_state_machine_errors() {
+        let side = Side::Outgoing;
+        let confirmed = [Event::TcpConnectionConfirmed(side)];
+        let opened = [Event::TcpConnectionConfirmed(side), Event::BgpOpen(side, open())];
+        let cases = [
+            (confirmed.to_vec(), Event::UpdateMsg(side), 1),
+            (confirmed.to_vec(), Event::KeepAliveMsg(side), 1),
+            (opened.to_vec(), Event::UpdateMsg(side), 2),
+            (opened.to_vec(), Event::BgpOpen(side, open()), 2),
+            (up(side).to_vec(), Event::BgpOpen(side, open()), 3),
+        ];
+        for (events, last, subcode) in cases {
+            let (mut state, _) = after(settings(), events);
+            let actions = step(&mut state, at(1), last.clone());
+            assert!(closed_with(&actions, side, 5, subcode), "{last:?}: {actions:?}");
+            assert_eq!(state.name(), Name::Idle);
+        }
+    }
+
+    #[test]
+    fn notif_msg_of_a_cease_leaves_us_listening_and_any_other_rests() {
+        for (notification, expected) in
+            [(Notification::shutdown("reboot"), Name::Active), (Notification::open_error(2), Name::Idle)]
+        {
+            let (mut state, _) = after(settings(), up(Side::Outgoing));
+            let actions = step(&mut state, at(1), Event::NotifMsg(Side::Outgoing, notification.clone()));
+            assert_eq!(
+                actions,
+                [Action::Close(Side::Outgoing), Action::Down(format!("received {notification}"))],
+                "a NOTIFICATION is never answered with one"
+            );
+            assert_eq!(state.name(), expected);
+        }
+    }
+
+    #[test]
+    fn manual_stop_ceases_on_every_connection_and_then_nothing_starts_it_but_manual_start() {
+        let (mut state, _) = after(settings(), up(Side::Outgoing));
+        let actions = step(&mut state, at(1), Event::ManualStop(Notification::cease(cease::PEER_DECONFIGURED)));
+        assert!(closed_with(&actions, Side::Outgoing, 6, 3), "{actions:?}");
+        assert!(actions.iter().any(|action| matches!(action, Action::Down(_))));
+        assert_eq!((state.name(), state.next_deadline()), (Name::Idle, None));
+        let actions = step(&mut state, at(2), Event::TcpConnectionConfirmed(Side::Incoming));
+        assert!(closed_with(&actions, Side::Incoming, 6, 5), "{actions:?}");
+        assert_eq!(step(&mut state, at(3), Event::ManualStart), [Action::Dial]);
+    }
+
+    #[test]
+    fn events_of_a_connection_that_is_gone_do_nothing() {
+        let (mut state, _) = after(Settings { passive: true, ..settings() }, []);
+        let before = state.clone();
+        for side in [Side::Outgoing, Side::Incoming] {
+            for event in [
+                Event::HoldTimerExpires(side),
+                Event::TcpConnectionFails(side, String::new()),
+                Event::BgpOpen(side, open()),
+                Event::KeepAliveMsg(side),
+                Event::UpdateMsg(side),
+                Event::NotifMsg(side, Notification::cease(2)),
+                Event::MessageError(side, Notification::new(1, 1, Default::default())),
+            ] {
+                assert_eq!(step(&mut state, at(1), event.clone()), [], "{event:?}");
+                assert_eq!(state, before, "{event:?}");
+            }
+        }
     }
 }

@@ -296,3 +296,188 @@ impl Rib {
             .collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{super::wire::{Announcement, AsPath, Segment}, *};
+    use crate::config::valid::PrefixRule;
+
+    const NOW: Duration = Duration::from_secs(1);
+
+    fn address(host: u8) -> IpAddr {
+        IpAddr::from([172, 16, 1, host])
+    }
+
+    /// Internal peers 172.16.1.HOST, established.
+    fn rib(hosts: &[u8]) -> Rib {
+        let local =
+            Local { asn: 64512, router_id: Ipv4Addr::new(172, 16, 1, 88), addresses: [address(88)].into() };
+        let mut rib = Rib::new(local);
+        for host in hosts {
+            let policy = Policy { internal: true, ..Policy::default() };
+            rib.peer_up(address(*host), policy, Ipv4Addr::new(172, 16, 1, *host));
+        }
+        rib
+    }
+
+    fn announce(prefixes: &[&str], next_hop: IpAddr) -> Update {
+        announce_with(prefixes, next_hop, Attributes::default())
+    }
+
+    fn announce_with(prefixes: &[&str], next_hop: IpAddr, attributes: Attributes) -> Update {
+        let prefixes = prefixes.iter().map(|prefix| prefix.parse().unwrap()).collect();
+        Update { announced: vec![Announcement { next_hop, prefixes }], attributes, ..Update::default() }
+    }
+
+    fn withdraw(prefixes: &[&str]) -> Update {
+        Update { withdrawn: prefixes.iter().map(|prefix| prefix.parse().unwrap()).collect(), ..Update::default() }
+    }
+
+    fn change(prefix: &str, hosts: &[u8]) -> RouteUpdate {
+        RouteUpdate { prefix: prefix.parse().unwrap(), next_hops: hosts.iter().map(|host| address(*host)).collect() }
+    }
+
+    #[test]
+    fn a_withdrawal_says_that_the_prefix_is_gone_and_leaves_no_entry() {
+        let mut rib = rib(&[80]);
+        rib.update(address(80), &announce(&["10.1.0.0/24"], address(80)), NOW);
+        assert_eq!(rib.take_changes(), [change("10.1.0.0/24", &[80])]);
+        rib.update(address(80), &withdraw(&["10.1.0.0/24", "10.9.0.0/24"]), NOW);
+        assert_eq!(rib.take_changes(), [change("10.1.0.0/24", &[])]);
+        assert_eq!(rib.iter().count(), 0);
+        assert_eq!(rib.counts(address(80)), (0, 0));
+    }
+
+    #[test]
+    fn equal_paths_share_the_load_sorted_and_without_duplicates() {
+        let mut rib = rib(&[82, 81, 80]);
+        rib.update(address(82), &announce(&["10.1.0.0/24"], address(82)), NOW);
+        rib.update(address(81), &announce(&["10.1.0.0/24"], address(81)), NOW);
+        rib.update(address(80), &announce(&["10.1.0.0/24"], address(82)), NOW);
+        assert_eq!(rib.take_changes(), [change("10.1.0.0/24", &[81, 82])]);
+    }
+
+    #[test]
+    fn a_session_that_goes_down_takes_its_paths_and_leaves_the_others() {
+        let mut rib = rib(&[80, 81]);
+        rib.update(address(80), &announce(&["10.1.0.0/24", "10.1.1.0/24"], address(80)), NOW);
+        rib.update(address(81), &announce(&["10.1.0.0/24"], address(81)), NOW);
+        rib.take_changes();
+        rib.peer_down(address(80));
+        assert_eq!(rib.take_changes(), [change("10.1.0.0/24", &[81]), change("10.1.1.0/24", &[])]);
+        assert_eq!(rib.counts(address(80)), (0, 0));
+        rib.peer_down(address(80));
+        assert!(!rib.has_changes());
+    }
+
+    #[test]
+    fn a_better_path_replaces_the_group_and_its_loss_restores_it() {
+        let mut rib = rib(&[80, 81]);
+        rib.update(address(80), &announce(&["10.1.0.0/24"], address(80)), NOW);
+        let preferred = Attributes { local_pref: Some(200), ..Attributes::default() };
+        rib.update(address(81), &announce_with(&["10.1.0.0/24"], address(81), preferred), NOW);
+        assert_eq!(rib.take_changes(), [change("10.1.0.0/24", &[81])]);
+        rib.update(address(81), &withdraw(&["10.1.0.0/24"]), NOW);
+        assert_eq!(rib.take_changes(), [change("10.1.0.0/24", &[80])]);
+    }
+
+    #[test]
+    fn the_same_announcement_again_changes_nothing() {
+        let mut rib = rib(&[80]);
+        let update = announce(&["10.1.0.0/24"], address(80));
+        rib.update(address(80), &update, NOW);
+        rib.take_changes();
+        rib.update(address(80), &update, NOW);
+        assert!(!rib.has_changes());
+        assert_eq!(rib.counts(address(80)), (1, 1));
+    }
+
+    #[test]
+    fn a_prefix_both_withdrawn_and_announced_is_announced() {
+        let mut rib = rib(&[80]);
+        let update = Update { withdrawn: withdraw(&["10.1.0.0/24"]).withdrawn, ..announce(&["10.1.0.0/24"], address(80)) };
+        rib.update(address(80), &update, NOW);
+        assert_eq!(rib.take_changes(), [change("10.1.0.0/24", &[80])]);
+    }
+
+    #[test]
+    fn a_refused_path_is_kept_with_its_reason_and_replaces_the_accepted_one() {
+        let mut rib = rib(&[80]);
+        rib.update(address(80), &announce(&["10.1.0.0/24"], address(80)), NOW);
+        rib.take_changes();
+        let looped = Attributes { as_path: AsPath(vec![Segment::Sequence(vec![64512])]), ..Attributes::default() };
+        rib.update(address(80), &announce_with(&["10.1.0.0/24"], address(80), looped), NOW);
+        assert_eq!(rib.take_changes(), [change("10.1.0.0/24", &[])]);
+        let (_, _, standings) = rib.iter().next().unwrap();
+        assert_eq!(standings[0].path.rejection, Some(Rejection::OwnAs(64512)));
+        assert_eq!(rib.counts(address(80)), (1, 0));
+    }
+
+    #[test]
+    fn a_changed_policy_is_applied_to_what_was_received() {
+        let mut rib = rib(&[80]);
+        rib.update(address(80), &announce(&["10.1.0.0/24", "10.2.0.0/24"], address(80)), NOW);
+        rib.take_changes();
+        let only = PrefixRule { prefix: "10.1.0.0/16".parse().unwrap(), min_length: 16, max_length: 32 };
+        let policy = Policy { internal: true, import: Some(vec![only]), export: None };
+        rib.set_policy(address(80), policy);
+        assert_eq!(rib.take_changes(), [change("10.2.0.0/24", &[])]);
+        assert_eq!(rib.counts(address(80)), (2, 1));
+        rib.set_policy(address(80), Policy { internal: true, ..Policy::default() });
+        assert_eq!(rib.take_changes(), [change("10.2.0.0/24", &[80])]);
+    }
+
+    #[test]
+    fn an_address_that_turns_out_to_be_ours_is_no_next_hop_any_more() {
+        let mut rib = rib(&[80]);
+        rib.update(address(80), &announce(&["10.1.0.0/24"], address(99)), NOW);
+        rib.take_changes();
+        rib.local_address(address(99));
+        assert_eq!(rib.take_changes(), [change("10.1.0.0/24", &[])]);
+    }
+
+    #[test]
+    fn a_prefix_of_our_own_needs_no_route_even_where_a_peer_offers_one() {
+        let mut rib = rib(&[80]);
+        rib.originate("10.9.0.1/32".parse().unwrap(), true);
+        rib.update(address(80), &announce(&["10.9.0.1/32"], address(80)), NOW);
+        assert!(!rib.has_changes());
+        let (_, own, standings) = rib.iter().next().unwrap();
+        assert!(own);
+        assert_eq!(standings[0].reason, Some(Reason::Local));
+        drop(standings);
+        rib.originate("10.9.0.1/32".parse().unwrap(), false);
+        assert_eq!(rib.take_changes(), [change("10.9.0.1/32", &[80])]);
+    }
+
+    #[test]
+    fn updates_of_a_peer_that_is_not_up_are_ignored() {
+        let mut rib = rib(&[]);
+        rib.update(address(80), &announce(&["10.1.0.0/24"], address(80)), NOW);
+        assert!(!rib.has_changes());
+        assert_eq!(rib.iter().count(), 0);
+    }
+
+    #[test]
+    fn standings_name_the_best_its_equals_and_why_the_rest_lost() {
+        let mut rib = rib(&[80, 81, 82, 83]);
+        rib.update(address(80), &announce(&["10.1.0.0/24"], address(88)), NOW);
+        rib.update(address(81), &announce(&["10.1.0.0/24"], address(81)), NOW);
+        rib.update(address(82), &announce(&["10.1.0.0/24"], address(82)), NOW);
+        let worse = Attributes { local_pref: Some(50), ..Attributes::default() };
+        rib.update(address(83), &announce_with(&["10.1.0.0/24"], address(83), worse), NOW);
+        let (_, _, standings) = rib.iter().next().unwrap();
+        let shown: Vec<_> = standings.iter().map(|s| (s.best, s.multipath, s.reason)).collect();
+        let router_id = Reason::RouterId(Ipv4Addr::new(172, 16, 1, 81));
+        assert_eq!(
+            shown,
+            [
+                (false, false, None),
+                (true, true, None),
+                (false, true, Some(router_id)),
+                (false, false, Some(Reason::LocalPref(100)))
+            ]
+        );
+        assert_eq!(standings[0].path.rejection, Some(Rejection::OwnNextHop(address(88))));
+    }
+}

@@ -145,6 +145,18 @@ where
     Link { id, local, outbox, unsent, unread, alive }
 }
 
+/// Sends a NOTIFICATION on a connection that no state machine wants, and closes it.
+pub fn refuse(stream: TcpStream, notification: &Notification) {
+    if let Ok(message) = notification.encode() {
+        tokio::spawn(async move {
+            let (reader, mut writer) = stream.into_split();
+            if let Ok(Ok(())) = timeout(LINGER, writer.write_all(&message)).await {
+                linger(reader, writer).await;
+            }
+        });
+    }
+}
+
 async fn run<R, F>(
     stream: TcpStream,
     mut outbox: mpsc::UnboundedReceiver<Bytes>,

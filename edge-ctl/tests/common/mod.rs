@@ -2,31 +2,40 @@
 
 #![allow(dead_code, reason = "every test binary compiles this module and uses its own part of it")]
 
+pub mod bgp;
+
 use std::{
     fs::File,
     os::fd::AsRawFd,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::atomic::{AtomicU32, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
 
 static COUNTER: AtomicU32 = AtomicU32::new(0);
 
-/// A network namespace; deleted on drop, with every interface in it.
-#[derive(Debug)]
+/// A network namespace; deleted on drop of its last clone, with every interface in it.
+#[derive(Clone, Debug)]
 pub struct Namespace {
     /// Its name under `/run/netns`.
     pub name: String,
+    _guard: Arc<Guard>,
 }
+
+#[derive(Debug)]
+struct Guard(String);
 
 impl Namespace {
     /// A new one, with loopback up.
     pub fn new(role: &str) -> Self {
         let name = format!("e{}-{}-{role}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
         run("ip", &["netns", "add", &name]);
-        let namespace = Self { name };
+        let namespace = Self { _guard: Arc::new(Guard(name.clone())), name };
         namespace.ip("link set lo up");
         namespace
     }
@@ -71,9 +80,9 @@ impl Namespace {
     }
 }
 
-impl Drop for Namespace {
+impl Drop for Guard {
     fn drop(&mut self) {
-        let _ = Command::new("ip").args(["netns", "del", &self.name]).status();
+        let _ = Command::new("ip").args(["netns", "del", &self.0]).status();
     }
 }
 

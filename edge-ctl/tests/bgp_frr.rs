@@ -1,0 +1,118 @@
+//! Sessions with a real FRR bgpd in a namespace of its own.
+
+mod common;
+
+use std::fs;
+
+use common::{
+    bgp::{Edge, Lab, NODE, PATIENCE, config, peer, rule, says},
+    eventually, which,
+};
+use edge_ctl::model::PathAttributes;
+
+trait Frr {
+    fn bgpd(&mut self, body: &str);
+    fn vtysh(&self, command: &str) -> String;
+}
+
+impl Frr for Lab {
+    /// Starts bgpd without zebra.
+    fn bgpd(&mut self, body: &str) {
+        let file = self.path("bgpd.conf");
+        fs::write(&file, format!("hostname frr-node\nlog stdout\n{body}\n")).unwrap();
+        let folder = self.folder.path().display().to_string();
+        let (conf, pid) = (file.display().to_string(), self.path("bgpd.pid").display().to_string());
+        self.start(
+            "/usr/lib/frr/bgpd",
+            &["-Z", "-S", "-f", &conf, "-i", &pid, "--vty_socket", &folder, "-A", "127.0.0.1", "-P", "0"],
+        );
+        eventually("bgpd answers", PATIENCE, || {
+            let answer = self.vtysh("show version");
+            if answer.contains("FRRouting") { Ok(()) } else { Err(answer) }
+        });
+    }
+
+    fn vtysh(&self, command: &str) -> String {
+        let folder = self.folder.path().display().to_string();
+        let arguments = ["--vty_socket", &folder, "-d", "bgpd", "-c", command];
+        let output = self.node.command("vtysh").args(arguments).output().unwrap();
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
+    }
+}
+
+fn skipped(name: &str) -> bool {
+    let missing = which("bgpd").is_none() || which("vtysh").is_none();
+    if missing {
+        println!("SKIPPED {name}: FRR's bgpd is not installed");
+    }
+    missing
+}
+
+const EXTERNAL: &str = "router bgp 64513
+ bgp router-id 10.0.0.2
+ no bgp ebgp-requires-policy
+ no bgp network import-check
+ neighbor 10.0.0.1 remote-as 64512
+ neighbor 10.0.0.1 timers 3 9
+ neighbor 10.0.0.1 timers connect 1
+ address-family ipv4 unicast
+  network 10.1.2.0/26
+  network 10.1.3.0/26
+ exit-address-family
+ address-family ipv6 unicast
+  neighbor 10.0.0.1 activate
+ exit-address-family
+exit";
+
+#[test]
+fn frr_with_its_capabilities_establishes_exchanges_and_refreshes() {
+    if skipped("frr_with_its_capabilities_establishes_exchanges_and_refreshes") {
+        return;
+    }
+    let mut lab = Lab::new();
+    lab.bgpd(EXTERNAL);
+    lab.edge.block_on(|| async {
+        let mut external = peer(NODE, 64513);
+        external.import = Some(vec![rule("10.1.0.0/16", 16, 32)]);
+        external.export = Some(vec![rule("10.9.0.0/16", 16, 32)]);
+        let mut edge = Edge::start(config([external])).await;
+        edge.converged().await;
+        assert_eq!(edge.hops("10.1.2.0/26"), [NODE]);
+        let row = edge.row(NODE).await;
+        assert_eq!((row.hold, row.keepalive), (9, 3), "the lesser of both hold times");
+        assert!(row.capabilities.contains(&"4-octet-as".to_owned()), "{row:#?}");
+
+        let attributes = PathAttributes { communities: vec![(64512, 100)], med: Some(10), local_pref: Some(200) };
+        edge.handle.announce("10.9.0.1/32".parse().unwrap(), attributes).await;
+        let show = || lab.vtysh("show bgp ipv4 unicast 10.9.0.1/32");
+        says("FRR", "Community: 64512:100", show).await;
+        assert!(show().contains("metric 10") && show().contains("10.0.0.1 from 10.0.0.1"), "{}", show());
+
+        lab.vtysh("clear bgp ipv4 unicast 10.0.0.1 soft in");
+        edge.row_until(NODE, "the refresh", |row| row.messages.contains_key("route_refresh_received")).await;
+        edge.handle.withdraw("10.9.0.1/32".parse().unwrap()).await;
+        says("FRR", "Network not in table", show).await;
+
+        lab.vtysh("clear bgp 10.0.0.1");
+        let reset = |row: &edge_ctl::model::view::BgpPeerRow| row.established_count == 2;
+        let row = edge.row_until(NODE, "a second session after the peer's reset", reset).await;
+        assert!(row.last_reset.as_ref().is_some_and(|why| why.contains("received Cease")), "{row:#?}");
+    });
+}
+
+#[test]
+fn keepalives_hold_a_session_with_the_shortest_hold_time() {
+    if skipped("keepalives_hold_a_session_with_the_shortest_hold_time") {
+        return;
+    }
+    let mut lab = Lab::new();
+    lab.bgpd(&EXTERNAL.replace("timers 3 9", "timers 1 3"));
+    lab.edge.block_on(|| async {
+        let mut edge = Edge::start(config([peer(NODE, 64513)])).await;
+        let many = |row: &edge_ctl::model::view::BgpPeerRow| {
+            row.messages.get("keepalive_sent").is_some_and(|sent| *sent >= 6)
+        };
+        let row = edge.row_until(NODE, "six keepalives, two hold times", many).await;
+        assert_eq!((row.state.as_str(), row.hold, row.established_count), ("Established", 3, 1), "{row:#?}");
+    });
+}
