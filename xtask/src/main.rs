@@ -1,1 +1,149 @@
-fn main() {}
+//! Set-up, build, run, test and bench commands of this repository: `cargo xtask --help`.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+mod layers;
+mod setup;
+mod sh;
+mod suite;
+
+use sh::{cargo, root, step};
+
+/// Set-up, build, run, test and bench commands of this repository.
+#[derive(Parser)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Install what building and testing need: packages, bpf-linker, rust-src, the bpffs mount.
+    Setup,
+    /// Run the main job: in a lab of network namespaces, or on this host with `-- -c FILE`.
+    Run {
+        /// Check the main job without a person, print one table, exit 0 or 1.
+        #[arg(long, conflicts_with = "daemon")]
+        smoke: bool,
+        /// Arguments of `edge-ctl run`, to run the daemon on this host.
+        #[arg(last = true)]
+        daemon: Vec<String>,
+    },
+    /// Run all tests: unit, dataplane, scenarios.
+    Test {
+        /// Full counts of requests and connections in the scenarios.
+        #[arg(long)]
+        full: bool,
+    },
+    /// Build the eBPF object.
+    BuildEbpf,
+    /// The network of namespaces: up, down, scale N, stop NODE, start NODE, shell HOST, dns MODE, status.
+    Lab {
+        /// Arguments of `edge-lab`.
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Benchmarks of the dataplane, or end to end.
+    Bench {
+        /// Write the figures to this file.
+        #[arg(long)]
+        json: Option<PathBuf>,
+        /// End to end through the lab instead of the dataplane.
+        #[arg(long)]
+        e2e: bool,
+    },
+    /// Check that imports go one way only.
+    CheckLayers,
+}
+
+fn main() -> ExitCode {
+    match execute(Arguments::parse().command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn execute(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Setup => setup::run()?,
+        Command::Run { smoke, daemon } => {
+            setup::run()?;
+            step("build edge-ctl and edge-lab (release)");
+            sh::run(cargo().args([
+                "build",
+                "--release",
+                "--locked",
+                "--package",
+                "edge-ctl",
+                "--package",
+                "edge-tests",
+            ]))?;
+            if !daemon.is_empty() {
+                step("run the daemon on this host");
+                return sh::pass_through(sh::as_root(&release("edge-ctl")).arg("run").args(daemon));
+            }
+            step(if smoke { "run the smoke checks in the lab" } else { "run the lab" });
+            return sh::pass_through(sh::as_root(&release("edge-lab")).arg(if smoke { "smoke" } else { "run" }));
+        }
+        Command::Test { full } => {
+            setup::run()?;
+            return suite::run(full);
+        }
+        Command::BuildEbpf => {
+            setup::for_building()?;
+            step("build the eBPF object");
+            let mut command = cargo();
+            command.args(["build", "--release", "--locked", "--bins", "--target-dir"]).arg(root().join("target/ebpf"));
+            sh::run(command.current_dir(root().join("edge-ebpf")).env("RUSTC_BOOTSTRAP", "1"))?;
+            println!("{}", root().join("target/ebpf/bpfel-unknown-none/release/edge-ebpf").display());
+        }
+        Command::Lab { arguments } => {
+            step("build edge-lab");
+            sh::run(cargo().args([
+                "build",
+                "--quiet",
+                "--locked",
+                "--package",
+                "edge-tests",
+                "--package",
+                "edge-ctl",
+            ]))?;
+            return sh::pass_through(sh::as_root(&root().join("target/debug/edge-lab")).args(arguments));
+        }
+        Command::Bench { json, e2e } => {
+            setup::run()?;
+            step("build edge-ctl and edge-lab (release)");
+            sh::run(cargo().args([
+                "build",
+                "--release",
+                "--locked",
+                "--package",
+                "edge-ctl",
+                "--package",
+                "edge-tests",
+            ]))?;
+            step("measure");
+            let mut command = sh::as_root(&release("edge-lab"));
+            command.arg("bench");
+            if e2e {
+                command.arg("--e2e");
+            }
+            if let Some(path) = json {
+                command.arg("--json").arg(path);
+            }
+            return sh::pass_through(&mut command);
+        }
+        Command::CheckLayers => return layers::run(),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn release(name: &str) -> PathBuf {
+    root().join("target/release").join(name)
+}
