@@ -1,0 +1,143 @@
+//! Start-up: everything that can be refused is refused before anything is changed.
+
+use std::{
+    path::Path,
+    sync::{Arc, Mutex},
+    time::Instant,
+};
+
+use tokio::sync::{mpsc, watch};
+use tracing::{info, warn};
+
+use super::{Daemon, Inbox, Shared, announcer::Announcer, dns_sources, host_problems, views::DaemonViews, world::World};
+use crate::{
+    api,
+    bgp::{self, BgpError},
+    config::{self, ConfigError, valid::Config},
+    datapath::{
+        loader::{Datapath, LoadError},
+        next_hops::NextHops,
+        object::EBPF_OBJECT,
+    },
+    desired::DesiredState,
+    fib::{self, FibError, FibOptions},
+    notify,
+    reconcile::{
+        actor::{Intervals, Reconciler, ReconcilerStatus},
+        ports::PortError,
+    },
+    sources::dns,
+};
+
+/// Why the daemon did not start, or had to stop.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The configuration is wrong.
+    #[error("{0}")]
+    Config(#[from] ConfigError),
+    /// Kernel settings would make the stack drop what the program hands to it.
+    #[error("this host would not forward packets:\n  {}", .0.join("\n  "))]
+    Host(Vec<String>),
+    /// The datapath cannot be loaded or adopted.
+    #[error("{0}")]
+    Load(#[from] LoadError),
+    /// A map cannot be read.
+    #[error("{0}")]
+    Maps(#[from] PortError),
+    /// Routes cannot be read or written.
+    #[error("{0}")]
+    Fib(#[from] FibError),
+    /// BGP cannot listen.
+    #[error("{0}")]
+    Bgp(#[from] BgpError),
+    /// The API cannot listen.
+    #[error("{0}")]
+    Api(#[from] api::BindError),
+    /// The runtime, a signal handler or a listener failed.
+    #[error("{0}")]
+    Io(#[from] std::io::Error),
+}
+
+/// Runs the daemon with the configuration in `file` until it is told to stop.
+///
+/// # Errors
+/// What was wrong, where, and what to do about it; nothing has been changed then.
+pub fn run(file: &Path) -> Result<(), StartError> {
+    let config = config::load(file)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(start(file, config))
+}
+
+async fn start(file: &Path, config: Config) -> Result<(), StartError> {
+    let problems = host_problems(&config);
+    if !problems.is_empty() {
+        return Err(StartError::Host(problems));
+    }
+    let listen = api::Listen { socket: config.edge.socket.clone(), http: config.http };
+    let bound = api::bind(&listen).await?;
+    let datapath = Datapath::open(&config.edge, EBPF_OBJECT)?;
+    let (fib_events, fib_inbox) = mpsc::channel(256);
+    let fib = fib::spawn(FibOptions::default(), fib_events).await?;
+    let (bgp_events, bgp_inbox) = mpsc::channel(64);
+    let bgp = match &config.bgp {
+        Some(settings) => Some(bgp::spawn(settings.clone(), bgp_events).await?),
+        None => None,
+    };
+    let reconciler = Reconciler::new(
+        datapath.port()?,
+        Announcer::spawn(bgp.clone()),
+        crate::datapath::selection::filler(),
+        Intervals::default(),
+    )?;
+    let mut world = World::new(reconciler.adopted(), fib.stale().await);
+    if bgp.is_none() {
+        world.routes_settled = true;
+        fib.finish_restart(world.learnt()).await;
+    }
+    let (pool_events, pool_inbox) = mpsc::channel(256);
+    let dns = dns::spawn_dns(dns_sources(&config), config.edge.pod_networks.clone(), pool_events);
+    let (desired, desired_inbox) = watch::channel(None);
+    let (status, reconciler_status) = watch::channel(ReconcilerStatus::default());
+    let (next_hops, sweeper) = (NextHops::open(datapath.pins())?, datapath.sweeper()?);
+    let shared = Arc::new(Mutex::new(Shared {
+        file: file.to_owned(),
+        started: Instant::now(),
+        config: (config.clone(), Instant::now()),
+        desired: DesiredState::default(),
+        problems: Vec::new(),
+        datapath,
+    }));
+    let (requests, request_inbox) = mpsc::channel(4);
+    let views = DaemonViews::new(
+        Arc::clone(&shared),
+        fib.clone(),
+        bgp.clone(),
+        dns.clone(),
+        reconciler_status.clone(),
+        requests,
+    )?;
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let server = tokio::spawn(api::serve_bound(bound, Arc::new(views), async move {
+        let _ = stopped.await;
+    }));
+    tokio::spawn(reconciler.run(desired_inbox, status));
+    let daemon =
+        Daemon { config, world, shared, desired, next_hops, sweeper, fib, bgp, dns, held: Default::default() };
+    daemon.attach();
+    tokio::spawn(announce_readiness(reconciler_status));
+    let inbox = Inbox { bgp: bgp_inbox, fib: fib_inbox, pools: pool_inbox, requests: request_inbox };
+    let result = daemon.run(inbox).await;
+    drop(stop);
+    if let Ok(Err(error)) = server.await {
+        warn!(%error, "the API stopped badly");
+    }
+    Ok(result?)
+}
+
+/// Tells the service manager once the maps first hold the desired state.
+async fn announce_readiness(mut status: watch::Receiver<ReconcilerStatus>) {
+    if status.wait_for(|status| status.in_sync).await.is_ok() {
+        info!("the datapath holds the desired state");
+        notify::ready("serving");
+    }
+}
