@@ -76,7 +76,20 @@ pub mod name {
         BACKEND_STATS,
         REASONS,
     ];
+
+    /// `Array<u64>` by service number: established flows that the daemon ended as idle. Written by the daemon only, which
+    /// creates and pins it; `active = opened - closed - expired`.
+    pub const SERVICE_EXPIRED: &str = "SERVICE_EXPIRED";
+    /// `Array<u64>` by backend number, as [`SERVICE_EXPIRED`].
+    pub const BACKEND_EXPIRED: &str = "BACKEND_EXPIRED";
+
+    /// Maps that only the daemon uses; no program declares them.
+    pub const DAEMON: [&str; 2] = [SERVICE_EXPIRED, BACKEND_EXPIRED];
 }
+
+/// Version of the meaning of fields, part of every pin's layout hash. To be raised where a field changes its meaning and
+/// no size changes with it.
+pub const LAYOUT: u32 = 1;
 
 /// Default entries of [`name::ESTABLISHED`]: two per flow.
 pub const ESTABLISHED_ENTRIES: u32 = 1 << 19;

@@ -1,3 +1,17 @@
-//! The kernel side: the eBPF object and what the daemon does with it.
+//! The kernel side: [`loader`] loads or adopts maps, programs and links; [`maps`] is the reconciler's port to the maps,
+//! [`fake`] its stand-in for tests; [`sweep`] ends idle flows; [`kernel_view`] reads the pins, with the daemon or without.
 
+pub mod attach;
+pub mod fake;
+pub mod host;
+pub mod interfaces;
+pub mod kernel_view;
+pub mod loader;
+pub mod maps;
+pub mod next_hops;
 pub mod object;
+pub mod pins;
+pub mod selection;
+pub mod sweep;
+pub mod sys;
+pub mod tables;

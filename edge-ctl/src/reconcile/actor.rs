@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     desired::{AdoptedBackend, DesiredState, Timeouts},
-    model::{Frontend, Protocol},
+    model::{Frontend, PoolMember, Protocol},
 };
 
 /// Intervals of the loop.
@@ -76,7 +76,7 @@ pub struct ReconcilerStatus {
 pub struct Reconciler<D, A> {
     datapath: D,
     announcements: A,
-    fill: Box<dyn Fn(&[crate::model::PoolMember], usize) -> Vec<u16> + Send>,
+    fill: Box<dyn Fn(&[PoolMember]) -> Vec<u16> + Send>,
     intervals: Intervals,
     /// The maps as last read and written; `None`: to be read again.
     memory: Option<DatapathState>,
@@ -94,7 +94,7 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
     pub fn new(
         mut datapath: D,
         announcements: A,
-        fill: Box<dyn Fn(&[crate::model::PoolMember], usize) -> Vec<u16> + Send>,
+        fill: Box<dyn Fn(&[PoolMember]) -> Vec<u16> + Send>,
         intervals: Intervals,
     ) -> Result<Self, PortError> {
         let memory = datapath.snapshot()?;

@@ -38,8 +38,9 @@ use crate::{
 /// Lowest SNAT port where none is configured; which of them may be used on the host's own addresses is a bitmap of its own.
 const SNAT_PORT_MIN: u16 = 1024;
 
-/// Fills a Maglev table of the given length with indices into the members, which are sorted by address.
-pub type Fill<'a> = dyn Fn(&[PoolMember], usize) -> Vec<u16> + 'a;
+/// Makes a pool's Maglev table of indices into the members, which are sorted by address; empty where there can be none.
+/// Its length follows the pool's size and is a prime.
+pub type Fill<'a> = dyn Fn(&[PoolMember]) -> Vec<u16> + 'a;
 
 /// What must not be given out again yet, although nothing in the maps refers to it any more.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -63,14 +64,12 @@ pub struct Plan {
     pub problems: Vec<String>,
 }
 
-/// Slots of the Maglev table for a pool: a prime at least 100 times the pool's size up to 655 backends, which keeps the
-/// difference between the shares of equal backends within about one percent.
-pub const fn table_length(members: usize) -> usize {
-    match members {
-        0..=8 => 1021,
-        9..=32 => 4093,
-        33..=128 => 16381,
-        _ => 65537,
+/// What all edges of a group call a backend, for the table: its address and port, never an edge's own number for it.
+pub fn identity(address: SocketAddr) -> u64 {
+    let fold = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+    match address.ip() {
+        IpAddr::V4(ip) => (u64::from(u32::from(ip)) << 16) | u64::from(address.port()),
+        IpAddr::V6(ip) => ip.octets().iter().chain(&address.port().to_be_bytes()).fold(0xcbf2_9ce4_8422_2325, fold),
     }
 }
 
@@ -335,7 +334,10 @@ impl<'a> Planner<'a> {
         // By address, so that edges with the same pool build the same table.
         members.sort_unstable();
         let pool: Vec<PoolMember> = members.iter().map(|(member, _)| *member).collect();
-        let table = (self.fill)(&pool, table_length(pool.len()));
+        let table = (self.fill)(&pool);
+        if table.is_empty() {
+            return Some(0);
+        }
         let region = Region { pool: members.into_iter().map(|(_, number)| number).collect(), table };
         if current != 0 && self.state.regions.get(&current) == Some(&region) {
             return Some(current);

@@ -1,0 +1,317 @@
+//! Attaching the program to an interface: which hook, which link, and never twice.
+//!
+//! Links are pinned, so that forwarding outlives the daemon. A link that runs this object's program is adopted without a
+//! write; one that runs another of ours is switched over in one atomic update, never detached. On kernels before 6.6 TC
+//! has no links: there the clsact filter, which the kernel keeps by itself, is replaced at each start.
+
+use std::fs;
+
+use aya::programs::{
+    LinkOrder, ProgramError, ProgramInfo, SchedClassifier, TcAttachType, Xdp, XdpMode,
+    links::{FdLink, PinnedLink},
+    tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle},
+    xdp::XdpLink,
+};
+use aya_obj::programs::XdpAttachType;
+
+use super::{
+    interfaces::Interface,
+    loader::LoadError,
+    pins::{Pins, chain},
+    sys::{self, LinkTarget},
+};
+use crate::config::valid::Hook;
+
+/// Name of the XDP program in the object.
+pub const XDP_PROGRAM: &str = "edge_xdp";
+/// Name of the TC program in the object.
+pub const TC_PROGRAM: &str = "edge_tc";
+/// Priority and handle of our filter where TC has no links.
+const CLSACT_PRIORITY: u16 = 100;
+const CLSACT_HANDLE: TcHandle = TcHandle::new(0, 1);
+
+/// Where a program runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttachedHook {
+    /// XDP in the driver.
+    XdpNative,
+    /// XDP on socket buffers.
+    XdpGeneric,
+    /// TC ingress by a tcx link.
+    Tcx,
+    /// TC ingress by a clsact filter.
+    Clsact,
+}
+
+impl AttachedHook {
+    /// The name that users see.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::XdpNative => "xdp-native",
+            Self::XdpGeneric => "xdp-generic",
+            Self::Tcx => "tcx",
+            Self::Clsact => "clsact",
+        }
+    }
+
+    /// True for both kinds of XDP.
+    pub const fn is_xdp(self) -> bool {
+        matches!(self, Self::XdpNative | Self::XdpGeneric)
+    }
+}
+
+/// How an interface came to have the program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum How {
+    /// It was there.
+    Adopted,
+    /// Its link was switched to this object's program.
+    Updated,
+    /// It was attached.
+    Attached,
+}
+
+/// The program on an interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attachment {
+    /// Interface index.
+    pub ifindex: u32,
+    /// Where it runs.
+    pub hook: AttachedHook,
+    /// How it came there.
+    pub how: How,
+    /// Why not on a better hook.
+    pub reason: Option<String>,
+    /// Kernel id of the program.
+    pub program: u32,
+    /// Kernel id of the link, where there is one.
+    pub link: Option<u32>,
+}
+
+/// The hooks to try, best first, and why the list is not longer.
+pub fn candidates(hook: Hook, veth: bool, tc: AttachedHook) -> (Vec<AttachedHook>, Option<&'static str>) {
+    match hook {
+        Hook::Auto if veth => (vec![tc], Some("veth: packets of local sockets reach XDP with unfinished checksums")),
+        Hook::Auto => (vec![AttachedHook::XdpNative, tc], None),
+        Hook::XdpNative => (vec![AttachedHook::XdpNative], None),
+        Hook::XdpGeneric => (vec![AttachedHook::XdpGeneric], Some("hook = \"xdp-generic\"")),
+        Hook::Tc => (vec![tc], Some("hook = \"tc\"")),
+    }
+}
+
+/// The kind of TC attachment that this kernel has.
+pub fn tc_hook() -> AttachedHook {
+    if super::host::kernel_is_at_least(6, 6) { AttachedHook::Tcx } else { AttachedHook::Clsact }
+}
+
+/// Attaches to an interface, or adopts what is there.
+///
+/// `program` loads or adopts the pinned XDP (`true`) or TC program of this object.
+///
+/// # Errors
+/// A foreign XDP program, or no hook that works; names both.
+pub fn attach(
+    pins: &Pins,
+    hook: Hook,
+    interface: &Interface,
+    mut program: impl FnMut(bool) -> Result<(), LoadError>,
+) -> Result<Attachment, LoadError> {
+    let (wanted, limit) = candidates(hook, interface.veth, tc_hook());
+    let kept = keep_or_remove(pins, interface, &wanted);
+    if let Some((hook, target)) = kept {
+        program(hook.is_xdp())?;
+        let id = program_id(pins, hook.is_xdp())?;
+        let reason = (wanted.first() != Some(&hook)).then(|| "the better hook was refused when it was attached");
+        let how = if target.program == id {
+            How::Adopted
+        } else {
+            update(pins, interface, hook)?;
+            How::Updated
+        };
+        let reason = reason.or(limit).map(str::to_owned);
+        return Ok(Attachment { ifindex: interface.ifindex, hook, how, reason, program: id, link: Some(target.id) });
+    }
+    // Whatever of ours was there is detached by now; what is left is somebody else's.
+    let ours = pins.link(&interface.name, true).exists();
+    if let (Some((id, _)), false, false) = (interface_xdp(interface), ours, hook == Hook::Tc) {
+        let program = program_name(id);
+        return Err(LoadError::ForeignXdp { interface: interface.name.clone(), program, id });
+    }
+    let mut refusals: Vec<String> = limit.map(str::to_owned).into_iter().collect();
+    for hook in wanted {
+        program(hook.is_xdp())?;
+        match attach_new(pins, interface, hook) {
+            Ok(link) => {
+                let reason = (!refusals.is_empty()).then(|| refusals.join("; "));
+                let program = program_id(pins, hook.is_xdp())?;
+                return Ok(Attachment { ifindex: interface.ifindex, hook, how: How::Attached, reason, program, link });
+            }
+            Err(reason) => refusals.push(format!("{}: {reason}", hook.name())),
+        }
+    }
+    Err(LoadError::Hook { interface: interface.name.clone(), reason: refusals.join("; ") })
+}
+
+/// The XDP program on the interface now: what was detached a moment ago no longer counts.
+fn interface_xdp(interface: &Interface) -> Option<(u32, bool)> {
+    interface.xdp?;
+    let now = super::interfaces::list().ok()?;
+    now.into_iter().find(|candidate| candidate.ifindex == interface.ifindex)?.xdp
+}
+
+/// The link of this interface that may stay. Links on another interface (the name was given to a new one), on a hook
+/// that is no longer wanted, or beside a better one are detached: never two on one interface.
+fn keep_or_remove(pins: &Pins, interface: &Interface, wanted: &[AttachedHook]) -> Option<(AttachedHook, LinkTarget)> {
+    let mut kept: Option<(AttachedHook, LinkTarget)> = None;
+    for xdp in [true, false] {
+        let pin = pins.link(&interface.name, xdp);
+        let Ok(target) = sys::link_target(&pin) else { continue };
+        let hook = match (target.xdp, interface.xdp) {
+            (true, Some((_, true))) => AttachedHook::XdpGeneric,
+            (true, _) => AttachedHook::XdpNative,
+            (false, _) => AttachedHook::Tcx,
+        };
+        if target.ifindex == interface.ifindex && wanted.contains(&hook) && kept.is_none() {
+            kept = Some((hook, target));
+        } else {
+            detach_pin(&pin);
+        }
+    }
+    kept
+}
+
+/// Detaches a pinned link and removes the pin. A link whose interface is gone has nothing left to detach.
+pub fn detach_pin(pin: &std::path::Path) {
+    if let Err(error) = sys::detach_link(pin) {
+        tracing::debug!(pin = %pin.display(), %error, "link not detached");
+    }
+    if let Err(error) = fs::remove_file(pin) {
+        tracing::warn!(pin = %pin.display(), %error, "pin not removed");
+    }
+}
+
+/// Detaches our filter from an interface where TC has no links.
+pub fn detach_clsact(interface: &str) {
+    if let Err(error) = tc::qdisc_detach_program(interface, TcAttachType::Ingress, TC_PROGRAM) {
+        tracing::debug!(interface, %error, "no clsact filter detached");
+    }
+}
+
+/// Kernel id of the pinned program of this object.
+///
+/// # Errors
+/// Where it is not pinned.
+pub fn program_id(pins: &Pins, xdp: bool) -> Result<u32, LoadError> {
+    let pin = pins.program(if xdp { XDP_PROGRAM } else { TC_PROGRAM });
+    let info = ProgramInfo::from_pin(&pin).map_err(|error| LoadError::Object {
+        what: format!("opening the program {}", pin.display()),
+        reason: chain(&error),
+    })?;
+    Ok(info.id())
+}
+
+/// The name of a loaded program, for users.
+fn program_name(id: u32) -> String {
+    let mut programs = aya::programs::loaded_programs().flatten();
+    let program = programs.find(|program| program.id() == id);
+    program.and_then(|program| program.name_as_str().map(str::to_owned)).unwrap_or_else(|| "unknown".to_owned())
+}
+
+fn open_xdp(pins: &Pins) -> Result<Xdp, String> {
+    Xdp::from_pin(pins.program(XDP_PROGRAM), XdpAttachType::Interface).map_err(|error| chain(&error))
+}
+
+fn open_tc(pins: &Pins) -> Result<SchedClassifier, String> {
+    SchedClassifier::from_pin(pins.program(TC_PROGRAM)).map_err(|error| chain(&error))
+}
+
+/// Switches a pinned link to this object's program, atomically.
+fn update(pins: &Pins, interface: &Interface, hook: AttachedHook) -> Result<(), LoadError> {
+    let pin = pins.link(&interface.name, hook.is_xdp());
+    let run = || -> Result<(), String> {
+        let link = FdLink::from(PinnedLink::from_pin(&pin).map_err(|error| chain(&error))?);
+        if hook.is_xdp() {
+            let link = XdpLink::try_from(link).map_err(|error| chain(&error))?;
+            open_xdp(pins)?.attach_to_link(link).map_err(|error| chain(&error))?;
+        } else {
+            let link = SchedClassifierLink::try_from(link).map_err(|error| chain(&error))?;
+            open_tc(pins)?.attach_to_link(link).map_err(|error| chain(&error))?;
+        }
+        Ok(())
+    };
+    run().map_err(|reason| LoadError::Hook {
+        interface: interface.name.clone(),
+        reason: format!("switching the {} link to the new program: {reason}", hook.name()),
+    })
+}
+
+/// Attaches and pins; the link's kernel id, where there is a link.
+fn attach_new(pins: &Pins, interface: &Interface, hook: AttachedHook) -> Result<Option<u32>, String> {
+    let link: FdLink = match hook {
+        AttachedHook::XdpNative | AttachedHook::XdpGeneric => {
+            let mode = if hook == AttachedHook::XdpNative { XdpMode::Driver } else { XdpMode::Skb };
+            let mut program = open_xdp(pins)?;
+            let id = program.attach_to_if_index(interface.ifindex, mode).map_err(|error| refusal(&error))?;
+            let link = program.take_link(id).map_err(|error| chain(&error))?;
+            link.try_into().map_err(|error: aya::programs::links::LinkError| chain(&error))?
+        }
+        AttachedHook::Tcx => {
+            let mut program = open_tc(pins)?;
+            let options = TcAttachOptions::TcxOrder(LinkOrder::default());
+            let id = program
+                .attach_with_options(&interface.name, TcAttachType::Ingress, options)
+                .map_err(|error| refusal(&error))?;
+            let link = program.take_link(id).map_err(|error| chain(&error))?;
+            link.try_into().map_err(|error: aya::programs::links::LinkError| chain(&error))?
+        }
+        AttachedHook::Clsact => return attach_clsact(pins, interface).map(|()| None),
+    };
+    let id = link.info().map_err(|error| chain(&error))?.id();
+    link.pin(pins.link(&interface.name, hook.is_xdp())).map_err(|error| chain(&error))?;
+    Ok(Some(id))
+}
+
+/// Replaces our filter, or adds it. The filter belongs to the qdisc, so it stays when this process ends.
+fn attach_clsact(pins: &Pins, interface: &Interface) -> Result<(), String> {
+    match tc::qdisc_add_clsact(&interface.name) {
+        Ok(()) | Err(TcError::AlreadyAttached) => {}
+        Err(error) => return Err(chain(&error)),
+    }
+    let mut program = open_tc(pins)?;
+    let ingress = TcAttachType::Ingress;
+    let replaced = SchedClassifierLink::attached(&interface.name, ingress, CLSACT_PRIORITY, CLSACT_HANDLE, None)
+        .map_err(|error| error.to_string())
+        .and_then(|link| program.attach_to_link(link).map_err(|error| refusal(&error)));
+    let id = match replaced {
+        Ok(id) => id,
+        Err(_) => {
+            let options = NlOptions { priority: CLSACT_PRIORITY, handle: CLSACT_HANDLE, classid: None };
+            program
+                .attach_with_options(&interface.name, ingress, TcAttachOptions::Netlink(options))
+                .map_err(|error| refusal(&error))?
+        }
+    };
+    // Dropping the link would detach the filter.
+    std::mem::forget(program.take_link(id).map_err(|error| chain(&error))?);
+    Ok(())
+}
+
+fn refusal(error: &ProgramError) -> String {
+    let text = chain(error);
+    if text.contains("os error 95") { format!("not supported by this driver ({text})") } else { text }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn auto_prefers_native_xdp_and_falls_back_to_tc_but_never_to_generic_xdp() {
+        let tc = AttachedHook::Tcx;
+        assert_eq!(candidates(Hook::Auto, false, tc).0, [AttachedHook::XdpNative, tc]);
+        assert_eq!(candidates(Hook::Auto, true, tc).0, [tc]);
+        assert_eq!(candidates(Hook::XdpNative, true, tc).0, [AttachedHook::XdpNative]);
+        assert_eq!(candidates(Hook::XdpGeneric, false, tc).0, [AttachedHook::XdpGeneric]);
+        assert_eq!(candidates(Hook::Tc, false, AttachedHook::Clsact).0, [AttachedHook::Clsact]);
+    }
+}

@@ -1,0 +1,202 @@
+//! What the kernel says of an interface: index, kind, the XDP program on it, and whether XDP may redirect to it. Asked by
+//! netlink in the caller's network namespace, synchronously: it happens at start and when an interface comes or goes.
+
+use std::{fs, io, path::Path};
+
+use rtnetlink::{
+    packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
+    packet_route::{
+        RouteNetlinkMessage,
+        link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage, LinkXdp, XdpAttached},
+    },
+    sys::{Socket, SocketAddr, protocols},
+};
+
+/// An interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Interface {
+    /// Name.
+    pub name: String,
+    /// Kernel index.
+    pub ifindex: u32,
+    /// True for veth.
+    pub veth: bool,
+    /// The XDP program on it: kernel id, and whether it runs in generic (skb) mode.
+    pub xdp: Option<(u32, bool)>,
+}
+
+/// All interfaces of this network namespace.
+///
+/// # Errors
+/// Those of the netlink socket.
+pub fn list() -> io::Result<Vec<Interface>> {
+    let mut request = NetlinkMessage::from(RouteNetlinkMessage::GetLink(LinkMessage::default()));
+    request.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+    request.finalize();
+    let mut bytes = vec![0; request.buffer_len()];
+    request.serialize(&mut bytes);
+    let mut interfaces = Vec::new();
+    for message in exchange(protocols::NETLINK_ROUTE, &bytes)? {
+        let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&message).map_err(io::Error::other)?;
+        if let NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link)) = message.payload {
+            interfaces.extend(interface(&link));
+        }
+    }
+    Ok(interfaces)
+}
+
+fn interface(link: &LinkMessage) -> Option<Interface> {
+    let mut found = Interface { name: String::new(), ifindex: link.header.index, veth: false, xdp: None };
+    for attribute in &link.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => found.name.clone_from(name),
+            LinkAttribute::LinkInfo(infos) => {
+                found.veth = infos.iter().any(|info| matches!(info, LinkInfo::Kind(InfoKind::Veth)));
+            }
+            LinkAttribute::Xdp(parts) => {
+                let generic = parts.iter().any(|part| matches!(part, LinkXdp::Attached(XdpAttached::SocketBuffer)));
+                let program = parts.iter().find_map(|part| match part {
+                    LinkXdp::ProgId(id) | LinkXdp::DrvProgId(id) | LinkXdp::SkbProgId(id) => Some(*id),
+                    _ => None,
+                });
+                found.xdp = program.map(|id| (id, generic));
+            }
+            _ => {}
+        }
+    }
+    (!found.name.is_empty()).then_some(found)
+}
+
+/// Interfaces to which XDP programs may redirect: their driver has `ndo_xdp_xmit`, and it works now (for veth: the peer
+/// has a native XDP program or GRO on). Kernels from 6.3 say so per interface, by the `netdev` generic netlink family;
+/// on older ones the driver's name decides, and veth is left out, since there the peer's state cannot be seen.
+pub fn redirectable(interfaces: &[Interface]) -> Vec<u32> {
+    match netdev_features() {
+        Ok(features) => {
+            features.into_iter().filter(|(_, bits)| bits & NDO_XMIT != 0).map(|(ifindex, _)| ifindex).collect()
+        }
+        Err(_) => {
+            let known = interfaces.iter().filter(|interface| {
+                driver(&interface.name).is_some_and(|driver| XMIT_DRIVERS.contains(&driver.as_str()))
+            });
+            known.map(|interface| interface.ifindex).collect()
+        }
+    }
+}
+
+/// `NETDEV_XDP_ACT_NDO_XMIT`.
+const NDO_XMIT: u64 = 1 << 2;
+
+/// Drivers that had `ndo_xdp_xmit` without further conditions in 5.15.
+const XMIT_DRIVERS: [&str; 10] = ["bnxt_en", "ena", "i40e", "ice", "igb", "igc", "ixgbe", "mlx5_core", "sfc", "tun"];
+
+fn driver(interface: &str) -> Option<String> {
+    let link = fs::read_link(Path::new("/sys/class/net").join(interface).join("device/driver")).ok()?;
+    Some(link.file_name()?.to_string_lossy().into_owned())
+}
+
+const NETLINK_GENERIC: isize = 16;
+const GENL_ID_CTRL: u16 = 16;
+const CTRL_CMD_GETFAMILY: u8 = 3;
+const CTRL_ATTR_FAMILY_ID: u16 = 1;
+const CTRL_ATTR_FAMILY_NAME: u16 = 2;
+const NETDEV_CMD_DEV_GET: u8 = 1;
+const NETDEV_A_DEV_IFINDEX: u16 = 1;
+const NETDEV_A_DEV_XDP_FEATURES: u16 = 3;
+const NETLINK_HEADER: usize = 16;
+const GENL_HEADER: usize = 4;
+
+/// XDP features by interface index.
+fn netdev_features() -> io::Result<Vec<(u32, u64)>> {
+    let name = attribute(CTRL_ATTR_FAMILY_NAME, b"netdev\0");
+    let replies = exchange(NETLINK_GENERIC, &generic(GENL_ID_CTRL, NLM_F_REQUEST, CTRL_CMD_GETFAMILY, &name))?;
+    let id = replies.iter().flat_map(|reply| attributes(reply)).find_map(|(kind, value)| {
+        (kind == CTRL_ATTR_FAMILY_ID).then(|| value.first_chunk::<2>().map(|bytes| u16::from_ne_bytes(*bytes)))?
+    });
+    let id = id.ok_or_else(|| io::Error::other("no netdev family"))?;
+    let mut features = Vec::new();
+    for reply in exchange(NETLINK_GENERIC, &generic(id, NLM_F_REQUEST | NLM_F_DUMP, NETDEV_CMD_DEV_GET, &[]))? {
+        let (mut ifindex, mut bits) = (0, 0);
+        for (kind, value) in attributes(&reply) {
+            match kind {
+                NETDEV_A_DEV_IFINDEX => ifindex = value.first_chunk::<4>().map_or(0, |b| u32::from_ne_bytes(*b)),
+                NETDEV_A_DEV_XDP_FEATURES => bits = value.first_chunk::<8>().map_or(0, |b| u64::from_ne_bytes(*b)),
+                _ => {}
+            }
+        }
+        features.push((ifindex, bits));
+    }
+    Ok(features)
+}
+
+fn generic(family: u16, flags: u16, command: u8, attributes: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(NETLINK_HEADER + GENL_HEADER + attributes.len()).unwrap_or(0);
+    let mut bytes = length.to_ne_bytes().to_vec();
+    bytes.extend(family.to_ne_bytes());
+    bytes.extend(flags.to_ne_bytes());
+    bytes.extend([0; 8]);
+    bytes.extend([command, 1, 0, 0]);
+    bytes.extend(attributes);
+    bytes
+}
+
+fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(4 + value.len()).unwrap_or(4);
+    let mut bytes = length.to_ne_bytes().to_vec();
+    bytes.extend(kind.to_ne_bytes());
+    bytes.extend(value);
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    bytes
+}
+
+/// Top-level attributes of a generic netlink message.
+fn attributes(message: &[u8]) -> Vec<(u16, &[u8])> {
+    let mut rest = message.get(NETLINK_HEADER + GENL_HEADER..).unwrap_or_default();
+    let mut found = Vec::new();
+    while let Some([a, b, c, d]) = rest.first_chunk::<4>() {
+        let length = usize::from(u16::from_ne_bytes([*a, *b]));
+        let Some(value) = rest.get(4..length) else { break };
+        // The two highest bits are flags.
+        found.push((u16::from_ne_bytes([*c, *d]) & 0x3fff, value));
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+    }
+    found
+}
+
+/// Sends one request and collects the messages of its answer: up to NLMSG_DONE for a dump, else one datagram.
+fn exchange(protocol: isize, request: &[u8]) -> io::Result<Vec<Vec<u8>>> {
+    const NLMSG_ERROR: u16 = 2;
+    const NLMSG_DONE: u16 = 3;
+    const NLM_F_MULTI: u16 = 2;
+    let mut socket = Socket::new(protocol)?;
+    socket.bind_auto()?;
+    socket.connect(&SocketAddr::new(0, 0))?;
+    socket.send(request, 0)?;
+    let mut messages = Vec::new();
+    loop {
+        let (datagram, _) = socket.recv_from_full()?;
+        let mut rest = datagram.as_slice();
+        let mut more = false;
+        while let Some(header) = rest.first_chunk::<NETLINK_HEADER>() {
+            let [l0, l1, l2, l3, k0, k1, f0, f1, ..] = *header;
+            let length = u32::from_ne_bytes([l0, l1, l2, l3]) as usize;
+            let Some(message) = rest.get(..length).filter(|message| message.len() >= NETLINK_HEADER) else {
+                return Err(io::Error::other("netlink message cut short"));
+            };
+            more = u16::from_ne_bytes([f0, f1]) & NLM_F_MULTI != 0;
+            match u16::from_ne_bytes([k0, k1]) {
+                NLMSG_DONE => return Ok(messages),
+                NLMSG_ERROR => {
+                    let code = message.get(NETLINK_HEADER..).and_then(|code| code.first_chunk::<4>());
+                    let code = code.map_or(0, |bytes| i32::from_ne_bytes(*bytes));
+                    return if code == 0 { Ok(messages) } else { Err(io::Error::from_raw_os_error(-code)) };
+                }
+                _ => messages.push(message.to_vec()),
+            }
+            rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+        }
+        if !more {
+            return Ok(messages);
+        }
+    }
+}

@@ -1,0 +1,517 @@
+//! The rows that users see, read from the pinned maps: for `--kernel`, with the daemon dead or alive, and for the daemon's
+//! own views, so that both say the same. Nothing is written.
+
+use std::{collections::BTreeMap, fs, path::Path};
+
+use edge_common::{
+    flow::FlowKeyV4,
+    maps::{
+        AddressFilter, BackendEntry, Control, FlowV4, NeighbourKey, NextHop, PortSet, ServiceEntry, ServiceKeyV4,
+        ServiceStats, mode, name,
+    },
+    verdict::{REASONS, Reason},
+};
+use serde_json::{Value, json};
+
+use super::{
+    attach::{TC_PROGRAM, XDP_PROGRAM},
+    interfaces,
+    pins::{self, Pins},
+    sys::{self, Cursor, from_bytes, monotonic_ns},
+    tables::{Tables, label_text, per_cpu},
+};
+use crate::{
+    model::{
+        Protocol,
+        view::{BackendRow, FlowRow, MapRow, ServiceRow, XdpRow},
+    },
+    reconcile::ports::{PortError, socket_address, weight_of},
+};
+
+/// Entries read in one call where a list is limited.
+const PAGE: usize = 1024;
+/// `conntrack::Direction` of packets from the client.
+const FORWARD: u8 = 0;
+
+/// The pinned maps, open for reading.
+#[derive(Debug)]
+pub struct KernelView {
+    pins: Pins,
+    tables: Tables,
+}
+
+impl KernelView {
+    /// Opens what is pinned under `root` by a daemon of this version (`object`).
+    ///
+    /// # Errors
+    /// Where nothing is pinned there, or by another version, or it may not be read.
+    pub fn open(root: &Path, object: &[u8]) -> Result<Self, PortError> {
+        let pins = Pins::new(root, object)?;
+        let pinned = pins::files(&pins.maps()).map_err(|error| PortError::new(root.display().to_string(), error))?;
+        if pinned.is_empty() {
+            return Err(PortError::new(
+                root.display().to_string(),
+                "no maps are pinned here; has the daemon ever run?",
+            ));
+        }
+        if !pins.map(name::SERVICES).exists() {
+            let reason = "the pinned maps have another layout; use the edge-ctl of the daemon that made them";
+            return Err(PortError::new(root.display().to_string(), reason));
+        }
+        Self::from_pins(pins)
+    }
+
+    /// Opens these pins.
+    ///
+    /// # Errors
+    /// Where one is missing or may not be read.
+    pub fn from_pins(pins: Pins) -> Result<Self, PortError> {
+        Ok(Self { tables: Tables::open(&pins)?, pins })
+    }
+
+    /// The maps.
+    pub fn tables(&self) -> &Tables {
+        &self.tables
+    }
+
+    /// One row for each frontend in the index. Rates are 0 (see [`Rates`]); `announced` is `-` and `age` 0, since the maps
+    /// do not know them.
+    ///
+    /// # Errors
+    /// Where a map cannot be read.
+    pub fn service_rows(&self) -> Result<Vec<ServiceRow>, PortError> {
+        let state = self.tables.state()?;
+        let stats = self.tables.service_stats()?;
+        let reasons = self.tables.reasons()?;
+        let mut rows = Vec::new();
+        for (key, number) in &state.index {
+            let Some(slot) = state.services.get(number) else { continue };
+            let backends = || state.backends.values().filter(|backend| backend.entry.service == *number);
+            let used = backends().filter(|backend| backend.eligible() || backend.active > 0).count();
+            let stats = stats.get(number).copied().unwrap_or_default();
+            rows.push(ServiceRow {
+                name: slot.label.clone(),
+                vip: socket_address(key.address, key.port).to_string(),
+                proto: protocol_name(key.protocol),
+                mode: mode_name(slot.entry.mode).to_owned(),
+                balance: "maglev".to_owned(),
+                backends: format!("{}/{used}", backends().filter(|backend| backend.eligible()).count()),
+                active: slot.active,
+                announced: "-".to_owned(),
+                connections: stats.opened,
+                packets_in: stats.packets_in,
+                bytes_in: stats.bytes_in,
+                packets_out: stats.packets_out,
+                bytes_out: stats.bytes_out,
+                drops: drops(&reasons, *number),
+                ..ServiceRow::default()
+            });
+        }
+        rows.sort_by(|a, b| (&a.name, &a.vip, &a.proto).cmp(&(&b.name, &b.vip, &b.proto)));
+        Ok(rows)
+    }
+
+    /// One row for each backend, those that only drain included. `node` and `source` are `-`: the maps do not know them.
+    ///
+    /// # Errors
+    /// Where a map cannot be read.
+    pub fn backend_rows(&self) -> Result<Vec<BackendRow>, PortError> {
+        let state = self.tables.state()?;
+        let stats = self.tables.backend_stats()?;
+        let mut rows = Vec::new();
+        for (number, slot) in &state.backends {
+            let service = state.services.get(&slot.entry.service);
+            let stats = stats.get(number).copied().unwrap_or_default();
+            let vip = service.map(|service| socket_address(service.entry.address, service.entry.port).to_string());
+            rows.push(BackendRow {
+                service: service.map(|service| service.label.clone()).unwrap_or_default(),
+                backend: slot.address().to_string(),
+                node: "-".to_owned(),
+                state: if slot.eligible() { "up" } else { "draining" }.to_owned(),
+                w: u32::from(weight_of(slot.state)),
+                active: slot.active,
+                source: "-".to_owned(),
+                connections: stats.opened,
+                packets_in: stats.packets_in,
+                bytes_in: stats.bytes_in,
+                packets_out: stats.packets_out,
+                bytes_out: stats.bytes_out,
+                vip: vip.unwrap_or_default(),
+                ..BackendRow::default()
+            });
+        }
+        rows.sort_by(|a, b| (&a.service, &a.vip, &a.backend).cmp(&(&b.service, &b.vip, &b.backend)));
+        Ok(rows)
+    }
+
+    /// Packets by service name (`-`: none) and reason, non-zero ones; true where they were dropped.
+    ///
+    /// # Errors
+    /// Where a map cannot be read.
+    pub fn reasons(&self) -> Result<Vec<(String, &'static str, bool, u64)>, PortError> {
+        let services = self.tables.state()?.services;
+        let name = |number: &u32| services.get(number).map_or_else(|| "-".to_owned(), |slot| slot.label.clone());
+        let mut rows = Vec::new();
+        for ((service, number), packets) in self.tables.reasons()? {
+            if let Some(reason) = reason(number) {
+                rows.push((name(&service), reason.name(), reason.is_drop(), packets));
+            }
+        }
+        Ok(rows)
+    }
+
+    /// At most `limit` flows, of one service where it is named, established ones first; both directions in one row.
+    ///
+    /// # Errors
+    /// Where a map cannot be read.
+    pub fn flow_rows(&self, service: Option<&str>, limit: usize) -> Result<Vec<FlowRow>, PortError> {
+        let services = self.tables.state()?.services;
+        let labels: BTreeMap<u32, String> = services.into_iter().map(|(number, slot)| (number, slot.label)).collect();
+        let now = monotonic_ns();
+        let mut rows = Vec::new();
+        for (table, state) in
+            [(name::ESTABLISHED, "established"), (name::HALF_OPEN, "half-open"), (name::CLOSING, "closing")]
+        {
+            let reader = self.tables.reader(table)?;
+            let mut cursor = Cursor::default();
+            while !cursor.is_finished() && rows.len() < limit {
+                for (_, value) in reader.page(&mut cursor, PAGE)?.iter(reader.shape) {
+                    let Some(flow) = from_bytes::<FlowV4>(value) else { continue };
+                    let label = labels.get(&flow.service).cloned().unwrap_or_else(|| "-".to_owned());
+                    let is_wanted = flow.direction == FORWARD && service.is_none_or(|wanted| wanted == label);
+                    if is_wanted && rows.len() < limit {
+                        let twin = self.tables.lookup::<FlowKeyV4, FlowV4>(table, &flow.twin())?.unwrap_or_default();
+                        rows.push(flow_row(label, state, &flow, &twin, now));
+                    }
+                }
+            }
+        }
+        Ok(rows)
+    }
+
+    /// One row for each map, in the order of the pipeline.
+    ///
+    /// # Errors
+    /// Where a map cannot be read.
+    pub fn map_rows(&self) -> Result<Vec<MapRow>, PortError> {
+        let mut rows = Vec::new();
+        for map in name::ALL.into_iter().chain(name::DAEMON) {
+            let data = self.tables.reader(map)?.data();
+            let error = |error: aya::maps::MapError| PortError::new(format!("map {map}"), pins::chain(&error));
+            let info = data.info().map_err(error)?;
+            let kind = info.map_type().map_err(error)?;
+            let hash = matches!(kind, aya::maps::MapType::Hash | aya::maps::MapType::LruHash);
+            rows.push(MapRow {
+                name: map.to_owned(),
+                kind: kind_name(kind).to_owned(),
+                id: info.id(),
+                key: info.key_size(),
+                value: info.value_size(),
+                max_entries: info.max_entries(),
+                entries: if hash { Some(self.tables.count(map)?) } else { None },
+                memory: memory(data).unwrap_or(0),
+                pin: self.pins.map(map).display().to_string(),
+            });
+        }
+        Ok(rows)
+    }
+
+    /// At most `limit` entries of a map as `{"key": ..., "value": ...}`, both texts of `field=value` pairs. Array elements
+    /// that are zero are left out.
+    ///
+    /// # Errors
+    /// Where there is no map of that name, or it cannot be read.
+    pub fn dump(&self, map: &str, limit: usize) -> Result<Vec<Value>, PortError> {
+        let map = map.to_ascii_uppercase();
+        let reader = self.tables.reader(&map)?;
+        let is_array = reader
+            .data()
+            .info()
+            .ok()
+            .and_then(|info| info.map_type().ok())
+            .is_some_and(|kind| matches!(kind, aya::maps::MapType::Array | aya::maps::MapType::PerCpuArray));
+        let mut rows = Vec::new();
+        let mut cursor = Cursor::default();
+        while !cursor.is_finished() && rows.len() < limit {
+            for (key, value) in reader.page(&mut cursor, PAGE)?.iter(reader.shape) {
+                let is_empty = is_array && value.iter().all(|byte| *byte == 0);
+                if !is_empty && rows.len() < limit {
+                    rows.push(json!({ "key": key_text(&map, key), "value": value_text(&map, value, reader.cpus) }));
+                }
+            }
+        }
+        Ok(rows)
+    }
+
+    /// One row for each interface with a pinned link.
+    ///
+    /// # Errors
+    /// Where the pins or the interfaces cannot be listed.
+    pub fn xdp_rows(&self) -> Result<Vec<XdpRow>, PortError> {
+        let known = interfaces::list().map_err(|error| PortError::new("listing interfaces", error))?;
+        let linked = self.pins.linked().map_err(|error| PortError::new("listing links", error))?;
+        let row = |(interface, xdp): (String, bool)| {
+            let found = known.iter().find(|known| known.name == interface);
+            let generic = found.and_then(|found| found.xdp).is_some_and(|(_, generic)| generic);
+            let hook = match (xdp, generic) {
+                (true, true) => "xdp-generic",
+                (true, false) => "xdp-native",
+                (false, _) => "tcx",
+            };
+            let target = sys::link_target(&self.pins.link(&interface, xdp));
+            let mut row = XdpRow { interface, hook: hook.to_owned(), ..XdpRow::default() };
+            match target {
+                Ok(target) if target.ifindex != 0 => {
+                    row.ifindex = target.ifindex;
+                    row.state = "attached".to_owned();
+                    row.program = Some(target.program);
+                    row.link = Some(target.id);
+                    row.tag = program_tag(target.program);
+                }
+                Ok(_) => row.state = "missing".to_owned(),
+                Err(error) => row.state = error.to_string(),
+            }
+            row
+        };
+        Ok(linked.into_iter().map(row).collect())
+    }
+
+    /// Names of the pinned programs that this version would load.
+    pub fn programs(&self) -> Vec<&'static str> {
+        [XDP_PROGRAM, TC_PROGRAM].into_iter().filter(|program| self.pins.program(program).exists()).collect()
+    }
+}
+
+/// Turns totals into rates between two samples.
+#[derive(Clone, Debug, Default)]
+pub struct Rates {
+    last: BTreeMap<String, Sample>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Sample {
+    at: f64,
+    connections: u64,
+    bytes_in: u64,
+    bytes_out: u64,
+}
+
+impl Rates {
+    /// Fills the rates of the rows from what changed since the last call, and remembers their totals. `now` is in seconds of
+    /// any steady clock. The first sample of a row has rate 0.
+    pub fn sample(&mut self, now: f64, services: &mut [ServiceRow], backends: &mut [BackendRow]) {
+        let mut next = BTreeMap::new();
+        for row in services {
+            let sample =
+                Sample { at: now, connections: row.connections, bytes_in: row.bytes_in, bytes_out: row.bytes_out };
+            let id = format!("{} {}", row.vip, row.proto);
+            (row.conn_s, row.rx_s, row.tx_s) = rates(self.last.get(&id), &sample);
+            next.insert(id, sample);
+        }
+        for row in backends {
+            let sample =
+                Sample { at: now, connections: row.connections, bytes_in: row.bytes_in, bytes_out: row.bytes_out };
+            let id = format!("{} {} {}", row.service, row.vip, row.backend);
+            row.conn_s = rates(self.last.get(&id), &sample).0;
+            next.insert(id, sample);
+        }
+        self.last = next;
+    }
+}
+
+fn rates(before: Option<&Sample>, now: &Sample) -> (f64, f64, f64) {
+    let Some(before) = before.filter(|before| now.at > before.at) else { return (0.0, 0.0, 0.0) };
+    let seconds = now.at - before.at;
+    // A counter that went back was started anew with its number.
+    let rate = |now: u64, before: u64| now.checked_sub(before).map_or(0.0, |change| change as f64 / seconds);
+    (
+        rate(now.connections, before.connections),
+        rate(now.bytes_in, before.bytes_in),
+        rate(now.bytes_out, before.bytes_out),
+    )
+}
+
+fn drops(reasons: &BTreeMap<(u32, u32), u64>, service: u32) -> BTreeMap<String, u64> {
+    let own = reasons.range((service, 0)..(service, REASONS));
+    let dropped = own.filter_map(|((_, number), packets)| Some((reason(*number)?, *packets)));
+    dropped
+        .filter(|(reason, _)| reason.is_drop())
+        .map(|(reason, packets)| (reason.name().to_owned(), packets))
+        .collect()
+}
+
+fn reason(number: u32) -> Option<Reason> {
+    Reason::ALL.iter().copied().find(|reason| *reason as u32 == number)
+}
+
+fn flow_row(service: String, state: &str, flow: &FlowV4, twin: &FlowV4, now: u64) -> FlowRow {
+    let seconds = |since: u64| now.saturating_sub(since) / 1_000_000_000;
+    FlowRow {
+        service,
+        proto: protocol_name(flow.key.protocol),
+        client: socket_address(flow.key.src, flow.key.src_port).to_string(),
+        vip: socket_address(flow.key.dst, flow.key.dst_port).to_string(),
+        snat: socket_address(flow.new_src, flow.new_src_port).to_string(),
+        backend: socket_address(flow.new_dst, flow.new_dst_port).to_string(),
+        state: state.to_owned(),
+        packets_in: flow.packets,
+        bytes_in: flow.bytes,
+        packets_out: twin.packets,
+        bytes_out: twin.bytes,
+        age: seconds(flow.created),
+        idle: seconds(flow.last_seen.max(twin.last_seen)),
+    }
+}
+
+fn protocol_name(number: u8) -> String {
+    Protocol::from_number(number).map_or_else(|| number.to_string(), |protocol| protocol.to_string())
+}
+
+fn mode_name(number: u8) -> &'static str {
+    if number == mode::DNAT { "dnat" } else { "full-nat" }
+}
+
+fn kind_name(kind: aya::maps::MapType) -> &'static str {
+    match kind {
+        aya::maps::MapType::Hash => "hash",
+        aya::maps::MapType::LruHash => "lru_hash",
+        aya::maps::MapType::Array => "array",
+        aya::maps::MapType::PerCpuArray => "percpu_array",
+        _ => "other",
+    }
+}
+
+/// Kernel memory of a map, bytes, as its descriptor tells.
+fn memory(data: &aya::maps::MapData) -> Option<u64> {
+    use std::os::fd::{AsFd as _, AsRawFd as _};
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", data.fd().as_fd().as_raw_fd())).ok()?;
+    info.lines().find_map(|line| line.strip_prefix("memlock:"))?.trim().parse().ok()
+}
+
+fn program_tag(id: u32) -> Option<String> {
+    let program = aya::programs::loaded_programs().flatten().find(|program| program.id() == id)?;
+    Some(format!("{:016x}", program.tag().swap_bytes()))
+}
+
+fn key_text(map: &str, key: &[u8]) -> String {
+    let text = match map {
+        name::ESTABLISHED | name::HALF_OPEN | name::CLOSING => from_bytes::<FlowKeyV4>(key).map(|key| {
+            let (src, dst) = (socket_address(key.src, key.src_port), socket_address(key.dst, key.dst_port));
+            format!("proto={} src={src} dst={dst}", protocol_name(key.protocol))
+        }),
+        name::SERVICE_INDEX | name::BACKEND_INDEX => from_bytes::<ServiceKeyV4>(key)
+            .map(|key| format!("{}/{}", socket_address(key.address, key.port), protocol_name(key.protocol))),
+        name::NEXT_HOP_INDEX => from_bytes::<NeighbourKey>(key)
+            .map(|key| format!("ifindex={} neighbour={}", key.ifindex, crate::reconcile::ports::ip(key.address))),
+        name::REASONS => from_bytes::<u32>(key).map(|key| {
+            let number = key % REASONS;
+            let reason = reason(number).map_or_else(|| number.to_string(), |reason| reason.name().to_owned());
+            format!("service={} reason={reason}", key / REASONS)
+        }),
+        _ => from_bytes::<u32>(key).map(|key| key.to_string()),
+    };
+    text.unwrap_or_else(|| hex(key))
+}
+
+fn value_text(map: &str, value: &[u8], cpus: usize) -> String {
+    let text = match map {
+        name::ESTABLISHED | name::HALF_OPEN | name::CLOSING => from_bytes::<FlowV4>(value).map(|flow| flow_text(&flow)),
+        name::SERVICES => from_bytes::<ServiceEntry>(value).map(|entry| service_text(&entry)),
+        name::SERVICE_LABELS => from_bytes::<[u8; 64]>(value).map(|bytes| label_text(&bytes)),
+        name::BACKENDS => from_bytes::<BackendEntry>(value).map(|entry| {
+            let address = socket_address(entry.address, entry.port);
+            let (proto, snat) = (protocol_name(entry.protocol), crate::reconcile::ports::ip(entry.snat_address));
+            format!("address={address} proto={proto} service={} snat={snat}", entry.service)
+        }),
+        name::BACKEND_STATE => from_bytes::<u32>(value).map(|word| {
+            let eligible = word & edge_common::maps::backend_state::ELIGIBLE != 0;
+            format!("eligible={eligible} weight={}", weight_of(word))
+        }),
+        name::NEXT_HOPS => from_bytes::<NextHop>(value).map(|hop| next_hop_text(&hop)),
+        name::CONTROL => {
+            // The seed is a secret.
+            from_bytes::<Control>(value).map(|control| format!("route_generation={}", control.route_generation))
+        }
+        name::ADDRESS_FILTER => from_bytes::<AddressFilter>(value).map(|filter| {
+            let count = |words: &[u64]| words.iter().map(|word| word.count_ones()).sum::<u32>();
+            format!("destination_bits={} source_bits={}", count(&filter.destinations), count(&filter.sources))
+        }),
+        name::SNAT_PORTS => from_bytes::<PortSet>(value)
+            .map(|ports| format!("ports={}", ports.0.iter().map(|word| word.count_ones()).sum::<u32>())),
+        name::SERVICE_STATS | name::BACKEND_STATS => Some(stats_text(value, cpus)),
+        name::REASONS => Some(format!("packets={}", per_cpu::<u64>(value, cpus).fold(0, u64::wrapping_add))),
+        name::SERVICE_EXPIRED | name::BACKEND_EXPIRED => from_bytes::<u64>(value).map(|count| format!("flows={count}")),
+        _ if value.len() == 4 => from_bytes::<u32>(value).map(|number| number.to_string()),
+        _ => None,
+    };
+    text.unwrap_or_else(|| hex(value))
+}
+
+fn flow_text(flow: &FlowV4) -> String {
+    let (src, dst) = (socket_address(flow.new_src, flow.new_src_port), socket_address(flow.new_dst, flow.new_dst_port));
+    format!(
+        "src={src} dst={dst} service={} backend={} next_hop={} state={} direction={} flags={:#x} sequence={} packets={} \
+         bytes={} last_seen={}",
+        flow.service,
+        flow.backend,
+        flow.next_hop,
+        flow.state,
+        flow.direction,
+        flow.flags,
+        flow.sequence,
+        flow.packets,
+        flow.bytes,
+        flow.last_seen
+    )
+}
+
+fn service_text(entry: &ServiceEntry) -> String {
+    format!(
+        "vip={}/{} mode={} selection={} snat_addresses={} snat_ports={}-{} timeouts={}/{}/{}",
+        socket_address(entry.address, entry.port),
+        protocol_name(entry.protocol),
+        mode_name(entry.mode),
+        entry.selection,
+        entry.snat_count,
+        entry.snat_port_min,
+        entry.snat_port_max,
+        entry.established_timeout,
+        entry.half_open_timeout,
+        entry.closing_timeout
+    )
+}
+
+fn next_hop_text(hop: &NextHop) -> String {
+    let mac = |bytes: [u8; 6]| bytes.map(|byte| format!("{byte:02x}")).join(":");
+    format!(
+        "ifindex={} neighbour={} dst_mac={} src_mac={} mtu={} vlan={} flags={:#x} generation={}",
+        hop.ifindex,
+        crate::reconcile::ports::ip(hop.neighbour),
+        mac(hop.dst_mac),
+        mac(hop.src_mac),
+        hop.mtu,
+        hop.vlan,
+        hop.flags,
+        hop.generation
+    )
+}
+
+fn stats_text(value: &[u8], cpus: usize) -> String {
+    let sum = |field: fn(&ServiceStats) -> u64| {
+        per_cpu::<ServiceStats>(value, cpus).fold(0_u64, |sum, stats| sum.wrapping_add(field(&stats)))
+    };
+    format!(
+        "packets_in={} bytes_in={} packets_out={} bytes_out={} half_opened={} opened={} closed={}",
+        sum(|stats| stats.packets_in),
+        sum(|stats| stats.bytes_in),
+        sum(|stats| stats.packets_out),
+        sum(|stats| stats.bytes_out),
+        sum(|stats| stats.half_opened),
+        sum(|stats| stats.opened),
+        sum(|stats| stats.closed)
+    )
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

@@ -1,0 +1,541 @@
+//! Loads the object, or adopts what an earlier run left pinned: maps of the same layout, programs of the same object,
+//! links. With unchanged inputs nothing is written, loaded or attached ([`Datapath::writes`] counts).
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    path::PathBuf,
+};
+
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{Array, HashMap, MapData},
+    programs::{Program, ProgramInfo},
+};
+use edge_common::maps::{Control, PortSet, interface_flag, name};
+
+use super::{
+    attach::{self, AttachedHook, Attachment, How, TC_PROGRAM, XDP_PROGRAM},
+    host, interfaces,
+    kernel_view::KernelView,
+    maps::Maps,
+    pins::{self, Pins, chain},
+    sweep::Sweeper,
+};
+use crate::{
+    config::valid::{Edge, Tables},
+    model::view::{MapRow, XdpRow},
+    reconcile::ports::PortError,
+};
+
+/// Why the datapath could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// Not enough privilege.
+    #[error("missing {missing}: run as root, or give the process these capabilities (the systemd unit does)")]
+    Capability {
+        /// Capability names.
+        missing: String,
+    },
+    /// The kernel lacks something.
+    #[error("{what}")]
+    Feature {
+        /// What it lacks.
+        what: String,
+    },
+    /// The pin folder is not on a bpffs.
+    #[error("{path} is not on a BPF file system; `mount -t bpf bpf /sys/fs/bpf` mounts one")]
+    NoBpffs {
+        /// The pin folder.
+        path: PathBuf,
+    },
+    /// The pin folder cannot be made.
+    #[error("making the folder {path}: {source}")]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A configured interface is not there.
+    #[error("there is no interface `{name}`")]
+    NoInterface {
+        /// Its name.
+        name: String,
+    },
+    /// Somebody else's XDP program is on the interface.
+    #[error(
+        "{interface} already runs the XDP program `{program}` (id {id}), which is not ours; detach it \
+         (`ip link set dev {interface} xdp off`), or use hook = \"tc\""
+    )]
+    ForeignXdp {
+        /// Interface.
+        interface: String,
+        /// Program name.
+        program: String,
+        /// Kernel id.
+        id: u32,
+    },
+    /// No hook of the interface works.
+    #[error("cannot attach to {interface}: {reason}")]
+    Hook {
+        /// Interface.
+        interface: String,
+        /// What each hook answered.
+        reason: String,
+    },
+    /// The object, a map or a program.
+    #[error("{what}: {reason}")]
+    Object {
+        /// What was being done.
+        what: String,
+        /// Why it failed.
+        reason: String,
+    },
+    /// The seed.
+    #[error("seed {path}: {reason}")]
+    Seed {
+        /// File.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+impl LoadError {
+    /// True where waiting may help: the interface may yet appear, or somebody may detach their program.
+    pub const fn is_retryable(&self) -> bool {
+        matches!(self, Self::NoInterface { .. } | Self::ForeignXdp { .. } | Self::Hook { .. })
+    }
+}
+
+impl From<PortError> for LoadError {
+    fn from(error: PortError) -> Self {
+        Self::Object { what: error.what, reason: error.reason }
+    }
+}
+
+/// The loaded datapath. Dropping it leaves everything in place.
+pub struct Datapath {
+    edge: Edge,
+    object: &'static [u8],
+    pins: Pins,
+    attachments: BTreeMap<String, Attachment>,
+    failures: BTreeMap<String, String>,
+    control: Array<MapData, Control>,
+    interfaces: HashMap<MapData, u32, u32>,
+    ports: Array<MapData, PortSet>,
+    notes: Vec<String>,
+    writes: u64,
+}
+
+impl Datapath {
+    /// Creates or adopts the maps, and writes seed and SNAT ports where they differ. Attaches nothing yet:
+    /// [`Datapath::attach_missing`] does.
+    ///
+    /// # Errors
+    /// Names what is missing: a capability, a kernel feature, the bpffs, a readable seed.
+    pub fn open(edge: &Edge, object: &'static [u8]) -> Result<Self, LoadError> {
+        host::check()?;
+        host::prepare_pin_folder(&edge.pin_path)?;
+        let pins = Pins::new(&edge.pin_path, object)?;
+        let created = create_maps(&pins, &edge.tables, object)?;
+        let mut datapath = Self {
+            edge: edge.clone(),
+            object,
+            control: pins::open(&pins, name::CONTROL)?,
+            interfaces: pins::open(&pins, name::INTERFACES)?,
+            ports: pins::open(&pins, name::SNAT_PORTS)?,
+            notes: size_notes(&pins, &edge.tables),
+            pins,
+            attachments: BTreeMap::new(),
+            failures: BTreeMap::new(),
+            writes: created,
+        };
+        datapath.write_seed()?;
+        datapath.refresh_snat_ports()?;
+        Ok(datapath)
+    }
+
+    /// The pins.
+    pub fn pins(&self) -> &Pins {
+        &self.pins
+    }
+
+    /// Writes to maps, loads and attachments since start; 0 where all was adopted unchanged.
+    pub fn writes(&self) -> u64 {
+        self.writes
+    }
+
+    /// What users should know although it works: a table that keeps its old size.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// The reconciler's port.
+    ///
+    /// # Errors
+    /// Where a map cannot be opened.
+    pub fn port(&self) -> Result<Maps, PortError> {
+        Maps::open(&self.pins)
+    }
+
+    /// The sweep over established flows.
+    ///
+    /// # Errors
+    /// Where a map cannot be opened.
+    pub fn sweeper(&self) -> Result<Sweeper, PortError> {
+        Sweeper::open(&self.pins)
+    }
+
+    /// The views.
+    ///
+    /// # Errors
+    /// Where a map cannot be opened.
+    pub fn view(&self) -> Result<KernelView, PortError> {
+        KernelView::from_pins(self.pins.clone())
+    }
+
+    /// Attaches to every configured interface that does not have the program yet, adopts the others, and detaches from
+    /// interfaces that are no longer configured. To be called at start, when a link comes or goes, and on reload.
+    /// Returns what failed, by interface.
+    pub fn attach_missing(&mut self) -> Vec<(String, LoadError)> {
+        let known = match interfaces::list() {
+            Ok(known) => known,
+            Err(error) => {
+                let error = LoadError::Object { what: "listing interfaces".to_owned(), reason: error.to_string() };
+                return vec![(String::new(), error)];
+            }
+        };
+        self.detach_unconfigured();
+        let mut failed = Vec::new();
+        for interface in self.edge.interfaces.clone() {
+            match self.attach_one(&interface, &known) {
+                Ok(attachment) => {
+                    self.failures.remove(&interface);
+                    self.attachments.insert(interface, attachment);
+                }
+                Err(error) => {
+                    self.attachments.remove(&interface);
+                    self.failures.insert(interface.clone(), error.to_string());
+                    failed.push((interface, error));
+                }
+            }
+        }
+        if let Err(error) = self.sync_interfaces(&known) {
+            failed.push((String::new(), error));
+        }
+        if failed.is_empty() {
+            self.retire_old_pins();
+        }
+        failed
+    }
+
+    fn attach_one(&mut self, name: &str, known: &[interfaces::Interface]) -> Result<Attachment, LoadError> {
+        let interface = known.iter().find(|interface| interface.name == name);
+        let interface = interface.ok_or_else(|| LoadError::NoInterface { name: name.to_owned() })?;
+        let before = self.attachments.get(name).cloned();
+        let (pins, object, mut loads) = (self.pins.clone(), self.object, 0);
+        let program = |xdp| {
+            loads += load_program(&pins, object, xdp)?;
+            Ok(())
+        };
+        // A clsact filter cannot be seen through a pin, so what this process attached is remembered.
+        if let Some(before) = before.filter(|b| b.hook == AttachedHook::Clsact && b.ifindex == interface.ifindex) {
+            return Ok(before);
+        }
+        let attachment = attach::attach(&self.pins, self.edge.hook, interface, program)?;
+        self.writes += loads + u64::from(attachment.how != How::Adopted);
+        Ok(attachment)
+    }
+
+    fn detach_unconfigured(&mut self) {
+        for (interface, xdp) in self.pins.linked().unwrap_or_default() {
+            if !self.edge.interfaces.contains(&interface) {
+                attach::detach_pin(&self.pins.link(&interface, xdp));
+                self.attachments.remove(&interface);
+                self.writes += 1;
+            }
+        }
+        let gone: Vec<_> =
+            self.attachments.keys().filter(|name| !self.edge.interfaces.contains(name)).cloned().collect();
+        for interface in gone {
+            attach::detach_clsact(&interface);
+            self.attachments.remove(&interface);
+            self.writes += 1;
+        }
+        let configured: BTreeSet<_> = self.edge.interfaces.iter().collect();
+        self.failures.retain(|interface, _| configured.contains(interface));
+    }
+
+    /// Takes over a changed `[edge]`: interfaces and hook, at the next [`Datapath::attach_missing`].
+    pub fn reconfigure(&mut self, edge: &Edge) {
+        self.notes = size_notes(&self.pins, &edge.tables);
+        self.edge = Edge { pin_path: self.edge.pin_path.clone(), ..edge.clone() };
+    }
+
+    /// True while the program is attached to every configured interface.
+    pub fn is_ready(&self) -> bool {
+        self.failures.is_empty() && self.edge.interfaces.iter().all(|name| self.attachments.contains_key(name))
+    }
+
+    /// One row for each configured interface.
+    pub fn xdp_rows(&self) -> Vec<XdpRow> {
+        let row = |name: &String| match (self.attachments.get(name), self.failures.get(name)) {
+            (Some(attachment), _) => XdpRow {
+                interface: name.clone(),
+                ifindex: attachment.ifindex,
+                hook: attachment.hook.name().to_owned(),
+                state: if attachment.how == How::Adopted { "adopted" } else { "attached" }.to_owned(),
+                program: Some(attachment.program),
+                tag: program_tag(&self.pins, attachment.hook),
+                link: attachment.link,
+                reason: attachment.reason.clone(),
+            },
+            (None, failure) => XdpRow {
+                interface: name.clone(),
+                hook: "-".to_owned(),
+                state: "missing".to_owned(),
+                reason: failure.cloned(),
+                ..XdpRow::default()
+            },
+        };
+        self.edge.interfaces.iter().map(row).collect()
+    }
+
+    /// One row for each map.
+    ///
+    /// # Errors
+    /// Where a map cannot be read.
+    pub fn map_rows(&self) -> Result<Vec<MapRow>, PortError> {
+        self.view()?.map_rows()
+    }
+
+    /// Makes all flows look their route up again.
+    ///
+    /// # Errors
+    /// Where the map cannot be written.
+    pub fn bump_route_generation(&mut self) -> Result<u32, LoadError> {
+        let mut control = self.read_control()?;
+        control.route_generation = control.route_generation.wrapping_add(1);
+        self.control.set(0, control, 0).map_err(|error| object_error("writing the control map", &error))?;
+        self.writes += 1;
+        Ok(control.route_generation)
+    }
+
+    /// Writes the ports that SNAT may use, where they changed.
+    ///
+    /// # Errors
+    /// Where the host's ports cannot be read or the map not written.
+    pub fn refresh_snat_ports(&mut self) -> Result<(), LoadError> {
+        let what = "finding the ports that SNAT may use";
+        let ports = host::snat_ports()
+            .map_err(|error| LoadError::Object { what: what.to_owned(), reason: error.to_string() })?;
+        let before = self.ports.get(&0, 0).map_err(|error| object_error(what, &error))?;
+        if before != ports {
+            self.ports.set(0, ports, 0).map_err(|error| object_error(what, &error))?;
+            self.writes += 1;
+        }
+        Ok(())
+    }
+
+    /// Detaches from every interface and removes all pins: nothing of ours is left in the kernel, and flows end.
+    ///
+    /// # Errors
+    /// Where a pin cannot be removed.
+    pub fn detach_all(self) -> io::Result<()> {
+        detach_all(&self.pins)
+    }
+
+    fn read_control(&self) -> Result<Control, LoadError> {
+        self.control.get(&0, 0).map_err(|error| object_error("reading the control map", &error))
+    }
+
+    fn write_seed(&mut self) -> Result<(), LoadError> {
+        let seed = host::seed(&self.edge)?;
+        let before = self.read_control()?;
+        if before.seed != seed {
+            let control = Control { seed, ..before };
+            self.control.set(0, control, 0).map_err(|error| object_error("writing the control map", &error))?;
+            self.writes += 1;
+        }
+        Ok(())
+    }
+
+    /// The seed in force, for the Maglev fill.
+    ///
+    /// # Errors
+    /// Where the control map cannot be read.
+    pub fn seed(&self) -> Result<[u64; 2], LoadError> {
+        Ok(self.read_control()?.seed)
+    }
+
+    /// Tells the program where it is attached and where XDP may redirect to; only differences are written.
+    fn sync_interfaces(&mut self, known: &[interfaces::Interface]) -> Result<(), LoadError> {
+        let what = "writing the interfaces map";
+        let mut wanted: BTreeMap<u32, u32> = BTreeMap::new();
+        for attachment in self.attachments.values() {
+            *wanted.entry(attachment.ifindex).or_default() |= interface_flag::ATTACHED;
+        }
+        for ifindex in interfaces::redirectable(known) {
+            *wanted.entry(ifindex).or_default() |= interface_flag::XDP_REDIRECT;
+        }
+        let present: BTreeMap<u32, u32> =
+            self.interfaces.iter().collect::<Result<_, _>>().map_err(|error| object_error(what, &error))?;
+        for ifindex in present.keys().filter(|ifindex| !wanted.contains_key(ifindex)) {
+            self.interfaces.remove(ifindex).map_err(|error| object_error(what, &error))?;
+            self.writes += 1;
+        }
+        // Attached interfaces first, should the map be too small for all.
+        let mut changes: Vec<_> = wanted.into_iter().filter(|(i, flags)| present.get(i) != Some(flags)).collect();
+        changes.sort_by_key(|(_, flags)| flags & interface_flag::ATTACHED == 0);
+        for (ifindex, flags) in changes {
+            let result = self.interfaces.insert(ifindex, flags, 0);
+            if flags & interface_flag::ATTACHED != 0 {
+                result.map_err(|error| object_error(what, &error))?;
+            }
+            self.writes += 1;
+        }
+        Ok(())
+    }
+
+    /// Removes pins of other objects and layouts, now that nothing of this edge runs them.
+    fn retire_old_pins(&mut self) {
+        let own: BTreeSet<PathBuf> = self.pins.layouts().keys().map(|map| self.pins.map(map)).collect();
+        let programs = [XDP_PROGRAM, TC_PROGRAM].map(|program| self.pins.program(program));
+        for (folder, keep) in [(self.pins.maps(), own), (self.pins.programs(), programs.into_iter().collect())] {
+            for file in pins::files(&folder).unwrap_or_default() {
+                let pin = folder.join(file);
+                if !keep.contains(&pin) {
+                    tracing::info!(pin = %pin.display(), "removing the pin of an earlier version");
+                    self.writes += u64::from(fs::remove_file(&pin).is_ok());
+                }
+            }
+        }
+    }
+}
+
+/// Detaches every pinned link under these pins and removes them all, with no daemon needed.
+///
+/// # Errors
+/// Where a pin cannot be removed.
+pub fn detach_all(pins: &Pins) -> io::Result<()> {
+    for (interface, xdp) in pins.linked()? {
+        attach::detach_pin(&pins.link(&interface, xdp));
+    }
+    if attach::tc_hook() == AttachedHook::Clsact {
+        for interface in interfaces::list()? {
+            attach::detach_clsact(&interface.name);
+        }
+    }
+    for folder in [pins.links(), pins.programs(), pins.maps()] {
+        for file in pins::files(&folder)? {
+            fs::remove_file(folder.join(file))?;
+        }
+        fs::remove_dir(&folder)?;
+    }
+    match fs::remove_dir(pins.root()) {
+        // The folder may be a mount point, or made for us by the unit.
+        Err(error) if error.kind() == io::ErrorKind::ResourceBusy => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+        result => result,
+    }
+}
+
+fn object_error(what: &str, error: &dyn std::error::Error) -> LoadError {
+    LoadError::Object { what: what.to_owned(), reason: chain(error) }
+}
+
+/// Entries of a table: what is configured, but an LRU at least what its per-CPU free lists need.
+fn table_sizes(tables: &Tables) -> [(&'static str, u32); 3] {
+    let cpus = aya::util::nr_cpus().unwrap_or(1);
+    let lru = u32::try_from(128 * 8 * cpus).unwrap_or(u32::MAX);
+    [
+        (name::ESTABLISHED, tables.established.max(2)),
+        (name::HALF_OPEN, tables.half_open.max(lru)),
+        (name::CLOSING, tables.closing.max(lru)),
+    ]
+}
+
+/// Creates the maps that are not pinned yet; the number created.
+fn create_maps(pins: &Pins, tables: &Tables, object: &[u8]) -> Result<u64, LoadError> {
+    let missing: Vec<&str> = pins.layouts().keys().copied().filter(|map| !pins.map(map).exists()).collect();
+    if missing.is_empty() {
+        return Ok(0);
+    }
+    // A pinned program keeps the maps it was loaded with: it must not be adopted beside new ones.
+    for program in [XDP_PROGRAM, TC_PROGRAM] {
+        let pin = pins.program(program);
+        if pin.exists() {
+            fs::remove_file(&pin).map_err(|source| LoadError::Folder { path: pin, source })?;
+        }
+    }
+    parse(pins, tables, object)?;
+    for map in name::DAEMON.into_iter().filter(|map| missing.contains(map)) {
+        let Some(layout) = pins.layouts().get(map) else { continue };
+        let created = Array::<MapData, u64>::create(layout.max_entries, layout.flags);
+        let created = created.map_err(|error| object_error(&format!("creating the map {map}"), &error))?;
+        created.pin(pins.map(map)).map_err(|error| object_error(&format!("pinning the map {map}"), &error))?;
+    }
+    Ok(missing.len() as u64)
+}
+
+/// The object with its maps: pinned ones reused, others created and pinned.
+fn parse(pins: &Pins, tables: &Tables, object: &[u8]) -> Result<Ebpf, LoadError> {
+    let mut loader = EbpfLoader::new();
+    for (map, entries) in table_sizes(tables) {
+        loader.map_max_entries(map, entries);
+    }
+    for map in name::ALL {
+        loader.map_pin_path(map, pins.map(map));
+    }
+    loader.load(object).map_err(|error| object_error("loading the eBPF object", &error))
+}
+
+/// Loads and pins a program unless this object's is pinned; the number of loads.
+fn load_program(pins: &Pins, object: &[u8], xdp: bool) -> Result<u64, LoadError> {
+    let name = if xdp { XDP_PROGRAM } else { TC_PROGRAM };
+    let pin = pins.program(name);
+    if pin.exists() {
+        return Ok(0);
+    }
+    // The maps are pinned, so the sizes given here are not looked at.
+    let mut ebpf = parse(pins, &Tables::default(), object)?;
+    let what = format!("loading the program {name}");
+    let program = ebpf.program_mut(name).ok_or_else(|| LoadError::Object {
+        what: what.clone(),
+        reason: "the eBPF object does not have it".to_owned(),
+    })?;
+    let loaded = match program {
+        Program::Xdp(program) => program.load(),
+        Program::SchedClassifier(program) => program.load(),
+        _ => {
+            return Err(LoadError::Object { what, reason: "it has another program type".to_owned() });
+        }
+    };
+    loaded.map_err(|error| object_error(&what, &error))?;
+    program.pin(&pin).map_err(|error| object_error(&format!("pinning {}", pin.display()), &error))?;
+    Ok(1)
+}
+
+fn program_tag(pins: &Pins, hook: AttachedHook) -> Option<String> {
+    let pin = pins.program(if hook.is_xdp() { XDP_PROGRAM } else { TC_PROGRAM });
+    // Tools print the tag in the order of its bytes.
+    ProgramInfo::from_pin(pin).ok().map(|info| format!("{:016x}", info.tag().swap_bytes()))
+}
+
+/// Tables that keep the size they were created with, although another is configured.
+fn size_notes(pins: &Pins, tables: &Tables) -> Vec<String> {
+    let mut notes = Vec::new();
+    for (map, wanted) in table_sizes(tables) {
+        let Ok(info) = aya::maps::MapInfo::from_pin(pins.map(map)) else { continue };
+        if info.max_entries() != wanted {
+            notes.push(format!(
+                "{map} keeps its {} entries instead of {wanted}, since its flows live in it; `edge-ctl xdp detach` and a \
+                 restart make it anew",
+                info.max_entries()
+            ));
+        }
+    }
+    notes
+}

@@ -1,0 +1,254 @@
+//! Ends established flows that were idle beyond their service's timeout. Half-open and closing flows need no sweep: they
+//! live in LRU tables, and the program checks their age itself.
+//!
+//! The table is walked in bounded steps. A flow ends when *both* halves are idle: the program refreshes the twin only now
+//! and then. What was ended is counted in maps of its own, since the per-CPU counters belong to the program. At the end of
+//! a walk during which nothing opened or closed, the counters are set right by what was seen: a daemon killed between
+//! removing a flow and counting it would otherwise leave a backend draining for ever.
+
+use std::collections::BTreeMap;
+
+use aya::maps::{Array, HashMap, MapData, MapError};
+use edge_common::{
+    flow::FlowKeyV4,
+    maps::{FlowV4, ServiceStats, name},
+};
+
+use super::{
+    pins::{Pins, chain, open},
+    sys::{Cursor, from_bytes, monotonic_ns},
+    tables::Tables,
+};
+use crate::reconcile::ports::PortError;
+
+const SECOND: u64 = 1_000_000_000;
+/// Fill, in thousandths, from which idle timeouts shrink.
+const CROWDED: u64 = 900;
+/// `conntrack::Direction` of packets from the client.
+const FORWARD: u8 = 0;
+/// Idle timeout of a flow whose service is gone, seconds.
+const NO_SERVICE_TIMEOUT: u32 = 300;
+
+/// What one step did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SweepReport {
+    /// Entries looked at.
+    pub scanned: u64,
+    /// Flows ended.
+    pub expired: u64,
+    /// True where the walk has reached the end of the table; the next step starts anew.
+    pub finished: bool,
+    /// Entries of the whole table of its capacity, in thousandths, as of the last full walk or what this one has seen.
+    pub fill: u64,
+}
+
+/// See the module.
+pub struct Sweeper {
+    tables: Tables,
+    established: HashMap<MapData, FlowKeyV4, FlowV4>,
+    service_expired: Array<MapData, u64>,
+    backend_expired: Array<MapData, u64>,
+    capacity: u64,
+    cursor: Cursor,
+    walk: Walk,
+    last_entries: u64,
+}
+
+/// One walk over the table.
+#[derive(Debug, Default)]
+struct Walk {
+    entries: u64,
+    timeouts: BTreeMap<u32, u32>,
+    services: Census,
+    backends: Census,
+}
+
+/// Counters as they were when the walk began, and the flows seen since.
+#[derive(Debug, Default)]
+struct Census {
+    before: BTreeMap<u32, ServiceStats>,
+    seen: BTreeMap<u32, u64>,
+}
+
+impl Sweeper {
+    /// Opens the pins.
+    ///
+    /// # Errors
+    /// Where one is missing.
+    pub fn open(pins: &Pins) -> Result<Self, PortError> {
+        let tables = Tables::open(pins)?;
+        let info = tables.reader(name::ESTABLISHED)?.data().info();
+        let capacity = info.map_err(|error| PortError::new("the established table", error))?.max_entries();
+        Ok(Self {
+            tables,
+            established: open(pins, name::ESTABLISHED)?,
+            service_expired: open(pins, name::SERVICE_EXPIRED)?,
+            backend_expired: open(pins, name::BACKEND_EXPIRED)?,
+            capacity: u64::from(capacity.max(1)),
+            cursor: Cursor::default(),
+            walk: Walk::default(),
+            last_entries: 0,
+        })
+    }
+
+    /// Looks at about `budget` entries.
+    ///
+    /// # Errors
+    /// Where a map cannot be read or written; the next step goes on from there.
+    pub fn step(&mut self, budget: usize) -> Result<SweepReport, PortError> {
+        self.step_at(monotonic_ns(), budget)
+    }
+
+    fn step_at(&mut self, now: u64, budget: usize) -> Result<SweepReport, PortError> {
+        if self.walk.entries == 0 {
+            self.begin()?;
+        }
+        let fill = self.last_entries.max(self.walk.entries).saturating_mul(1000) / self.capacity;
+        let mut report = SweepReport { fill, ..SweepReport::default() };
+        let (mut services, mut backends) = (BTreeMap::new(), BTreeMap::new());
+        let reader = self.tables.reader(name::ESTABLISHED)?;
+        let page = reader.page(&mut self.cursor, budget)?;
+        for (_, value) in page.iter(reader.shape) {
+            let Some(flow) = from_bytes::<FlowV4>(value) else { continue };
+            report.scanned += 1;
+            let timeout = self.walk.timeouts.get(&flow.service).copied().unwrap_or(NO_SERVICE_TIMEOUT);
+            let limit = u64::from(shortened(timeout, fill)).saturating_mul(SECOND);
+            let is_idle = |flow: &FlowV4| now.saturating_sub(flow.last_seen) > limit;
+            let ended = if is_idle(&flow) { end(&mut self.established, &flow, is_idle)? } else { Ended::Nothing };
+            if ended == Ended::Flow {
+                *services.entry(flow.service).or_insert(0_u64) += 1;
+                *backends.entry(flow.backend).or_insert(0_u64) += 1;
+                report.expired += 1;
+            } else if ended == Ended::Nothing && flow.direction == FORWARD {
+                *self.walk.services.seen.entry(flow.service).or_default() += 1;
+                *self.walk.backends.seen.entry(flow.backend).or_default() += 1;
+            }
+        }
+        self.walk.entries += report.scanned;
+        add(&mut self.service_expired, &services)?;
+        add(&mut self.backend_expired, &backends)?;
+        if self.cursor.is_finished() {
+            report.finished = true;
+            self.finish()?;
+        }
+        Ok(report)
+    }
+
+    fn begin(&mut self) -> Result<(), PortError> {
+        let state = self.tables.services()?;
+        self.walk = Walk {
+            entries: 0,
+            timeouts: state.into_iter().map(|(number, entry)| (number, entry.established_timeout)).collect(),
+            services: Census { before: self.tables.service_stats()?, seen: BTreeMap::new() },
+            backends: Census { before: self.tables.backend_stats()?, seen: BTreeMap::new() },
+        };
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<(), PortError> {
+        let walk = std::mem::take(&mut self.walk);
+        self.cursor = Cursor::default();
+        self.last_entries = walk.entries;
+        correct(&mut self.service_expired, &walk.services, &self.tables.service_stats()?)?;
+        correct(&mut self.backend_expired, &walk.backends, &self.tables.backend_stats()?)
+    }
+}
+
+/// The idle timeout at this fill, both in their units: in full up to 90 %, then in proportion to what is free, down to a
+/// sixteenth.
+fn shortened(timeout: u32, fill: u64) -> u32 {
+    if fill <= CROWDED {
+        return timeout;
+    }
+    let free = 1000_u64.saturating_sub(fill);
+    let shorter = u64::from(timeout).saturating_mul(free) / (1000 - CROWDED);
+    u32::try_from(shorter).unwrap_or(timeout).max(timeout / 16)
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ended {
+    /// A half is still in use.
+    Nothing,
+    /// Only a reply half that had lost its flow.
+    Rest,
+    /// A flow.
+    Flow,
+}
+
+/// Removes both halves of a flow if both are idle.
+fn end(
+    established: &mut HashMap<MapData, FlowKeyV4, FlowV4>,
+    flow: &FlowV4,
+    is_idle: impl Fn(&FlowV4) -> bool,
+) -> Result<Ended, PortError> {
+    let error = |error: &MapError| PortError::new("ending an idle flow", chain(error));
+    let get = |established: &HashMap<MapData, FlowKeyV4, FlowV4>, key: &FlowKeyV4| match established.get(key, 0) {
+        Ok(flow) => Ok(Some(flow)),
+        Err(MapError::KeyNotFound) => Ok(None),
+        Err(cause) => Err(error(&cause)),
+    };
+    let twin = get(established, &flow.twin())?.filter(|twin| twin.twin() == flow.key);
+    // The page may be old by now.
+    let Some(own) = get(established, &flow.key)? else { return Ok(Ended::Nothing) };
+    if !is_idle(&own) || own.sequence != flow.sequence || twin.is_some_and(|twin| !is_idle(&twin)) {
+        return Ok(Ended::Nothing);
+    }
+    let mut remove = |key: &FlowKeyV4| match established.remove(key) {
+        Ok(()) => Ok(true),
+        Err(MapError::KeyNotFound) => Ok(false),
+        Err(MapError::SyscallError(cause)) if cause.io_error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(cause) => Err(error(&cause)),
+    };
+    let removed_own = remove(&flow.key)?;
+    let removed_twin = match twin {
+        Some(twin) => remove(&twin.key)?,
+        None => false,
+    };
+    let from_client = flow.direction == FORWARD;
+    let removed_client = if from_client { removed_own } else { removed_twin };
+    Ok(if removed_client { Ended::Flow } else { Ended::Rest })
+}
+
+fn add(map: &mut Array<MapData, u64>, counts: &BTreeMap<u32, u64>) -> Result<(), PortError> {
+    for (number, count) in counts {
+        let error = |error: MapError| PortError::new("counting expired flows", chain(&error));
+        let before = map.get(number, 0).map_err(error)?;
+        map.set(*number, before.wrapping_add(*count), 0).map_err(error)?;
+    }
+    Ok(())
+}
+
+/// Sets `expired` right where nothing opened or closed during the walk, so that active equals what was seen.
+fn correct(
+    map: &mut Array<MapData, u64>,
+    census: &Census,
+    after: &BTreeMap<u32, ServiceStats>,
+) -> Result<(), PortError> {
+    for (number, stats) in after {
+        let quiet = census.before.get(number).is_some_and(|b| (b.opened, b.closed) == (stats.opened, stats.closed));
+        if !quiet {
+            continue;
+        }
+        let error = |error: MapError| PortError::new("correcting expired flows", chain(&error));
+        let seen = census.seen.get(number).copied().unwrap_or(0);
+        let expired = stats.opened.saturating_sub(stats.closed).saturating_sub(seen);
+        if map.get(number, 0).map_err(error)? != expired {
+            map.set(*number, expired, 0).map_err(error)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timeouts_are_whole_up_to_ninety_percent_and_shrink_to_a_sixteenth() {
+        assert_eq!(shortened(7440, 0), 7440);
+        assert_eq!(shortened(7440, 900), 7440);
+        assert_eq!(shortened(7440, 950), 3720);
+        assert_eq!(shortened(7440, 1000), 465);
+        assert!((900..1000).all(|fill| shortened(300, fill + 1) <= shortened(300, fill)));
+    }
+}

@@ -1,0 +1,285 @@
+//! The pinned maps, read and decoded. Shared by the reconciler's port, the sweep and every view, so that all of them mean
+//! the same by a number.
+
+use std::collections::BTreeMap;
+
+use edge_common::{
+    filter,
+    maps::{BackendEntry, Chunk, Control, ServiceEntry, ServiceKeyV4, ServiceStats, name},
+    verdict::REASONS,
+};
+
+use super::{
+    pins::{Pins, Reader},
+    selection,
+    sys::{Cursor, from_bytes, to_bytes},
+};
+use crate::reconcile::ports::{
+    BackendSlot, Capacity, DatapathState, FilterBits, FlowCounts, PortError, Region, ServiceSlot,
+};
+
+/// Every map, open for reading.
+#[derive(Debug)]
+pub struct Tables {
+    readers: BTreeMap<&'static str, Reader>,
+}
+
+impl Tables {
+    /// Opens the pins.
+    ///
+    /// # Errors
+    /// Where one is missing: no daemon of this version has run here.
+    pub fn open(pins: &Pins) -> Result<Self, PortError> {
+        let mut readers = BTreeMap::new();
+        for map in pins.layouts().keys() {
+            readers.insert(*map, Reader::open(pins, map)?);
+        }
+        Ok(Self { readers })
+    }
+
+    /// One map.
+    ///
+    /// # Errors
+    /// Where there is no map of that name.
+    pub fn reader(&self, map: &str) -> Result<&Reader, PortError> {
+        self.readers.get(map).ok_or_else(|| {
+            let names: Vec<_> = self.readers.keys().copied().collect();
+            PortError::new(format!("map `{map}`"), format!("no such map; there are {}", names.join(", ")))
+        })
+    }
+
+    /// Everything the reconciler knows, but for announcements.
+    ///
+    /// # Errors
+    /// Where a map cannot be read.
+    pub fn state(&self) -> Result<DatapathState, PortError> {
+        let counts = self.flow_counts()?;
+        let labels = self.labels()?;
+        let states = self.array::<u32>(name::BACKEND_STATE)?;
+        let mut state = DatapathState { filter: self.filter()?, ..DatapathState::default() };
+        for (number, entry) in self.array::<ServiceEntry>(name::SERVICES)? {
+            if entry.protocol != 0 {
+                let label = labels.get(&number).cloned().unwrap_or_default();
+                let active = counts.services.get(&number).copied().unwrap_or(0);
+                state.services.insert(number, ServiceSlot { entry, label, active });
+            }
+        }
+        for (number, entry) in self.array::<BackendEntry>(name::BACKENDS)? {
+            if entry.protocol != 0 {
+                let active = counts.backends.get(&number).copied().unwrap_or(0);
+                let word = states.get(&number).copied().unwrap_or(0);
+                state.backends.insert(number, BackendSlot { entry, state: word, active });
+            }
+        }
+        state.index = self.hash(name::SERVICE_INDEX)?;
+        state.backend_index = self.hash(name::BACKEND_INDEX)?;
+        for slot in state.services.values().filter(|slot| slot.entry.selection != 0) {
+            if let Some(region) = self.region(slot.entry.selection)? {
+                state.regions.insert(slot.entry.selection, region);
+            }
+        }
+        state.capacity = Capacity {
+            services: self.capacity(name::SERVICES)?,
+            backends: self.capacity(name::BACKENDS)?,
+            chunks: self.capacity(name::SELECTION)?,
+        };
+        Ok(state)
+    }
+
+    /// Services by number, those that only drain included.
+    ///
+    /// # Errors
+    /// Where the map cannot be read.
+    pub fn services(&self) -> Result<BTreeMap<u32, ServiceEntry>, PortError> {
+        let mut services = self.array::<ServiceEntry>(name::SERVICES)?;
+        services.retain(|_, entry| entry.protocol != 0);
+        Ok(services)
+    }
+
+    /// The control element.
+    ///
+    /// # Errors
+    /// Where the map cannot be read.
+    pub fn control(&self) -> Result<Control, PortError> {
+        let bytes = self.reader(name::CONTROL)?.get(&0_u32.to_ne_bytes())?;
+        Ok(bytes.and_then(|bytes| from_bytes(&bytes)).unwrap_or_default())
+    }
+
+    /// Counters of all services that have any, by number, summed over CPUs.
+    ///
+    /// # Errors
+    /// Where the map cannot be read.
+    pub fn service_stats(&self) -> Result<BTreeMap<u32, ServiceStats>, PortError> {
+        self.stats(name::SERVICE_STATS)
+    }
+
+    /// As [`Tables::service_stats`], of backends.
+    ///
+    /// # Errors
+    /// Where the map cannot be read.
+    pub fn backend_stats(&self) -> Result<BTreeMap<u32, ServiceStats>, PortError> {
+        self.stats(name::BACKEND_STATS)
+    }
+
+    /// Packets by service number and reason number, non-zero ones.
+    ///
+    /// # Errors
+    /// Where the map cannot be read.
+    pub fn reasons(&self) -> Result<BTreeMap<(u32, u32), u64>, PortError> {
+        let reader = self.reader(name::REASONS)?;
+        let mut reasons = BTreeMap::new();
+        reader.for_each(|key, value| {
+            let Some(slot) = from_bytes::<u32>(key) else { return };
+            let sum = per_cpu::<u64>(value, reader.cpus).fold(0_u64, u64::wrapping_add);
+            if sum != 0 {
+                reasons.insert((slot / REASONS, slot % REASONS), sum);
+            }
+        })?;
+        Ok(reasons)
+    }
+
+    /// Established flows by service and backend number: opened less closed less expired.
+    ///
+    /// # Errors
+    /// Where a map cannot be read.
+    pub fn flow_counts(&self) -> Result<FlowCounts, PortError> {
+        let active = |stats: BTreeMap<u32, ServiceStats>, expired: BTreeMap<u32, u64>| {
+            let active = |number: &u32, stats: &ServiceStats| {
+                let gone = stats.closed.saturating_add(expired.get(number).copied().unwrap_or(0));
+                stats.opened.saturating_sub(gone)
+            };
+            stats.iter().map(|(number, stats)| (*number, active(number, stats))).collect()
+        };
+        Ok(FlowCounts {
+            services: active(self.service_stats()?, self.array(name::SERVICE_EXPIRED)?),
+            backends: active(self.backend_stats()?, self.array(name::BACKEND_EXPIRED)?),
+        })
+    }
+
+    /// Counts a map's entries page by page.
+    ///
+    /// # Errors
+    /// Where the map cannot be read.
+    pub fn count(&self, map: &str) -> Result<u64, PortError> {
+        let reader = self.reader(map)?;
+        let (mut cursor, mut entries) = (Cursor::default(), 0_u64);
+        while !cursor.is_finished() {
+            let page = reader.page(&mut cursor, 4096)?;
+            entries += (page.keys.len() / reader.shape.key.max(1)) as u64;
+        }
+        Ok(entries)
+    }
+
+    fn stats(&self, map: &str) -> Result<BTreeMap<u32, ServiceStats>, PortError> {
+        let reader = self.reader(map)?;
+        let mut all = BTreeMap::new();
+        reader.for_each(|key, value| {
+            let Some(number) = from_bytes::<u32>(key) else { return };
+            let sum = per_cpu::<ServiceStats>(value, reader.cpus).fold(ServiceStats::default(), add);
+            if sum != ServiceStats::default() {
+                all.insert(number, sum);
+            }
+        })?;
+        Ok(all)
+    }
+
+    fn capacity(&self, map: &str) -> Result<u32, PortError> {
+        let info = self.reader(map)?.data().info();
+        Ok(info.map_err(|error| PortError::new(format!("map {map}"), error))?.max_entries())
+    }
+
+    fn array<V: aya::Pod>(&self, map: &str) -> Result<BTreeMap<u32, V>, PortError> {
+        self.hash(map)
+    }
+
+    fn hash<K: aya::Pod + Ord, V: aya::Pod>(&self, map: &str) -> Result<BTreeMap<K, V>, PortError> {
+        let mut all = BTreeMap::new();
+        self.reader(map)?.for_each(|key, value| {
+            if let (Some(key), Some(value)) = (from_bytes(key), from_bytes(value)) {
+                all.insert(key, value);
+            }
+        })?;
+        Ok(all)
+    }
+
+    fn labels(&self) -> Result<BTreeMap<u32, String>, PortError> {
+        let labels = self.array::<[u8; 64]>(name::SERVICE_LABELS)?;
+        Ok(labels.into_iter().map(|(number, bytes)| (number, label_text(&bytes))).collect())
+    }
+
+    fn filter(&self) -> Result<FilterBits, PortError> {
+        let bytes = self.reader(name::ADDRESS_FILTER)?.get(&0_u32.to_ne_bytes())?.unwrap_or_default();
+        let words: Vec<u64> = bytes.as_chunks::<8>().0.iter().map(|word| u64::from_ne_bytes(*word)).collect();
+        let bits = |words: &[u64]| {
+            let set = (0_u32..).zip(words).flat_map(|(index, word)| {
+                (0..64).filter(move |bit| word & (1 << bit) != 0).map(move |bit| index * 64 + bit)
+            });
+            set.collect()
+        };
+        let (destinations, sources) = words.split_at(words.len().min(filter::WORDS));
+        Ok(FilterBits { destinations: bits(destinations), sources: bits(sources) })
+    }
+
+    fn region(&self, first_chunk: u32) -> Result<Option<Region>, PortError> {
+        let reader = self.reader(name::SELECTION)?;
+        let mut failure = None;
+        let region = selection::decode(first_chunk, |number| match reader.get(&number.to_ne_bytes()) {
+            Ok(bytes) => bytes.and_then(|bytes| from_bytes::<Chunk>(&bytes)),
+            Err(error) => {
+                failure = Some(error);
+                None
+            }
+        });
+        failure.map_or(Ok(region), Err)
+    }
+
+    /// The value of one key of a hash, for point lookups.
+    ///
+    /// # Errors
+    /// Where the map cannot be read.
+    pub fn lookup<K: aya::Pod, V: aya::Pod>(&self, map: &str, key: &K) -> Result<Option<V>, PortError> {
+        Ok(self.reader(map)?.get(&to_bytes(key))?.and_then(|bytes| from_bytes(&bytes)))
+    }
+}
+
+/// The key of the frontend or backend that a services or backends element is about.
+pub fn key_of(address: u32, port: u16, protocol: u8) -> ServiceKeyV4 {
+    ServiceKeyV4 { address, port, protocol, _pad: 0 }
+}
+
+/// The values of all CPUs in a per-CPU map's element.
+pub fn per_cpu<V: aya::Pod>(value: &[u8], cpus: usize) -> impl Iterator<Item = V> {
+    let each = value.len() / cpus.max(1);
+    value.chunks_exact(each.max(1)).filter_map(from_bytes)
+}
+
+fn add(a: ServiceStats, b: ServiceStats) -> ServiceStats {
+    ServiceStats {
+        packets_in: a.packets_in.wrapping_add(b.packets_in),
+        bytes_in: a.bytes_in.wrapping_add(b.bytes_in),
+        packets_out: a.packets_out.wrapping_add(b.packets_out),
+        bytes_out: a.bytes_out.wrapping_add(b.bytes_out),
+        half_opened: a.half_opened.wrapping_add(b.half_opened),
+        opened: a.opened.wrapping_add(b.opened),
+        closed: a.closed.wrapping_add(b.closed),
+    }
+}
+
+/// The text of a zero-padded label.
+pub fn label_text(bytes: &[u8; 64]) -> String {
+    let length = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
+    String::from_utf8_lossy(bytes.get(..length).unwrap_or_default()).into_owned()
+}
+
+/// A text as a label: cut at 64 bytes, between characters.
+pub fn label_bytes(text: &str) -> [u8; 64] {
+    let mut bytes = [0; 64];
+    let mut end = text.len().min(64);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    for (to, from) in bytes.iter_mut().zip(text.as_bytes().iter().take(end)) {
+        *to = *from;
+    }
+    bytes
+}
