@@ -40,6 +40,8 @@ use crate::{
 
 /// How often host settings are looked at again, neighbours re-read and failed attachments retried.
 const HOUSEKEEPING: Duration = Duration::from_secs(2);
+/// Entries looked at in one step of the sweep: the default table in 16 s.
+const SWEEP_BUDGET: usize = 8192;
 /// Between two steps of the sweep over established flows.
 const SWEEP_STEP: Duration = Duration::from_millis(250);
 
@@ -230,8 +232,7 @@ impl Daemon {
     }
 
     async fn refresh_kernel_prefixes(&mut self) {
-        self.world.kernel_prefixes =
-            self.fib.kernel_prefixes().await.into_iter().map(|(prefix, _)| prefix).collect();
+        self.world.kernel_prefixes = self.fib.kernel_prefixes().await.into_iter().map(|(prefix, _)| prefix).collect();
     }
 
     /// Asks the kernel which of our addresses it would use towards each backend, and has the way there resolved.
@@ -319,7 +320,7 @@ impl Daemon {
     }
 
     fn sweep(&mut self) {
-        if let Err(error) = self.sweeper.step() {
+        if let Err(error) = self.sweeper.step(SWEEP_BUDGET) {
             warn!(%error, "idle flows could not be swept");
         }
     }

@@ -1,12 +1,16 @@
 //! `edge-ctl`: wires the library's layers together and leaves.
 
-use std::{path::Path, process::ExitCode, thread::available_parallelism};
+use std::{io::IsTerminal as _, path::Path, process::ExitCode, thread::available_parallelism};
 
 use edge_ctl::{
     cli::{self, CheckedConfig, Exit, KernelViews, Wiring},
     config::{self, lint, memory},
+    daemon,
+    datapath::{answer::answer_from_pins, kernel_view::KernelView, object::EBPF_OBJECT},
     model::query::{Answer, Query, ViewError},
+    reconcile::ports::PortError,
 };
+use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
     let wiring = Wiring { run: &run, check: &check, kernel: &Pins };
@@ -14,12 +18,21 @@ fn main() -> ExitCode {
 }
 
 fn run(file: &Path) -> Exit {
-    if let Err(error) = config::load(file) {
-        eprintln!("{error}");
-        return Exit::Usage;
+    logging();
+    match daemon::run(file) {
+        Ok(()) => Exit::Ok,
+        Err(error) => {
+            eprintln!("edge-ctl: {error}");
+            if matches!(error, daemon::StartError::Config(_)) { Exit::Usage } else { Exit::Error }
+        }
     }
-    eprintln!("edge-ctl: this build has no daemon");
-    Exit::Error
+}
+
+/// Log lines on standard error, `RUST_LOG` as filter; without colours where it is not a terminal (journald, files).
+fn logging() {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let ansi = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(ansi).init();
 }
 
 fn check(file: &Path) -> Result<CheckedConfig, Vec<String>> {
@@ -56,7 +69,8 @@ fn possible_cpus() -> u32 {
 struct Pins;
 
 impl KernelViews for Pins {
-    fn answer(&self, pins: &Path, _query: &Query) -> Result<Answer, ViewError> {
-        Err(ViewError::Unavailable(format!("this build cannot read the pins below {}", pins.display())))
+    fn answer(&self, pins: &Path, query: &Query) -> Result<Answer, ViewError> {
+        let unreadable = |error: PortError| ViewError::Unavailable(error.to_string());
+        answer_from_pins(&KernelView::open(pins, EBPF_OBJECT).map_err(unreadable)?, query)
     }
 }

@@ -1,15 +1,19 @@
 //! Start-up: everything that can be refused is refused before anything is changed.
 
 use std::{
+    net::IpAddr,
     path::Path,
     sync::{Arc, Mutex},
     time::Instant,
 };
 
+use edge_common::maglev::{self, Candidate};
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
-use super::{Daemon, Inbox, Shared, announcer::Announcer, dns_sources, host_problems, views::DaemonViews, world::World};
+use super::{
+    Daemon, Inbox, Shared, announcer::Announcer, dns_sources, host_problems, views::DaemonViews, world::World,
+};
 use crate::{
     api,
     bgp::{self, BgpError},
@@ -21,6 +25,7 @@ use crate::{
     },
     desired::DesiredState,
     fib::{self, FibError, FibOptions},
+    model::PoolMember,
     notify,
     reconcile::{
         actor::{Intervals, Reconciler, ReconcilerStatus},
@@ -86,7 +91,7 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
     let reconciler = Reconciler::new(
         datapath.port()?,
         Announcer::spawn(bgp.clone()),
-        crate::datapath::selection::filler(),
+        maglev_filler(datapath.seed()?),
         Intervals::default(),
     )?;
     let mut world = World::new(reconciler.adopted(), fib.stale().await);
@@ -121,8 +126,7 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
         let _ = stopped.await;
     }));
     tokio::spawn(reconciler.run(desired_inbox, status));
-    let daemon =
-        Daemon { config, world, shared, desired, next_hops, sweeper, fib, bgp, dns, held: Default::default() };
+    let daemon = Daemon { config, world, shared, desired, next_hops, sweeper, fib, bgp, dns, held: Default::default() };
     daemon.attach();
     tokio::spawn(announce_readiness(reconciler_status));
     let inbox = Inbox { bgp: bgp_inbox, fib: fib_inbox, pools: pool_inbox, requests: request_inbox };
@@ -132,6 +136,23 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
         warn!(%error, "the API stopped badly");
     }
     Ok(result?)
+}
+
+/// Fills Maglev tables: the same on every edge that has the seed, whatever numbers it gives its backends.
+fn maglev_filler(seed: [u64; 2]) -> Box<dyn Fn(&[PoolMember]) -> Vec<u16> + Send> {
+    Box::new(move |pool| {
+        let candidates: Vec<Candidate> = pool.iter().map(candidate).collect();
+        maglev::fill(seed, &candidates, maglev::table_len(candidates.len()))
+    })
+}
+
+fn candidate(member: &PoolMember) -> Candidate {
+    let port = u64::from(member.address.port());
+    let identity = match member.address.ip() {
+        IpAddr::V4(address) => u64::from(u32::from(address)) << 16 | port,
+        IpAddr::V6(address) => (address.to_bits() as u64) ^ (address.to_bits() >> 64) as u64 ^ port << 48,
+    };
+    Candidate { identity, weight: u32::from(member.weight) }
 }
 
 /// Tells the service manager once the maps first hold the desired state.

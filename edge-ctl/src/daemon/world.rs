@@ -24,6 +24,8 @@ pub struct World {
     with_stale: RouteSet,
     /// False until BGP has converged.
     pub routes_settled: bool,
+    /// True while the program is attached to every configured interface.
+    pub datapath_ready: bool,
     /// Connected and static prefixes of the kernel.
     pub kernel_prefixes: Vec<IpNet>,
     /// Our own address towards each backend address.
@@ -88,6 +90,7 @@ impl World {
                 snat_sources: &self.snat_sources,
                 adopted: &self.adopted,
                 routes_settled: self.routes_settled,
+                datapath_ready: self.datapath_ready,
             },
         )
     }
@@ -96,8 +99,5 @@ impl World {
 /// Node names by BGP next hop: the description of the peer with that address.
 fn node_names(config: &Config) -> BTreeMap<IpAddr, String> {
     let peers = config.bgp.iter().flat_map(|bgp| bgp.peers.values());
-    peers
-        .filter(|peer| !peer.description.is_empty())
-        .map(|peer| (peer.address, peer.description.clone()))
-        .collect()
+    peers.filter(|peer| !peer.description.is_empty()).map(|peer| (peer.address, peer.description.clone())).collect()
 }

@@ -380,6 +380,12 @@ impl PortError {
     }
 }
 
+impl From<PortError> for crate::model::query::ViewError {
+    fn from(error: PortError) -> Self {
+        Self::Internal(error.to_string())
+    }
+}
+
 /// The datapath's maps.
 pub trait DatapathPort: Send {
     /// Reads everything that [`DatapathState`] holds, but for `announced`.

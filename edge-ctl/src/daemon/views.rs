@@ -1,0 +1,248 @@
+//! What the API shows: rows out of the maps, completed with what only the daemon knows.
+
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::interval,
+};
+use tracing::warn;
+
+use super::{Request, SharedState, lock};
+use crate::{
+    api::{BoxFuture, Views},
+    bgp::BgpHandle,
+    config,
+    datapath::{
+        answer::answer_from_pins,
+        kernel_view::{KernelView, Rates},
+    },
+    desired::{DesiredBackend, DesiredState},
+    fib::FibHandle,
+    model::{
+        Frontend, Protocol,
+        query::{Answer, ConfigRow, Query, ViewError},
+        view::{BackendRow, ServiceRow, StatusRow},
+    },
+    reconcile::{actor::ReconcilerStatus, ports::PortError},
+    sources::dns::DnsHandle,
+};
+
+/// Between two samples of the counters behind the rates.
+const SAMPLE: Duration = Duration::from_secs(1);
+
+/// Rows of the newest sample; only their rates are used.
+type Sampled = Arc<Mutex<(Vec<ServiceRow>, Vec<BackendRow>)>>;
+
+/// Answers the API's questions.
+pub struct DaemonViews {
+    shared: SharedState,
+    fib: FibHandle,
+    bgp: Option<BgpHandle>,
+    dns: DnsHandle,
+    reconciler: watch::Receiver<ReconcilerStatus>,
+    requests: mpsc::Sender<Request>,
+    kernel: Arc<KernelView>,
+    sampled: Sampled,
+}
+
+impl DaemonViews {
+    /// Opens the maps for reading and starts sampling their counters.
+    ///
+    /// # Errors
+    /// Where a map cannot be opened.
+    pub fn new(
+        shared: SharedState,
+        fib: FibHandle,
+        bgp: Option<BgpHandle>,
+        dns: DnsHandle,
+        reconciler: watch::Receiver<ReconcilerStatus>,
+        requests: mpsc::Sender<Request>,
+    ) -> Result<Self, PortError> {
+        let kernel = Arc::new(lock(&shared).datapath.view()?);
+        let sampled = Sampled::default();
+        tokio::spawn(sample(Arc::clone(&kernel), Arc::clone(&sampled)));
+        Ok(Self { shared, fib, bgp, dns, reconciler, requests, kernel, sampled })
+    }
+
+    async fn answer_one(&self, query: Query) -> Result<Answer, ViewError> {
+        let bgp =
+            || self.bgp.as_ref().ok_or_else(|| ViewError::NotFound("there is no [bgp] in the configuration".into()));
+        Ok(match query {
+            Query::Status => Answer::Status(Box::new(self.status().await?)),
+            Query::Services => Answer::Services(self.services()?),
+            Query::Backends => Answer::Backends(self.backends()?),
+            Query::Dns => Answer::Dns(self.dns.rows()),
+            Query::BgpPeers => Answer::BgpPeers(match &self.bgp {
+                Some(bgp) => bgp.summary().await,
+                None => Vec::new(),
+            }),
+            Query::BgpRoutes => Answer::BgpRoutes(bgp()?.routes().await),
+            Query::BgpReceived(peer) => Answer::BgpRoutes(self.peer(peer).await?.received(peer).await),
+            Query::BgpAdvertised(peer) => Answer::BgpRoutes(self.peer(peer).await?.advertised(peer).await),
+            Query::Routes => Answer::Routes(self.fib.routes().await),
+            Query::Xdp => Answer::Xdp(lock(&self.shared).datapath.xdp_rows()),
+            Query::Config => Answer::Config(self.config()?),
+            Query::Reload => return self.reload().await,
+            Query::Flows { .. } | Query::Maps | Query::Map { .. } | Query::Reasons => {
+                answer_from_pins(&self.kernel, &query)?
+            }
+        })
+    }
+
+    async fn peer(&self, peer: std::net::IpAddr) -> Result<&BgpHandle, ViewError> {
+        let unknown = || ViewError::NotFound(format!("there is no BGP peer {peer}"));
+        let known = lock(&self.shared).config.0.bgp.as_ref().is_some_and(|bgp| bgp.peers.contains_key(&peer));
+        self.bgp.as_ref().filter(|_| known).ok_or_else(unknown)
+    }
+
+    fn services(&self) -> Result<Vec<ServiceRow>, ViewError> {
+        let mut rows = self.kernel.service_rows()?;
+        let (desired, age) = {
+            let shared = lock(&self.shared);
+            (shared.desired.clone(), shared.started.elapsed().as_secs())
+        };
+        let sampled = self.sampled.lock().unwrap_or_else(PoisonError::into_inner);
+        for row in &mut rows {
+            row.age = age;
+            if let Some(sample) = sampled.0.iter().find(|sample| (&sample.vip, &sample.proto) == (&row.vip, &row.proto))
+            {
+                (row.conn_s, row.rx_s, row.tx_s) = (sample.conn_s, sample.rx_s, sample.tx_s);
+            }
+            let Some(frontend) = frontend(&row.vip, &row.proto).and_then(|key| desired.frontends.get(&key)) else {
+                continue;
+            };
+            row.announced = frontend.announced.to_string();
+            if let Some(pool) = &frontend.pool {
+                row.backends = format!("{}/{}", frontend.eligible(), pool.len());
+            }
+        }
+        Ok(rows)
+    }
+
+    fn backends(&self) -> Result<Vec<BackendRow>, ViewError> {
+        let mut rows = self.kernel.backend_rows()?;
+        let desired = lock(&self.shared).desired.clone();
+        let sampled = self.sampled.lock().unwrap_or_else(PoisonError::into_inner);
+        for row in &mut rows {
+            let same = |sample: &&BackendRow| {
+                (&sample.service, &sample.vip, &sample.backend) == (&row.service, &row.vip, &row.backend)
+            };
+            if let Some(sample) = sampled.1.iter().find(same) {
+                row.conn_s = sample.conn_s;
+            }
+            let Some(backend) = desired_backend(&desired, row) else { continue };
+            backend.source.clone_into(&mut row.source);
+            if let Some(node) = &backend.node {
+                row.node.clone_from(node);
+            }
+            if let Some(excluded) = &backend.excluded {
+                row.state = excluded.to_string();
+            }
+        }
+        Ok(rows)
+    }
+
+    fn config(&self) -> Result<ConfigRow, ViewError> {
+        let (file, age) = {
+            let shared = lock(&self.shared);
+            (shared.file.clone(), shared.config.1.elapsed().as_secs())
+        };
+        let texts = config::read_texts(&file).map_err(|error| ViewError::Invalid(error.lines()))?;
+        let text = texts.into_iter().map(|(_, text)| text).collect::<Vec<_>>().join("\n");
+        Ok(ConfigRow { file: file.display().to_string(), age, text })
+    }
+
+    async fn reload(&self) -> Result<Answer, ViewError> {
+        let gone = || ViewError::Unavailable("the daemon is stopping".into());
+        let (reply, answer) = oneshot::channel();
+        self.requests.send(Request::Reload(reply)).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?.map(Answer::Reloaded)
+    }
+
+    async fn status(&self) -> Result<StatusRow, ViewError> {
+        let services = self.services()?;
+        let backends = self.backends()?;
+        let peers = match &self.bgp {
+            Some(bgp) => bgp.summary().await,
+            None => Vec::new(),
+        };
+        let prefixes = match &self.bgp {
+            Some(bgp) => bgp.routes().await.iter().filter(|route| route.status.contains('>')).count(),
+            None => 0,
+        };
+        let fib = self.fib.status().await;
+        let reconciler = self.reconciler.borrow().clone();
+        let shared = lock(&self.shared);
+        let mut problems = shared.problems.clone();
+        problems.extend(reconciler.error.clone());
+        problems.extend(reconciler.problems.clone());
+        problems.extend(fib.dump_error.clone());
+        problems.extend(fib.errors.iter().map(|(prefix, error)| format!("route {prefix}: {error}")));
+        let down = |row: &&crate::model::view::BgpPeerRow| row.state != "Established";
+        problems.extend(peers.iter().filter(down).map(|row| format!("BGP peer {} is {}", row.neighbor, row.state)));
+        let empty = services.iter().filter(|row| row.backends.starts_with("0/"));
+        problems.extend(empty.map(|row| format!("service {} ({}) has no eligible backend", row.name, row.vip)));
+        let attached = shared.datapath.xdp_rows().iter().filter(|row| row.program.is_some()).count();
+        Ok(StatusRow {
+            state: if problems.is_empty() { "ok" } else { "degraded" }.to_owned(),
+            problems,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            uptime: shared.started.elapsed().as_secs(),
+            config: shared.file.display().to_string(),
+            services: services.len() as u64,
+            backends_eligible: backends.iter().filter(|row| row.state == "up").count() as u64,
+            backends: backends.len() as u64,
+            peers_established: peers.iter().filter(|row| row.state == "Established").count() as u64,
+            peers: peers.len() as u64,
+            prefixes: prefixes as u64,
+            flows: services.iter().map(|row| row.active).sum(),
+            attached: attached as u64,
+            map_writes: reconciler.map_writes + shared.datapath.writes(),
+            actions: reconciler.actions,
+        })
+    }
+}
+
+impl Views for DaemonViews {
+    fn answer(&self, query: Query) -> BoxFuture<'_, Result<Answer, ViewError>> {
+        Box::pin(self.answer_one(query))
+    }
+}
+
+/// The frontend that a row is about.
+fn frontend(vip: &str, protocol: &str) -> Option<Frontend> {
+    let protocol = match protocol {
+        "tcp" => Protocol::Tcp,
+        "udp" => Protocol::Udp,
+        _ => return None,
+    };
+    Some(Frontend { address: vip.parse().ok()?, protocol })
+}
+
+/// What is wanted of a row's backend; `None`: it has left the pool and only drains.
+fn desired_backend<'a>(desired: &'a DesiredState, row: &BackendRow) -> Option<&'a DesiredBackend> {
+    let (vip, backend): (SocketAddr, SocketAddr) = (row.vip.parse().ok()?, row.backend.parse().ok()?);
+    let mine = desired.frontends.iter().filter(|(key, frontend)| key.address == vip && frontend.service == row.service);
+    mine.flat_map(|(_, frontend)| frontend.pool.iter().flatten()).find(|candidate| candidate.address == backend)
+}
+
+/// Keeps the rates fresh.
+async fn sample(kernel: Arc<KernelView>, sampled: Sampled) {
+    let (mut rates, start, mut tick) = (Rates::default(), Instant::now(), interval(SAMPLE));
+    loop {
+        tick.tick().await;
+        match (kernel.service_rows(), kernel.backend_rows()) {
+            (Ok(mut services), Ok(mut backends)) => {
+                rates.sample(start.elapsed().as_secs_f64(), &mut services, &mut backends);
+                *sampled.lock().unwrap_or_else(PoisonError::into_inner) = (services, backends);
+            }
+            (Err(error), _) | (_, Err(error)) => warn!(%error, "the counters could not be read"),
+        }
+    }
+}

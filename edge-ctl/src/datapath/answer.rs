@@ -1,0 +1,50 @@
+//! The pins' answers to the questions that users ask, for `--kernel` and for the daemon's own API.
+
+use edge_common::maps::name;
+use serde_json::Value;
+
+use super::kernel_view::KernelView;
+use crate::model::query::{Answer, MapEntryRow, Query, ReasonRow, ViewError};
+
+/// Answers a question from the maps alone.
+///
+/// # Errors
+/// [`ViewError::Unavailable`] for what only the daemon knows; [`ViewError::NotFound`] for a map there is not.
+pub fn answer_from_pins(view: &KernelView, query: &Query) -> Result<Answer, ViewError> {
+    let only_daemon = |what: &str| ViewError::Unavailable(format!("{what} is known to the running daemon only"));
+    Ok(match query {
+        Query::Services => Answer::Services(view.service_rows()?),
+        Query::Backends => Answer::Backends(view.backend_rows()?),
+        Query::Flows { service, limit } => Answer::Flows(view.flow_rows(service.as_deref(), *limit)?),
+        Query::Maps => Answer::Maps(view.map_rows()?),
+        Query::Map { name, limit } => {
+            if !name::ALL.contains(&name.to_ascii_uppercase().as_str()) {
+                return Err(ViewError::NotFound(format!("there is no map `{name}`; `map list` names them")));
+            }
+            Answer::MapEntries(view.dump(name, *limit)?.iter().map(entry).collect())
+        }
+        Query::Xdp => Answer::Xdp(view.xdp_rows()?),
+        Query::Reasons => {
+            let row = |(service, reason, dropped, packets): (String, &str, bool, u64)| ReasonRow {
+                service,
+                reason: reason.to_owned(),
+                action: if dropped { "drop" } else { "pass" }.to_owned(),
+                packets,
+            };
+            Answer::Reasons(view.reasons()?.into_iter().map(row).collect())
+        }
+        Query::Status => return Err(only_daemon("the status")),
+        Query::Dns => return Err(only_daemon("what DNS answered")),
+        Query::BgpPeers | Query::BgpRoutes | Query::BgpReceived(_) | Query::BgpAdvertised(_) => {
+            return Err(only_daemon("the state of BGP"));
+        }
+        Query::Routes => return Err(only_daemon("which routes are BGP's")),
+        Query::Config => return Err(only_daemon("the configuration in force")),
+        Query::Reload => return Err(ViewError::Unavailable("a reload needs the running daemon".to_owned())),
+    })
+}
+
+fn entry(dumped: &Value) -> MapEntryRow {
+    let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    MapEntryRow { key: text(&dumped["key"]), value: text(&dumped["value"]) }
+}
