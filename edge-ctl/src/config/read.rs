@@ -136,6 +136,25 @@ impl<'a> Section<'a> {
         Some(nodes.iter().filter_map(|node| self.element(key, node, expected, &parse)).collect())
     }
 
+    /// [`Section::list`], which must be there and not be empty. An array whose elements were all refused is not missing.
+    pub fn required_list<T>(
+        &self,
+        key: &'static str,
+        expected: &str,
+        example: &str,
+        parse: impl Fn(&str) -> Result<T, String>,
+    ) -> Vec<At<T>> {
+        let is_empty = match self.get(key).map(|node| &node.value) {
+            None => true,
+            Some(Value::Array(nodes)) => nodes.is_empty(),
+            Some(_) => false,
+        };
+        if is_empty {
+            self.missing(key, example);
+        }
+        self.list(key, expected, parse).unwrap_or_default()
+    }
+
     pub fn integer(&self, key: &'static str, range: RangeInclusive<u32>) -> Option<u32> {
         let node = self.get(key)?;
         let expected = format!("a number from {} to {}", range.start(), range.end());
@@ -252,7 +271,7 @@ pub(super) fn not_yet(what: &str) -> String {
 
 /// The candidate nearest to `word`, if one is near enough to be meant.
 pub(super) fn nearest<'c>(word: &str, candidates: impl Iterator<Item = &'c str>) -> Option<&'c str> {
-    let bound = (word.chars().count() / 3).max(2);
+    let bound = (word.chars().count() / 3).max(1);
     candidates
         .map(|candidate| (distance(word, candidate), candidate))
         .filter(|(distance, candidate)| *distance <= bound && *distance < candidate.chars().count())
@@ -260,24 +279,24 @@ pub(super) fn nearest<'c>(word: &str, candidates: impl Iterator<Item = &'c str>)
         .map(|(_, candidate)| candidate)
 }
 
-/// Levenshtein distance.
+/// Edits between two words: insertions, deletions, substitutions, and swaps of neighbours.
 fn distance(a: &str, b: &str) -> usize {
+    let a: Vec<char> = a.chars().collect();
     let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = i;
-        let mut left = i + 1;
-        for (cell, y) in row.iter_mut().skip(1).zip(&b) {
-            let substituted = diagonal + usize::from(x != *y);
-            diagonal = *cell;
-            left = substituted.min(left + 1).min(diagonal + 1);
-            *cell = left;
+    let mut before: Vec<usize> = Vec::new();
+    let mut above: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.iter().enumerate() {
+        let mut row = vec![i + 1];
+        for (j, y) in b.iter().enumerate() {
+            let mut best = (above[j] + usize::from(x != y)).min(above[j + 1] + 1).min(row[j] + 1);
+            if i > 0 && j > 0 && *x == b[j - 1] && a[i - 1] == *y {
+                best = best.min(before[j - 1] + 1);
+            }
+            row.push(best);
         }
-        if let Some(first) = row.first_mut() {
-            *first = i + 1;
-        }
+        before = std::mem::replace(&mut above, row);
     }
-    row.last().copied().unwrap_or(0)
+    above.last().copied().unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -297,5 +316,6 @@ mod tests {
         assert_eq!(distance("kitten", "sitting"), 3);
         assert_eq!(distance("", "abc"), 3);
         assert_eq!(distance("abc", "abc"), 0);
+        assert_eq!(distance("bpg", "bgp"), 1);
     }
 }
