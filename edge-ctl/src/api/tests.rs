@@ -270,6 +270,7 @@ fn metrics_over_http_are_openmetrics_and_nothing_there_changes_anything() {
         "edge_service_bytes_total{service=\"web\",vip=\"172.16.1.88:80\",proto=\"tcp\",direction=\"in\"} 1000",
         "edge_bgp_peer_up{peer=\"172.16.1.80\",asn=\"64512\",description=\"\"} 1",
         "edge_reasons_total{service=\"-\",reason=\"no-flow\",action=\"pass\"} 4",
+        "edge_dns_addresses{name=\"web.\\\"prod\\\".local\",type=\"A\",resolver=\"\"} 0",
         "edge_route_missing 1",
         "edge_build_info{version=\"0.1.0\"} 1",
         "edge_reconcile_writes_total 7",
