@@ -61,3 +61,16 @@ fn the_unit_has_exactly_the_four_capabilities_and_no_root() {
     assert_eq!((value("Type"), value("User")), ("notify".into(), "edge".into()));
     assert!(!text.lines().any(|line| line.starts_with("Before=")));
 }
+
+#[test]
+fn the_sysctls_are_those_that_forwarding_needs() {
+    let text = fs::read_to_string(deploy().join("sysctl.d/edge.conf")).unwrap();
+    let lines: Vec<&str> = text.lines().filter(|line| !line.is_empty() && !line.starts_with('#')).collect();
+    let expected = [
+        "net.ipv4.ip_forward = 1",
+        "net.ipv4.conf.all.accept_local = 1",
+        "net.ipv4.conf.all.rp_filter = 2",
+        "net.ipv4.conf.default.rp_filter = 2",
+    ];
+    assert_eq!(lines, expected);
+}

@@ -247,6 +247,16 @@ fn a_stale_socket_is_replaced_and_a_living_one_is_not() {
 }
 
 #[test]
+fn a_daemon_that_ends_leaves_the_socket_of_its_successor_alone() {
+    let mut served = Served::start();
+    let socket = served.socket();
+    std::fs::remove_file(&socket).unwrap();
+    let _successor = StdListener::bind(&socket).unwrap();
+    served.stop().unwrap();
+    assert!(socket.exists());
+}
+
+#[test]
 fn a_taken_http_address_is_named_and_no_socket_is_left_behind() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap();

@@ -23,13 +23,15 @@ impl Report {
         self.problems.borrow().is_empty()
     }
 
-    /// In the order of lines within a file; files stay in the order in which they were read.
+    /// In the order of files and lines, each once.
     pub fn into_problems(self) -> Vec<Problem> {
         let mut problems = self.problems.into_inner();
         let mut files: Vec<_> = problems.iter().map(|problem| problem.file.clone()).collect();
         files.sort();
         files.dedup();
         problems.sort_by_key(|problem| (files.binary_search(&problem.file).ok(), problem.line));
+        // A fault of a group is found again for each of its peers.
+        problems.dedup();
         problems
     }
 }

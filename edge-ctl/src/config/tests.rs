@@ -345,3 +345,40 @@ fn what_is_probably_not_meant_is_a_warning() {
     assert!(warnings.contains("[resolver.kube-dns]: no service uses it"), "{warnings}");
     assert!(lint::warnings(&ok(EXAMPLE)).is_empty(), "{:?}", lint::warnings(&ok(EXAMPLE)));
 }
+
+#[test]
+fn a_fault_of_a_group_is_told_once_however_many_peers_it_has() {
+    let text = format!(
+        "{BASE}[bgp.group.g]\nremote_asn = 1\ntimers = {{ keepalive = \"9s\", hold = \"9s\" }}\n\
+         [[bgp.peer]]\naddress = \"192.0.2.1\"\ngroup = \"g\"\n[[bgp.peer]]\naddress = \"192.0.2.2\"\ngroup = \"g\"\n"
+    );
+    let faults: Vec<String> = faults(&text).into_iter().filter(|fault| fault.contains("lose the session")).collect();
+    assert_eq!(faults.len(), 1, "{faults:#?}");
+    assert!(faults[0].starts_with("edge.toml:14: "), "{faults:#?}");
+}
+
+/// Values of every kind and many wrong ones, for keys of every table.
+fn any_document() -> impl proptest::strategy::Strategy<Value = String> {
+    use proptest::prelude::*;
+    let keys = "(edge|api|bgp|log|service|resolver|asn|router_id|peer|group|address|import|timers|hold|keepalive|listen|\
+                backends|static|dns|port|record|announce|snat|ports|addresses|valid|servers|interfaces|tables|x)";
+    let values = "(1|-1|0|99999999999999999999|1.5|true|1979-05-27|\"\"|\"10.1.0.0/16\"|\"10s\"|\"::1\"|\"10.1.0.4:80/tcp\"|\
+                  \\[\\]|\\[1, \"a\"\\]|\\[\"10.1.0.0/16 le 32\"\\]|\\{\\}|\\{ static = \\[\"10.1.0.4:80\"\\] \\}|\\{ hold = \"1s\" \\}|\\[\\{\\}\\])";
+    let line = prop_oneof![
+        (keys, values).prop_map(|(key, value)| format!("{key} = {value}\n")),
+        keys.prop_map(|key| format!("[{key}]\n")),
+        (keys, keys).prop_map(|(table, key)| format!("[{table}.{key}]\n")),
+        (keys, keys).prop_map(|(table, key)| format!("[[{table}.{key}]]\n")),
+        "\\PC{0,20}\n".prop_map(String::from),
+    ];
+    proptest::collection::vec(line, 0..20).prop_map(|lines| lines.concat())
+}
+
+proptest::proptest! {
+    #[test]
+    fn no_text_makes_the_reader_panic_and_every_refusal_names_a_fault(text in any_document()) {
+        if let Err(error) = parse(&text, Path::new("edge.toml")) {
+            proptest::prop_assert!(!error.problems.is_empty());
+        }
+    }
+}
