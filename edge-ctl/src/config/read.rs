@@ -11,12 +11,14 @@ use super::{
 /// Faults found so far.
 #[derive(Debug, Default)]
 pub(super) struct Report {
-    problems: RefCell<Vec<Problem>>,
+    /// With the rank of the file.
+    problems: RefCell<Vec<(usize, Problem)>>,
 }
 
 impl Report {
     pub fn add(&self, at: &Place, message: String) {
-        self.problems.borrow_mut().push(Problem { file: at.file.as_ref().clone(), line: at.line, message });
+        let problem = Problem { file: at.file.as_ref().clone(), line: at.line, message };
+        self.problems.borrow_mut().push((at.rank, problem));
     }
 
     pub fn is_empty(&self) -> bool {
@@ -26,13 +28,10 @@ impl Report {
     /// In the order of files and lines, each once.
     pub fn into_problems(self) -> Vec<Problem> {
         let mut problems = self.problems.into_inner();
-        let mut files: Vec<_> = problems.iter().map(|problem| problem.file.clone()).collect();
-        files.sort();
-        files.dedup();
-        problems.sort_by_key(|problem| (files.binary_search(&problem.file).ok(), problem.line));
+        problems.sort_by_key(|(rank, problem)| (*rank, problem.line));
         // A fault of a group is found again for each of its peers.
         problems.dedup();
-        problems
+        problems.into_iter().map(|(_, problem)| problem).collect()
     }
 }
 
@@ -191,15 +190,18 @@ impl<'a> Section<'a> {
         self.section(key, node)
     }
 
-    /// The tables of `[key.NAME]`, by name.
+    /// The tables of `[key.NAME]`, in the order in which they stand in the files, so that of two that exclude each other
+    /// the later one is at fault.
     pub fn named(&self, key: &'static str) -> Vec<(&'a str, Section<'a>)> {
         let Some(node) = self.get(key) else { return Vec::new() };
         let Value::Table(tables) = &node.value else {
             self.wrong_kind(key, node, &format!("tables `[{key}.NAME]`"));
             return Vec::new();
         };
+        let mut tables: Vec<_> = tables.iter().collect();
+        tables.sort_by_key(|(_, node)| (node.at.rank, node.at.line));
         tables
-            .iter()
+            .into_iter()
             .filter_map(|(name, node)| {
                 let section = self.section(&format!("{key}.{name}"), node)?;
                 Some((name.as_str(), section))

@@ -193,7 +193,7 @@ fn what_this_version_cannot_do_is_refused_and_not_ignored() {
 #[test]
 fn two_services_on_one_listen_address_are_refused_with_both_lines() {
     let text =
-        format!("{BASE}[service.zzz]\nlisten = [\"172.16.1.88:80\"]\nbackends = {{ static = [\"10.1.0.5:80\"] }}\n");
+        format!("{BASE}[service.api]\nlisten = [\"172.16.1.88:80\"]\nbackends = {{ static = [\"10.1.0.5:80\"] }}\n");
     let faults = faults(&text);
     assert_eq!(faults.len(), 1, "{faults:#?}");
     assert!(faults[0].starts_with("edge.toml:13: "), "{}", faults[0]);
@@ -303,7 +303,7 @@ fn every_fault_is_reported_in_the_order_of_lines() {
 #[test]
 fn text_that_is_not_toml_is_refused_with_its_line_and_nothing_else() {
     let faults = faults("[edge]\ninterfaces = [\"ens33\"\nhook = \n");
-    assert!(faults.iter().all(|fault| fault.contains("not TOML")), "{faults:#?}");
+    assert!(faults.iter().all(|fault| fault.contains("this line is not TOML")), "{faults:#?}");
     assert!(faults[0].starts_with("edge.toml:"), "{faults:#?}");
 }
 
