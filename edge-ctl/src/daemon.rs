@@ -26,7 +26,11 @@ pub use start::{StartError, run};
 use self::world::World;
 use crate::{
     bgp::{BgpEvent, BgpHandle},
-    config::{self, valid::Config},
+    config::{
+        self,
+        diff::{self, Changes},
+        valid::Config,
+    },
     datapath::{loader::Datapath, next_hops::NextHops, sweep::Sweeper},
     desired::DesiredState,
     fib::{FibEvent, FibHandle, sysctl},
@@ -334,13 +338,13 @@ impl Daemon {
             Err(error) => Err(ViewError::Invalid(error.lines())),
         };
         notify::ready("serving");
-        let (changes, needs_restart) = result?;
-        info!(changes = changes.len(), "configuration reloaded");
-        Ok(ReloadRow { file: file.display().to_string(), changes, needs_restart })
+        let Changes { applied, needs_restart } = result?;
+        info!(changes = applied.len(), "configuration reloaded");
+        Ok(ReloadRow { file: file.display().to_string(), changes: applied, needs_restart })
     }
 
-    async fn apply_config(&mut self, new: Config) -> Result<(Vec<String>, Vec<String>), ViewError> {
-        let (changes, needs_restart) = config::changes(&self.config, &new);
+    async fn apply_config(&mut self, new: Config) -> Result<Changes, ViewError> {
+        let changes = diff::changes(&self.config, &new);
         match (&self.bgp, &new.bgp) {
             (Some(handle), Some(bgp)) if self.config.bgp.as_ref() != Some(bgp) => {
                 handle.reload(bgp.clone()).await.map_err(|error| ViewError::Invalid(vec![error.to_string()]))?;
@@ -360,7 +364,7 @@ impl Daemon {
         self.learn_snat_sources().await;
         self.publish();
         self.hold_addresses().await;
-        Ok((changes, needs_restart))
+        Ok(changes)
     }
 }
 

@@ -43,18 +43,28 @@ fn check(file: &Path) -> Result<CheckedConfig, Vec<String>> {
     Ok(CheckedConfig {
         socket: config.edge.socket.clone(),
         pin_path: config.edge.pin_path.clone(),
-        summary: format!(
-            "{} services on {frontends} listen addresses, {} resolvers, {peers} BGP peers, interfaces {}",
-            config.services.len(),
-            config.resolvers.len(),
-            config.edge.interfaces.join(", ")
-        ),
+        summary: [
+            counted(config.services.len(), "service"),
+            counted(frontends, "listen address"),
+            counted(config.resolvers.len(), "resolver"),
+            counted(peers, "BGP peer"),
+            format!("on {}", config.edge.interfaces.join(", ")),
+        ]
+        .join(", "),
         memory: memory::estimate(&config.edge.tables, cpus)
             .into_iter()
             .map(|map| (map.name.to_owned(), u64::from(map.entries), map.bytes))
             .collect(),
         warnings: lint::warnings(&config),
     })
+}
+
+fn counted(count: usize, noun: &str) -> String {
+    match (count, noun.ends_with('s')) {
+        (1, _) => format!("1 {noun}"),
+        (_, true) => format!("{count} {noun}es"),
+        (_, false) => format!("{count} {noun}s"),
+    }
 }
 
 /// CPUs that the kernel could bring up: what per-CPU maps are sized by. The file holds ranges such as `0-3` or `0,2-5`.

@@ -80,7 +80,7 @@ mod tests {
             .status()
             .unwrap();
         assert!(status.success());
-        let mut next = || {
+        let next = || {
             let mut buffer = [0; 512];
             let length = manager.recv(&mut buffer).unwrap();
             String::from_utf8(buffer[..length].to_vec()).unwrap()

@@ -263,6 +263,7 @@ fn backend_labels(row: &BackendRow) -> Labels {
     vec![
         ("service", row.service.clone()),
         ("vip", row.vip.clone()),
+        ("proto", row.proto.clone()),
         ("backend", row.backend.clone()),
         ("node", row.node.clone()),
     ]

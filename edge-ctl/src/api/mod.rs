@@ -76,6 +76,8 @@ pub enum BindError {
 pub struct Bound {
     unix: UnixListener,
     path: PathBuf,
+    /// Device and inode of the socket's file, which tell it from a successor's.
+    file: Option<(u64, u64)>,
     http: Option<TcpListener>,
 }
 
@@ -101,7 +103,7 @@ pub async fn bind(listen: &Listen) -> Result<Bound, BindError> {
         None => None,
     };
     let unix = socket::bind(&listen.socket).await?;
-    Ok(Bound { unix, path: listen.socket.clone(), http })
+    Ok(Bound { unix, file: socket::identity(&listen.socket), path: listen.socket.clone(), http })
 }
 
 /// Serves until `shutdown` resolves, lets open requests finish, and removes the socket.
@@ -133,8 +135,10 @@ pub async fn serve_bound(
         result = served => result,
         result = stopped => result,
     };
-    // Another daemon may have replaced it meanwhile, but only after finding that nobody answers.
-    let _ = std::fs::remove_file(&bound.path);
+    // A successor may stand there already: it found that nobody answers while open requests were finishing.
+    if bound.file.is_some() && socket::identity(&bound.path) == bound.file {
+        let _ = std::fs::remove_file(&bound.path);
+    }
     result
 }
 

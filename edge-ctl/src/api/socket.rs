@@ -2,7 +2,7 @@
 
 use std::{
     fs, io,
-    os::unix::fs::{FileTypeExt, PermissionsExt, chown},
+    os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown},
     path::{Path, PathBuf},
 };
 
@@ -28,6 +28,11 @@ pub(super) async fn bind(path: &Path) -> Result<UnixListener, BindError> {
         return Err(failed(source));
     }
     Ok(listener)
+}
+
+/// Device and inode of what stands at `path`.
+pub(super) fn identity(path: &Path) -> Option<(u64, u64)> {
+    fs::symlink_metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
 /// True where a daemon accepts connections at `path`.

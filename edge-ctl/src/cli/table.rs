@@ -179,8 +179,7 @@ fn natural(a: &str, b: &str) -> Ordering {
             let ((x, left), (y, right)) = (split_number(a), split_number(b));
             (left, right, x.len().cmp(&y.len()).then(x.cmp(y)))
         } else {
-            let rest = |text| str::get(text, ..).unwrap_or("");
-            (rest(&a[x.len_utf8()..]), rest(&b[y.len_utf8()..]), x.cmp(&y))
+            (a.get(x.len_utf8()..).unwrap_or(""), b.get(y.len_utf8()..).unwrap_or(""), x.cmp(&y))
         };
         if order != Ordering::Equal {
             return order;

@@ -54,6 +54,7 @@ pub(super) static BACKENDS: View = View {
         column("CONNECT", "connect", Show::Row(connect_time)),
         column("SOURCE", "source", Show::Text),
         wide("VIP", "vip", Show::Text),
+        wide("PROTO", "proto", Show::Text),
         wide("CONNECTIONS", "connections", Show::Number),
         wide("RX", "bytes_in", Show::Bytes),
         wide("TX", "bytes_out", Show::Bytes),

@@ -39,16 +39,12 @@ pub(super) fn edge(root: &Section<'_>) -> Option<Edge> {
 }
 
 fn interfaces(section: &Section<'_>) -> Vec<String> {
-    const EXPECTED: &str = "the name of a network interface";
-    let Some(names) = section.list("interfaces", EXPECTED, interface) else {
-        if !section.has("interfaces") {
-            section.missing("interfaces", "at least one name, such as [\"ens33\"]");
-        }
-        return Vec::new();
-    };
-    if names.is_empty() {
-        section.missing("interfaces", "at least one name, such as [\"ens33\"]");
-    }
+    let names = section.required_list(
+        "interfaces",
+        "the name of a network interface",
+        "at least one name, such as [\"ens33\"]",
+        interface,
+    );
     let mut seen = BTreeSet::new();
     for name in &names {
         if !seen.insert(&name.value) {
@@ -80,20 +76,13 @@ fn hook(text: &str) -> Result<Hook, String> {
 }
 
 fn pod_networks(section: &Section<'_>) -> Vec<ipnet::IpNet> {
-    let Some(networks) = section.list("pod_networks", values::PREFIX, values::prefix) else {
-        if !section.has("pod_networks") {
-            section.missing("pod_networks", "the networks that backends lie in, such as [\"10.1.0.0/16\"]");
-        }
-        return Vec::new();
-    };
-    if networks.is_empty() {
-        section.missing("pod_networks", "at least one network, such as [\"10.1.0.0/16\"]");
-    }
+    let example = "the networks that backends lie in, such as [\"10.1.0.0/16\"]";
+    let networks = section.required_list("pod_networks", values::PREFIX, example, values::prefix);
     for network in networks.iter().filter(|network| network.value.prefix_len() == 0) {
         let why = "would let DNS name any host in the world as a backend; list the pods' own networks";
         section.fault(&network.at, format!("`pod_networks`: \"{}\" {why}", network.value));
     }
-    networks.into_iter().map(|network| network.value).collect()
+    networks.into_iter().map(|network| network.value).filter(|network| network.prefix_len() != 0).collect()
 }
 
 fn path(section: &Section<'_>, key: &'static str) -> Option<PathBuf> {

@@ -2,7 +2,7 @@
 //! form that travels: one door between the two, [`load`]. Every fault is reported, each with its file and line.
 
 mod bgp;
-mod changes;
+pub mod diff;
 mod edge;
 pub mod lint;
 pub mod memory;
@@ -17,7 +17,6 @@ use std::{
     path::{Path, PathBuf},
 };
 
-pub use changes::changes;
 pub use valid::Config;
 
 use raw::{Merged, Place};

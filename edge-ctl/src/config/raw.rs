@@ -19,13 +19,15 @@ use super::read::Report;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Place {
     pub file: Arc<PathBuf>,
+    /// Position among the files read; the main file is 0.
+    pub rank: usize,
     /// From 1; `None`: the file as a whole.
     pub line: Option<usize>,
 }
 
 impl Place {
     pub fn of_file(file: &Path) -> Self {
-        Self { file: Arc::new(file.to_owned()), line: None }
+        Self { file: Arc::new(file.to_owned()), rank: 0, line: None }
     }
 }
 
@@ -76,16 +78,18 @@ impl Value {
 #[derive(Debug, Default)]
 pub(super) struct Merged {
     root: Table,
+    files: usize,
 }
 
 impl Merged {
     pub fn add(&mut self, file: &Path, text: &str, report: &Report) {
-        let reader = Reader { file: Arc::new(file.to_owned()), text };
+        let reader = Reader { file: Arc::new(file.to_owned()), rank: self.files, text };
+        self.files += 1;
         let (document, errors) = DeTable::parse_recoverable(text);
         for error in errors {
-            let line = error.span().map(|span| reader.line(span.start));
-            report
-                .add(&Place { file: Arc::clone(&reader.file), line }, format!("not TOML: {}", error.message().trim()));
+            // Without a span it is the whole text.
+            let at = reader.place(error.span().map_or(0, |span| span.start));
+            report.add(&at, format!("this line is not TOML: {}", error.message().trim()));
         }
         unite(&mut self.root, reader.table(document.into_inner()), "", report);
     }
@@ -124,6 +128,7 @@ fn are_tables(nodes: &[Node]) -> bool {
 
 struct Reader<'a> {
     file: Arc<PathBuf>,
+    rank: usize,
     text: &'a str,
 }
 
@@ -133,7 +138,7 @@ impl Reader<'_> {
     }
 
     fn place(&self, offset: usize) -> Place {
-        Place { file: Arc::clone(&self.file), line: Some(self.line(offset)) }
+        Place { file: Arc::clone(&self.file), rank: self.rank, line: Some(self.line(offset)) }
     }
 
     fn table(&self, table: DeTable<'_>) -> Table {

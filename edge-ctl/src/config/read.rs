@@ -11,26 +11,27 @@ use super::{
 /// Faults found so far.
 #[derive(Debug, Default)]
 pub(super) struct Report {
-    problems: RefCell<Vec<Problem>>,
+    /// With the rank of the file.
+    problems: RefCell<Vec<(usize, Problem)>>,
 }
 
 impl Report {
     pub fn add(&self, at: &Place, message: String) {
-        self.problems.borrow_mut().push(Problem { file: at.file.as_ref().clone(), line: at.line, message });
+        let problem = Problem { file: at.file.as_ref().clone(), line: at.line, message };
+        self.problems.borrow_mut().push((at.rank, problem));
     }
 
     pub fn is_empty(&self) -> bool {
         self.problems.borrow().is_empty()
     }
 
-    /// In the order of lines within a file; files stay in the order in which they were read.
+    /// In the order of files and lines, each once.
     pub fn into_problems(self) -> Vec<Problem> {
         let mut problems = self.problems.into_inner();
-        let mut files: Vec<_> = problems.iter().map(|problem| problem.file.clone()).collect();
-        files.sort();
-        files.dedup();
-        problems.sort_by_key(|problem| (files.binary_search(&problem.file).ok(), problem.line));
-        problems
+        problems.sort_by_key(|(rank, problem)| (*rank, problem.line));
+        // A fault of a group is found again for each of its peers.
+        problems.dedup();
+        problems.into_iter().map(|(_, problem)| problem).collect()
     }
 }
 
@@ -136,6 +137,25 @@ impl<'a> Section<'a> {
         Some(nodes.iter().filter_map(|node| self.element(key, node, expected, &parse)).collect())
     }
 
+    /// [`Section::list`], which must be there and not be empty. An array whose elements were all refused is not missing.
+    pub fn required_list<T>(
+        &self,
+        key: &'static str,
+        expected: &str,
+        example: &str,
+        parse: impl Fn(&str) -> Result<T, String>,
+    ) -> Vec<At<T>> {
+        let is_empty = match self.get(key).map(|node| &node.value) {
+            None => true,
+            Some(Value::Array(nodes)) => nodes.is_empty(),
+            Some(_) => false,
+        };
+        if is_empty {
+            self.missing(key, example);
+        }
+        self.list(key, expected, parse).unwrap_or_default()
+    }
+
     pub fn integer(&self, key: &'static str, range: RangeInclusive<u32>) -> Option<u32> {
         let node = self.get(key)?;
         let expected = format!("a number from {} to {}", range.start(), range.end());
@@ -170,15 +190,18 @@ impl<'a> Section<'a> {
         self.section(key, node)
     }
 
-    /// The tables of `[key.NAME]`, by name.
+    /// The tables of `[key.NAME]`, in the order in which they stand in the files, so that of two that exclude each other
+    /// the later one is at fault.
     pub fn named(&self, key: &'static str) -> Vec<(&'a str, Section<'a>)> {
         let Some(node) = self.get(key) else { return Vec::new() };
         let Value::Table(tables) = &node.value else {
             self.wrong_kind(key, node, &format!("tables `[{key}.NAME]`"));
             return Vec::new();
         };
+        let mut tables: Vec<_> = tables.iter().collect();
+        tables.sort_by_key(|(_, node)| (node.at.rank, node.at.line));
         tables
-            .iter()
+            .into_iter()
             .filter_map(|(name, node)| {
                 let section = self.section(&format!("{key}.{name}"), node)?;
                 Some((name.as_str(), section))
@@ -252,7 +275,7 @@ pub(super) fn not_yet(what: &str) -> String {
 
 /// The candidate nearest to `word`, if one is near enough to be meant.
 pub(super) fn nearest<'c>(word: &str, candidates: impl Iterator<Item = &'c str>) -> Option<&'c str> {
-    let bound = (word.chars().count() / 3).max(2);
+    let bound = (word.chars().count() / 3).max(1);
     candidates
         .map(|candidate| (distance(word, candidate), candidate))
         .filter(|(distance, candidate)| *distance <= bound && *distance < candidate.chars().count())
@@ -260,24 +283,24 @@ pub(super) fn nearest<'c>(word: &str, candidates: impl Iterator<Item = &'c str>)
         .map(|(_, candidate)| candidate)
 }
 
-/// Levenshtein distance.
+/// Edits between two words: insertions, deletions, substitutions, and swaps of neighbours.
 fn distance(a: &str, b: &str) -> usize {
+    let a: Vec<char> = a.chars().collect();
     let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = i;
-        let mut left = i + 1;
-        for (cell, y) in row.iter_mut().skip(1).zip(&b) {
-            let substituted = diagonal + usize::from(x != *y);
-            diagonal = *cell;
-            left = substituted.min(left + 1).min(diagonal + 1);
-            *cell = left;
+    let mut before: Vec<usize> = Vec::new();
+    let mut above: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.iter().enumerate() {
+        let mut row = vec![i + 1];
+        for (j, y) in b.iter().enumerate() {
+            let mut best = (above[j] + usize::from(x != y)).min(above[j + 1] + 1).min(row[j] + 1);
+            if i > 0 && j > 0 && *x == b[j - 1] && a[i - 1] == *y {
+                best = best.min(before[j - 1] + 1);
+            }
+            row.push(best);
         }
-        if let Some(first) = row.first_mut() {
-            *first = i + 1;
-        }
+        before = std::mem::replace(&mut above, row);
     }
-    row.last().copied().unwrap_or(0)
+    above.last().copied().unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -297,5 +320,6 @@ mod tests {
         assert_eq!(distance("kitten", "sitting"), 3);
         assert_eq!(distance("", "abc"), 3);
         assert_eq!(distance("abc", "abc"), 0);
+        assert_eq!(distance("bpg", "bgp"), 1);
     }
 }

@@ -42,17 +42,15 @@ pub(super) fn resolvers(root: &Section<'_>) -> Resolvers {
             section.fault(section.place(), why);
         }
         resolvers.names.insert(name.to_owned());
-        let servers = section.list("servers", "ADDRESS or ADDRESS:PORT of a DNS server", server);
-        if servers.as_ref().is_none_or(Vec::is_empty) {
-            section.missing("servers", "at least one DNS server's address");
-        }
+        let expected = "ADDRESS or ADDRESS:PORT of a DNS server";
+        let servers = section.required_list("servers", expected, "at least one DNS server's address", server);
         let valid = section.parse("valid", "a duration from \"1s\" to \"1d\"", |text| match values::duration(text)? {
             valid if valid < Duration::from_secs(1) => Err("the servers would be asked without a pause".to_owned()),
             valid if valid > Duration::from_secs(86_400) => Err("new pods would not be seen".to_owned()),
             valid => Ok(valid),
         });
         section.finish();
-        let servers = servers.unwrap_or_default().into_iter().map(|server| server.value).collect();
+        let servers = servers.into_iter().map(|server| server.value).collect();
         let resolver = Resolver { name: name.to_owned(), servers, valid: valid.map(|valid| valid.value) };
         resolvers.values.insert(name.to_owned(), resolver);
     }
@@ -140,11 +138,8 @@ fn listen(
     taken: &mut BTreeMap<Frontend, (String, Place)>,
 ) -> Vec<Frontend> {
     const EXPECTED: &str = "ADDRESS:PORT/tcp or ADDRESS:PORT/udp";
-    let listen = section.list("listen", EXPECTED, frontend);
-    if !section.has("listen") || listen.as_ref().is_some_and(Vec::is_empty) && is_empty_array(section, "listen") {
-        section.missing("listen", "at least one listen address, such as [\"172.16.1.88:8443/tcp\"]");
-    }
-    let listen = listen.unwrap_or_default();
+    let example = "at least one listen address, such as [\"172.16.1.88:8443/tcp\"]";
+    let listen = section.required_list("listen", EXPECTED, example, frontend);
     for At { value: frontend, at } in &listen {
         if within(context.pod_networks, frontend.address.ip()) {
             let message = format!("`listen`: {frontend} lies in `pod_networks`; a VIP must not be a pod's address");
@@ -157,11 +152,6 @@ fn listen(
         }
     }
     listen.into_iter().map(|frontend| frontend.value).collect()
-}
-
-/// True where the array itself is empty, rather than emptied of elements that were refused.
-fn is_empty_array(section: &Section<'_>, key: &'static str) -> bool {
-    matches!(section.get(key).map(|node| &node.value), Some(Value::Array(nodes)) if nodes.is_empty())
 }
 
 fn frontend(text: &str) -> Result<Frontend, String> {
@@ -241,19 +231,18 @@ fn dns(source: &Section<'_>, context: &Context<'_>) -> Option<BackendSource> {
 }
 
 fn fixed(source: &Section<'_>, context: &Context<'_>) -> Option<BackendSource> {
-    let addresses = source.list("static", "ADDRESS:PORT", |text| match text.parse::<SocketAddr>() {
+    let parse = |text: &str| match text.parse::<SocketAddr>() {
         Ok(address) if address.port() == 0 => Err("port 0 cannot be used".to_owned()),
         Ok(SocketAddr::V6(_)) => Err(not_yet("an IPv6 backend")),
-        Ok(address) if !within(context.pod_networks, address.ip()) => {
+        // Without any network the fault is there, not here.
+        Ok(address) if !context.pod_networks.is_empty() && !within(context.pod_networks, address.ip()) => {
             let networks: Vec<_> = context.pod_networks.iter().map(ToString::to_string).collect();
             Err(format!("it lies outside `pod_networks` ({})", networks.join(", ")))
         }
         Ok(address) => Ok(address),
         Err(_) => Err("not an address with a port".to_owned()),
-    })?;
-    if is_empty_array(source, "static") {
-        source.missing("static", "at least one ADDRESS:PORT");
-    }
+    };
+    let addresses = source.required_list("static", "ADDRESS:PORT", "at least one ADDRESS:PORT", parse);
     let mut seen = BTreeSet::new();
     for address in &addresses {
         if !seen.insert(address.value) {

@@ -1,1 +1,384 @@
+use std::{net::IpAddr, time::Duration};
 
+use super::*;
+use crate::model::{BackendSource, Mode, RecordType};
+
+/// The example of the documentation, which `deploy/edge.toml` also is.
+const EXAMPLE: &str = include_str!("../../../deploy/edge.toml");
+
+fn ok(text: &str) -> Config {
+    parse(text, Path::new("edge.toml")).unwrap_or_else(|error| panic!("{error}"))
+}
+
+fn faults(text: &str) -> Vec<String> {
+    parse(text, Path::new("edge.toml")).expect_err("it was accepted").lines()
+}
+
+/// A valid configuration of eleven lines, ending in a service; what is appended belongs to the service.
+const BASE: &str = r#"[edge]
+interfaces = ["ens33"]
+pod_networks = ["10.1.0.0/16"]
+[resolver.kube-dns]
+servers = ["10.1.0.41"]
+[bgp]
+asn = 64512
+router_id = "172.16.1.88"
+[service.web]
+listen = ["172.16.1.88:80/tcp"]
+backends = { static = ["10.1.0.4:80"] }
+"#;
+
+/// Each case: what replaces what in [`BASE`], the line of the one fault, and words it must contain.
+fn refused(cases: &[(&str, &str, usize, &[&str])]) {
+    for (from, to, line, words) in cases {
+        assert!(BASE.contains(from), "{from} is not in the base");
+        let faults = faults(&BASE.replacen(from, to, 1));
+        assert_eq!(faults.len(), 1, "{to}: {faults:#?}");
+        assert!(faults[0].starts_with(&format!("edge.toml:{line}: ")), "{to}: {}", faults[0]);
+        for word in *words {
+            assert!(faults[0].contains(word), "{to}: no `{word}` in {}", faults[0]);
+        }
+    }
+}
+
+#[test]
+fn the_example_is_read_to_the_last_key() {
+    let config = ok(EXAMPLE);
+    assert_eq!(config.edge.interfaces, ["ens33"]);
+    assert_eq!(config.http, Some("127.0.0.1:9180".parse().unwrap()));
+    assert_eq!(config.resolvers["kube-dns"].servers[0], "10.1.0.41:53".parse().unwrap());
+    assert_eq!(config.resolvers["kube-dns"].valid, Some(Duration::from_secs(10)));
+    let bgp = config.bgp.unwrap();
+    assert_eq!((bgp.asn, bgp.listen_port, bgp.peers.len()), (64512, Some(179), 3));
+    let peer = &bgp.peers[&"172.16.1.80".parse::<IpAddr>().unwrap()];
+    assert_eq!((peer.description.as_str(), peer.group.as_deref()), ("kcontrol", Some("calico")));
+    assert_eq!(peer.import.as_ref().unwrap()[0].max_length, 32);
+    let service = &config.services["ingress-https"];
+    assert_eq!(service.mode, Mode::FullNat);
+    assert_eq!(
+        service.backends,
+        BackendSource::Dns {
+            name: "nginx-ingress-svc.nginx-ingress.svc.cluster.local".into(),
+            port: Some(443),
+            resolver: "kube-dns".into(),
+            record: RecordType::A,
+        }
+    );
+}
+
+#[test]
+fn the_base_of_these_tests_is_valid_and_has_the_documented_defaults() {
+    let config = ok(BASE);
+    assert_eq!(config.edge.pin_path, Path::new("/sys/fs/bpf/edge"));
+    assert_eq!(config.edge.socket, Path::new("/run/edge/edge.sock"));
+    assert_eq!(config.edge.state_dir, Path::new("/var/lib/edge"));
+    assert_eq!(config.http, Some("127.0.0.1:9180".parse().unwrap()));
+    assert_eq!(config.services["web"].announce, None);
+}
+
+#[test]
+fn unknown_keys_are_named_with_line_and_nearest_key() {
+    refused(&[
+        ("interfaces =", "hok = \"auto\"\ninterfaces =", 2, &["[edge]", "`hok`", "did you mean `hook`"]),
+        ("servers =", "valld = \"1s\"\nservers =", 5, &["[resolver.kube-dns]", "`valld`", "`valid`"]),
+        ("[bgp]", "[bpg]\n[bgp]", 6, &["unknown key `bpg`", "`bgp`"]),
+        ("listen =", "anounce = false\nlisten =", 10, &["[service.web]", "`announce`"]),
+        ("listen =", "zzzzzz = 1\nlisten =", 10, &["`zzzzzz`", "known here:", "balance"]),
+        ("{ static", "{ weight = 1, static", 11, &["[service.web.backends]", "`weight`"]),
+    ]);
+}
+
+#[test]
+fn wrong_values_are_refused_with_line_and_what_is_accepted() {
+    refused(&[
+        ("[\"ens33\"]", "[]", 1, &["`interfaces` is missing"]),
+        ("[\"ens33\"]", "\"ens33\"", 2, &["a string; expected an array"]),
+        ("[\"ens33\"]", "[\"a/b\"]", 2, &["not an interface name"]),
+        ("[\"ens33\"]", "[\"averyveryverylongname\"]", 2, &["longer than 15"]),
+        ("[\"ens33\"]", "[\"ens33\", \"ens33\"]", 2, &["twice"]),
+        ("[\"ens33\"]", "[\"ens33\"]\nhook = \"xdp\"", 3, &["\"xdp\"", "xdp-native"]),
+        ("[\"ens33\"]", "[\"ens33\"]\nsocket = \"edge.sock\"", 3, &["not absolute"]),
+        ("10.1.0.0/16", "10.1.0.1/16", 3, &["host bits", "10.1.0.0/16"]),
+        ("\"10.1.0.0/16\"", "\"10.1.0.0/16\", \"0.0.0.0/0\"", 3, &["any host in the world"]),
+        ("10.1.0.41", "kube-dns.local", 5, &["not an IP address"]),
+        ("\"10.1.0.41\"]", "\"10.1.0.41\"]\nvalid = \"10\"", 6, &["the unit is missing"]),
+        ("\"10.1.0.41\"]", "\"10.1.0.41\"]\nvalid = \"10ms\"", 6, &["1s"]),
+        ("64512", "0", 7, &["0 is refused", "1 to 4294967295"]),
+        ("64512", "\"64512\"", 7, &["a string"]),
+        ("\"172.16.1.88\"\n", "\"edge\"\n", 8, &["not an IPv4 address"]),
+        ("router_id = \"172.16.1.88\"\n", "", 6, &["`router_id` is missing"]),
+        ("\"172.16.1.88\"\n", "\"172.16.1.88\"\nlisten_port = 70000\n", 9, &["70000", "65535"]),
+        ("172.16.1.88:80/tcp", "172.16.1.88/tcp", 10, &["ADDRESS:PORT/tcp"]),
+        ("172.16.1.88:80/tcp", "172.16.1.88:80/sctp", 10, &["ADDRESS:PORT/udp"]),
+        ("172.16.1.88:80/tcp", "0.0.0.0:80/tcp", 10, &["clients cannot send"]),
+        ("172.16.1.88:80/tcp", "10.1.3.3:80/tcp", 10, &["lies in `pod_networks`"]),
+        ("\"172.16.1.88:80/tcp\"", "", 9, &["`listen` is missing"]),
+        ("10.1.0.4:80", "10.2.0.4:80", 11, &["outside `pod_networks` (10.1.0.0/16)"]),
+        ("10.1.0.4:80", "10.1.0.4", 11, &["not an address with a port"]),
+        ("\"10.1.0.4:80\"", "\"10.1.0.4:80\", \"10.1.0.4:80\"", 11, &["twice"]),
+        ("{ static = [\"10.1.0.4:80\"] }", "{}", 11, &["neither `dns` nor `static`"]),
+        ("{ static", "{ dns = \"a.b\", static", 11, &["exclude each other"]),
+    ]);
+}
+
+#[test]
+fn services_by_dns_are_checked() {
+    let with = |backends: &str| BASE.replace("{ static = [\"10.1.0.4:80\"] }", backends);
+    ok(&with("{ dns = \"web.prod.svc.cluster.local.\", port = 80, resolver = \"kube-dns\" }"));
+    ok(&with("{ dns = \"_http._tcp.web.prod.svc.cluster.local\", resolver = \"kube-dns\", record = \"srv\" }"));
+    for (backends, word) in [
+        ("{ dns = \"web\", port = 80, resolver = \"kube-dns\" }", "not fully qualified"),
+        ("{ dns = \"web.prod.svc\", port = 80, resolver = \"kube-dns\" }", ".svc.cluster.local"),
+        ("{ dns = \"web.local\", port = 80, resolver = \"kubedns\" }", "did you mean `kube-dns`"),
+        ("{ dns = \"web.local\", port = 80 }", "`resolver` is missing"),
+        ("{ dns = \"web.local\", resolver = \"kube-dns\" }", "`port` is missing"),
+        ("{ dns = \"web.local\", resolver = \"kube-dns\", port = 0 }", "1 to 65535"),
+        ("{ dns = \"web.local\", resolver = \"kube-dns\", port = 1, record = \"srv\" }", "SRV answers carry the port"),
+        ("{ dns = \"web.local\", resolver = \"kube-dns\", port = 1, record = \"aaaa\" }", "does not do it yet"),
+        ("{ dns = \"web.local\", resolver = \"kube-dns\", port = 1, record = \"mx\" }", "\"srv\""),
+    ] {
+        let faults = faults(&with(backends));
+        assert_eq!(faults.len(), 1, "{backends}: {faults:#?}");
+        assert!(faults[0].starts_with("edge.toml:11: ") && faults[0].contains(word), "{backends}: {}", faults[0]);
+    }
+}
+
+#[test]
+fn what_this_version_cannot_do_is_refused_and_not_ignored() {
+    let service = [
+        "health = { tcp = {} }",
+        "affinity = \"10m\"",
+        "max_connections = 10",
+        "source_ranges = [\"203.0.113.0/24\"]",
+        "balance = \"least-conn\"",
+        "balance = \"round-robin\"",
+        "listen = [\"[2001:db8::1]:80/tcp\"]",
+        "snat = { addresses = [\"2001:db8::1\"] }",
+        "backends = { kubernetes = { service = \"web\" } }",
+        "backends = { static = [\"[2001:db8::1]:80\"] }",
+    ];
+    for key in service {
+        let name = key.split(' ').next().unwrap();
+        let base: String =
+            BASE.lines().filter(|line| !line.starts_with(name)).map(|line| format!("{line}\n")).collect();
+        let line = base.lines().count() + 1;
+        let faults = faults(&format!("{base}{key}\n"));
+        assert_eq!(faults.len(), 1, "{key}: {faults:#?}");
+        assert!(faults[0].starts_with(&format!("edge.toml:{line}: ")), "{key}: {}", faults[0]);
+        assert!(faults[0].contains("known, but this version does not do it yet"), "{key}: {}", faults[0]);
+    }
+    let peer = [
+        "password_file = \"/etc/edge/md5\"",
+        "listen_range = \"172.16.1.0/24\"",
+        "ttl_security = true",
+        "bfd = { interval = \"50ms\" }",
+        "graceful_restart = { time = \"120s\" }",
+        "max_prefixes = 10",
+    ];
+    for key in peer {
+        let text = format!("{BASE}[[bgp.peer]]\naddress = \"172.16.1.80\"\nremote_asn = 64512\n{key}\n");
+        let faults = faults(&text);
+        assert_eq!(faults.len(), 1, "{key}: {faults:#?}");
+        assert!(
+            faults[0].starts_with("edge.toml:15: [[bgp.peer]]: ") && faults[0].contains("not do it yet"),
+            "{faults:?}"
+        );
+    }
+    for key in ["access = \"journal\"", "format = \"$time\""] {
+        let faults = faults(&format!("{BASE}[log]\n{key}\n"));
+        assert!(faults[0].starts_with("edge.toml:13: [log]: ") && faults[0].contains("not do it yet"), "{faults:?}");
+    }
+}
+
+#[test]
+fn two_services_on_one_listen_address_are_refused_with_both_lines() {
+    let text =
+        format!("{BASE}[service.api]\nlisten = [\"172.16.1.88:80\"]\nbackends = {{ static = [\"10.1.0.5:80\"] }}\n");
+    let faults = faults(&text);
+    assert_eq!(faults.len(), 1, "{faults:#?}");
+    assert!(faults[0].starts_with("edge.toml:13: "), "{}", faults[0]);
+    assert!(faults[0].contains("service `web` at edge.toml:10"), "{}", faults[0]);
+    ok(&text.replace("172.16.1.88:80\"]", "172.16.1.88:80/udp\"]"));
+}
+
+#[test]
+fn peers_inherit_from_their_group_and_override_it() {
+    let text = format!(
+        "{BASE}[bgp.group.tor]\nremote_asn = 65001\nimport = []\nexport = [\"172.16.9.0/24 le 32\"]\nport = 1179\n\
+         timers = {{ keepalive = \"3s\", hold = \"9s\" }}\nebgp_multihop = 2\npassive = true\n\
+         [[bgp.peer]]\naddress = \"192.0.2.1\"\ngroup = \"tor\"\npassive = false\nimport = [\"10.0.0.0/8 ge 24\"]\n\
+         timers = {{ hold = \"30s\" }}\n[[bgp.peer]]\naddress = \"2001:db8::1\"\ngroup = \"tor\"\n"
+    );
+    let peers = ok(&text).bgp.unwrap().peers;
+    let first = &peers[&"192.0.2.1".parse::<IpAddr>().unwrap()];
+    assert_eq!((first.remote_asn, first.port, first.passive, first.ebgp_multihop), (65001, 1179, false, 2));
+    assert_eq!((first.keepalive.as_secs(), first.hold.as_secs()), (10, 30));
+    assert_eq!(first.import.as_ref().unwrap()[0].min_length, 24);
+    let second = &peers[&"2001:db8::1".parse::<IpAddr>().unwrap()];
+    assert_eq!((second.keepalive.as_secs(), second.hold.as_secs(), second.passive), (3, 9, true));
+    assert_eq!(second.import, Some(vec![]));
+}
+
+#[test]
+fn faults_of_peers_are_found() {
+    let with = |peer: &str| format!("{BASE}[[bgp.peer]]\n{peer}\n");
+    for (peer, line, word) in [
+        ("remote_asn = 1", 12, "`address` is missing"),
+        ("address = \"172.16.1.80\"", 12, "`remote_asn` is missing"),
+        ("address = \"kcontrol\"\nremote_asn = 1", 13, "not an IP address"),
+        ("address = \"224.0.0.1\"\nremote_asn = 1", 13, "no packet can be sent"),
+        ("address = \"172.16.1.80\"\nremote_asn = 0", 14, "0 is refused"),
+        ("address = \"172.16.1.80\"\ngroup = \"calico\"", 14, "no [bgp.group.calico]"),
+        ("address = \"172.16.1.80\"\nremote_asn = 1\ntimers = { hold = \"2s\" }", 15, "RFC 4271"),
+        ("address = \"172.16.1.80\"\nremote_asn = 1\ntimers = { hold = \"3500ms\" }", 15, "whole seconds"),
+        (
+            "address = \"172.16.1.80\"\nremote_asn = 1\ntimers = { keepalive = \"9s\", hold = \"9s\" }",
+            15,
+            "lose the session",
+        ),
+        ("address = \"172.16.1.80\"\nremote_asn = 1\nlocal_address = \"2001:db8::2\"", 15, "differ in family"),
+        ("address = \"172.16.1.80\"\nremote_asn = 64512\nebgp_multihop = 2", 12, "no meaning for an iBGP peer"),
+        ("address = \"172.16.1.80\"\nremote_asn = 1\nimport = [\"10.1.0.0/16 le 8\"]", 15, "ge <= le"),
+    ] {
+        let faults = faults(&with(peer));
+        assert_eq!(faults.len(), 1, "{peer}: {faults:#?}");
+        assert!(
+            faults[0].starts_with(&format!("edge.toml:{line}: ")) && faults[0].contains(word),
+            "{peer}: {}",
+            faults[0]
+        );
+    }
+    let twice =
+        with("address = \"172.16.1.80\"\nremote_asn = 1\n[[bgp.peer]]\naddress = \"172.16.1.80\"\nremote_asn = 1");
+    let faults = faults(&twice);
+    assert!(
+        faults[0].starts_with("edge.toml:16: ") && faults[0].contains("already configured at edge.toml:13"),
+        "{faults:?}"
+    );
+    ok(&with("address = \"172.16.1.80\"\nremote_asn = 1\ntimers = { hold = \"0s\" }"));
+}
+
+#[test]
+fn the_router_id_follows_from_the_one_local_address() {
+    let text = BASE.replace("router_id = \"172.16.1.88\"\n", "")
+        + "[[bgp.peer]]\naddress = \"172.16.1.80\"\nremote_asn = 64512\nlocal_address = \"172.16.1.88\"\n";
+    assert_eq!(ok(&text).bgp.unwrap().router_id.to_string(), "172.16.1.88");
+}
+
+#[test]
+fn announcing_needs_bgp_and_carries_its_attributes() {
+    let announce = ok(&format!("{BASE}announce = {{ communities = [\"64512:100\", \"no-export\"], med = 10 }}\n"));
+    let announce = announce.services["web"].announce.clone().unwrap();
+    assert_eq!((announce.min_backends, announce.attributes.med), (1, Some(10)));
+    assert_eq!(announce.attributes.communities, [(64512, 100), (65535, 65281)]);
+    assert_eq!(ok(&format!("{BASE}announce = false\n")).services["web"].announce, None);
+    let without = BASE.replace("[bgp]\nasn = 64512\nrouter_id = \"172.16.1.88\"\n", "");
+    let faults = faults(&format!("{without}announce = true\n"));
+    assert!(faults.len() == 1 && faults[0].starts_with("edge.toml:9: ") && faults[0].contains("[bgp]"), "{faults:?}");
+}
+
+#[test]
+fn snat_is_for_full_nat_only_and_bounded() {
+    let snat = ok(&format!("{BASE}snat = {{ addresses = [\"172.16.1.89\"], ports = \"1024-32767\" }}\n"));
+    assert_eq!(snat.services["web"].snat.ports, Some((1024, 32767)));
+    for (line, word) in [
+        ("mode = \"dnat\"\nsnat = { ports = \"1-2\" }", "keeps the client's address"),
+        ("snat = { ports = \"10-9\" }", "lowest port comes first"),
+        ("snat = { addresses = [\"10.1.0.9\"] }", "lies in `pod_networks`"),
+        ("snat = { addresses = [\"192.0.2.1\",\"192.0.2.2\",\"192.0.2.3\",\"192.0.2.4\",\"192.0.2.5\"] }", "at most 4"),
+    ] {
+        let faults = faults(&format!("{BASE}{line}\n"));
+        assert!(faults.len() == 1 && faults[0].contains(word), "{line}: {faults:?}");
+    }
+}
+
+#[test]
+fn every_fault_is_reported_in_the_order_of_lines() {
+    let text = BASE.replace("64512", "0").replace("ens33", "a/b").replace("10.1.0.4:80", "10.9.0.4:80");
+    let faults = faults(&text);
+    let lines: Vec<&str> = faults.iter().map(|fault| fault.split(':').nth(1).unwrap()).collect();
+    assert_eq!(lines, ["2", "7", "11"], "{faults:#?}");
+}
+
+#[test]
+fn text_that_is_not_toml_is_refused_with_its_line_and_nothing_else() {
+    let faults = faults("[edge]\ninterfaces = [\"ens33\"\nhook = \n");
+    assert!(faults.iter().all(|fault| fault.contains("this line is not TOML")), "{faults:#?}");
+    assert!(faults[0].starts_with("edge.toml:"), "{faults:#?}");
+}
+
+#[test]
+fn fragments_of_conf_d_are_merged_and_contradictions_name_both_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let main = folder.path().join("edge.toml");
+    std::fs::write(&main, BASE).unwrap();
+    let fragments = folder.path().join("conf.d");
+    std::fs::create_dir(&fragments).unwrap();
+    let more = "[service.dns]\nlisten = [\"172.16.1.88:53/udp\"]\nbackends = { static = [\"10.1.0.41:53\"] }\n\
+                [[bgp.peer]]\naddress = \"172.16.1.80\"\nremote_asn = 64512\n";
+    std::fs::write(fragments.join("10-dns.toml"), more).unwrap();
+    std::fs::write(fragments.join("notes.txt"), "not read").unwrap();
+    let config = load(&main).unwrap();
+    assert_eq!((config.services.len(), config.bgp.unwrap().peers.len()), (2, 1));
+
+    std::fs::write(fragments.join("20-again.toml"), "[service.web]\nmode = \"dnat\"\n[bgp]\nasn = 1\n").unwrap();
+    let faults = load(&main).unwrap_err().lines();
+    assert_eq!(faults.len(), 2, "{faults:#?}");
+    assert!(faults[0].contains("20-again.toml:1: `service.web` is already set at"), "{}", faults[0]);
+    assert!(faults[1].contains("20-again.toml:4: `bgp.asn` is already set at") && faults[1].contains("edge.toml:7"));
+}
+
+#[test]
+fn a_file_that_cannot_be_read_is_named() {
+    let faults = load(Path::new("/nonexistent/edge.toml")).unwrap_err().lines();
+    assert!(faults.len() == 1 && faults[0].starts_with("/nonexistent/edge.toml: cannot be read: "), "{faults:?}");
+}
+
+#[test]
+fn what_is_probably_not_meant_is_a_warning() {
+    let text = BASE.replace(
+        "\"172.16.1.88\"\n",
+        "\"172.16.1.88\"\n[[bgp.peer]]\naddress = \"172.16.1.80\"\nremote_asn = 64512\nimport = [\"10.1.0.0/16\"]\n",
+    );
+    let warnings = lint::warnings(&ok(&text)).join("\n");
+    assert!(warnings.contains("meant \"10.1.0.0/16 le 32\"?"), "{warnings}");
+    assert!(warnings.contains("[resolver.kube-dns]: no service uses it"), "{warnings}");
+    assert!(lint::warnings(&ok(EXAMPLE)).is_empty(), "{:?}", lint::warnings(&ok(EXAMPLE)));
+}
+
+#[test]
+fn a_fault_of_a_group_is_told_once_however_many_peers_it_has() {
+    let text = format!(
+        "{BASE}[bgp.group.g]\nremote_asn = 1\ntimers = {{ keepalive = \"9s\", hold = \"9s\" }}\n\
+         [[bgp.peer]]\naddress = \"192.0.2.1\"\ngroup = \"g\"\n[[bgp.peer]]\naddress = \"192.0.2.2\"\ngroup = \"g\"\n"
+    );
+    let faults: Vec<String> = faults(&text).into_iter().filter(|fault| fault.contains("lose the session")).collect();
+    assert_eq!(faults.len(), 1, "{faults:#?}");
+    assert!(faults[0].starts_with("edge.toml:14: "), "{faults:#?}");
+}
+
+/// Values of every kind and many wrong ones, for keys of every table.
+fn any_document() -> impl proptest::strategy::Strategy<Value = String> {
+    use proptest::prelude::*;
+    let keys = "(edge|api|bgp|log|service|resolver|asn|router_id|peer|group|address|import|timers|hold|keepalive|listen|\
+                backends|static|dns|port|record|announce|snat|ports|addresses|valid|servers|interfaces|tables|x)";
+    let values = "(1|-1|0|99999999999999999999|1.5|true|1979-05-27|\"\"|\"10.1.0.0/16\"|\"10s\"|\"::1\"|\"10.1.0.4:80/tcp\"|\
+                  \\[\\]|\\[1, \"a\"\\]|\\[\"10.1.0.0/16 le 32\"\\]|\\{\\}|\\{ static = \\[\"10.1.0.4:80\"\\] \\}|\\{ hold = \"1s\" \\}|\\[\\{\\}\\])";
+    let line = prop_oneof![
+        (keys, values).prop_map(|(key, value)| format!("{key} = {value}\n")),
+        keys.prop_map(|key| format!("[{key}]\n")),
+        (keys, keys).prop_map(|(table, key)| format!("[{table}.{key}]\n")),
+        (keys, keys).prop_map(|(table, key)| format!("[[{table}.{key}]]\n")),
+        "\\PC{0,20}\n".prop_map(String::from),
+    ];
+    proptest::collection::vec(line, 0..20).prop_map(|lines| lines.concat())
+}
+
+proptest::proptest! {
+    #[test]
+    fn no_text_makes_the_reader_panic_and_every_refusal_names_a_fault(text in any_document()) {
+        if let Err(error) = parse(&text, Path::new("edge.toml")) {
+            proptest::prop_assert!(!error.problems.is_empty());
+        }
+    }
+}

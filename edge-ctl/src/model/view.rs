@@ -89,6 +89,9 @@ pub struct BackendRow {
     pub bytes_out: u64,
     /// Listen address it serves.
     pub vip: String,
+    /// `tcp` or `udp`.
+    #[serde(default)]
+    pub proto: String,
 }
 
 /// One direction of a flow in `flow list`.
