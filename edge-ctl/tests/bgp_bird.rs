@@ -56,7 +56,8 @@ impl Bird for Lab {
 
     fn birdc_at(&self, address: &str, command: &str) -> String {
         let mut birdc = Command::new("birdc");
-        let output = birdc.arg("-s").arg(self.path(&format!("{address}.ctl"))).args(command.split(' ')).output().unwrap();
+        let output =
+            birdc.arg("-s").arg(self.path(&format!("{address}.ctl"))).args(command.split(' ')).output().unwrap();
         String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
     }
 }
@@ -139,7 +140,10 @@ fn a_passive_external_session_obeys_rfc_8212_and_the_lists() {
         assert!(!shown.contains("local_pref: 200"), "{shown}");
         let row = edge.row(NODE).await;
         assert_eq!((row.established_count, row.kind.as_str()), (1, "ebgp"), "a policy change resets nothing");
-        assert_eq!(row.messages["route_refresh_sent"], row.capabilities.iter().filter(|c| c.contains("unicast")).count() as u64);
+        assert_eq!(
+            row.messages["route_refresh_sent"],
+            row.capabilities.iter().filter(|c| c.contains("unicast")).count() as u64
+        );
     });
 }
 

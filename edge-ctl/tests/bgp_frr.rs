@@ -109,9 +109,8 @@ fn keepalives_hold_a_session_with_the_shortest_hold_time() {
     lab.bgpd(&EXTERNAL.replace("timers 3 9", "timers 1 3"));
     lab.edge.block_on(|| async {
         let mut edge = Edge::start(config([peer(NODE, 64513)])).await;
-        let many = |row: &edge_ctl::model::view::BgpPeerRow| {
-            row.messages.get("keepalive_sent").is_some_and(|sent| *sent >= 6)
-        };
+        let many =
+            |row: &edge_ctl::model::view::BgpPeerRow| row.messages.get("keepalive_sent").is_some_and(|sent| *sent >= 6);
         let row = edge.row_until(NODE, "six keepalives, two hold times", many).await;
         assert_eq!((row.state.as_str(), row.hold, row.established_count), ("Established", 3, 1), "{row:#?}");
     });

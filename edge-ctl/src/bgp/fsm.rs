@@ -698,9 +698,7 @@ mod tests {
     }
 
     fn closed_with(actions: &[Action], side: Side, code: u8, subcode: u8) -> bool {
-        let says = |action: &Action| {
-            matches!(action, Action::SendNotification(to, n) if *to == side && (n.code, n.subcode) == (code, subcode))
-        };
+        let says = |action: &Action| matches!(action, Action::SendNotification(to, n) if *to == side && (n.code, n.subcode) == (code, subcode));
         actions.iter().any(says) && actions.contains(&Action::Close(side))
     }
 
@@ -738,8 +736,7 @@ mod tests {
     #[test]
     fn the_keepalive_interval_is_at_most_a_third_of_the_negotiated_hold_time() {
         let short = Open { hold: 9, ..open() };
-        let events =
-            [Event::TcpConnectionConfirmed(Side::Incoming), Event::BgpOpen(Side::Incoming, short)];
+        let events = [Event::TcpConnectionConfirmed(Side::Incoming), Event::BgpOpen(Side::Incoming, short)];
         let (state, _) = after(settings(), events);
         let negotiated = state.incoming.as_ref().and_then(Connection::negotiated).unwrap();
         assert_eq!((negotiated.hold, negotiated.keepalive), (9, Duration::from_secs(3)));
@@ -837,7 +834,8 @@ mod tests {
         let (mut state, actions) =
             after(settings(), [Event::TcpConnectionConfirmed(Side::Incoming), Event::BgpOpen(Side::Incoming, wrong)]);
         assert!(closed_with(&actions, Side::Incoming, 2, 2), "{actions:?}");
-        let told = |action: &Action| matches!(action, Action::Failed(why) if why.contains("65000") && why.contains("64513"));
+        let told =
+            |action: &Action| matches!(action, Action::Failed(why) if why.contains("65000") && why.contains("64513"));
         assert!(actions.iter().any(told), "{actions:?}");
         assert_eq!(state.name(), Name::Idle);
         // While it rests, connections are refused: two sides that disagree do not spin.

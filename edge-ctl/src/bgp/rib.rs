@@ -299,7 +299,10 @@ impl Rib {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::wire::{Announcement, AsPath, Segment}, *};
+    use super::{
+        super::wire::{Announcement, AsPath, Segment},
+        *,
+    };
     use crate::config::valid::PrefixRule;
 
     const NOW: Duration = Duration::from_secs(1);
@@ -310,8 +313,7 @@ mod tests {
 
     /// Internal peers 172.16.1.HOST, established.
     fn rib(hosts: &[u8]) -> Rib {
-        let local =
-            Local { asn: 64512, router_id: Ipv4Addr::new(172, 16, 1, 88), addresses: [address(88)].into() };
+        let local = Local { asn: 64512, router_id: Ipv4Addr::new(172, 16, 1, 88), addresses: [address(88)].into() };
         let mut rib = Rib::new(local);
         for host in hosts {
             let policy = Policy { internal: true, ..Policy::default() };
@@ -395,7 +397,8 @@ mod tests {
     #[test]
     fn a_prefix_both_withdrawn_and_announced_is_announced() {
         let mut rib = rib(&[80]);
-        let update = Update { withdrawn: withdraw(&["10.1.0.0/24"]).withdrawn, ..announce(&["10.1.0.0/24"], address(80)) };
+        let update =
+            Update { withdrawn: withdraw(&["10.1.0.0/24"]).withdrawn, ..announce(&["10.1.0.0/24"], address(80)) };
         rib.update(address(80), &update, NOW);
         assert_eq!(rib.take_changes(), [change("10.1.0.0/24", &[80])]);
     }
