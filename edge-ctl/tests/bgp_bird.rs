@@ -1,5 +1,7 @@
 //! Sessions with a real BIRD 2 (Calico's speaker is one) in a namespace of its own.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first broken assumption")]
+
 mod common;
 
 use std::{fs, process::Command};
@@ -303,5 +305,28 @@ fn a_port_in_use_is_an_error_that_names_it() {
         let (events, _receiver) = tokio::sync::mpsc::channel(1);
         let error = edge_ctl::bgp::spawn(config([peer(NODE, 64512)]), events).await.unwrap_err().to_string();
         assert!(error.contains("0.0.0.0:179") && error.contains("listen_port"), "{error}");
+    });
+}
+
+#[test]
+fn large_tables_arrive_whole_both_ways() {
+    if skipped("large_tables_arrive_whole_both_ways") {
+        return;
+    }
+    let pods: String = (0..20_000)
+        .map(|n| format!("route 10.{}.{}.{}/26 blackhole;\n", 64 + n / 1024, n / 4 % 256, n % 4 * 64))
+        .collect();
+    let mut lab = Lab::new();
+    lab.bird(&format!("protocol static many {{ ipv4; {pods} }}\n{}", ibgp_passive()));
+    lab.edge.block_on(|| async {
+        let mut bgp = config([peer(NODE, 64512)]);
+        bgp.networks = (0..2000).map(|n| prefix(&format!("10.9.{}.{}/32", n / 256, n % 256))).collect();
+        let mut edge = Edge::start(bgp).await;
+        edge.converged().await;
+        assert_eq!(edge.routes.len(), 20_003);
+        assert_eq!(edge.row(NODE).await.pfx_rcd, 20_003);
+        says("BIRD", "2000 of", || lab.birdc("show route protocol edge count")).await;
+        lab.birdc("disable many");
+        edge.until("the withdrawal", |edge| edge.routes.len() == 3).await;
     });
 }

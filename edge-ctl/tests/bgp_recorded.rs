@@ -1,5 +1,7 @@
 //! Decoding what BIRD, FRR and GoBGP sent (fixtures/bgp/README.md), whole and damaged.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first broken assumption")]
+
 use std::{fs, path::Path};
 
 use bytes::Bytes;

@@ -5,7 +5,7 @@
 //! [`Rib::take_changes`].
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr},
     sync::Arc,
     time::Duration,
@@ -60,6 +60,7 @@ pub struct Rib {
     local: Local,
     sources: BTreeMap<IpAddr, Source>,
     table: BTreeMap<IpNet, Entry>,
+    originated: BTreeSet<IpNet>,
     changes: BTreeMap<IpNet, Vec<IpAddr>>,
 }
 
@@ -81,7 +82,13 @@ pub struct Standing<'a> {
 impl Rib {
     /// An empty table.
     pub const fn new(local: Local) -> Self {
-        Self { local, sources: BTreeMap::new(), table: BTreeMap::new(), changes: BTreeMap::new() }
+        Self {
+            local,
+            sources: BTreeMap::new(),
+            table: BTreeMap::new(),
+            originated: BTreeSet::new(),
+            changes: BTreeMap::new(),
+        }
     }
 
     /// A session came up.
@@ -188,9 +195,13 @@ impl Rib {
         }
     }
 
-    /// We begin or cease to originate a prefix.
-    pub fn originate(&mut self, prefix: IpNet, originated: bool) {
-        self.edit(prefix, |entry| entry.originated = originated);
+    /// We originate these prefixes and no others.
+    pub fn originate(&mut self, wanted: BTreeSet<IpNet>) {
+        let before = std::mem::replace(&mut self.originated, wanted);
+        for prefix in before.symmetric_difference(&self.originated.clone()) {
+            let originated = self.originated.contains(prefix);
+            self.edit(*prefix, |entry| entry.originated = originated);
+        }
     }
 
     fn edit(&mut self, prefix: IpNet, change: impl FnOnce(&mut Entry)) {
@@ -261,6 +272,15 @@ impl Rib {
     /// Prefixes received from a peer, and those of them that were accepted.
     pub fn counts(&self, peer: IpAddr) -> (u64, u64) {
         self.sources.get(&peer).map_or((0, 0), |source| (source.received, source.accepted))
+    }
+
+    /// Every prefix that a peer has announced, with the standing of its path.
+    pub fn received(&self, peer: IpAddr) -> impl Iterator<Item = (&IpNet, Standing<'_>)> {
+        let of_peer = move |standing: &Standing<'_>| standing.path.peer == peer;
+        self.table
+            .iter()
+            .filter(move |(_, entry)| entry.paths.iter().any(|path| path.peer == peer))
+            .filter_map(move |(prefix, entry)| Some((prefix, self.standings(entry).into_iter().find(of_peer)?)))
     }
 
     /// Every prefix with its paths' standing and whether we originate it.
@@ -442,14 +462,14 @@ mod tests {
     #[test]
     fn a_prefix_of_our_own_needs_no_route_even_where_a_peer_offers_one() {
         let mut rib = rib(&[80]);
-        rib.originate("10.9.0.1/32".parse().unwrap(), true);
+        rib.originate(["10.9.0.1/32".parse().unwrap()].into());
         rib.update(address(80), &announce(&["10.9.0.1/32"], address(80)), NOW);
         assert!(!rib.has_changes());
         let (_, own, standings) = rib.iter().next().unwrap();
         assert!(own);
         assert_eq!(standings[0].reason, Some(Reason::Local));
         drop(standings);
-        rib.originate("10.9.0.1/32".parse().unwrap(), false);
+        rib.originate(BTreeSet::new());
         assert_eq!(rib.take_changes(), [change("10.9.0.1/32", &[80])]);
     }
 

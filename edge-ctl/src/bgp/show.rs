@@ -88,12 +88,7 @@ pub fn routes(rib: &Rib, originated: &Originated, now: Duration) -> Vec<BgpRoute
 
 /// Adj-RIB-In of one peer.
 pub fn received(rib: &Rib, peer: IpAddr, now: Duration) -> Vec<BgpRouteRow> {
-    rib.iter()
-        .flat_map(|(prefix, _, standings)| {
-            let of_peer = standings.into_iter().filter(|standing| standing.path.peer == peer);
-            of_peer.map(|standing| path_row(prefix, &standing, now)).collect::<Vec<_>>()
-        })
-        .collect()
+    rib.received(peer).map(|(prefix, standing)| path_row(prefix, &standing, now)).collect()
 }
 
 /// Adj-RIB-Out of one peer: the path as the peer sees it.
