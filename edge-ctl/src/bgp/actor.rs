@@ -232,7 +232,7 @@ impl Actor {
             Action::Failed(reason) => {
                 if let Some(peer) = self.peers.get_mut(&address) {
                     tracing::info!(peer = %address, %reason, "BGP session not established");
-                    peer.last_reset = Some(reason);
+                    peer.last_failure = Some(reason);
                 }
             }
         }
@@ -426,6 +426,7 @@ impl Actor {
         let Some(local) = peer.link(side).map(|link| link.local) else { return };
         tracing::info!(peer = %address, hold = negotiated.hold, "BGP session established");
         peer.established_count += 1;
+        peer.last_failure = None;
         peer.changed = Some(now);
         self.rib.local_address(local);
         self.rib.peer_up(address, peer.policy.clone(), negotiated.peer.router_id);

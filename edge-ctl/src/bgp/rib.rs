@@ -319,6 +319,8 @@ impl Rib {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::{
         super::wire::{Announcement, AsPath, Segment},
         *,
@@ -502,5 +504,77 @@ mod tests {
             ]
         );
         assert_eq!(standings[0].path.rejection, Some(Rejection::OwnNextHop(address(88))));
+    }
+
+    /// What may happen to the RIB in the property below.
+    #[derive(Clone, Debug)]
+    enum Step {
+        Announce { peer: u8, prefix: u8, hop: u8, local_pref: u32 },
+        Withdraw { peer: u8, prefix: u8 },
+        Down { peer: u8 },
+    }
+
+    fn steps() -> impl Strategy<Value = Step> {
+        let (peer, prefix) = (80u8..84, 0u8..4);
+        prop_oneof![
+            4 => (peer.clone(), prefix.clone(), 90u8..93, 100u32..102)
+                .prop_map(|(peer, prefix, hop, local_pref)| Step::Announce { peer, prefix, hop, local_pref }),
+            2 => (peer.clone(), prefix).prop_map(|(peer, prefix)| Step::Withdraw { peer, prefix }),
+            1 => peer.prop_map(|peer| Step::Down { peer }),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn the_changes_added_up_are_always_the_next_hops_of_the_best_paths(
+            list in prop::collection::vec(steps(), 1..60),
+            take_every in 1usize..5,
+        ) {
+            let mut rib = rib(&[80, 81, 82, 83]);
+            let mut paths: BTreeMap<(String, u8), (u8, u32)> = BTreeMap::new();
+            let mut installed = crate::model::RouteSet::default();
+            for (number, step) in list.into_iter().enumerate() {
+                match step {
+                    Step::Announce { peer, prefix, hop, local_pref } => {
+                        let prefix = format!("10.{prefix}.0.0/16");
+                        let attributes = Attributes { local_pref: Some(local_pref), ..Attributes::default() };
+                        rib.update(address(peer), &announce_with(&[&prefix], address(hop), attributes), NOW);
+                        paths.insert((prefix, peer), (hop, local_pref));
+                    }
+                    Step::Withdraw { peer, prefix } => {
+                        let prefix = format!("10.{prefix}.0.0/16");
+                        rib.update(address(peer), &withdraw(&[&prefix]), NOW);
+                        paths.remove(&(prefix, peer));
+                    }
+                    Step::Down { peer } => {
+                        rib.peer_down(address(peer));
+                        let policy = Policy { internal: true, ..Policy::default() };
+                        rib.peer_up(address(peer), policy, Ipv4Addr::new(172, 16, 1, peer));
+                        paths.retain(|(_, from), _| *from != peer);
+                    }
+                }
+                if number % take_every == 0 {
+                    rib.take_changes().into_iter().for_each(|change| {
+                        installed.apply(change);
+                    });
+                }
+            }
+            rib.take_changes().into_iter().for_each(|change| {
+                        installed.apply(change);
+                    });
+            let mut expected = crate::model::RouteSet::default();
+            for prefix in (0..4).map(|number| format!("10.{number}.0.0/16")) {
+                let of: Vec<_> = paths.iter().filter(|((p, _), _)| *p == prefix).map(|(_, path)| *path).collect();
+                let best = of.iter().map(|(_, local_pref)| *local_pref).max();
+                let hops: std::collections::BTreeSet<u8> =
+                    of.iter().filter(|(_, local_pref)| Some(*local_pref) == best).map(|(hop, _)| *hop).collect();
+                expected.apply(change(&prefix, &hops.into_iter().collect::<Vec<_>>()));
+            }
+            prop_assert_eq!(&installed, &expected);
+            for peer in 80..84 {
+                let count = paths.keys().filter(|(_, from)| *from == peer).count() as u64;
+                prop_assert_eq!(rib.counts(address(peer)), (count, count));
+            }
+        }
     }
 }

@@ -47,9 +47,17 @@ pub fn peer_row(peer: &Peer, rib: &Rib, version: u64, now: Duration) -> BgpPeerR
         capabilities: session.map(capabilities).unwrap_or_default(),
         pfx_received: received,
         messages,
-        last_reset: peer.last_reset.clone(),
+        last_reset: last_reset(peer),
         next_connect: peer.fsm.next_connect().map(|at| at.saturating_sub(now).as_secs()),
         established_count: peer.established_count,
+    }
+}
+
+/// Why the last session ended, and what keeps the next one from coming up.
+fn last_reset(peer: &Peer) -> Option<String> {
+    match (&peer.last_reset, &peer.last_failure) {
+        (Some(reset), Some(failure)) => Some(format!("{reset}; since then: {failure}")),
+        (reset, failure) => reset.clone().or_else(|| failure.clone()),
     }
 }
 
