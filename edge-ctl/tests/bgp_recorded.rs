@@ -154,11 +154,10 @@ fn end_of_rib_is_recognised_for_both_families_and_in_nothing_else() {
 
 #[test]
 fn goodbyes_are_shown_with_their_texts() {
-    for name in ["frr-external", "gobgp-external"] {
+    for name in FILES {
         let shown = goodbye(name).to_string();
         assert_eq!(shown, "Cease: Administrative Shutdown (6/2): \"node maintenance\"", "{name}");
     }
-    assert!(goodbye("bird-internal").to_string().starts_with("Cease: Administrative Shutdown (6/2)"));
 }
 
 /// Where the values of the attributes other than MP_REACH_NLRI and MP_UNREACH_NLRI lie in an UPDATE.

@@ -393,10 +393,13 @@ impl Actor {
         session.last_update = now;
         session.end_of_rib.extend(update.end_of_rib);
         for problem in &update.problems {
-            let name = if problem.withdraws { "update_treat_as_withdraw" } else { "update_attribute_discard" };
+            tracing::warn!(peer = %address, attribute = problem.attribute, withdraws = problem.withdraws,
+                detail = %problem.detail, "malformed BGP UPDATE");
+        }
+        if !update.problems.is_empty() {
+            let withdraws = update.problems.iter().any(|problem| problem.withdraws);
+            let name = if withdraws { "update_treat_as_withdraw" } else { "update_attribute_discard" };
             *peer.malformed.entry(name).or_default() += 1;
-            tracing::warn!(peer = %address, attribute = problem.attribute, detail = %problem.detail, action = name,
-                "malformed BGP UPDATE");
         }
         self.rib.update(address, update, now);
     }
