@@ -231,8 +231,11 @@ impl Actor {
             Action::Down(reason) => self.down(address, reason, now),
             Action::Failed(reason) => {
                 if let Some(peer) = self.peers.get_mut(&address) {
-                    tracing::info!(peer = %address, %reason, "BGP session not established");
-                    peer.last_failure = Some(reason);
+                    tracing::info!(peer = %address, %reason, "BGP connection failed");
+                    // The loser of a collision may end after the winner is up; that is no failure of the peer.
+                    if peer.session.is_none() {
+                        peer.last_failure = Some(reason);
+                    }
                 }
             }
         }
