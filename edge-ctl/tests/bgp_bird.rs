@@ -1,5 +1,7 @@
 //! Sessions with a real BIRD 2 (Calico's speaker is one) in a namespace of its own.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first broken assumption")]
+
 mod common;
 
 use std::{fs, process::Command};
@@ -8,10 +10,14 @@ use common::{
     bgp::{Edge, Lab, NODE, NODE6, PATIENCE, config, peer, rule, says},
     eventually, which,
 };
-use edge_ctl::{bgp::BgpEvent, model::PathAttributes};
+use edge_ctl::{
+    bgp::BgpEvent,
+    model::{PathAttributes, view::BgpPeerRow},
+};
 
 /// Internal, active, two families on one session.
-const IBGP: &str = "protocol bgp edge { local 10.0.0.2 as 64512; neighbor 10.0.0.1 as 64512; strict bind yes; connect delay time 1; \
+const IBGP: &str = "protocol bgp edge { local 10.0.0.2 as 64512; neighbor 10.0.0.1 as 64512; \
+    strict bind yes; connect delay time 1; error wait time 1, 1; \
     ipv4 { import all; export where source = RTS_STATIC; next hop self; }; \
     ipv6 { import all; export where source = RTS_STATIC; next hop self; }; }";
 
@@ -183,7 +189,8 @@ fn a_lost_session_withdraws_at_once_and_comes_back() {
         assert_eq!(edge.hops("10.1.2.0/26"), [NODE]);
         lab.kill();
         edge.until("no routes", |edge| edge.routes.is_empty()).await;
-        assert!(edge.row(NODE).await.last_reset.is_some());
+        let lost = edge.row(NODE).await.last_reset.unwrap();
+        assert!(lost.starts_with("the peer closed") || lost.starts_with("connection lost"), "{lost}");
         lab.bird(&ibgp_passive());
         edge.until("its return", |edge| edge.hops("10.1.2.0/26") == [NODE]).await;
         assert_eq!(edge.row(NODE).await.established_count, 2);
@@ -242,16 +249,22 @@ fn a_wrong_as_on_either_side_is_told_to_both() {
     let mut lab = Lab::new();
     lab.bird(&ibgp_passive());
     lab.edge.block_on(|| async {
-        let mut wrong = peer(NODE, 65000);
-        wrong.import = Some(vec![]);
-        let mut edge = Edge::start(config([wrong])).await;
-        let told = |row: &edge_ctl::model::view::BgpPeerRow| {
-            row.last_reset.as_ref().is_some_and(|why| why.contains("Bad Peer AS (2/2)"))
+        let mut edge = Edge::start(config([peer(NODE, 65000)])).await;
+        let told = |row: &BgpPeerRow| {
+            row.last_reset.as_ref().is_some_and(|why| why.contains("sent OPEN Message Error: Bad Peer AS (2/2)"))
         };
-        let row = edge.row_until(NODE, "our complaint or theirs", told).await;
+        let row = edge.row_until(NODE, "our complaint", told).await;
         assert_eq!(row.established_count, 0);
         assert!(row.next_connect.is_some());
-        says("BIRD", "Bad peer AS", || lab.birdc("show protocols all edge")).await;
+        says("BIRD", "Received: Bad peer AS", || lab.birdc("show protocols all edge")).await;
+
+        let mut wrong = config([peer(NODE, 64512)]);
+        wrong.asn = 65001;
+        edge.handle.reload(wrong).await.unwrap();
+        let told = |row: &BgpPeerRow| {
+            row.last_reset.as_ref().is_some_and(|why| why.contains("received OPEN Message Error: Bad Peer AS (2/2)"))
+        };
+        edge.row_until(NODE, "their complaint", told).await;
     });
 }
 
@@ -269,7 +282,7 @@ fn a_refresh_is_answered_with_everything() {
         edge.converged().await;
         let before = edge.row(NODE).await.messages["update_sent"];
         lab.birdc("reload in edge");
-        let refreshed = |row: &edge_ctl::model::view::BgpPeerRow| row.messages.contains_key("route_refresh_received");
+        let refreshed = |row: &BgpPeerRow| row.messages.contains_key("route_refresh_received");
         let row = edge.row_until(NODE, "the refresh", refreshed).await;
         assert!(row.messages["update_sent"] > before, "{row:#?}");
         says("BIRD", "10.9.0.0/24", || lab.birdc("show route protocol edge")).await;
@@ -303,5 +316,28 @@ fn a_port_in_use_is_an_error_that_names_it() {
         let (events, _receiver) = tokio::sync::mpsc::channel(1);
         let error = edge_ctl::bgp::spawn(config([peer(NODE, 64512)]), events).await.unwrap_err().to_string();
         assert!(error.contains("0.0.0.0:179") && error.contains("listen_port"), "{error}");
+    });
+}
+
+#[test]
+fn large_tables_arrive_whole_both_ways() {
+    if skipped("large_tables_arrive_whole_both_ways") {
+        return;
+    }
+    let pods: String = (0..20_000)
+        .map(|n| format!("route 10.{}.{}.{}/26 blackhole;\n", 64 + n / 1024, n / 4 % 256, n % 4 * 64))
+        .collect();
+    let mut lab = Lab::new();
+    lab.bird(&format!("protocol static many {{ ipv4; {pods} }}\n{}", ibgp_passive()));
+    lab.edge.block_on(|| async {
+        let mut bgp = config([peer(NODE, 64512)]);
+        bgp.networks = (0..2000).map(|n| prefix(&format!("10.9.{}.{}/32", n / 256, n % 256))).collect();
+        let mut edge = Edge::start(bgp).await;
+        edge.converged().await;
+        assert_eq!(edge.routes.len(), 20_003);
+        assert_eq!(edge.row(NODE).await.pfx_rcd, 20_003);
+        says("BIRD", "2000 of", || lab.birdc("show route protocol edge count")).await;
+        lab.birdc("disable many");
+        edge.until("the withdrawal", |edge| edge.routes.len() == 3).await;
     });
 }

@@ -1,5 +1,7 @@
 //! Sessions with a real GoBGP in a namespace of its own.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first broken assumption")]
+
 mod common;
 
 use std::fs;

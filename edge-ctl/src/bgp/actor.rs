@@ -1,5 +1,7 @@
 //! The actor: owns every peer, the RIB and what we originate, and turns decisions into I/O.
 
+mod reload;
+
 use std::{
     collections::{BTreeMap, VecDeque},
     hash::{BuildHasher, Hasher, RandomState},
@@ -18,8 +20,8 @@ use super::{
     BgpError, BgpEvent, CONVERGENCE_SILENCE, CONVERGENCE_TIMEOUT, Command,
     advertise::{AdjRibOut, Originated},
     fsm::{self, Action, Event, Now, Side},
-    listener::{self, Listener},
-    peer::{self, Peer, Session},
+    listener::Listener,
+    peer::{Peer, Session},
     policy::Local,
     rib::Rib,
     session::{self, LinkEvent, LinkId},
@@ -72,7 +74,7 @@ impl Actor {
         commands: mpsc::Receiver<Command>,
     ) -> Result<Self, BgpError> {
         let (input, inputs) = mpsc::channel(BURST);
-        let listeners = listen(&config, &input)?;
+        let listeners = reload::listen(&config, &input)?;
         let local = Local {
             asn: config.asn,
             router_id: config.router_id,
@@ -229,8 +231,11 @@ impl Actor {
             Action::Down(reason) => self.down(address, reason, now),
             Action::Failed(reason) => {
                 if let Some(peer) = self.peers.get_mut(&address) {
-                    tracing::info!(peer = %address, %reason, "BGP session not established");
-                    peer.last_reset = Some(reason);
+                    tracing::info!(peer = %address, %reason, "BGP connection failed");
+                    // The loser of a collision may end after the winner is up; that is no failure of the peer.
+                    if peer.session.is_none() {
+                        peer.last_failure = Some(reason);
+                    }
                 }
             }
         }
@@ -391,10 +396,13 @@ impl Actor {
         session.last_update = now;
         session.end_of_rib.extend(update.end_of_rib);
         for problem in &update.problems {
-            let name = if problem.withdraws { "update_treat_as_withdraw" } else { "update_attribute_discard" };
+            tracing::warn!(peer = %address, attribute = problem.attribute, withdraws = problem.withdraws,
+                detail = %problem.detail, "malformed BGP UPDATE");
+        }
+        if !update.problems.is_empty() {
+            let withdraws = update.problems.iter().any(|problem| problem.withdraws);
+            let name = if withdraws { "update_treat_as_withdraw" } else { "update_attribute_discard" };
             *peer.malformed.entry(name).or_default() += 1;
-            tracing::warn!(peer = %address, attribute = problem.attribute, detail = %problem.detail, action = name,
-                "malformed BGP UPDATE");
         }
         self.rib.update(address, update, now);
     }
@@ -424,6 +432,7 @@ impl Actor {
         let Some(local) = peer.link(side).map(|link| link.local) else { return };
         tracing::info!(peer = %address, hold = negotiated.hold, "BGP session established");
         peer.established_count += 1;
+        peer.last_failure = None;
         peer.changed = Some(now);
         self.rib.local_address(local);
         self.rib.peer_up(address, peer.policy.clone(), negotiated.peer.router_id);
@@ -463,14 +472,7 @@ impl Actor {
 
     fn originated_changed(&mut self) {
         self.version += 1;
-        let wanted = self.originated.prefixes();
-        let present: Vec<_> = self.rib.iter().filter(|(_, own, _)| *own).map(|(prefix, ..)| *prefix).collect();
-        for prefix in present.iter().filter(|prefix| !wanted.contains(prefix)) {
-            self.rib.originate(*prefix, false);
-        }
-        for prefix in wanted {
-            self.rib.originate(prefix, true);
-        }
+        self.rib.originate(self.originated.prefixes());
         let addresses: Vec<IpAddr> = self.peers.keys().copied().collect();
         addresses.into_iter().for_each(|address| self.sync(address));
     }
@@ -510,69 +512,6 @@ impl Actor {
         }
     }
 
-    /// Listeners first: where one cannot be bound nothing else has changed.
-    fn reload(&mut self, config: valid::Bgp) -> Result<(), BgpError> {
-        if config.listen_port != self.config.listen_port {
-            let listeners = listen(&config, &self.input)?;
-            self.listeners = listeners;
-        } else {
-            let missing = peer::families(&config).into_iter().filter(|family| !self.listeners.contains_key(family));
-            let added = bind(missing, config.listen_port, &self.input)?;
-            self.listeners.extend(added);
-            let wanted = peer::families(&config);
-            self.listeners.retain(|family, _| wanted.contains(family));
-        }
-        let everyone = config.asn != self.config.asn || config.router_id != self.config.router_id;
-        let known: Vec<IpAddr> = self.peers.keys().copied().collect();
-        for address in known {
-            match (config.peers.get(&address), self.peers.get(&address)) {
-                (None, _) => self.remove(address, cease::PEER_DECONFIGURED),
-                (Some(new), Some(old)) if everyone || peer::needs_reset(&old.config, new) => {
-                    self.remove(address, cease::OTHER_CONFIGURATION_CHANGE);
-                }
-                (Some(new), _) => self.change_policy(&config, address, new),
-            }
-        }
-        self.rib.identify(config.asn, config.router_id);
-        self.config = config;
-        for (address, new) in self.config.peers.clone() {
-            if let std::collections::btree_map::Entry::Vacant(vacant) = self.peers.entry(address) {
-                vacant.insert(Peer::new(&self.config, &new));
-                self.feed(address, Event::ManualStart);
-            }
-        }
-        self.originated.set_networks(&self.config.networks);
-        self.originated_changed();
-        Ok(())
-    }
-
-    fn remove(&mut self, address: IpAddr, subcode: u8) {
-        self.feed(address, Event::ManualStop(Notification::cease(subcode)));
-        self.peers.remove(&address);
-    }
-
-    fn change_policy(&mut self, bgp: &valid::Bgp, address: IpAddr, new: &valid::Peer) {
-        let Some(peer) = self.peers.get_mut(&address) else { return };
-        peer.config = new.clone();
-        let policy = peer::policy(bgp, new);
-        if policy == peer.policy {
-            return;
-        }
-        let import_changed = policy.import != peer.policy.import;
-        peer.policy = policy.clone();
-        if import_changed {
-            self.rib.set_policy(address, policy);
-            let session = self.peers.get(&address).and_then(|peer| peer.session.as_ref());
-            if let Some(session) = session.filter(|session| session.negotiated.route_refresh) {
-                let (side, families) = (session.side, session.negotiated.families.clone());
-                for family in families {
-                    self.send(address, side, "route_refresh_sent", wire::encode_route_refresh(family));
-                }
-            }
-        }
-        // The export list takes effect with the sync at the end of the reload.
-    }
-
     async fn shut_down(&mut self) {
         self.listeners.clear();
         let notification = Notification::shutdown("edge is shutting down");
@@ -598,28 +537,4 @@ impl Actor {
 
 async fn reserve(events: Option<mpsc::Sender<BgpEvent>>) -> Option<mpsc::OwnedPermit<BgpEvent>> {
     events?.reserve_owned().await.ok()
-}
-
-fn listen(config: &valid::Bgp, input: &mpsc::Sender<Input>) -> Result<BTreeMap<Family, Listener>, BgpError> {
-    bind(peer::families(config).into_iter(), config.listen_port, input)
-}
-
-fn bind(
-    families: impl Iterator<Item = Family>,
-    port: Option<u16>,
-    input: &mpsc::Sender<Input>,
-) -> Result<BTreeMap<Family, Listener>, BgpError> {
-    let Some(port) = port else { return Ok(BTreeMap::new()) };
-    families
-        .map(|family| {
-            let input = input.clone();
-            let listener = listener::listen(family, port, move |stream, remote| {
-                let input = input.clone();
-                async move {
-                    let _ = input.send(Input::Accepted(stream, remote)).await;
-                }
-            })?;
-            Ok((family, listener))
-        })
-        .collect()
 }

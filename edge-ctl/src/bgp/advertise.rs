@@ -148,3 +148,106 @@ impl AdjRibOut {
         Ok(messages)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::{super::wire::Message, *};
+    use crate::config::valid::PrefixRule;
+
+    const CONTEXT: Context = Context { four_octet_as: true, internal: false };
+
+    fn out(next_hop: &str) -> AdjRibOut {
+        AdjRibOut::new(64512, next_hop.parse().unwrap(), Family::ALL.to_vec(), CONTEXT)
+    }
+
+    fn everything() -> Policy {
+        let rule = |prefix: &str, max_length| PrefixRule { prefix: prefix.parse().unwrap(), min_length: 0, max_length };
+        Policy { export: Some(vec![rule("0.0.0.0/0", 32), rule("::/0", 128)]), ..Policy::default() }
+    }
+
+    fn originated(prefixes: &[&str]) -> Originated {
+        let mut originated = Originated::default();
+        for prefix in prefixes {
+            originated.announce(prefix.parse().unwrap(), PathAttributes::default());
+        }
+        originated
+    }
+
+    /// Announced and withdrawn prefixes, as a receiver reads them.
+    fn read(messages: &[Bytes]) -> (Vec<String>, Vec<String>) {
+        let (mut announced, mut withdrawn) = (vec![], vec![]);
+        for message in messages {
+            assert!(message.len() <= usize::from(wire::MAX_MESSAGE));
+            let Message::Update(update) = wire::decode(message.clone(), CONTEXT).unwrap() else { panic!("an UPDATE") };
+            assert!(update.problems.is_empty(), "{:?}", update.problems);
+            announced.extend(update.announced.iter().flat_map(|a| &a.prefixes).map(IpNet::to_string));
+            withdrawn.extend(update.withdrawn.iter().map(IpNet::to_string));
+        }
+        (announced, withdrawn)
+    }
+
+    #[test]
+    fn only_what_changed_is_said() {
+        let mut out = out("10.0.0.1");
+        let first = out.sync(&originated(&["10.9.0.1/32", "10.9.0.2/32"]), &everything()).unwrap();
+        assert_eq!(read(&first).0, ["10.9.0.1/32", "10.9.0.2/32"]);
+        let mut changed = originated(&["10.9.0.2/32"]);
+        changed.announce("10.9.0.3/32".parse().unwrap(), PathAttributes { med: Some(1), ..Default::default() });
+        let second = out.sync(&changed, &everything()).unwrap();
+        assert_eq!(read(&second), (vec!["10.9.0.3/32".to_owned()], vec!["10.9.0.1/32".to_owned()]));
+        assert!(out.sync(&changed, &everything()).unwrap().is_empty());
+        changed.announce("10.9.0.3/32".parse().unwrap(), PathAttributes { med: Some(2), ..Default::default() });
+        assert_eq!(read(&out.sync(&changed, &everything()).unwrap()).0, ["10.9.0.3/32"]);
+    }
+
+    #[test]
+    fn prefixes_of_the_other_family_and_unlisted_ones_are_not_announced() {
+        let all = originated(&["10.9.0.1/32", "fd09::1/128"]);
+        assert_eq!(read(&out("10.0.0.1").sync(&all, &everything()).unwrap()).0, ["10.9.0.1/32"]);
+        assert_eq!(read(&out("fd00::1").sync(&all, &everything()).unwrap()).0, ["fd09::1/128"]);
+        assert!(out("10.0.0.1").sync(&all, &Policy::default()).unwrap().is_empty(), "RFC 8212");
+    }
+
+    #[test]
+    fn thousands_of_prefixes_are_split_over_messages_and_none_is_lost() {
+        for (next_hop, family) in [("10.0.0.1", "10.9"), ("fd00::1", "fd09")] {
+            let mut all = Originated::default();
+            for number in 0..3000u32 {
+                let (high, low) = (number >> 8, number & 255);
+                let text = if family == "10.9" {
+                    format!("10.{high}.{low}.1/32")
+                } else {
+                    format!("fd09::{high:x}:{low:x}/128")
+                };
+                all.announce(text.parse().unwrap(), PathAttributes::default());
+            }
+            let mut out = out(next_hop);
+            let messages = out.sync(&all, &everything()).unwrap();
+            assert_eq!(read(&messages).0.len(), 3000);
+            assert_eq!(read(&out.refresh(Family::of_address(out.next_hop())).unwrap()).0.len(), 3000);
+            let gone = out.sync(&Originated::default(), &everything()).unwrap();
+            assert_eq!(read(&gone).1.len(), 3000);
+        }
+    }
+
+    #[test]
+    fn a_network_stays_when_the_announcement_of_the_same_prefix_goes() {
+        let mut all = Originated::default();
+        all.set_networks(&["10.9.0.1/32".parse().unwrap()]);
+        let prefix: IpNet = "10.9.0.1/32".parse().unwrap();
+        all.announce(prefix, PathAttributes { med: Some(7), ..Default::default() });
+        assert_eq!(all.iter().collect::<Vec<_>>(), [(prefix, PathAttributes { med: Some(7), ..Default::default() })]);
+        all.withdraw(&prefix);
+        assert_eq!(all.iter().collect::<Vec<_>>(), [(prefix, PathAttributes::default())]);
+    }
+
+    #[test]
+    fn attributes_too_long_for_a_message_are_an_error_and_not_a_truncation() {
+        let mut all = Originated::default();
+        let communities = (0..2000).map(|low| (64512, low)).collect();
+        all.announce("10.9.0.1/32".parse().unwrap(), PathAttributes { communities, ..Default::default() });
+        assert!(out("10.0.0.1").sync(&all, &everything()).is_err());
+    }
+}

@@ -97,3 +97,15 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(128)?;
     TcpListener::from_std(socket.into())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refused_port_names_the_capability_that_is_missing() {
+        let address = "0.0.0.0:179".parse().unwrap();
+        let error = BgpError::Listen { address, source: io::Error::from_raw_os_error(libc::EACCES) }.to_string();
+        assert!(error.contains("0.0.0.0:179") && error.contains("CAP_NET_BIND_SERVICE"), "{error}");
+    }
+}

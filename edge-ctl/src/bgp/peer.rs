@@ -38,8 +38,10 @@ pub struct Peer {
     pub messages: BTreeMap<&'static str, u64>,
     /// UPDATEs with malformed parts, by what was done about them (RFC 7606).
     pub malformed: BTreeMap<&'static str, u64>,
-    /// Why the last session, or the last attempt, ended.
+    /// Why the last session ended.
     pub last_reset: Option<String>,
+    /// Why the last attempt since then failed.
+    pub last_failure: Option<String>,
     /// Sessions so far.
     pub established_count: u64,
     /// When the session came up or went down; `None`: never up.
@@ -83,6 +85,7 @@ impl Peer {
             messages: BTreeMap::new(),
             malformed: BTreeMap::new(),
             last_reset: None,
+            last_failure: None,
             established_count: 0,
             changed: None,
         }

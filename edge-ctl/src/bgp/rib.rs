@@ -5,7 +5,7 @@
 //! [`Rib::take_changes`].
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr},
     sync::Arc,
     time::Duration,
@@ -60,6 +60,7 @@ pub struct Rib {
     local: Local,
     sources: BTreeMap<IpAddr, Source>,
     table: BTreeMap<IpNet, Entry>,
+    originated: BTreeSet<IpNet>,
     changes: BTreeMap<IpNet, Vec<IpAddr>>,
 }
 
@@ -81,7 +82,13 @@ pub struct Standing<'a> {
 impl Rib {
     /// An empty table.
     pub const fn new(local: Local) -> Self {
-        Self { local, sources: BTreeMap::new(), table: BTreeMap::new(), changes: BTreeMap::new() }
+        Self {
+            local,
+            sources: BTreeMap::new(),
+            table: BTreeMap::new(),
+            originated: BTreeSet::new(),
+            changes: BTreeMap::new(),
+        }
     }
 
     /// A session came up.
@@ -188,9 +195,13 @@ impl Rib {
         }
     }
 
-    /// We begin or cease to originate a prefix.
-    pub fn originate(&mut self, prefix: IpNet, originated: bool) {
-        self.edit(prefix, |entry| entry.originated = originated);
+    /// We originate these prefixes and no others.
+    pub fn originate(&mut self, wanted: BTreeSet<IpNet>) {
+        let before = std::mem::replace(&mut self.originated, wanted);
+        for prefix in before.symmetric_difference(&self.originated.clone()) {
+            let originated = self.originated.contains(prefix);
+            self.edit(*prefix, |entry| entry.originated = originated);
+        }
     }
 
     fn edit(&mut self, prefix: IpNet, change: impl FnOnce(&mut Entry)) {
@@ -263,6 +274,15 @@ impl Rib {
         self.sources.get(&peer).map_or((0, 0), |source| (source.received, source.accepted))
     }
 
+    /// Every prefix that a peer has announced, with the standing of its path.
+    pub fn received(&self, peer: IpAddr) -> impl Iterator<Item = (&IpNet, Standing<'_>)> {
+        let of_peer = move |standing: &Standing<'_>| standing.path.peer == peer;
+        self.table
+            .iter()
+            .filter(move |(_, entry)| entry.paths.iter().any(|path| path.peer == peer))
+            .filter_map(move |(prefix, entry)| Some((prefix, self.standings(entry).into_iter().find(of_peer)?)))
+    }
+
     /// Every prefix with its paths' standing and whether we originate it.
     pub fn iter(&self) -> impl Iterator<Item = (&IpNet, bool, Vec<Standing<'_>>)> {
         self.table.iter().map(|(prefix, entry)| (prefix, entry.originated, self.standings(entry)))
@@ -299,6 +319,8 @@ impl Rib {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::{
         super::wire::{Announcement, AsPath, Segment},
         *,
@@ -442,14 +464,14 @@ mod tests {
     #[test]
     fn a_prefix_of_our_own_needs_no_route_even_where_a_peer_offers_one() {
         let mut rib = rib(&[80]);
-        rib.originate("10.9.0.1/32".parse().unwrap(), true);
+        rib.originate(["10.9.0.1/32".parse().unwrap()].into());
         rib.update(address(80), &announce(&["10.9.0.1/32"], address(80)), NOW);
         assert!(!rib.has_changes());
         let (_, own, standings) = rib.iter().next().unwrap();
         assert!(own);
         assert_eq!(standings[0].reason, Some(Reason::Local));
         drop(standings);
-        rib.originate("10.9.0.1/32".parse().unwrap(), false);
+        rib.originate(BTreeSet::new());
         assert_eq!(rib.take_changes(), [change("10.9.0.1/32", &[80])]);
     }
 
@@ -482,5 +504,77 @@ mod tests {
             ]
         );
         assert_eq!(standings[0].path.rejection, Some(Rejection::OwnNextHop(address(88))));
+    }
+
+    /// What may happen to the RIB in the property below.
+    #[derive(Clone, Debug)]
+    enum Step {
+        Announce { peer: u8, prefix: u8, hop: u8, local_pref: u32 },
+        Withdraw { peer: u8, prefix: u8 },
+        Down { peer: u8 },
+    }
+
+    fn steps() -> impl Strategy<Value = Step> {
+        let (peer, prefix) = (80u8..84, 0u8..4);
+        prop_oneof![
+            4 => (peer.clone(), prefix.clone(), 90u8..93, 100u32..102)
+                .prop_map(|(peer, prefix, hop, local_pref)| Step::Announce { peer, prefix, hop, local_pref }),
+            2 => (peer.clone(), prefix).prop_map(|(peer, prefix)| Step::Withdraw { peer, prefix }),
+            1 => peer.prop_map(|peer| Step::Down { peer }),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn the_changes_added_up_are_always_the_next_hops_of_the_best_paths(
+            list in prop::collection::vec(steps(), 1..60),
+            take_every in 1usize..5,
+        ) {
+            let mut rib = rib(&[80, 81, 82, 83]);
+            let mut paths: BTreeMap<(String, u8), (u8, u32)> = BTreeMap::new();
+            let mut installed = crate::model::RouteSet::default();
+            for (number, step) in list.into_iter().enumerate() {
+                match step {
+                    Step::Announce { peer, prefix, hop, local_pref } => {
+                        let prefix = format!("10.{prefix}.0.0/16");
+                        let attributes = Attributes { local_pref: Some(local_pref), ..Attributes::default() };
+                        rib.update(address(peer), &announce_with(&[&prefix], address(hop), attributes), NOW);
+                        paths.insert((prefix, peer), (hop, local_pref));
+                    }
+                    Step::Withdraw { peer, prefix } => {
+                        let prefix = format!("10.{prefix}.0.0/16");
+                        rib.update(address(peer), &withdraw(&[&prefix]), NOW);
+                        paths.remove(&(prefix, peer));
+                    }
+                    Step::Down { peer } => {
+                        rib.peer_down(address(peer));
+                        let policy = Policy { internal: true, ..Policy::default() };
+                        rib.peer_up(address(peer), policy, Ipv4Addr::new(172, 16, 1, peer));
+                        paths.retain(|(_, from), _| *from != peer);
+                    }
+                }
+                if number % take_every == 0 {
+                    rib.take_changes().into_iter().for_each(|change| {
+                        installed.apply(change);
+                    });
+                }
+            }
+            rib.take_changes().into_iter().for_each(|change| {
+                        installed.apply(change);
+                    });
+            let mut expected = crate::model::RouteSet::default();
+            for prefix in (0..4).map(|number| format!("10.{number}.0.0/16")) {
+                let of: Vec<_> = paths.iter().filter(|((p, _), _)| *p == prefix).map(|(_, path)| *path).collect();
+                let best = of.iter().map(|(_, local_pref)| *local_pref).max();
+                let hops: std::collections::BTreeSet<u8> =
+                    of.iter().filter(|(_, local_pref)| Some(*local_pref) == best).map(|(hop, _)| *hop).collect();
+                expected.apply(change(&prefix, &hops.into_iter().collect::<Vec<_>>()));
+            }
+            prop_assert_eq!(&installed, &expected);
+            for peer in 80..84 {
+                let count = paths.keys().filter(|(_, from)| *from == peer).count() as u64;
+                prop_assert_eq!(rib.counts(address(peer)), (count, count));
+            }
+        }
     }
 }

@@ -47,9 +47,17 @@ pub fn peer_row(peer: &Peer, rib: &Rib, version: u64, now: Duration) -> BgpPeerR
         capabilities: session.map(capabilities).unwrap_or_default(),
         pfx_received: received,
         messages,
-        last_reset: peer.last_reset.clone(),
+        last_reset: last_reset(peer),
         next_connect: peer.fsm.next_connect().map(|at| at.saturating_sub(now).as_secs()),
         established_count: peer.established_count,
+    }
+}
+
+/// Why the last session ended, and what keeps the next one from coming up.
+fn last_reset(peer: &Peer) -> Option<String> {
+    match (&peer.last_reset, &peer.last_failure) {
+        (Some(reset), Some(failure)) => Some(format!("{reset}; since then: {failure}")),
+        (reset, failure) => reset.clone().or_else(|| failure.clone()),
     }
 }
 
@@ -88,12 +96,7 @@ pub fn routes(rib: &Rib, originated: &Originated, now: Duration) -> Vec<BgpRoute
 
 /// Adj-RIB-In of one peer.
 pub fn received(rib: &Rib, peer: IpAddr, now: Duration) -> Vec<BgpRouteRow> {
-    rib.iter()
-        .flat_map(|(prefix, _, standings)| {
-            let of_peer = standings.into_iter().filter(|standing| standing.path.peer == peer);
-            of_peer.map(|standing| path_row(prefix, &standing, now)).collect::<Vec<_>>()
-        })
-        .collect()
+    rib.received(peer).map(|(prefix, standing)| path_row(prefix, &standing, now)).collect()
 }
 
 /// Adj-RIB-Out of one peer: the path as the peer sees it.

@@ -79,7 +79,10 @@ impl Update {
                 _ => {}
             }
         }
-        problems.extend(missing(&parsed.attributes, !body.is_empty(), !update.announced.is_empty()));
+        let absent = missing(&parsed.attributes, !body.is_empty(), !update.announced.is_empty());
+        // A malformed attribute was dropped by the codec; it is not missing as well.
+        let reported: Vec<u8> = problems.iter().map(|problem| problem.attribute).collect();
+        problems.extend(absent.into_iter().filter(|problem| !reported.contains(&problem.attribute)));
         // `missing` complained where the body has prefixes without a next hop; they are withdrawn below.
         let next_hop = next_hop.unwrap_or(IpAddr::from([0, 0, 0, 0]));
         if !body.is_empty() {
