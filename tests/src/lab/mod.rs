@@ -77,6 +77,7 @@ impl Lab {
         if !netns::effective_user_is_root() {
             bail!("the lab makes network namespaces, which needs root: run it with sudo");
         }
+        netns::raise_file_limit();
         sweep();
         let prefix = free_prefix();
         let state = State {
