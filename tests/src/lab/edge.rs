@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value;
 
 use super::{
@@ -257,10 +257,15 @@ impl EdgeDaemon {
     /// # Errors
     /// Where that takes longer than `limit`, or the daemon ends; the message holds the end of its log.
     pub fn wait_ready(&mut self, lab: &Lab, peers: u64, limit: Duration) -> Result<Duration> {
+        let mut ended = None;
         let waited = exec::wait_for("the daemon to be ready", limit, || {
-            let status = one(self.ask(lab, &["status"])?)?;
+            ended = self.ended()?;
+            if ended.is_some() {
+                return Ok(true);
+            }
+            let status = one(lab.edge_ctl(&["status"])?)?;
             let number = |key: &str| status[key].as_u64().unwrap_or_default();
-            let services = self.ask(lab, &["service", "list"])?;
+            let services = lab.edge_ctl(&["service", "list"])?;
             let served = services.as_array().is_some_and(|rows| {
                 !rows.is_empty()
                     && rows.iter().all(|row| row["backends"].as_str().is_some_and(|text| !text.starts_with("0/")))
@@ -271,14 +276,11 @@ impl EdgeDaemon {
             );
             Ok(true)
         });
+        let waited = match ended {
+            Some(status) => Err(anyhow!("the daemon ended: {status}")),
+            None => waited,
+        };
         waited.with_context(|| format!("{}:\n{}", self.log.display(), tail(&self.log)))
-    }
-
-    fn ask(&mut self, lab: &Lab, arguments: &[&str]) -> Result<Value> {
-        if let Some(status) = self.ended()? {
-            bail!("the daemon ended: {status}");
-        }
-        lab.edge_ctl(arguments)
     }
 
     /// How it ended, if it did.
