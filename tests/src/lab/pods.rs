@@ -187,7 +187,7 @@ http {{
     }
 
     fn write_zone(&self, zone: &Zone) -> Result<()> {
-        // Another file each time: servers tell by its inode, and never read half of it.
+        // Put in place whole: servers never read half of it.
         let new = self.folder().join("zone.new");
         fs::write(&new, serde_json::to_string_pretty(zone)?).with_context(|| format!("write {}", new.display()))?;
         fs::rename(&new, self.zone_file()).context("put the zone file in place")
