@@ -70,9 +70,9 @@ pub fn run() -> Result<Vec<Figure>> {
                 );
             }
         }
-        let route = Figure::of("route", "1/s", &values[0], 0.0).median;
+        let route = Figure::net("route".to_owned(), "1/s", values[0].clone(), 0.0).median;
         for ((name, _), values) in ways.iter().zip(&values) {
-            let mut figure = Figure::of(format!("e2e/{name}/{kind}"), "1/s", values, 0.0);
+            let mut figure = Figure::net(format!("e2e/{name}/{kind}"), "1/s", values.clone(), 0.0);
             figure.ratio = (route > 0.0).then(|| figure.median / route);
             figures.push(figure);
         }
