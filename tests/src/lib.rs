@@ -3,4 +3,5 @@
 pub mod bench;
 pub mod datapath;
 pub mod lab;
+pub mod scenario;
 pub mod skip;

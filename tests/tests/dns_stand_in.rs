@@ -1,4 +1,9 @@
 //! The lab's DNS server against recorded answers of CoreDNS (`fixtures/dns`).
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test may stop at the first broken assumption, its helpers too"
+)]
 
 use std::collections::{BTreeMap, BTreeSet};
 

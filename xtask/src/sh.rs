@@ -31,7 +31,7 @@ pub fn as_root(program: &Path) -> Command {
         return Command::new(program);
     }
     let mut command = Command::new("sudo");
-    command.arg("--preserve-env=EDGE_CTL,EDGE_LAB,EDGE_TEST_FULL").arg("--").arg(program);
+    command.arg("--preserve-env=EDGE_CTL,EDGE_LAB,EDGE_LAB_RUN,EDGE_TEST_FULL").arg("--").arg(program);
     command
 }
 

@@ -13,7 +13,7 @@ pub struct Figure {
     /// Its name, `e2e/edge/requests`.
     pub name: String,
     /// `ns/packet`, `1/s`.
-    pub unit: String,
+    pub unit: &'static str,
     /// Smallest of the runs.
     pub min: f64,
     /// Median of the runs.
@@ -23,22 +23,21 @@ pub struct Figure {
     /// What was subtracted, in the same unit; 0 where nothing was.
     pub baseline: f64,
     /// Number of runs.
-    pub runs: usize,
+    pub runs: u32,
     /// Median relative to plain routing, where that makes sense.
     pub ratio: Option<f64>,
 }
 
 impl Figure {
-    /// A figure out of the values of its runs. Empty values give zeros.
-    pub fn of(name: impl Into<String>, unit: &str, values: &[f64], baseline: f64) -> Self {
-        let mut sorted = values.to_vec();
-        sorted.sort_by(f64::total_cmp);
+    /// A figure from the runs of the thing measured, less the baseline. Without runs its numbers are NaN.
+    pub fn net(name: String, unit: &'static str, mut runs: Vec<f64>, baseline: f64) -> Self {
+        runs.sort_by(f64::total_cmp);
         let at = |share: f64| {
-            let last = sorted.len().saturating_sub(1);
-            sorted.get((last as f64 * share).round() as usize).copied().unwrap_or_default()
+            let last = runs.len().saturating_sub(1);
+            runs.get((last as f64 * share).round() as usize).map_or(f64::NAN, |value| value - baseline)
         };
         let (min, median, p99) = (at(0.0), at(0.5), at(0.99));
-        Self { name: name.into(), unit: unit.to_owned(), min, median, p99, baseline, runs: values.len(), ratio: None }
+        Self { name, unit, min, median, p99, baseline, runs: runs.len() as u32, ratio: None }
     }
 }
 
@@ -77,13 +76,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_figure_holds_the_order_statistics_of_its_runs() {
-        let figure = Figure::of("x", "ns", &[5.0, 1.0, 3.0], 0.5);
-        assert_eq!((figure.min, figure.median, figure.p99, figure.runs), (1.0, 3.0, 5.0, 3));
+    fn a_figure_holds_the_order_statistics_of_its_runs_less_the_baseline() {
+        let figure = Figure::net("x".to_owned(), "ns", vec![5.0, 1.0, 3.0], 0.5);
+        assert_eq!((figure.min, figure.median, figure.p99, figure.runs), (0.5, 2.5, 4.5, 3));
     }
 
     #[test]
-    fn a_figure_without_runs_is_zero_not_a_panic() {
-        assert_eq!(Figure::of("x", "ns", &[], 0.0).median, 0.0);
+    fn a_figure_without_runs_is_no_number_and_no_panic() {
+        assert!(Figure::net("x".to_owned(), "ns", Vec::new(), 0.0).median.is_nan());
     }
 }

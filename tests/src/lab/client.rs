@@ -44,6 +44,14 @@ impl Lab {
         })
     }
 
+    /// A host's address as the pod behind `server` sees it.
+    ///
+    /// # Errors
+    /// Where the request fails.
+    pub fn seen_address(&self, host: &str, server: SocketAddr) -> Result<String> {
+        self.within(host, || pods::http_get_path(server, "/client", REQUEST))
+    }
+
     /// `requests` HTTPS requests from a host with curl, each on a connection of its own.
     ///
     /// # Errors

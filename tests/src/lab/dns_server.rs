@@ -4,7 +4,6 @@ use std::{
     fs,
     io::{Read, Write},
     net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
-    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     thread,
@@ -20,24 +19,26 @@ use super::dns::{Transport, Zone, answer};
 const IDLE: Duration = Duration::from_secs(10);
 const FIRST_QUERY: Duration = Duration::from_secs(3);
 
-/// Reads the zone file again when another has been put in its place.
+/// The zone file, read anew for every query: it is small, and neither inode nor time tells two quick changes apart.
 struct ZoneFile {
     path: PathBuf,
-    inode: u64,
-    zone: Zone,
+    last: Zone,
 }
 
 impl ZoneFile {
+    fn open(path: &Path) -> Result<Self> {
+        let text = fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
+        let last = serde_json::from_str(&text).with_context(|| format!("{}: not a zone file", path.display()))?;
+        Ok(Self { path: path.to_owned(), last })
+    }
+
+    /// What the file says now; what it said before, should it be unreadable.
     fn current(&mut self) -> Zone {
-        if let Ok(found) = fs::metadata(&self.path)
-            && found.ino() != self.inode
-            && let Ok(text) = fs::read_to_string(&self.path)
-            && let Ok(zone) = serde_json::from_str(&text)
-        {
-            self.zone = zone;
-            self.inode = found.ino();
+        let read = fs::read_to_string(&self.path).ok().and_then(|text| serde_json::from_str(&text).ok());
+        if let Some(zone) = read {
+            self.last = zone;
         }
-        self.zone.clone()
+        self.last.clone()
     }
 }
 
@@ -57,11 +58,7 @@ fn shuffle(seed: &mut u64, records: &mut [Record]) {
 /// # Errors
 /// Where the zone cannot be read or the address is taken.
 pub fn serve(listen: SocketAddr, zone: &Path) -> Result<()> {
-    let path = zone.to_owned();
-    let mut file = ZoneFile { path, inode: 0, zone: Zone::default() };
-    file.current();
-    anyhow::ensure!(file.inode != 0, "{}: not a zone file", zone.display());
-    let file = Arc::new(Mutex::new(file));
+    let file = Arc::new(Mutex::new(ZoneFile::open(zone)?));
     let udp = UdpSocket::bind(listen).with_context(|| format!("listen on {listen}/udp"))?;
     let tcp = TcpListener::bind(listen).with_context(|| format!("listen on {listen}/tcp"))?;
     let streams = Arc::clone(&file);

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value;
 
 use super::{
@@ -145,15 +145,41 @@ import = ["10.1.0.0/16 le 32"]
         Ok(daemon)
     }
 
+    /// Starts the daemon with the lab's own configuration and waits until it is ready.
+    ///
+    /// # Errors
+    /// As [`Lab::start_edge`] and [`EdgeDaemon::wait_ready`].
+    pub fn start_ready_edge(&self, valid: &str) -> Result<EdgeDaemon> {
+        let mut daemon = self.start_edge(&self.edge_configuration(valid))?;
+        daemon.wait_ready(self, NODES.len() as u64, Duration::from_secs(30))?;
+        Ok(daemon)
+    }
+
     /// Asks the daemon of this lab, from whichever process started it.
     ///
     /// # Errors
-    /// Where `edge-ctl` is not built, does not exit with 0, or does not print JSON.
+    /// Where `edge-ctl` is not built, fails, or does not print JSON.
     pub fn edge_ctl(&self, arguments: &[&str]) -> Result<Value> {
         let mut command = self.edge_ctl_command(arguments)?;
         command.args(["-o", "json"]);
-        let text = exec::run(&mut command)?;
-        serde_json::from_str(&text).with_context(|| format!("`{}` printed no JSON: {text}", exec::show(&command)))
+        let output = command.stdin(Stdio::null()).output().context("run edge-ctl")?;
+        // 3 is `status` of a degraded daemon, which still tells.
+        if !matches!(output.status.code(), Some(0 | 3)) {
+            let said = String::from_utf8_lossy(&output.stderr);
+            bail!("`{}` failed ({}): {}", exec::show(&command), output.status, said.trim());
+        }
+        serde_json::from_slice(&output.stdout).with_context(|| {
+            format!("`{}` printed no JSON: {}", exec::show(&command), String::from_utf8_lossy(&output.stdout))
+        })
+    }
+
+    /// `edge-ctl` with these arguments in the edge's namespace, whatever it answers.
+    ///
+    /// # Errors
+    /// Where it cannot be run.
+    pub fn edge_ctl_raw(&self, arguments: &[&str]) -> Result<Output> {
+        let mut command = self.command("edge", exec::product("edge-ctl", "EDGE_CTL")?)?;
+        command.args(arguments).stdin(Stdio::null()).output().context("run edge-ctl")
     }
 
     /// The table a user would see.
@@ -231,10 +257,15 @@ impl EdgeDaemon {
     /// # Errors
     /// Where that takes longer than `limit`, or the daemon ends; the message holds the end of its log.
     pub fn wait_ready(&mut self, lab: &Lab, peers: u64, limit: Duration) -> Result<Duration> {
+        let mut ended = None;
         let waited = exec::wait_for("the daemon to be ready", limit, || {
-            let status = one(self.ask(lab, &["status"])?)?;
+            ended = self.ended()?;
+            if ended.is_some() {
+                return Ok(true);
+            }
+            let status = one(lab.edge_ctl(&["status"])?)?;
             let number = |key: &str| status[key].as_u64().unwrap_or_default();
-            let services = self.ask(lab, &["service", "list"])?;
+            let services = lab.edge_ctl(&["service", "list"])?;
             let served = services.as_array().is_some_and(|rows| {
                 !rows.is_empty()
                     && rows.iter().all(|row| row["backends"].as_str().is_some_and(|text| !text.starts_with("0/")))
@@ -245,14 +276,11 @@ impl EdgeDaemon {
             );
             Ok(true)
         });
+        let waited = match ended {
+            Some(status) => Err(anyhow!("the daemon ended: {status}")),
+            None => waited,
+        };
         waited.with_context(|| format!("{}:\n{}", self.log.display(), tail(&self.log)))
-    }
-
-    fn ask(&mut self, lab: &Lab, arguments: &[&str]) -> Result<Value> {
-        if let Some(status) = self.ended()? {
-            bail!("the daemon ended: {status}");
-        }
-        lab.edge_ctl(arguments)
     }
 
     /// How it ended, if it did.
@@ -261,6 +289,21 @@ impl EdgeDaemon {
     /// Where the kernel does not tell.
     pub fn ended(&mut self) -> Result<Option<ExitStatus>> {
         self.child.as_mut().map_or(Ok(None), |child| child.try_wait().context("ask for the daemon's state"))
+    }
+
+    /// Waits for it to end by itself, and tells how.
+    ///
+    /// # Errors
+    /// Where it still runs after `limit`.
+    pub fn wait_end(&mut self, limit: Duration) -> Result<ExitStatus> {
+        let mut status = None;
+        exec::wait_for("the daemon to end", limit, || {
+            status = self.ended()?;
+            Ok(status.is_some())
+        })
+        .with_context(|| self.log())?;
+        self.child = None;
+        status.context("it ended without a status")
     }
 
     /// Its process id while it runs.

@@ -34,7 +34,8 @@ use pods::in_parallel;
 pub use speaker::Speaker;
 use topology::{HOSTS, NODES};
 
-/// Folder of all labs' run folders.
+/// Folder of all labs' run folders, unless `EDGE_LAB_RUN` names another. Labs in different folders do not know of
+/// each other.
 const RUN: &str = "/run/edge-lab";
 /// Where bpffs is mounted.
 const BPFFS: &str = "/sys/fs/bpf";
@@ -77,6 +78,7 @@ impl Lab {
         if !netns::effective_user_is_root() {
             bail!("the lab makes network namespaces, which needs root: run it with sudo");
         }
+        netns::raise_file_limit();
         sweep();
         let prefix = free_prefix();
         let state = State {
@@ -145,7 +147,7 @@ impl Lab {
     /// Where there is none.
     pub fn current() -> Result<Self> {
         let prefix = current_prefix().context("no lab is up: `cargo xtask lab up` makes one")?;
-        let path = Path::new(RUN).join(&prefix).join("lab.json");
+        let path = run_folder().join(&prefix).join("lab.json");
         let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
         let state = serde_json::from_str(&text).with_context(|| format!("read {}", path.display()))?;
         Ok(Self { state, take_down: false, servers: Mutex::default() })
@@ -167,7 +169,7 @@ impl Lab {
     /// # Errors
     /// Where the file that names it cannot be written.
     pub fn publish(&self) -> Result<()> {
-        let path = Path::new(RUN).join("current");
+        let path = run_folder().join("current");
         fs::write(&path, &self.state.prefix).with_context(|| format!("write {}", path.display()))
     }
 
@@ -251,7 +253,7 @@ impl Lab {
 
     /// The run folder: configurations, logs, sockets.
     pub fn folder(&self) -> PathBuf {
-        Path::new(RUN).join(&self.state.prefix)
+        run_folder().join(&self.state.prefix)
     }
 
     /// Folder for the pins of a daemon in this lab.
@@ -345,6 +347,10 @@ impl Drop for Lab {
     }
 }
 
+fn run_folder() -> PathBuf {
+    std::env::var_os("EDGE_LAB_RUN").map_or_else(|| PathBuf::from(RUN), PathBuf::from)
+}
+
 /// Switches offloads of an interface.
 fn offload(namespace: &str, interface: &str, settings: &[&str]) -> Result<()> {
     let mut command = Command::new(exec::program("ethtool", "ethtool")?);
@@ -357,7 +363,7 @@ fn offload(namespace: &str, interface: &str, settings: &[&str]) -> Result<()> {
 fn free_prefix() -> String {
     let pid = std::process::id();
     let candidates = (0..).map(|number| if number == 0 { format!("e{pid:x}") } else { format!("e{pid:x}.{number}") });
-    let mut free = candidates.filter(|prefix| !Path::new(RUN).join(prefix).exists() && namespaces(prefix).is_empty());
+    let mut free = candidates.filter(|prefix| !run_folder().join(prefix).exists() && namespaces(prefix).is_empty());
     free.next().unwrap_or_default()
 }
 
@@ -369,13 +375,13 @@ fn namespaces(prefix: &str) -> Vec<String> {
 }
 
 fn current_prefix() -> Option<String> {
-    let prefix = fs::read_to_string(Path::new(RUN).join("current")).ok()?;
-    Path::new(RUN).join(&prefix).join("lab.json").is_file().then_some(prefix)
+    let prefix = fs::read_to_string(run_folder().join("current")).ok()?;
+    run_folder().join(&prefix).join("lab.json").is_file().then_some(prefix)
 }
 
 /// Takes down labs whose process was killed before it could.
 fn sweep() {
-    let Ok(entries) = fs::read_dir(RUN) else { return };
+    let Ok(entries) = fs::read_dir(run_folder()) else { return };
     for entry in entries.flatten() {
         let Ok(text) = fs::read_to_string(entry.path().join("lab.json")) else { continue };
         let Ok(state) = serde_json::from_str::<State>(&text) else { continue };
@@ -409,9 +415,9 @@ fn tear_down(prefix: &str) -> Result<()> {
     note(in_parallel(&names, |name| run(Command::new("ip").args(["netns", "del", name])).map(|_| ())));
     note(remove_folder(&Path::new(BPFFS).join(format!("edge-lab-{prefix}"))));
     if current_prefix().is_some_and(|current| current == prefix) {
-        note(fs::remove_file(Path::new(RUN).join("current")).context("remove the name of the current lab"));
+        note(fs::remove_file(run_folder().join("current")).context("remove the name of the current lab"));
     }
-    note(remove_folder(&Path::new(RUN).join(prefix)));
+    note(remove_folder(&run_folder().join(prefix)));
     first
 }
 

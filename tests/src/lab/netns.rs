@@ -99,6 +99,18 @@ pub fn effective_user_is_root() -> bool {
     unsafe { libc::geteuid() == 0 }
 }
 
+/// Lets this process, and what it starts, hold as many open files as the administrator allows: a thousand connections
+/// do not fit into the usual soft limit of 1,024. Where that fails the old limit stays.
+pub fn raise_file_limit() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: getrlimit writes to the one struct it is given.
+    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } == 0 {
+        limit.rlim_cur = limit.rlim_max;
+        // SAFETY: setrlimit only reads the struct.
+        unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) };
+    }
+}
+
 /// The processes whose network namespace is one of these, this process excepted.
 pub fn processes<'a>(names: impl Iterator<Item = &'a str>) -> BTreeSet<u32> {
     let inodes: BTreeSet<u64> = names.filter_map(|name| Some(fs::metadata(path(name)).ok()?.ino())).collect();

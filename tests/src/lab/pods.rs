@@ -115,6 +115,7 @@ http {{
     ssl_certificate {run}/tls.crt;
     ssl_certificate_key {run}/tls.key;
     location / {{ return 200 "{name}\n"; }}
+    location = /client {{ return 200 "$remote_addr\n"; }}
   }}
 }}
 "#
@@ -186,7 +187,7 @@ http {{
     }
 
     fn write_zone(&self, zone: &Zone) -> Result<()> {
-        // Another file each time: servers tell by its inode, and never read half of it.
+        // Put in place whole: servers never read half of it.
         let new = self.folder().join("zone.new");
         fs::write(&new, serde_json::to_string_pretty(zone)?).with_context(|| format!("write {}", new.display()))?;
         fs::rename(&new, self.zone_file()).context("put the zone file in place")
@@ -235,9 +236,17 @@ pub(super) fn in_parallel<T: Sync>(items: &[T], work: impl Fn(&T) -> Result<()> 
 /// # Errors
 /// Where the connection or the request fails within `limit`, or the answer is not 200.
 pub fn http_get(server: SocketAddr, limit: Duration) -> Result<String> {
+    http_get_path(server, "/", limit)
+}
+
+/// As [`http_get`], with a path. `/client` is answered with the client's address as the pod sees it.
+///
+/// # Errors
+/// As [`http_get`].
+pub fn http_get_path(server: SocketAddr, path: &str, limit: Duration) -> Result<String> {
     let mut stream = TcpStream::connect_timeout(&server, limit).with_context(|| format!("connect to {server}"))?;
     stream.set_read_timeout(Some(limit))?;
-    stream.write_all(b"GET / HTTP/1.1\r\nHost: ingress\r\nConnection: close\r\n\r\n")?;
+    stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: ingress\r\nConnection: close\r\n\r\n").as_bytes())?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer).with_context(|| format!("read the answer of {server}"))?;
     let (head, body) = answer.split_once("\r\n\r\n").context("an answer without an empty line")?;

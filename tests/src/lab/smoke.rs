@@ -46,8 +46,9 @@ pub fn run() -> Result<Vec<Check>> {
             add(&mut table, &format!("scale to {replicas}"), follow(&mut lab, replicas));
         }
         add(&mut table, "traffic that is not ours", untouched(&lab));
+        add(&mut table, "daemon stops", stop(&mut daemon));
     }
-    add(&mut table, "daemon stops", stop(&mut daemon));
+    drop(daemon);
     add(&mut table, "nothing left behind", leftovers(&mut lab));
     Ok(table)
 }
