@@ -93,6 +93,11 @@ pub fn key(src: SocketAddrV4, dst: SocketAddrV4, protocol: u8) -> FlowKeyV4 {
     FlowKeyV4::new(wire(*src.ip()), wire(*dst.ip()), src.port().to_be(), dst.port().to_be(), protocol)
 }
 
+/// The source that a forward entry gives its packets.
+pub fn snat_of(forward: &FlowV4) -> SocketAddrV4 {
+    SocketAddrV4::new(Ipv4Addr::from(forward.new_src.to_ne_bytes()), u16::from_be(forward.new_src_port))
+}
+
 /// Seconds and sizes that a test may choose.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -435,7 +440,10 @@ impl Rig {
         Ok(self.array(name::BACKEND_STATE)?.set(backend, state, 0)?)
     }
 
-    /// Which pod a backend number is; pods are numbered in the order in which services were added.
+    /// The last next-hop number given out.
+    ///
+    /// # Errors
+    /// Where the map cannot be read.
     pub fn next_hops(&mut self) -> Result<u32> {
         Ok(self.array::<u32>(name::NEXT_HOP_CURSOR)?.get(&0, 0)?)
     }
