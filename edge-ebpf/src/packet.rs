@@ -19,8 +19,8 @@ use network_types::{
 /// Headers that may be read and written in place.
 ///
 /// # Safety
-/// Every bit pattern is a valid value, and the alignment is at most 2, which is how the kernel lays frames out; only
-/// the Ethernet header, at offset 0, uses the 2.
+/// Every bit pattern is a valid value, and the alignment is at most 2, which is how the kernel lays frames out; what
+/// uses the 2 stands at an even offset.
 pub unsafe trait Header {}
 // SAFETY: integers and byte arrays only; alignment asserted below.
 unsafe impl Header for EthHdr {}
@@ -32,6 +32,8 @@ unsafe impl Header for TcpHdr {}
 unsafe impl Header for UdpHdr {}
 // SAFETY: as above.
 unsafe impl<const N: usize> Header for [u8; N] {}
+// SAFETY: as above, alignment 2.
+unsafe impl<const N: usize> Header for [u16; N] {}
 
 const _: () = {
     assert!(align_of::<EthHdr>() <= 2 && align_of::<Ipv4Hdr>() == 1);
