@@ -494,7 +494,8 @@ pub fn load(ebpf: &mut Ebpf, hook: Hook) -> Result<()> {
     Ok(())
 }
 
-fn mac(mac: [u8; 6]) -> String {
+/// A MAC as `ip` writes it.
+pub fn mac(mac: [u8; 6]) -> String {
     mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
