@@ -13,7 +13,7 @@
 //! | closing | client's SYN | a new flow |
 //! | closing | anything else | closing |
 //!
-//! A SYN on a flow whose idle timeout has passed starts a new flow in every state. Sequence numbers of FIN and RST are
+//! A client's SYN or datagram on a flow whose idle timeout has passed starts a new flow in every state. Sequence numbers of FIN and RST are
 //! not checked: a closing flow still forwards, so that a forged RST costs a flow its place in the established table
 //! and not its connection.
 
@@ -160,14 +160,15 @@ pub const fn step(
     segment: &Segment,
 ) -> Step {
     match segment.protocol {
-        UDP => step_udp(state, direction, flow_flags),
+        UDP => step_udp(state, direction, flow_flags, expired),
         _ => step_tcp(state, direction, flow_flags, ack_floor, expired, segment),
     }
 }
 
 #[inline(always)]
-const fn step_udp(state: State, direction: Direction, flow_flags: u16) -> Step {
+const fn step_udp(state: State, direction: Direction, flow_flags: u16, expired: bool) -> Step {
     match (state, direction) {
+        (_, Direction::Forward) if expired => Step::Reopen,
         (State::HalfOpen, Direction::Reply) => Step::Flag(flow_flag::REPLIED),
         (State::HalfOpen, Direction::Forward) if flow_flags & flow_flag::REPLIED != 0 => Step::Promote(0),
         _ => Step::Stay,
@@ -324,6 +325,7 @@ mod tests {
         let answered = flow_flag::REPLIED;
         assert_eq!(step(State::HalfOpen, Direction::Forward, answered, 0, false, &udp()), Step::Promote(0));
         assert_eq!(step(State::Established, Direction::Reply, answered, 0, false, &udp()), Step::Stay);
+        assert_eq!(step(State::HalfOpen, Direction::Forward, answered, 0, true, &udp()), Step::Reopen);
     }
 
     #[test]

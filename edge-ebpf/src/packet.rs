@@ -69,6 +69,9 @@ pub trait Packet {
     /// The interface it came in by.
     fn ingress(&self) -> u32;
 
+    /// True where a VLAN tag was taken off the frame before the program ran, so that the frame does not show it.
+    fn has_hidden_tag(&self) -> bool;
+
     /// Bytes in the whole frame, in fragments too.
     fn len(&self) -> usize;
 
@@ -135,6 +138,11 @@ impl Packet for XdpPacket {
     }
 
     #[inline(always)]
+    fn has_hidden_tag(&self) -> bool {
+        false
+    }
+
+    #[inline(always)]
     fn len(&self) -> usize {
         // SAFETY: as in `ingress`.
         unsafe { (*self.ctx).data_end as usize - (*self.ctx).data as usize }
@@ -185,6 +193,12 @@ impl Packet for SkbPacket {
     fn ingress(&self) -> u32 {
         // SAFETY: the kernel hands a valid context to the program run this value lives in.
         unsafe { (*self.ctx).ifindex }
+    }
+
+    #[inline(always)]
+    fn has_hidden_tag(&self) -> bool {
+        // SAFETY: as in `ingress`.
+        unsafe { (*self.ctx).vlan_present != 0 }
     }
 
     #[inline(always)]

@@ -348,3 +348,60 @@ fn the_first_packet_towards_an_unresolved_neighbour_goes_to_the_stack_rewritten(
     }
     Ok(())
 }
+
+#[test]
+fn a_late_packet_of_the_old_backend_does_not_reach_the_client_s_new_flow() -> Result<()> {
+    for hook in HOOKS {
+        in_namespace(|| {
+            let mut rig = Rig::new(hook, Settings::default())?;
+            let backends = rig.service(1, 8443, TCP, mode::FULL_NAT, 2, 443)?;
+            rig.set_eligible(backends[1], false)?;
+            let old = establish(&mut rig, 40_000)?;
+            send(&mut rig, 40_000, flag::RST, 0)?;
+            rig.set_eligible(backends[0], false)?;
+            rig.set_eligible(backends[1], true)?;
+            assert_eq!(send(&mut rig, 40_000, flag::SYN, 0)?, Action::Redirect);
+            let new = rig.flow(name::HALF_OPEN, &old.key).expect("a new flow");
+            assert_eq!(new.backend, backends[1]);
+            assert!(rig.flow(name::CLOSING, &old.twin()).is_some(), "the old port rests");
+            assert_eq!(reply(&mut rig, snat_of(&old), flag::ACK, 1001)?, Action::Drop);
+            assert_eq!(rig.reason(1, Reason::TwinTaken)?, 1);
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_dnat_client_whose_half_was_evicted_is_served_again() -> Result<()> {
+    for hook in HOOKS {
+        in_namespace(|| {
+            let mut rig = Rig::new(hook, Settings::default())?;
+            rig.service(1, 8443, TCP, mode::DNAT, 1, 443)?;
+            assert_eq!(send(&mut rig, 40_000, flag::SYN, 0)?, Action::Redirect);
+            rig.hash::<FlowKeyV4, FlowV4>(name::HALF_OPEN)?.remove(&forward_key(40_000))?;
+            assert_eq!(send(&mut rig, 40_000, flag::SYN, 0)?, Action::Redirect, "{:?}", rig.reasons()?);
+            assert_eq!(rig.flows(name::HALF_OPEN)?.len(), 2);
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn two_frontends_with_one_dnat_backend_do_not_take_each_other_s_flows() -> Result<()> {
+    for hook in HOOKS {
+        in_namespace(|| {
+            let mut rig = Rig::new(hook, Settings::default())?;
+            rig.service(1, 8443, TCP, mode::DNAT, 1, 443)?;
+            rig.service(2, 9443, TCP, mode::DNAT, 1, 443)?;
+            send(&mut rig, 40_000, flag::SYN, 0)?;
+            let other = Frame::tcp(client(40_000), SocketAddrV4::new(VIP, 9443), flag::SYN);
+            assert_eq!(rig.run(&other.bytes(), rig.uplink)?.action, Action::Drop);
+            assert_eq!(rig.reason(2, Reason::TwinTaken)?, 1);
+            assert_eq!(rig.flows(name::HALF_OPEN)?.len(), 2);
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
