@@ -13,7 +13,7 @@
 //! | closing | client's SYN | a new flow |
 //! | closing | anything else | closing |
 //!
-//! A SYN on a flow whose idle timeout has passed starts a new flow in every state. Sequence numbers of FIN and RST are
+//! A client's SYN or datagram on a flow whose idle timeout has passed starts a new flow in every state. Sequence numbers of FIN and RST are
 //! not checked: a closing flow still forwards, so that a forged RST costs a flow its place in the established table
 //! and not its connection.
 
@@ -160,14 +160,15 @@ pub const fn step(
     segment: &Segment,
 ) -> Step {
     match segment.protocol {
-        UDP => step_udp(state, direction, flow_flags),
+        UDP => step_udp(state, direction, flow_flags, expired),
         _ => step_tcp(state, direction, flow_flags, ack_floor, expired, segment),
     }
 }
 
 #[inline(always)]
-const fn step_udp(state: State, direction: Direction, flow_flags: u16) -> Step {
+const fn step_udp(state: State, direction: Direction, flow_flags: u16, expired: bool) -> Step {
     match (state, direction) {
+        (_, Direction::Forward) if expired => Step::Reopen,
         (State::HalfOpen, Direction::Reply) => Step::Flag(flow_flag::REPLIED),
         (State::HalfOpen, Direction::Forward) if flow_flags & flow_flag::REPLIED != 0 => Step::Promote(0),
         _ => Step::Stay,
@@ -266,4 +267,138 @@ pub const fn next_touch(now: u64, timeout_seconds: u32, jitter: u32) -> u32 {
 #[inline(always)]
 pub const fn due(at: u32, now: u32) -> bool {
     now.wrapping_sub(at) as i32 >= 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::tcp_flag::{ACK, FIN, RST, SYN};
+    use super::*;
+    use proptest::prelude::*;
+
+    fn tcp(flags: u8, seq: u32, ack: u32) -> Segment {
+        Segment { protocol: TCP, flags, seq, ack }
+    }
+
+    fn udp() -> Segment {
+        Segment { protocol: UDP, flags: 0, seq: 0, ack: 0 }
+    }
+
+    const STATES: [State; 3] = [State::HalfOpen, State::Established, State::Closing];
+    const DIRECTIONS: [Direction; 2] = [Direction::Forward, Direction::Reply];
+
+    #[test]
+    fn the_backend_s_syn_ack_tells_what_the_client_must_acknowledge() {
+        let segment = tcp(SYN | ACK, u32::MAX, 7);
+        assert_eq!(step(State::HalfOpen, Direction::Reply, 0, 0, false, &segment), Step::Expect(0));
+        assert_eq!(step(State::HalfOpen, Direction::Forward, 0, 0, false, &segment), Step::Stay);
+        assert_eq!(step(State::Established, Direction::Reply, 0, 0, false, &segment), Step::Stay);
+    }
+
+    #[test]
+    fn the_fin_that_promotes_is_remembered() {
+        let segment = tcp(FIN | ACK, 1, 100);
+        let flags = flow_flag::SYN_ACK_SEEN;
+        let promoted = step(State::HalfOpen, Direction::Forward, flags, 100, false, &segment);
+        assert_eq!(promoted, Step::Promote(flow_flag::CLIENT_FIN));
+    }
+
+    #[test]
+    fn a_second_fin_of_the_same_side_changes_nothing() {
+        let segment = tcp(FIN | ACK, 1, 1);
+        let flags = flow_flag::CLIENT_FIN;
+        assert_eq!(step(State::Established, Direction::Forward, flags, 0, false, &segment), Step::Stay);
+    }
+
+    #[test]
+    fn only_a_backend_that_was_first_is_marked_as_having_closed_first() {
+        let segment = tcp(FIN | ACK, 1, 1);
+        let first = step(State::Established, Direction::Reply, 0, 0, false, &segment);
+        assert_eq!(first, Step::Flag(flow_flag::BACKEND_FIN | flow_flag::BACKEND_CLOSED_FIRST));
+        let second = step(State::Established, Direction::Reply, flow_flag::CLIENT_FIN, 0, false, &segment);
+        assert_eq!(second, Step::Close(flow_flag::BACKEND_FIN));
+    }
+
+    #[test]
+    fn udp_needs_an_answer_before_it_is_established() {
+        assert_eq!(step(State::HalfOpen, Direction::Forward, 0, 0, false, &udp()), Step::Stay);
+        assert_eq!(step(State::HalfOpen, Direction::Reply, 0, 0, false, &udp()), Step::Flag(flow_flag::REPLIED));
+        let answered = flow_flag::REPLIED;
+        assert_eq!(step(State::HalfOpen, Direction::Forward, answered, 0, false, &udp()), Step::Promote(0));
+        assert_eq!(step(State::Established, Direction::Reply, answered, 0, false, &udp()), Step::Stay);
+        assert_eq!(step(State::HalfOpen, Direction::Forward, answered, 0, true, &udp()), Step::Reopen);
+    }
+
+    #[test]
+    fn a_port_rests_long_only_where_a_time_wait_may_be_left_at_the_backend() {
+        assert_eq!(rest_seconds(TCP, flow_flag::BACKEND_CLOSED_FIRST, 60), 60);
+        assert_eq!(rest_seconds(TCP, flow_flag::CLIENT_FIN | flow_flag::BACKEND_FIN, 60), 2);
+        assert_eq!(rest_seconds(TCP, 0, 1), 1);
+        assert_eq!(rest_seconds(UDP, 0, 60), 60);
+    }
+
+    proptest! {
+        #[test]
+        fn only_an_acknowledgement_in_the_window_promotes(floor in any::<u32>(), ack in any::<u32>(), near in 0u32..1 << 21) {
+            for ack in [ack, floor.wrapping_add(near)] {
+                let promoted =
+                    step(State::HalfOpen, Direction::Forward, flow_flag::SYN_ACK_SEEN, floor, false, &tcp(ACK, 0, ack));
+                let inside = u64::from(ack.wrapping_sub(floor)) < 1 << 20;
+                prop_assert_eq!(promoted == Step::Promote(0), inside);
+                let blind = step(State::HalfOpen, Direction::Forward, 0, floor, false, &tcp(ACK, 0, ack));
+                prop_assert_eq!(blind, Step::Stay);
+            }
+        }
+
+        #[test]
+        fn no_packet_reopens_a_flow_but_the_client_s_syn(
+            flags in any::<u8>(), seq in any::<u32>(), ack in any::<u32>(), flow_flags in 0u16..32, expired in any::<bool>(),
+        ) {
+            for state in STATES {
+                for direction in DIRECTIONS {
+                    let next = step(state, direction, flow_flags, 0, expired, &tcp(flags, seq, ack));
+                    let syn = direction == Direction::Forward && flags & (SYN | ACK | RST | FIN) == SYN;
+                    let past = expired || state == State::Closing;
+                    prop_assert_eq!(next == Step::Reopen, syn && past);
+                }
+            }
+        }
+
+        #[test]
+        fn a_reset_closes_every_open_flow_and_nothing_leaves_closing_but_by_a_syn(
+            flags in any::<u8>(), flow_flags in 0u16..32, seq in any::<u32>(),
+        ) {
+            for direction in DIRECTIONS {
+                for state in [State::HalfOpen, State::Established] {
+                    let next = step(state, direction, flow_flags, 0, false, &tcp(flags | RST, seq, 0));
+                    prop_assert_eq!(next, Step::Close(0));
+                }
+                let next = step(State::Closing, direction, flow_flags, 0, false, &tcp(flags | ACK, seq, 0));
+                prop_assert_eq!(next, Step::Stay);
+            }
+        }
+
+        #[test]
+        fn a_touch_comes_before_an_eighth_of_the_timeout_and_within_sixteen_seconds(
+            now in 0u64..1 << 60, timeout in 8u32..1_000_000, jitter in any::<u32>(),
+        ) {
+            let wait = next_touch(now, timeout, jitter).wrapping_sub(ticks(now));
+            let nanoseconds = u64::from(wait) << TICK_SHIFT;
+            prop_assert!(nanoseconds <= u64::from(timeout) * SECOND / 8 && nanoseconds <= 16 * SECOND);
+            prop_assert!(wait >= 1 && (wait as u64) << TICK_SHIFT >= SECOND / 2);
+        }
+
+        #[test]
+        fn due_holds_across_the_wrap_of_the_clock(at in any::<u32>(), later in 0u32..1 << 31) {
+            prop_assert!(due(at, at.wrapping_add(later)));
+            prop_assert!(later == 0 || !due(at.wrapping_add(later), at));
+        }
+
+        #[test]
+        fn expiry_needs_the_whole_timeout(seen in 0u64..1 << 62, timeout in 0u32..1 << 20, past in 1u64..1 << 40) {
+            let end = seen + u64::from(timeout) * SECOND;
+            prop_assert!(!expired(seen, timeout, end) && expired(seen, timeout, end + past));
+            // A coarse clock may step back between CPUs.
+            prop_assert!(!expired(seen, timeout, seen.saturating_sub(past)));
+        }
+    }
 }

@@ -96,3 +96,117 @@ mod fill {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+    use super::*;
+    use proptest::prelude::*;
+    use std::{vec, vec::Vec};
+
+    fn pool(n: u64) -> Vec<Candidate> {
+        (0..n).map(|i| Candidate { identity: 0x0a01_0004_0000 + (i << 16) + 443, weight: 1 }).collect()
+    }
+
+    fn shares(table: &[u16], pool: usize) -> Vec<f64> {
+        let mut counts = vec![0u32; pool];
+        for index in table {
+            counts[usize::from(*index)] += 1;
+        }
+        counts.iter().map(|count| f64::from(*count) / table.len() as f64).collect()
+    }
+
+    /// For each of 20 seeds, the share of the other backends' slots that move when one backend goes.
+    fn disruption(n: u64, len: u32) -> Vec<f64> {
+        (0..20u64)
+            .map(|seed| {
+                let gone = seed % n;
+                let before = pool(n);
+                let after: Vec<Candidate> =
+                    before.iter().copied().enumerate().filter(|(i, _)| *i as u64 != gone).map(|(_, c)| c).collect();
+                let (old, new) = (fill([seed, 1], &before, len), fill([seed, 1], &after, len));
+                let mut kept = 0;
+                let mut moved = 0;
+                for (old, new) in old.iter().zip(&new) {
+                    if u64::from(*old) != gone {
+                        kept += 1;
+                        moved += u32::from(before[usize::from(*old)] != after[usize::from(*new)]);
+                    }
+                }
+                f64::from(moved) / f64::from(kept)
+            })
+            .collect()
+    }
+
+    #[test]
+    fn removing_a_backend_moves_few_slots_of_the_others() {
+        for (n, usual) in [(3, 0.0011), (10, 0.0032), (100, 0.0064)] {
+            let moved = disruption(n, 65537);
+            let mean = moved.iter().sum::<f64>() / moved.len() as f64;
+            assert!(mean < usual, "{n} backends: {mean} on average");
+            assert!(moved.iter().all(|share| *share < 2.0 * usual), "{n} backends: {moved:?}");
+        }
+    }
+
+    #[test]
+    fn equal_backends_get_equal_shares() {
+        for n in [1u64, 3, 10, 100] {
+            let len = table_len(n as usize);
+            for share in shares(&fill([1, 2], &pool(n), len), n as usize) {
+                assert!((share * n as f64 - 1.0).abs() < 0.03, "{n} backends in {len} slots: {share}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_size_is_prime_and_follows_the_pool() {
+        for size in SIZES {
+            assert!((2..size).take_while(|d| d * d <= size).all(|d| size % d != 0), "{size}");
+        }
+        assert_eq!([1, 10, 11, 40, 163, 327, 328, 60_000].map(table_len), [
+            1021, 1021, 4093, 4093, 16381, 32749, 65537, 65537
+        ]);
+    }
+
+    #[test]
+    fn a_pool_without_weight_has_no_table() {
+        assert!(fill([0, 0], &[], 1021).is_empty());
+        assert!(fill([0, 0], &[Candidate { identity: 1, weight: 0 }], 1021).is_empty());
+        assert!(fill([0, 0], &pool(3), 1).is_empty());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn shares_follow_the_weights(weights in proptest::collection::vec(0u32..=10, 1..12), seed in any::<[u64; 2]>()) {
+            prop_assume!(weights.iter().any(|weight| *weight > 0));
+            let candidates: Vec<Candidate> =
+                weights.iter().zip(7u64..).map(|(weight, identity)| Candidate { identity, weight: *weight }).collect();
+            let total: u32 = weights.iter().sum();
+            for (share, weight) in shares(&fill(seed, &candidates, 4093), weights.len()).iter().zip(&weights) {
+                let expected = f64::from(*weight) / f64::from(total);
+                prop_assert!((share - expected).abs() < 0.01, "weight {} of {}: {}", weight, total, share);
+            }
+        }
+
+        #[test]
+        fn the_order_of_the_pool_does_not_matter(n in 1u64..20, turn in 0usize..20, seed in any::<[u64; 2]>()) {
+            let one = pool(n);
+            let mut other = one.clone();
+            other.rotate_left(turn % one.len());
+            other.reverse();
+            let named = |pool: &[Candidate]| -> Vec<u64> {
+                fill(seed, pool, 1021).iter().map(|index| pool[usize::from(*index)].identity).collect()
+            };
+            prop_assert_eq!(named(&one), named(&other));
+        }
+
+        #[test]
+        fn every_hash_has_a_slot(hash in any::<u64>()) {
+            for size in SIZES {
+                prop_assert!(slot(hash, size) < size);
+            }
+        }
+    }
+}

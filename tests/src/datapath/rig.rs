@@ -67,7 +67,7 @@ pub const CLIENT_MAC: [u8; 6] = [2, 0, 0, 0, 1, 10];
 /// The first pod; pod `n` has the address after the pod before it.
 pub const POD: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 4);
 /// Permanent neighbours that pods have.
-pub const PODS: u8 = 4;
+pub const PODS: u8 = 16;
 /// The edge's MAC on `uplink`.
 pub const UPLINK_MAC: [u8; 6] = [2, 0, 0, 0, 9, 1];
 /// The edge's MAC on `pods`.
@@ -91,6 +91,11 @@ pub fn wire(address: Ipv4Addr) -> u32 {
 /// A flow key.
 pub fn key(src: SocketAddrV4, dst: SocketAddrV4, protocol: u8) -> FlowKeyV4 {
     FlowKeyV4::new(wire(*src.ip()), wire(*dst.ip()), src.port().to_be(), dst.port().to_be(), protocol)
+}
+
+/// The source that a forward entry gives its packets.
+pub fn snat_of(forward: &FlowV4) -> SocketAddrV4 {
+    SocketAddrV4::new(Ipv4Addr::from(forward.new_src.to_ne_bytes()), u16::from_be(forward.new_src_port))
 }
 
 /// Seconds and sizes that a test may choose.
@@ -135,14 +140,23 @@ impl Rig {
     /// # Errors
     /// Where a link, the object or a map is refused.
     pub fn new(hook: Hook, settings: Settings) -> Result<Self> {
+        let mut rig = Self::from_object(EBPF_OBJECT, hook, settings)?;
+        load(&mut rig.ebpf, hook)?;
+        Ok(rig)
+    }
+
+    /// As [`Rig::new`], of another object with the same maps, whose programs the caller loads.
+    ///
+    /// # Errors
+    /// As [`Rig::new`].
+    pub fn from_object(object: &[u8], hook: Hook, settings: Settings) -> Result<Self> {
         links()?;
-        let mut ebpf = EbpfLoader::new()
+        let ebpf = EbpfLoader::new()
             .map_max_entries(name::ESTABLISHED, settings.established)
             .map_max_entries(name::HALF_OPEN, settings.lru)
             .map_max_entries(name::CLOSING, settings.lru)
             .map_max_entries(name::SELECTION, 256)
-            .load(EBPF_OBJECT)?;
-        load(&mut ebpf, hook)?;
+            .load(object)?;
         let (uplink, pods) = (ifindex("uplink")?, ifindex("pods")?);
         let mut rig = Self {
             ebpf,
@@ -435,7 +449,10 @@ impl Rig {
         Ok(self.array(name::BACKEND_STATE)?.set(backend, state, 0)?)
     }
 
-    /// Which pod a backend number is; pods are numbered in the order in which services were added.
+    /// The last next-hop number given out.
+    ///
+    /// # Errors
+    /// Where the map cannot be read.
     pub fn next_hops(&mut self) -> Result<u32> {
         Ok(self.array::<u32>(name::NEXT_HOP_CURSOR)?.get(&0, 0)?)
     }
@@ -477,7 +494,8 @@ pub fn load(ebpf: &mut Ebpf, hook: Hook) -> Result<()> {
     Ok(())
 }
 
-fn mac(mac: [u8; 6]) -> String {
+/// A MAC as `ip` writes it.
+pub fn mac(mac: [u8; 6]) -> String {
     mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
@@ -498,12 +516,12 @@ fn links() -> Result<()> {
 }
 
 /// `struct xdp_md`: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
-fn xdp_context(len: u32, ingress: u32) -> Vec<u8> {
+pub fn xdp_context(len: u32, ingress: u32) -> Vec<u8> {
     [0, len, 0, ingress, 0, 0].iter().flat_map(|field: &u32| field.to_ne_bytes()).collect()
 }
 
 /// `struct __sk_buff` as far as a test run may set it.
-fn skb_context(ingress: u32, gso_size: u32, gso_segs: u32) -> Vec<u8> {
+pub fn skb_context(ingress: u32, gso_size: u32, gso_segs: u32) -> Vec<u8> {
     const IFINDEX: usize = 40;
     const GSO_SEGS: usize = 164;
     const GSO_SIZE: usize = 176;

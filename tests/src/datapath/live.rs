@@ -1,0 +1,133 @@
+//! Real sockets behind the two links of a [`Rig`]: the program attached, traffic through it.
+#![allow(unsafe_code, reason = "unshare(2) and gettid(2) have no safe wrapper among our dependencies")]
+
+use std::{sync::mpsc, thread};
+
+use anyhow::{Context, Result};
+use aya::programs::{SchedClassifier, TcAttachType, Xdp, XdpMode};
+
+use super::{
+    namespace::{ip, run, sysctl},
+    rig::{CLIENT, CLIENT_MAC, Hook, Rig, SNAT, VIP, mac, pod, pod_mac},
+};
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// A host: a thread in a network namespace of its own, which goes when the value does.
+pub struct Host {
+    jobs: Option<mpsc::Sender<Job>>,
+    thread: Option<thread::JoinHandle<()>>,
+    id: i32,
+}
+
+impl Host {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// Where the namespace cannot be made.
+    pub fn new() -> Result<Self> {
+        let (ready, is_ready) = mpsc::channel();
+        let (jobs, queue) = mpsc::channel::<Job>();
+        let thread = thread::spawn(move || {
+            // SAFETY: takes flags only, and changes nothing but the network namespace of this new thread.
+            let made = unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0;
+            // SAFETY: takes nothing and cannot fail.
+            let id = unsafe { libc::gettid() };
+            // Nobody waits where the other side has given up.
+            let _ = ready.send(made.then_some(id));
+            for job in queue {
+                job();
+            }
+        });
+        let id = is_ready.recv()?.context("no network namespace for a host")?;
+        Ok(Self { jobs: Some(jobs), thread: Some(thread), id })
+    }
+
+    /// Runs `job` in the host's namespace; threads it starts stay there.
+    ///
+    /// # Errors
+    /// What the job returns; and where it panicked.
+    pub fn run<T: Send + 'static>(&self, job: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+        let (done, result) = mpsc::channel();
+        let job: Job = Box::new(move || {
+            // The receiver is there until the result is.
+            let _ = done.send(job());
+        });
+        self.jobs.as_ref().context("host is gone")?.send(job).ok().context("host is gone")?;
+        result.recv().context("the job panicked")?
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.jobs.take();
+        if let Some(thread) = self.thread.take() {
+            // A panic in the host has been printed; the test fails by its own means.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A client and a pod on either side of the rig.
+pub struct Live {
+    /// 172.16.1.10, on `uplink`.
+    pub client: Host,
+    /// Pod 0, 10.1.0.4, on `pods`.
+    pub pod: Host,
+}
+
+impl Live {
+    /// Gives the far ends of the rig's links to two hosts and attaches the program. Where not `resolved`, the edge
+    /// has to find its neighbours first.
+    ///
+    /// # Errors
+    /// Where a link, a setting or the attachment is refused.
+    pub fn new(rig: &mut Rig, hook: Hook, resolved: bool) -> Result<Self> {
+        for interface in ["all", "uplink", "pods"] {
+            sysctl(&format!("ipv4/conf/{interface}/accept_local"), "1")?;
+            sysctl(&format!("ipv4/conf/{interface}/rp_filter"), "0")?;
+        }
+        let live = Self { client: Host::new()?, pod: Host::new()? };
+        let ends = [
+            (&live.client, "uplink-peer", CLIENT, CLIENT_MAC, VIP),
+            (&live.pod, "pods-peer", pod(0), pod_mac(0), SNAT),
+        ];
+        for (host, link, address, host_mac, gateway) in ends {
+            if hook == Hook::Xdp {
+                // Native XDP sees frames as they are: sockets must finish their checksums and cut their segments
+                // themselves, and the receiver of a redirected frame needs NAPI.
+                run("ethtool", &format!("-K {link} tx off gro on"))?;
+            }
+            ip(&format!("link set {link} netns {}", host.id))?;
+            host.run(move || {
+                ip(&format!("link set {link} address {} up", mac(host_mac)))?;
+                ip(&format!("address add {address}/24 dev {link}"))?;
+                ip(&format!("route add default via {gateway}"))
+            })?;
+        }
+        if !resolved {
+            for (interface, address) in [("uplink", CLIENT), ("pods", pod(0))] {
+                ip(&format!("neigh del {address} dev {interface}"))?;
+            }
+        }
+        attach(rig, hook)?;
+        Ok(live)
+    }
+}
+
+fn attach(rig: &mut Rig, hook: Hook) -> Result<()> {
+    for interface in ["uplink", "pods"] {
+        match hook {
+            Hook::Xdp => {
+                let program: &mut Xdp = rig.ebpf.program_mut("edge_xdp").context("no edge_xdp")?.try_into()?;
+                program.attach(interface, XdpMode::Driver)?;
+            }
+            Hook::Tc => {
+                let program: &mut SchedClassifier =
+                    rig.ebpf.program_mut("edge_tc").context("no edge_tc")?.try_into()?;
+                program.attach(interface, TcAttachType::Ingress)?;
+            }
+        }
+    }
+    Ok(())
+}
