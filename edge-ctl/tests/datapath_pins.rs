@@ -129,6 +129,39 @@ fn a_second_start_adopts_maps_programs_and_links_and_writes_nothing() {
 }
 
 #[test]
+fn a_new_version_takes_over_by_link_update_with_the_maps_as_they_are() {
+    in_namespaces("new version", |folder| {
+        // The same program in another file.
+        let newer: &'static [u8] = {
+            let mut bytes = EBPF_OBJECT.to_vec();
+            bytes.extend([0; 8]);
+            Box::leak(bytes.into_boxed_slice())
+        };
+        for hook in [Hook::XdpNative, Hook::Tc] {
+            let edge = edge(folder, hook, &["in"]);
+            let mut first = open(&edge);
+            attach(&mut first);
+            let before = first.xdp_rows();
+            let seed = first.seed().unwrap();
+            let mut established = table::<FlowKeyV4>(&first);
+            established.insert(flow(1000, 1).key, flow(1000, 1), 0).unwrap();
+            drop(first);
+
+            let mut second = Datapath::open(&edge, newer).unwrap();
+            attach(&mut second);
+            let after = second.xdp_rows();
+            assert_eq!(after[0].link, before[0].link, "updated, not attached anew");
+            assert_ne!(after[0].program, before[0].program);
+            assert_eq!(second.seed().unwrap(), seed);
+            assert!(table::<FlowKeyV4>(&second).get(&flow(1000, 1).key, 0).is_ok());
+            let programs = pins::files(&second.pins().programs()).unwrap();
+            assert_eq!(programs.len(), 1, "the old program is retired: {programs:?}");
+            second.detach_all().unwrap();
+        }
+    });
+}
+
+#[test]
 fn links_outlive_the_process_that_made_them_and_detach_all_leaves_nothing() {
     in_namespaces("detach", |folder| {
         let edge = edge(folder, Hook::Auto, &["in"]);

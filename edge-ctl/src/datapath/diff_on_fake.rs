@@ -182,7 +182,7 @@ fn eligible(state: &DatapathState, key: &Frontend) -> BTreeSet<(SocketAddr, u16)
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn the_datapath_is_valid_after_every_write_of_every_list(

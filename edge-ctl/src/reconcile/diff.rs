@@ -90,7 +90,7 @@ pub fn diff(desired: &DesiredState, actual: &DatapathState, reserved: &Reserved,
     planner.exclude_backends(Scope::Served);
     planner.add_backends();
     planner.add_filter_bits();
-    planner.index_backends();
+    planner.index_backends(&BTreeSet::new());
     planner.set_states();
     planner.publish_services();
     planner.remove_frontends();
@@ -274,12 +274,13 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// Points each dnat backend's address at its number: the wanted one first, else one that still drains.
-    fn index_backends(&mut self) {
+    /// Points each dnat backend's address at its number: the wanted one first, else one that still drains, but none that
+    /// is about to be freed.
+    fn index_backends(&mut self, leaving: &BTreeSet<u32>) {
         let desired: BTreeMap<u32, Mode> = self.served().into_iter().map(|(_, s, number)| (number, s.mode)).collect();
         let wanted = self.wanted();
         let mut claims: BTreeMap<ServiceKeyV4, (bool, u32)> = BTreeMap::new();
-        for (number, slot) in &self.state.backends {
+        for (number, slot) in self.state.backends.iter().filter(|(number, _)| !leaving.contains(number)) {
             let entry = &slot.entry;
             let old = self.state.services.get(&entry.service).map(|service| service.entry.mode == mode::DNAT);
             let dnat = desired.get(&entry.service).map_or(old == Some(true), |mode| *mode == Mode::Dnat);
@@ -412,6 +413,8 @@ impl<'a> Planner<'a> {
                 idle.push((*number, backend_key(&slot.entry)));
             }
         }
+        // Another service may have the same backend.
+        self.index_backends(&idle.iter().map(|(number, _)| *number).collect());
         for (number, key) in idle {
             if self.state.backend_index.get(&key) == Some(&number) {
                 self.step(Action::RemoveBackendIndex { key });
