@@ -1,5 +1,11 @@
 //! Loading, adoption and the maps port against the kernel: each test in network and mount namespaces of its own, with a
 //! bpffs of its own, as root.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test stops at the first broken assumption"
+)]
 #![allow(unsafe_code, reason = "unshare and mount have no safe wrapper here")]
 
 use std::{

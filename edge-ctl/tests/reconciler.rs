@@ -1,4 +1,10 @@
 //! The reconciler's loop on the fake datapath: errors, retries, drains, audits.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test stops at the first broken assumption"
+)]
 
 use std::{
     collections::BTreeMap,

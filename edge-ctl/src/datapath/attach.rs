@@ -121,7 +121,7 @@ pub fn attach(
     if let Some((hook, target)) = kept {
         program(hook.is_xdp())?;
         let id = program_id(pins, hook.is_xdp())?;
-        let reason = (wanted.first() != Some(&hook)).then(|| "the better hook was refused when it was attached");
+        let reason = (wanted.first() != Some(&hook)).then_some("the better hook was refused when it was attached");
         let how = if target.program == id {
             How::Adopted
         } else {

@@ -515,3 +515,31 @@ fn stats_text(value: &[u8], cpus: usize) -> String {
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_are_what_changed_between_two_samples_and_never_negative() {
+        let rows = |connections, bytes_in| {
+            vec![ServiceRow { vip: "172.16.1.88:443".into(), connections, bytes_in, ..ServiceRow::default() }]
+        };
+        let mut rates = Rates::default();
+        let mut first = rows(10, 1000);
+        rates.sample(5.0, &mut first, &mut []);
+        assert_eq!((first[0].conn_s, first[0].rx_s), (0.0, 0.0));
+        let mut second = rows(30, 2000);
+        rates.sample(7.0, &mut second, &mut []);
+        assert_eq!((second[0].conn_s, second[0].rx_s), (10.0, 500.0));
+        let mut anew = rows(1, 3000);
+        rates.sample(8.0, &mut anew, &mut []);
+        assert_eq!((anew[0].conn_s, anew[0].rx_s), (0.0, 1000.0));
+    }
+
+    #[test]
+    fn the_seed_is_not_in_a_dump() {
+        let control = Control { seed: [0x5ec2_e700_5ec2_e700; 2], route_generation: 3, _pad: [0; 3] };
+        assert_eq!(value_text(name::CONTROL, &sys::to_bytes(&control), 1), "route_generation=3");
+    }
+}
