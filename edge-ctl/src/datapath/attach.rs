@@ -9,7 +9,7 @@ use std::fs;
 use aya::programs::{
     LinkOrder, ProgramError, ProgramInfo, SchedClassifier, TcAttachType, Xdp, XdpMode,
     links::{FdLink, PinnedLink},
-    tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle},
+    tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle},
     xdp::XdpLink,
 };
 use aya_obj::programs::XdpAttachType;
@@ -140,6 +140,10 @@ pub fn attach(
     let mut refusals: Vec<String> = limit.map(str::to_owned).into_iter().collect();
     for hook in wanted {
         program(hook.is_xdp())?;
+        if hook.is_xdp() && tc_hook() == AttachedHook::Clsact {
+            // A filter of an earlier configuration would see each packet a second time.
+            detach_clsact(&interface.name);
+        }
         match attach_new(pins, interface, hook) {
             Ok(link) => {
                 let reason = (!refusals.is_empty()).then(|| refusals.join("; "));
@@ -273,9 +277,10 @@ fn attach_new(pins: &Pins, interface: &Interface, hook: AttachedHook) -> Result<
 
 /// Replaces our filter, or adds it. The filter belongs to the qdisc, so it stays when this process ends.
 fn attach_clsact(pins: &Pins, interface: &Interface) -> Result<(), String> {
-    match tc::qdisc_add_clsact(&interface.name) {
-        Ok(()) | Err(TcError::AlreadyAttached) => {}
-        Err(error) => return Err(chain(&error)),
+    match tc::qdisc_add_clsact(&interface.name).map_err(|error| chain(&error)) {
+        // EEXIST: it is there.
+        Err(reason) if !reason.contains("os error 17") => return Err(reason),
+        _ => {}
     }
     let mut program = open_tc(pins)?;
     let ingress = TcAttachType::Ingress;
