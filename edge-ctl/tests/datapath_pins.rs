@@ -255,6 +255,57 @@ fn a_foreign_xdp_program_is_named_and_left_alone() {
     });
 }
 
+/// Turns this thread into user 65534 with just these capabilities.
+fn become_ordinary(folder: &Path, capabilities: u64) {
+    const KEEP_CAPABILITIES: libc::c_int = 8;
+    const VERSION_3: u32 = 0x2008_0522;
+    let owned = [folder.to_owned(), folder.join("bpf")];
+    for path in owned {
+        std::os::unix::fs::chown(&path, Some(65534), Some(65534)).unwrap();
+    }
+    let (low, high) = (capabilities as u32, (capabilities >> 32) as u32);
+    let header = [VERSION_3, 0];
+    let sets = [low, low, 0, high, high, 0];
+    // SAFETY: raw system calls change this thread's credentials alone; both arrays have the layout of
+    // cap_user_header_t and of two cap_user_data_t, and live across the call.
+    unsafe {
+        assert_eq!(libc::prctl(KEEP_CAPABILITIES, 1, 0, 0, 0), 0);
+        assert_eq!(libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534), 0);
+        assert_eq!(libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()), 0);
+    }
+}
+
+#[test]
+fn an_ordinary_user_with_the_units_capabilities_loads_attaches_writes_and_reads() {
+    in_namespaces("ordinary user", |folder| {
+        // CAP_NET_ADMIN, CAP_PERFMON, CAP_BPF.
+        become_ordinary(folder, 1 << 12 | 1 << 38 | 1 << 39);
+        let edge = edge(folder, Hook::XdpNative, &["in", "out"]);
+        let mut datapath = open(&edge);
+        attach(&mut datapath);
+        let mut reconciler = reconciler(&datapath);
+        reconciler.round(&desired(&["10.1.0.4:443"]));
+        assert_eq!(reconciler.status().error, None);
+        while !datapath.sweeper().unwrap().step(4096).unwrap().finished {}
+        let view = datapath.view().unwrap();
+        assert_eq!(view.service_rows().unwrap().len(), 1);
+        assert!(view.xdp_rows().unwrap().iter().all(|row| row.tag.is_some()));
+        drop(datapath);
+        let mut again = open(&edge);
+        attach(&mut again);
+        assert_eq!(again.writes(), 0);
+    });
+}
+
+#[test]
+fn a_user_without_a_capability_is_told_which() {
+    in_namespaces("capability", |folder| {
+        become_ordinary(folder, 1 << 12 | 1 << 39);
+        let error = Datapath::open(&edge(folder, Hook::Tc, &["in"]), EBPF_OBJECT).err().unwrap().to_string();
+        assert!(error.starts_with("missing CAP_PERFMON:"), "{error}");
+    });
+}
+
 #[test]
 fn without_a_bpffs_the_error_says_how_to_mount_one() {
     in_namespaces("no bpffs", |folder| {

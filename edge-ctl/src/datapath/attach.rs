@@ -214,11 +214,13 @@ pub fn program_id(pins: &Pins, xdp: bool) -> Result<u32, LoadError> {
     Ok(info.id())
 }
 
-/// The name of a loaded program, for users.
+/// The name of a loaded program, for users; finding it takes CAP_SYS_ADMIN.
 fn program_name(id: u32) -> String {
     let mut programs = aya::programs::loaded_programs().flatten();
     let program = programs.find(|program| program.id() == id);
-    program.and_then(|program| program.name_as_str().map(str::to_owned)).unwrap_or_else(|| "unknown".to_owned())
+    program
+        .and_then(|program| program.name_as_str().map(str::to_owned))
+        .unwrap_or_else(|| "name not readable".to_owned())
 }
 
 fn open_xdp(pins: &Pins) -> Result<Xdp, String> {

@@ -266,7 +266,7 @@ impl KernelView {
                     row.state = "attached".to_owned();
                     row.program = Some(target.program);
                     row.link = Some(target.id);
-                    row.tag = program_tag(target.program);
+                    row.tag = self.program_tag(target.program, target.xdp);
                 }
                 Ok(_) => row.state = "missing".to_owned(),
                 Err(error) => row.state = error.to_string(),
@@ -274,6 +274,13 @@ impl KernelView {
             row
         };
         Ok(linked.into_iter().map(row).collect())
+    }
+
+    /// The tag of a program that is pinned; asking for any other by its id takes CAP_SYS_ADMIN.
+    fn program_tag(&self, id: u32, xdp: bool) -> Option<String> {
+        let pin = self.pins.program(if xdp { XDP_PROGRAM } else { TC_PROGRAM });
+        let info = aya::programs::ProgramInfo::from_pin(pin).ok().filter(|info| info.id() == id)?;
+        Some(format!("{:016x}", info.tag().swap_bytes()))
     }
 
     /// Names of the pinned programs that this version would load.
@@ -386,11 +393,6 @@ fn memory(data: &aya::maps::MapData) -> Option<u64> {
     use std::os::fd::{AsFd as _, AsRawFd as _};
     let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", data.fd().as_fd().as_raw_fd())).ok()?;
     info.lines().find_map(|line| line.strip_prefix("memlock:"))?.trim().parse().ok()
-}
-
-fn program_tag(id: u32) -> Option<String> {
-    let program = aya::programs::loaded_programs().flatten().find(|program| program.id() == id)?;
-    Some(format!("{:016x}", program.tag().swap_bytes()))
 }
 
 fn key_text(map: &str, key: &[u8]) -> String {
