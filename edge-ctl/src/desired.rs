@@ -291,3 +291,238 @@ fn build_backend(
     let node = route.and_then(|(_, hops)| hops.iter().find_map(|hop| inputs.nodes.get(hop).cloned()));
     DesiredBackend { address: member.address, weight: member.weight, excluded, node, source, snat_address }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        config::valid::{Bgp, Edge, Hook, Tables},
+        model::{Announce, RouteUpdate},
+    };
+
+    const SOURCE: &str = "ingress.cluster.local";
+
+    fn source() -> BackendSource {
+        BackendSource::Dns {
+            name: SOURCE.to_owned(),
+            port: Some(443),
+            resolver: "kube-dns".to_owned(),
+            record: crate::model::RecordType::A,
+        }
+    }
+
+    fn config() -> Config {
+        let service = Service {
+            name: "ingress".to_owned(),
+            listen: vec!["172.16.1.88:8443/tcp".parse().unwrap()],
+            backends: source(),
+            mode: Mode::FullNat,
+            balance: Balance::Maglev,
+            snat: Snat::default(),
+            announce: Some(Announce { min_backends: 1, attributes: PathAttributes::default() }),
+        };
+        Config {
+            edge: Edge {
+                interfaces: vec!["eth0".to_owned()],
+                hook: Hook::Auto,
+                pod_networks: vec!["10.1.0.0/16".parse().unwrap()],
+                pin_path: "/sys/fs/bpf/edge".into(),
+                socket: "/run/edge/edge.sock".into(),
+                state_dir: "/var/lib/edge".into(),
+                seed_file: None,
+                tables: Tables::default(),
+            },
+            http: None,
+            resolvers: BTreeMap::new(),
+            bgp: Some(Bgp {
+                asn: 64512,
+                router_id: "172.16.1.88".parse().unwrap(),
+                listen_port: Some(179),
+                networks: Vec::new(),
+                peers: BTreeMap::new(),
+            }),
+            services: BTreeMap::from([("ingress".to_owned(), service)]),
+        }
+    }
+
+    struct World {
+        config: Config,
+        pools: BTreeMap<BackendSource, PoolSnapshot>,
+        routes: RouteSet,
+        prefixes: Vec<IpNet>,
+        nodes: BTreeMap<IpAddr, String>,
+        snat: BTreeMap<IpAddr, IpAddr>,
+        adopted: BTreeMap<Frontend, Vec<AdoptedBackend>>,
+        settled: bool,
+        ready: bool,
+    }
+
+    impl World {
+        fn new() -> Self {
+            let mut world = Self {
+                config: config(),
+                pools: BTreeMap::new(),
+                routes: RouteSet::default(),
+                prefixes: Vec::new(),
+                nodes: BTreeMap::from([("172.16.1.80".parse().unwrap(), "kcontrol".to_owned())]),
+                snat: BTreeMap::new(),
+                adopted: BTreeMap::new(),
+                settled: true,
+                ready: true,
+            };
+            for address in ["10.1.0.4", "10.1.1.5", "192.0.2.1"] {
+                world.snat.insert(address.parse().unwrap(), "172.16.1.88".parse().unwrap());
+            }
+            world
+        }
+
+        fn pool(&mut self, members: &[&str], state: PoolState) {
+            let member = |text: &&str| PoolMember { address: text.parse().unwrap(), weight: 1 };
+            let snapshot = PoolSnapshot { source: source(), members: members.iter().map(member).collect(), state };
+            self.pools.insert(source(), snapshot);
+        }
+
+        fn route(&mut self, prefix: &str, hops: &[&str]) {
+            let next_hops = hops.iter().map(|hop| hop.parse().unwrap()).collect();
+            self.routes.apply(RouteUpdate { prefix: prefix.parse().unwrap(), next_hops });
+        }
+
+        fn build(&self) -> DesiredState {
+            build(
+                &self.config,
+                &Inputs {
+                    pools: &self.pools,
+                    routes: &self.routes,
+                    kernel_prefixes: &self.prefixes,
+                    nodes: &self.nodes,
+                    snat_sources: &self.snat,
+                    adopted: &self.adopted,
+                    routes_settled: self.settled,
+                    datapath_ready: self.ready,
+                },
+            )
+        }
+
+        fn adopt(&mut self, eligible: bool) {
+            let backend = AdoptedBackend {
+                address: "10.1.0.4:443".parse().unwrap(),
+                weight: 7,
+                eligible,
+                snat_address: Some("172.16.1.88".parse().unwrap()),
+            };
+            self.adopted.insert("172.16.1.88:8443/tcp".parse().unwrap(), vec![backend]);
+        }
+    }
+
+    fn only(state: &DesiredState) -> &DesiredFrontend {
+        state.frontends.values().next().unwrap()
+    }
+
+    fn verdicts(state: &DesiredState) -> Vec<(String, Option<Exclusion>)> {
+        only(state).pool.iter().flatten().map(|b| (b.address.to_string(), b.excluded)).collect()
+    }
+
+    #[test]
+    fn a_route_makes_a_backend_eligible_names_its_node_and_its_loss_excludes_it_at_once() {
+        let mut world = World::new();
+        world.pool(&["10.1.0.4:443"], PoolState::Fresh);
+        world.route("10.1.0.0/24", &["172.16.1.80"]);
+        let state = world.build();
+        assert_eq!(verdicts(&state), [("10.1.0.4:443".to_owned(), None)]);
+        assert_eq!(only(&state).pool.as_ref().unwrap()[0].node.as_deref(), Some("kcontrol"));
+        assert_eq!(state.announcements.len(), 1);
+        world.route("10.1.0.0/24", &[]);
+        let state = world.build();
+        assert_eq!(verdicts(&state), [("10.1.0.4:443".to_owned(), Some(Exclusion::NoRoute))]);
+        assert_eq!(only(&state).announced.to_string(), "no: 0 of 1 backends eligible");
+        assert!(state.announcements.is_empty());
+    }
+
+    #[test]
+    fn a_default_route_covers_no_backend_but_a_connected_prefix_does() {
+        let mut world = World::new();
+        world.pool(&["10.1.0.4:443"], PoolState::Fresh);
+        world.route("0.0.0.0/0", &["172.16.1.1"]);
+        world.prefixes = vec!["0.0.0.0/0".parse().unwrap()];
+        assert_eq!(verdicts(&world.build())[0].1, Some(Exclusion::NoRoute));
+        world.prefixes.push("10.1.0.0/24".parse().unwrap());
+        assert_eq!(verdicts(&world.build())[0].1, None);
+    }
+
+    #[test]
+    fn an_address_outside_the_pod_networks_never_gets_into_a_pool() {
+        let mut world = World::new();
+        world.pool(&["192.0.2.1:443", "10.1.0.4:443"], PoolState::Fresh);
+        world.route("0.0.0.0/1", &["172.16.1.80"]);
+        world.route("192.0.2.0/24", &["172.16.1.80"]);
+        assert_eq!(verdicts(&world.build()), [("10.1.0.4:443".to_owned(), None)]);
+    }
+
+    #[test]
+    fn full_nat_without_a_source_address_excludes_and_dnat_does_not_need_one() {
+        let mut world = World::new();
+        world.pool(&["10.1.0.4:443"], PoolState::Fresh);
+        world.route("10.1.0.0/24", &["172.16.1.80"]);
+        world.snat.clear();
+        assert_eq!(verdicts(&world.build())[0].1, Some(Exclusion::NoSnatAddress));
+        world.config.services.get_mut("ingress").unwrap().mode = Mode::Dnat;
+        assert_eq!(verdicts(&world.build())[0].1, None);
+    }
+
+    #[test]
+    fn before_the_first_answer_the_adopted_pool_stands_in_and_without_one_nothing_is_known() {
+        let mut world = World::new();
+        world.pool(&[], PoolState::Unknown);
+        assert_eq!(only(&world.build()).pool, None);
+        world.adopt(true);
+        world.settled = false;
+        let state = world.build();
+        let backend = &only(&state).pool.as_ref().unwrap()[0];
+        assert_eq!((backend.weight, backend.eligible(), backend.source), (7, true, "adopted"));
+        assert_eq!(only(&state).announced, Announced::Yes, "a restart does not withdraw the VIP");
+        world.adopt(false);
+        assert_eq!(only(&world.build()).pool, Some(vec![]), "what was draining does not come back by a restart");
+    }
+
+    #[test]
+    fn a_restart_does_not_exclude_what_worked_before_until_routes_have_settled() {
+        let mut world = World::new();
+        world.adopt(true);
+        world.snat.clear();
+        world.pool(&["10.1.0.4:443", "10.1.1.5:443"], PoolState::Fresh);
+        world.settled = false;
+        let expected = [("10.1.0.4:443".to_owned(), None), ("10.1.1.5:443".to_owned(), Some(Exclusion::NoRoute))];
+        assert_eq!(verdicts(&world.build()), expected);
+        world.settled = true;
+        assert_eq!(verdicts(&world.build())[0].1, Some(Exclusion::NoRoute));
+    }
+
+    #[test]
+    fn no_vip_is_announced_while_the_program_is_not_attached_or_without_bgp() {
+        let mut world = World::new();
+        world.pool(&["10.1.0.4:443"], PoolState::Fresh);
+        world.route("10.1.0.0/24", &["172.16.1.80"]);
+        world.ready = false;
+        let state = world.build();
+        assert!(state.announcements.is_empty());
+        assert_eq!(only(&state).announced, Announced::NoDatapath);
+        world.ready = true;
+        world.config.bgp = None;
+        assert_eq!(only(&world.build()).announced, Announced::Off);
+    }
+
+    #[test]
+    fn a_shared_vip_is_announced_while_any_of_its_services_can_serve() {
+        let mut world = World::new();
+        world.pool(&["10.1.0.4:443"], PoolState::Fresh);
+        world.route("10.1.0.0/24", &["172.16.1.80"]);
+        let mut other = world.config.services["ingress"].clone();
+        other.name = "other".to_owned();
+        other.listen = vec!["172.16.1.88:8080/tcp".parse().unwrap()];
+        other.backends = BackendSource::Static(vec!["10.1.9.9:80".parse().unwrap()]);
+        world.config.services.insert("other".to_owned(), other);
+        let state = world.build();
+        assert_eq!(state.frontends.values().map(DesiredFrontend::eligible).collect::<Vec<_>>(), [0, 1]);
+        assert_eq!(state.announcements.keys().map(ToString::to_string).collect::<Vec<_>>(), ["172.16.1.88/32"]);
+    }
+}

@@ -9,7 +9,7 @@ use std::fs;
 use aya::programs::{
     LinkOrder, ProgramError, ProgramInfo, SchedClassifier, TcAttachType, Xdp, XdpMode,
     links::{FdLink, PinnedLink},
-    tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle},
+    tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle},
     xdp::XdpLink,
 };
 use aya_obj::programs::XdpAttachType;
@@ -121,7 +121,7 @@ pub fn attach(
     if let Some((hook, target)) = kept {
         program(hook.is_xdp())?;
         let id = program_id(pins, hook.is_xdp())?;
-        let reason = (wanted.first() != Some(&hook)).then(|| "the better hook was refused when it was attached");
+        let reason = (wanted.first() != Some(&hook)).then_some("the better hook was refused when it was attached");
         let how = if target.program == id {
             How::Adopted
         } else {
@@ -140,6 +140,10 @@ pub fn attach(
     let mut refusals: Vec<String> = limit.map(str::to_owned).into_iter().collect();
     for hook in wanted {
         program(hook.is_xdp())?;
+        if hook.is_xdp() && tc_hook() == AttachedHook::Clsact {
+            // A filter of an earlier configuration would see each packet a second time.
+            detach_clsact(&interface.name);
+        }
         match attach_new(pins, interface, hook) {
             Ok(link) => {
                 let reason = (!refusals.is_empty()).then(|| refusals.join("; "));
@@ -210,11 +214,13 @@ pub fn program_id(pins: &Pins, xdp: bool) -> Result<u32, LoadError> {
     Ok(info.id())
 }
 
-/// The name of a loaded program, for users.
+/// The name of a loaded program, for users; finding it takes CAP_SYS_ADMIN.
 fn program_name(id: u32) -> String {
     let mut programs = aya::programs::loaded_programs().flatten();
     let program = programs.find(|program| program.id() == id);
-    program.and_then(|program| program.name_as_str().map(str::to_owned)).unwrap_or_else(|| "unknown".to_owned())
+    program
+        .and_then(|program| program.name_as_str().map(str::to_owned))
+        .unwrap_or_else(|| "name not readable".to_owned())
 }
 
 fn open_xdp(pins: &Pins) -> Result<Xdp, String> {
@@ -273,9 +279,10 @@ fn attach_new(pins: &Pins, interface: &Interface, hook: AttachedHook) -> Result<
 
 /// Replaces our filter, or adds it. The filter belongs to the qdisc, so it stays when this process ends.
 fn attach_clsact(pins: &Pins, interface: &Interface) -> Result<(), String> {
-    match tc::qdisc_add_clsact(&interface.name) {
-        Ok(()) | Err(TcError::AlreadyAttached) => {}
-        Err(error) => return Err(chain(&error)),
+    match tc::qdisc_add_clsact(&interface.name).map_err(|error| chain(&error)) {
+        // EEXIST: it is there.
+        Err(reason) if !reason.contains("os error 17") => return Err(reason),
+        _ => {}
     }
     let mut program = open_tc(pins)?;
     let ingress = TcAttachType::Ingress;

@@ -266,7 +266,7 @@ impl KernelView {
                     row.state = "attached".to_owned();
                     row.program = Some(target.program);
                     row.link = Some(target.id);
-                    row.tag = program_tag(target.program);
+                    row.tag = self.program_tag(target.program, target.xdp);
                 }
                 Ok(_) => row.state = "missing".to_owned(),
                 Err(error) => row.state = error.to_string(),
@@ -274,6 +274,13 @@ impl KernelView {
             row
         };
         Ok(linked.into_iter().map(row).collect())
+    }
+
+    /// The tag of a program that is pinned; asking for any other by its id takes CAP_SYS_ADMIN.
+    fn program_tag(&self, id: u32, xdp: bool) -> Option<String> {
+        let pin = self.pins.program(if xdp { XDP_PROGRAM } else { TC_PROGRAM });
+        let info = aya::programs::ProgramInfo::from_pin(pin).ok().filter(|info| info.id() == id)?;
+        Some(format!("{:016x}", info.tag().swap_bytes()))
     }
 
     /// Names of the pinned programs that this version would load.
@@ -386,11 +393,6 @@ fn memory(data: &aya::maps::MapData) -> Option<u64> {
     use std::os::fd::{AsFd as _, AsRawFd as _};
     let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", data.fd().as_fd().as_raw_fd())).ok()?;
     info.lines().find_map(|line| line.strip_prefix("memlock:"))?.trim().parse().ok()
-}
-
-fn program_tag(id: u32) -> Option<String> {
-    let program = aya::programs::loaded_programs().flatten().find(|program| program.id() == id)?;
-    Some(format!("{:016x}", program.tag().swap_bytes()))
 }
 
 fn key_text(map: &str, key: &[u8]) -> String {
@@ -514,4 +516,32 @@ fn stats_text(value: &[u8], cpus: usize) -> String {
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_are_what_changed_between_two_samples_and_never_negative() {
+        let rows = |connections, bytes_in| {
+            vec![ServiceRow { vip: "172.16.1.88:443".into(), connections, bytes_in, ..ServiceRow::default() }]
+        };
+        let mut rates = Rates::default();
+        let mut first = rows(10, 1000);
+        rates.sample(5.0, &mut first, &mut []);
+        assert_eq!((first[0].conn_s, first[0].rx_s), (0.0, 0.0));
+        let mut second = rows(30, 2000);
+        rates.sample(7.0, &mut second, &mut []);
+        assert_eq!((second[0].conn_s, second[0].rx_s), (10.0, 500.0));
+        let mut anew = rows(1, 3000);
+        rates.sample(8.0, &mut anew, &mut []);
+        assert_eq!((anew[0].conn_s, anew[0].rx_s), (0.0, 1000.0));
+    }
+
+    #[test]
+    fn the_seed_is_not_in_a_dump() {
+        let control = Control { seed: [0x5ec2_e700_5ec2_e700; 2], route_generation: 3, _pad: [0; 3] };
+        assert_eq!(value_text(name::CONTROL, &sys::to_bytes(&control), 1), "route_generation=3");
+    }
 }

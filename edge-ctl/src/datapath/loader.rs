@@ -241,12 +241,17 @@ impl Datapath {
             Ok(())
         };
         // A clsact filter cannot be seen through a pin, so what this process attached is remembered.
-        if let Some(before) = before.filter(|b| b.hook == AttachedHook::Clsact && b.ifindex == interface.ifindex) {
+        if let Some(before) =
+            before.clone().filter(|b| b.hook == AttachedHook::Clsact && b.ifindex == interface.ifindex)
+        {
             return Ok(before);
         }
         let attachment = attach::attach(&self.pins, self.edge.hook, interface, program)?;
         self.writes += loads + u64::from(attachment.how != How::Adopted);
-        Ok(attachment)
+        // Finding again what this process attached does not change how it came there, nor why on that hook.
+        let same =
+            |b: &Attachment| (b.link, b.program, b.hook) == (attachment.link, attachment.program, attachment.hook);
+        Ok(before.filter(same).unwrap_or(attachment))
     }
 
     fn detach_unconfigured(&mut self) {

@@ -16,3 +16,6 @@ pub mod selection;
 pub mod sweep;
 pub mod sys;
 pub mod tables;
+
+#[cfg(test)]
+mod diff_on_fake;

@@ -169,7 +169,7 @@ fn shortened(timeout: u32, fill: u64) -> u32 {
 enum Ended {
     /// A half is still in use.
     Nothing,
-    /// Only a reply half that had lost its flow.
+    /// No flow to count: it was gone, or only a reply half was left of it.
     Rest,
     /// A flow.
     Flow,
@@ -188,8 +188,8 @@ fn end(
         Err(cause) => Err(error(&cause)),
     };
     let twin = get(established, &flow.twin())?.filter(|twin| twin.twin() == flow.key);
-    // The page may be old by now.
-    let Some(own) = get(established, &flow.key)? else { return Ok(Ended::Nothing) };
+    // The page may be old by now: the twin stood before it, or the flow has closed.
+    let Some(own) = get(established, &flow.key)? else { return Ok(Ended::Rest) };
     if !is_idle(&own) || own.sequence != flow.sequence || twin.is_some_and(|twin| !is_idle(&twin)) {
         return Ok(Ended::Nothing);
     }

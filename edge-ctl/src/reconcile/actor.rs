@@ -72,11 +72,14 @@ pub struct ReconcilerStatus {
     pub state: Arc<DatapathState>,
 }
 
+/// A [`Fill`] that the loop owns.
+pub type OwnedFill = Box<dyn Fn(&[PoolMember]) -> Vec<u16> + Send>;
+
 /// See the module.
 pub struct Reconciler<D, A> {
     datapath: D,
     announcements: A,
-    fill: Box<dyn Fn(&[PoolMember]) -> Vec<u16> + Send>,
+    fill: OwnedFill,
     intervals: Intervals,
     /// The maps as last read and written; `None`: to be read again.
     memory: Option<DatapathState>,
@@ -91,12 +94,7 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
     ///
     /// # Errors
     /// Where the maps cannot be read.
-    pub fn new(
-        mut datapath: D,
-        announcements: A,
-        fill: Box<dyn Fn(&[PoolMember]) -> Vec<u16> + Send>,
-        intervals: Intervals,
-    ) -> Result<Self, PortError> {
+    pub fn new(mut datapath: D, announcements: A, fill: OwnedFill, intervals: Intervals) -> Result<Self, PortError> {
         let memory = datapath.snapshot()?;
         let now = Instant::now();
         let mut reconciler = Self {

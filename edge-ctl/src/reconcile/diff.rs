@@ -5,12 +5,13 @@
 //! refers to it; the backends in it exist; its filter bits are set before it is reachable; a VIP is withdrawn before its
 //! maps change for the worse and announced after they changed for the better. The order is:
 //!
-//! 1. withdraw VIPs; 2. take frontends that are gone out of the index; 3. exclude backends that are gone or not eligible
-//!    (one in-place write each, so new flows avoid them at once); 4. write new backends, filter bits, the dnat index and
-//!    state words; 5. for each frontend: region, label, service, index; 6. let go of pools of services that are gone;
-//! 7. free what no flow uses; 8. clear filter bits; 9. announce VIPs.
+//! 1. withdraw VIPs; 2. exclude backends that are gone or not eligible (one in-place write each, so new flows avoid them at
+//!    once); 3. write new backends, filter bits, the dnat index and state words; 4. for each frontend: region, label,
+//!    service, index, those with a pool first, since another on the same VIP may just be losing its own; 5. take frontends
+//!    that are gone out of the index, exclude their backends, let go of their pools; 6. free what no flow uses; 7. clear
+//!    filter bits; 8. announce VIPs.
 //!
-//! An excluded backend stays in the Maglev table between steps 3 and 5: selection skips it from the first write on, and a
+//! An excluded backend stays in the Maglev table between steps 2 and 4: selection skips it from the first write on, and a
 //! table without it follows in the same list. When no backend is eligible the service keeps no region at all, so that
 //! new flows are dropped with their reason and established ones go on.
 //!
@@ -85,19 +86,29 @@ pub fn diff(desired: &DesiredState, actual: &DatapathState, reserved: &Reserved,
         failed: BTreeSet::new(),
     };
     planner.withdraw();
-    planner.remove_frontends();
     planner.number_services();
-    planner.exclude_backends();
+    planner.exclude_backends(Scope::Served);
     planner.add_backends();
     planner.add_filter_bits();
-    planner.index_backends();
+    planner.index_backends(&BTreeSet::new());
     planner.set_states();
     planner.publish_services();
+    planner.remove_frontends();
+    planner.exclude_backends(Scope::All);
     planner.release_pools();
     planner.free();
     planner.trim_filter();
     planner.announce();
     planner.plan
+}
+
+/// Whose backends to look at.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Scope {
+    /// Those of desired frontends.
+    Served,
+    /// Those of services that are gone, too.
+    All,
 }
 
 struct Planner<'a> {
@@ -200,13 +211,15 @@ impl<'a> Planner<'a> {
         self.state.index.iter().filter(|(key, _)| keeps(key)).map(|(_, number)| *number).collect()
     }
 
-    fn exclude_backends(&mut self) {
+    fn exclude_backends(&mut self, scope: Scope) {
         let (wanted, kept) = (self.wanted(), self.kept());
+        let served: BTreeSet<u32> = self.services.values().copied().collect();
         let mut excluded = Vec::new();
         for (number, slot) in &self.state.backends {
             let entry = &slot.entry;
             let eligible = wanted.get(&(entry.service, slot.address(), entry.protocol)).is_some_and(|b| b.eligible());
-            if slot.eligible() && !eligible && !kept.contains(&entry.service) {
+            let in_scope = scope == Scope::All || served.contains(&entry.service);
+            if in_scope && slot.eligible() && !eligible && !kept.contains(&entry.service) {
                 excluded.push((*number, slot.state & !backend_state::ELIGIBLE));
             }
         }
@@ -261,12 +274,13 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// Points each dnat backend's address at its number: the wanted one first, else one that still drains.
-    fn index_backends(&mut self) {
+    /// Points each dnat backend's address at its number: the wanted one first, else one that still drains, but none that
+    /// is about to be freed.
+    fn index_backends(&mut self, leaving: &BTreeSet<u32>) {
         let desired: BTreeMap<u32, Mode> = self.served().into_iter().map(|(_, s, number)| (number, s.mode)).collect();
         let wanted = self.wanted();
         let mut claims: BTreeMap<ServiceKeyV4, (bool, u32)> = BTreeMap::new();
-        for (number, slot) in &self.state.backends {
+        for (number, slot) in self.state.backends.iter().filter(|(number, _)| !leaving.contains(number)) {
             let entry = &slot.entry;
             let old = self.state.services.get(&entry.service).map(|service| service.entry.mode == mode::DNAT);
             let dnat = desired.get(&entry.service).map_or(old == Some(true), |mode| *mode == Mode::Dnat);
@@ -301,7 +315,9 @@ impl<'a> Planner<'a> {
     }
 
     fn publish_services(&mut self) {
-        for (frontend, service, number) in self.served() {
+        let mut served = self.served();
+        served.sort_by_key(|(_, service, _)| service.eligible() == 0);
+        for (frontend, service, number) in served {
             let Some(key) = service_key(frontend.address, frontend.protocol) else { continue };
             let before = self.state.services.get(&number).map(|slot| slot.entry).unwrap_or_default();
             let Some(selection) = self.publish_region(frontend, number, before.selection) else { continue };
@@ -397,6 +413,8 @@ impl<'a> Planner<'a> {
                 idle.push((*number, backend_key(&slot.entry)));
             }
         }
+        // Another service may have the same backend.
+        self.index_backends(&idle.iter().map(|(number, _)| *number).collect());
         for (number, key) in idle {
             if self.state.backend_index.get(&key) == Some(&number) {
                 self.step(Action::RemoveBackendIndex { key });

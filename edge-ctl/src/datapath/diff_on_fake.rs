@@ -1,0 +1,395 @@
+//! The diff's promises, checked on the fake after every single write.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+};
+
+use edge_common::maps::mode;
+use proptest::prelude::*;
+
+use super::fake::FakeDatapath;
+use crate::{
+    desired::{Announced, DesiredBackend, DesiredFrontend, DesiredState, Exclusion, Timeouts},
+    model::{Balance, Frontend, Mode, PathAttributes, PoolMember, Protocol, Snat},
+    reconcile::{
+        diff::{Plan, Reserved, diff},
+        ports::{self, Action, DatapathPort, DatapathState, service_key},
+    },
+};
+
+fn fill(members: &[PoolMember]) -> Vec<u16> {
+    let slots = members.iter().zip(0_u16..).flat_map(|(member, index)| vec![index; usize::from(member.weight)]);
+    slots.cycle().take(131).collect()
+}
+
+fn backend(host: u8, weight: u16, excluded: Option<Exclusion>) -> DesiredBackend {
+    DesiredBackend {
+        address: SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 1, 0, host)), 443),
+        weight,
+        excluded,
+        node: None,
+        source: "dns",
+        snat_address: Some(IpAddr::V4(Ipv4Addr::new(172, 16, 1, 88))),
+    }
+}
+
+fn frontend(host: u8, port: u16, protocol: Protocol) -> Frontend {
+    Frontend { address: SocketAddr::new(IpAddr::V4(Ipv4Addr::new(172, 16, 1, host)), port), protocol }
+}
+
+fn service(mode: Mode, pool: Option<Vec<DesiredBackend>>) -> DesiredFrontend {
+    DesiredFrontend {
+        service: "ingress".to_owned(),
+        mode,
+        balance: Balance::Maglev,
+        snat: Snat::default(),
+        timeouts: Timeouts::of(Protocol::Tcp),
+        announced: if pool.iter().flatten().any(|b| b.eligible()) { Announced::Yes } else { Announced::Off },
+        pool,
+    }
+}
+
+fn state(frontends: Vec<(Frontend, DesiredFrontend)>) -> DesiredState {
+    let mut state = DesiredState { frontends: frontends.into_iter().collect(), ..DesiredState::default() };
+    for (frontend, desired) in &state.frontends {
+        state.addresses.insert(frontend.address.ip());
+        if desired.announced == Announced::Yes {
+            state.announcements.insert(frontend.address.ip().into(), PathAttributes::default());
+        }
+    }
+    state
+}
+
+/// A fake datapath and what BGP was told.
+#[derive(Clone, Default)]
+struct World {
+    fake: FakeDatapath,
+    announced: BTreeMap<ipnet::IpNet, PathAttributes>,
+}
+
+impl World {
+    fn snapshot(&mut self) -> DatapathState {
+        let mut state = self.fake.snapshot().unwrap();
+        state.announced = self.announced.clone();
+        state
+    }
+
+    fn plan(&mut self, desired: &DesiredState, reserved: &Reserved) -> Plan {
+        diff(desired, &self.snapshot(), reserved, &fill)
+    }
+
+    fn apply(&mut self, action: &Action) {
+        match action {
+            Action::Announce { prefix, attributes } => drop(self.announced.insert(*prefix, attributes.clone())),
+            Action::Withdraw { prefix } => drop(self.announced.remove(prefix)),
+            _ => drop(self.fake.apply(action).unwrap()),
+        }
+    }
+
+    fn reach(&mut self, desired: &DesiredState) -> Plan {
+        let plan = self.plan(desired, &Reserved::default());
+        plan.actions.iter().for_each(|action| self.apply(action));
+        plan
+    }
+
+    /// What must hold after every write, told from what a packet would meet.
+    fn check(&mut self) -> Result<(), String> {
+        let state = self.snapshot();
+        for (key, number) in &state.index {
+            let slot = state.services.get(number).ok_or(format!("{key:?} leads to service {number}, which is free"))?;
+            let entry = &slot.entry;
+            if (entry.address, entry.port, entry.protocol) != (key.address, key.port, key.protocol) {
+                return Err(format!("{key:?} leads to the service of another frontend"));
+            }
+            if !state.filter.destinations.contains(&edge_common::filter::bit(key.address)) {
+                return Err(format!("{key:?} is in the index but not in the filter"));
+            }
+            if entry.selection == 0 {
+                continue;
+            }
+            let region = state.regions.get(&entry.selection).ok_or(format!("service {number} has no region"))?;
+            if region.table.is_empty() || region.table.iter().any(|slot| usize::from(*slot) >= region.pool.len()) {
+                return Err(format!("the table of service {number} is not whole"));
+            }
+            for backend in &region.pool {
+                let Some(slot) = state.backends.get(backend) else {
+                    return Err(format!("service {number} selects backend {backend}, which is free"));
+                };
+                if slot.entry.service != *number {
+                    return Err(format!("service {number} selects backend {backend} of another service"));
+                }
+                if !state.filter.destinations.contains(&edge_common::filter::bit(slot.entry.snat_address)) {
+                    return Err(format!("replies to backend {backend} would not pass the filter"));
+                }
+                let is_source = state.filter.sources.contains(&edge_common::filter::bit(slot.entry.address));
+                if entry.mode == mode::DNAT && slot.eligible() && !is_source {
+                    return Err(format!("replies of dnat backend {backend} would not pass the filter"));
+                }
+            }
+        }
+        for (key, number) in &state.backend_index {
+            if !state.backends.contains_key(number) {
+                return Err(format!("{key:?} leads to backend {number}, which is free"));
+            }
+        }
+        let regions: Vec<_> = state.regions.iter().map(|(first, region)| (*first, first + region.chunks())).collect();
+        if regions.windows(2).any(|pair| pair[0].1 > pair[1].0) {
+            return Err("regions overlap".to_owned());
+        }
+        for prefix in self.announced.keys() {
+            let serves = state.index.iter().any(|(key, number)| {
+                let slot = &state.services[number];
+                prefix.addr() == ports::ip(key.address) && slot.entry.selection != 0
+            });
+            if !serves {
+                return Err(format!("{prefix} is announced, but nothing there has a pool"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Flows on a backend and its service, so that both must drain.
+    fn set_flows(&mut self, number: u32, flows: u64) {
+        let service = self.fake.backends.get(&number).map_or(0, |entry| entry.service);
+        self.fake.flows.backends.insert(number, flows);
+        self.fake.flows.services.insert(service, flows);
+    }
+}
+
+fn arbitrary_pool() -> impl Strategy<Value = Option<Vec<DesiredBackend>>> {
+    let member = (1_u8..12, 1_u16..4, prop::option::weighted(0.2, Just(Exclusion::NoRoute)));
+    let pool = prop::collection::btree_map(1_u8..12, member, 0..6).prop_map(|members| {
+        members.into_iter().map(|(host, (_, weight, excluded))| backend(host, weight, excluded)).collect()
+    });
+    prop::option::weighted(0.9, pool)
+}
+
+fn arbitrary_state() -> impl Strategy<Value = DesiredState> {
+    let key = (88_u8..91, prop::sample::select(vec![8080_u16, 8443]), any::<bool>());
+    let key = key.prop_map(|(host, port, tcp)| frontend(host, port, if tcp { Protocol::Tcp } else { Protocol::Udp }));
+    let value = (any::<bool>(), arbitrary_pool());
+    let value = value.prop_map(|(dnat, pool)| service(if dnat { Mode::Dnat } else { Mode::FullNat }, pool));
+    prop::collection::vec((key, value), 0..5).prop_map(state)
+}
+
+fn eligible(state: &DatapathState, key: &Frontend) -> BTreeSet<(SocketAddr, u16)> {
+    let Some(number) = service_key(key.address, key.protocol).and_then(|key| state.index.get(&key)) else {
+        return BTreeSet::new();
+    };
+    let backends = state.backends.values().filter(|slot| slot.entry.service == *number && slot.eligible());
+    backends.map(|slot| (slot.address(), ports::weight_of(slot.state))).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn the_datapath_is_valid_after_every_write_of_every_list(
+        wishes in prop::collection::vec(arbitrary_state(), 1..5),
+        flows in prop::collection::vec((1_u32..20, 0_u64..3), 0..6),
+    ) {
+        let mut world = World::default();
+        for wish in &wishes {
+            for (number, count) in &flows {
+                world.set_flows(*number, *count);
+            }
+            for action in world.plan(wish, &Reserved::default()).actions {
+                world.apply(&action);
+                prop_assert_eq!(world.check(), Ok(()), "after {:?}", action);
+            }
+        }
+    }
+
+    #[test]
+    fn a_second_look_at_a_reached_state_finds_nothing_to_do(
+        wishes in prop::collection::vec(arbitrary_state(), 1..4),
+    ) {
+        let mut world = World::default();
+        for wish in &wishes {
+            world.reach(wish);
+        }
+        let again = world.plan(&wishes[wishes.len() - 1], &Reserved::default());
+        prop_assert_eq!(again.actions, vec![]);
+    }
+
+    #[test]
+    fn a_daemon_that_dies_at_any_write_is_followed_by_one_that_gets_there(
+        first in arbitrary_state(),
+        second in arbitrary_state(),
+        third in arbitrary_state(),
+        cut in any::<prop::sample::Index>(),
+    ) {
+        let mut world = World::default();
+        world.reach(&first);
+        let plan = world.plan(&second, &Reserved::default());
+        let cut = cut.index(plan.actions.len() + 1);
+        plan.actions.iter().take(cut).for_each(|action| world.apply(action));
+        // BGP forgets what a dead daemon told it.
+        world.announced.clear();
+        for action in world.plan(&third, &Reserved::default()).actions {
+            world.apply(&action);
+            prop_assert_eq!(world.check(), Ok(()), "after {:?}", action);
+        }
+        let reached = world.snapshot();
+        for (key, wanted) in &third.frontends {
+            if let Some(pool) = &wanted.pool {
+                let wanted: BTreeSet<_> =
+                    pool.iter().filter(|b| b.eligible()).map(|b| (b.address, b.weight)).collect();
+                prop_assert_eq!(eligible(&reached, key), wanted, "{}", key);
+            }
+        }
+        let is_wanted = |key| ports::frontend_of(key).is_some_and(|key| third.frontends.contains_key(&key));
+        prop_assert!(reached.index.keys().all(is_wanted));
+        prop_assert_eq!(reached.filter.clone(), reached.needed_filter());
+        prop_assert_eq!(&world.plan(&third, &Reserved::default()).actions, &vec![]);
+    }
+
+    #[test]
+    fn a_region_that_was_just_replaced_is_not_written_again(
+        wishes in prop::collection::vec(arbitrary_state(), 2..5),
+    ) {
+        let mut world = World::default();
+        let mut reserved = Reserved::default();
+        for wish in &wishes {
+            let plan = world.plan(wish, &reserved);
+            for action in &plan.actions {
+                if let Action::WriteRegion { first_chunk, region } = action {
+                    let end = first_chunk + region.chunks();
+                    let clear = reserved.regions.iter().all(|(first, length)| end <= *first || first + length <= *first_chunk);
+                    prop_assert!(clear, "{first_chunk}..{end} was retired a moment ago");
+                }
+                world.apply(action);
+            }
+            reserved.regions.extend(plan.retired);
+        }
+    }
+}
+
+fn one(pool: Vec<DesiredBackend>) -> DesiredState {
+    state(vec![(frontend(88, 8443, Protocol::Tcp), service(Mode::FullNat, Some(pool)))])
+}
+
+fn kinds(plan: &Plan) -> Vec<&'static str> {
+    plan.actions.iter().map(Action::kind).collect()
+}
+
+#[test]
+fn a_new_service_is_reachable_last_and_announced_after_that() {
+    let plan = World::default().plan(&one(vec![backend(4, 1, None)]), &Reserved::default());
+    let expected = [
+        "put-backend",
+        "set-filter",
+        "set-backend-state",
+        "write-region",
+        "put-label",
+        "put-service",
+        "set-index",
+        "announce",
+    ];
+    assert_eq!(kinds(&plan), expected);
+}
+
+#[test]
+fn losing_a_backend_is_one_write_first_and_a_table_without_it_next() {
+    let mut world = World::default();
+    world.reach(&one(vec![backend(4, 1, None), backend(5, 1, None)]));
+    world.set_flows(1, 3);
+    let gone = one(vec![backend(5, 1, None)]);
+    let plan = world.reach(&gone);
+    assert_eq!(kinds(&plan), ["set-backend-state", "write-region", "put-service"]);
+    assert_eq!(plan.actions[0], Action::SetBackendState { number: 1, state: 1 << 16 });
+    assert_eq!(world.reach(&gone).actions, [], "it drains");
+    world.set_flows(1, 0);
+    let resting = Reserved { backends: BTreeSet::from([1]), ..Reserved::default() };
+    assert_eq!(world.plan(&gone, &resting).actions, [], "half-open flows may still name it");
+    assert_eq!(kinds(&world.reach(&gone)), ["free-backend"]);
+}
+
+#[test]
+fn a_backend_that_returns_while_it_drains_keeps_its_number_and_its_flows() {
+    let mut world = World::default();
+    let both = one(vec![backend(4, 1, None), backend(5, 1, None)]);
+    world.reach(&both);
+    world.set_flows(1, 3);
+    world.reach(&one(vec![backend(4, 1, Some(Exclusion::NoRoute)), backend(5, 1, None)]));
+    let plan = world.reach(&both);
+    assert_eq!(kinds(&plan), ["set-backend-state", "write-region", "put-service"]);
+    assert_eq!(world.fake.backends.len(), 2);
+}
+
+#[test]
+fn a_removed_service_leaves_the_index_at_once_and_its_filter_bits_when_its_flows_have_ended() {
+    let mut world = World::default();
+    world.reach(&one(vec![backend(4, 1, None)]));
+    world.set_flows(1, 1);
+    let nothing = state(vec![]);
+    let plan = world.reach(&nothing);
+    assert_eq!(kinds(&plan), ["withdraw", "remove-index", "set-backend-state", "put-service"]);
+    assert!(!world.fake.filter.destinations.is_empty(), "established flows still pass the filter");
+    world.set_flows(1, 0);
+    assert_eq!(kinds(&world.reach(&nothing)), ["free-backend", "free-service", "set-filter"]);
+    assert!(world.fake.filter.destinations.is_empty());
+    assert!(world.fake.services.is_empty() && world.fake.backends.is_empty() && world.fake.index.is_empty());
+}
+
+#[test]
+fn a_frontend_whose_pool_was_never_learnt_keeps_what_the_maps_have() {
+    let mut world = World::default();
+    world.reach(&one(vec![backend(4, 1, None)]));
+    let key = frontend(88, 8443, Protocol::Tcp);
+    let mut unknown = service(Mode::FullNat, None);
+    unknown.announced = Announced::Yes;
+    assert_eq!(world.reach(&state(vec![(key, unknown)])).actions, []);
+}
+
+#[test]
+fn when_no_backend_is_eligible_the_service_lets_go_of_its_pool_and_is_not_announced() {
+    let mut world = World::default();
+    world.reach(&one(vec![backend(4, 1, None)]));
+    let plan = world.reach(&one(vec![backend(4, 1, Some(Exclusion::NoRoute))]));
+    assert_eq!(kinds(&plan), ["withdraw", "set-backend-state", "put-service"]);
+    assert_eq!(world.fake.services[&1].selection, 0);
+    assert!(
+        world.fake.index.values().any(|number| *number == 1),
+        "new flows are dropped with their reason, not passed"
+    );
+}
+
+#[test]
+fn a_changed_mode_gets_a_new_number_and_the_old_one_drains_with_its_flows() {
+    let key = frontend(88, 8443, Protocol::Tcp);
+    let pool = || Some(vec![backend(4, 1, None)]);
+    let mut world = World::default();
+    world.reach(&state(vec![(key, service(Mode::Dnat, pool()))]));
+    world.set_flows(1, 2);
+    let full_nat = state(vec![(key, service(Mode::FullNat, pool()))]);
+    world.reach(&full_nat);
+    assert_eq!(world.fake.index.values().copied().collect::<Vec<_>>(), [2]);
+    assert_eq!(world.fake.services[&1].mode, mode::DNAT);
+    assert!(!world.fake.filter.sources.is_empty(), "replies of the old flows still pass the filter");
+    world.set_flows(1, 0);
+    world.reach(&full_nat);
+    assert!(world.fake.filter.sources.is_empty());
+    assert_eq!(world.fake.services.keys().copied().collect::<Vec<_>>(), [2]);
+}
+
+#[test]
+fn what_does_not_fit_is_named_and_not_announced() {
+    let mut world = World::default();
+    world.fake.capacity.chunks = 3;
+    let plan = world.reach(&one(vec![backend(4, 1, None)]));
+    assert!(!kinds(&plan).contains(&"announce") && !kinds(&plan).contains(&"set-index"), "{:?}", kinds(&plan));
+    assert!(plan.problems.iter().any(|problem| problem.contains("selection map is full")), "{:?}", plan.problems);
+}
+
+#[test]
+fn a_weight_change_is_a_new_table_and_adopted_pools_remember_weights() {
+    let mut world = World::default();
+    world.reach(&one(vec![backend(4, 1, None), backend(5, 1, None)]));
+    let plan = world.reach(&one(vec![backend(4, 3, None), backend(5, 1, None)]));
+    assert_eq!(kinds(&plan), ["set-backend-state", "write-region", "put-service"]);
+    let adopted = world.snapshot().adopted();
+    let pool = &adopted[&frontend(88, 8443, Protocol::Tcp)];
+    assert_eq!(pool.iter().map(|backend| backend.weight).collect::<Vec<_>>(), [3, 1]);
+}

@@ -1,0 +1,176 @@
+//! The reconciler's loop on the fake datapath: errors, retries, drains, audits.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test stops at the first broken assumption"
+)]
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use edge_ctl::{
+    datapath::fake::FakeDatapath,
+    desired::{Announced, DesiredBackend, DesiredFrontend, DesiredState, Timeouts},
+    model::{Balance, Frontend, Mode, PathAttributes, PoolMember, Protocol, Snat},
+    reconcile::{
+        actor::{Intervals, Reconciler, ReconcilerStatus},
+        ports::{Action, AnnouncementPort, DatapathPort, DatapathState, FlowCounts, PortError},
+    },
+};
+use ipnet::IpNet;
+use tokio::sync::watch;
+
+/// A fake that the test can reach while the loop owns it.
+#[derive(Clone, Default)]
+struct Shared(Arc<Mutex<FakeDatapath>>);
+
+impl DatapathPort for Shared {
+    fn snapshot(&mut self) -> Result<DatapathState, PortError> {
+        self.0.lock().unwrap().snapshot()
+    }
+
+    fn flow_counts(&mut self) -> Result<FlowCounts, PortError> {
+        self.0.lock().unwrap().flow_counts()
+    }
+
+    fn apply(&mut self, action: &Action) -> Result<u64, PortError> {
+        self.0.lock().unwrap().apply(action)
+    }
+}
+
+#[derive(Clone, Default)]
+struct Bgp(Arc<Mutex<BTreeMap<IpNet, PathAttributes>>>);
+
+impl AnnouncementPort for Bgp {
+    fn announced(&self) -> BTreeMap<IpNet, PathAttributes> {
+        self.0.lock().unwrap().clone()
+    }
+
+    fn announce(&mut self, prefix: IpNet, attributes: &PathAttributes) -> Result<(), PortError> {
+        self.0.lock().unwrap().insert(prefix, attributes.clone());
+        Ok(())
+    }
+
+    fn withdraw(&mut self, prefix: IpNet) -> Result<(), PortError> {
+        self.0.lock().unwrap().remove(&prefix);
+        Ok(())
+    }
+}
+
+fn desired(backends: &[&str]) -> DesiredState {
+    let address: IpAddr = "172.16.1.88".parse().unwrap();
+    let backend = |text: &&str| DesiredBackend {
+        address: text.parse().unwrap(),
+        weight: 1,
+        excluded: None,
+        node: None,
+        source: "dns",
+        snat_address: Some(address),
+    };
+    let service = DesiredFrontend {
+        service: "ingress".to_owned(),
+        mode: Mode::FullNat,
+        balance: Balance::Maglev,
+        snat: Snat::default(),
+        timeouts: Timeouts::of(Protocol::Tcp),
+        pool: Some(backends.iter().map(backend).collect()),
+        announced: Announced::Yes,
+    };
+    let frontend = Frontend { address: SocketAddr::new(address, 8443), protocol: Protocol::Tcp };
+    DesiredState {
+        frontends: BTreeMap::from([(frontend, service)]),
+        announcements: BTreeMap::from([(address.into(), PathAttributes::default())]),
+        addresses: [address].into(),
+    }
+}
+
+fn fill(members: &[PoolMember]) -> Vec<u16> {
+    (0..131).map(|slot: u16| slot % u16::try_from(members.len()).unwrap()).collect()
+}
+
+fn quick() -> Intervals {
+    let soon = Duration::from_millis(10);
+    Intervals { audit: soon, drain: soon, retry: soon, region_rest: Duration::ZERO, number_rest: Duration::ZERO }
+}
+
+struct Running {
+    fake: Shared,
+    bgp: Bgp,
+    desired: watch::Sender<Option<DesiredState>>,
+    status: watch::Receiver<ReconcilerStatus>,
+}
+
+fn start(intervals: Intervals) -> Running {
+    let (fake, bgp) = (Shared::default(), Bgp::default());
+    let reconciler = Reconciler::new(fake.clone(), bgp.clone(), Box::new(fill), intervals).unwrap();
+    let (desired, wanted) = watch::channel(None);
+    let (report, status) = watch::channel(ReconcilerStatus::default());
+    tokio::spawn(reconciler.run(wanted, report));
+    Running { fake, bgp, desired, status }
+}
+
+impl Running {
+    async fn until(&mut self, condition: impl FnMut(&ReconcilerStatus) -> bool) -> ReconcilerStatus {
+        let reached = tokio::time::timeout(Duration::from_secs(20), self.status.wait_for(condition)).await;
+        reached.expect("in time").unwrap().clone()
+    }
+}
+
+#[tokio::test]
+async fn a_failing_write_shows_in_the_status_and_the_rest_follows_once_it_works_again() {
+    let mut running = start(quick());
+    running.fake.0.lock().unwrap().fail_after = Some(4);
+    running.desired.send_replace(Some(desired(&["10.1.0.4:443"])));
+    let failed = running.until(|status| status.error.is_some()).await;
+    assert!(!failed.in_sync && failed.error.unwrap().contains("told to fail"));
+    assert!(running.bgp.announced().is_empty(), "nothing is announced before the maps are written");
+    running.fake.0.lock().unwrap().fail_after = None;
+    let status = running.until(|status| status.in_sync).await;
+    assert_eq!((status.error, status.state.index.len()), (None, 1));
+    assert_eq!(running.bgp.announced().len(), 1);
+}
+
+#[tokio::test]
+async fn a_drained_backend_is_freed_when_its_last_flow_has_ended() {
+    let mut running = start(quick());
+    running.desired.send_replace(Some(desired(&["10.1.0.4:443", "10.1.1.5:443"])));
+    running.until(|status| status.in_sync && status.state.backends.len() == 2).await;
+    running.fake.0.lock().unwrap().flows.backends.insert(1, 1);
+    // An audit carries the flow count into memory before the backend goes.
+    running.until(|status| status.state.backends[&1].active == 1).await;
+    running.desired.send_replace(Some(desired(&["10.1.1.5:443"])));
+    let excluded = running.until(|status| !status.state.backends[&1].eligible()).await;
+    let audits = excluded.audits;
+    let later = running.until(|status| status.audits > audits + 2).await;
+    assert!(later.state.backends.contains_key(&1), "it still has a flow");
+    running.fake.0.lock().unwrap().flows.backends.clear();
+    let status = running.until(|status| !status.state.backends.contains_key(&1)).await;
+    assert_eq!(status.actions["free-backend"], 1);
+}
+
+#[tokio::test]
+async fn an_audit_finds_what_somebody_else_changed_and_repairs_it() {
+    let mut running = start(quick());
+    running.desired.send_replace(Some(desired(&["10.1.0.4:443"])));
+    running.until(|status| status.in_sync && status.audits > 1).await;
+    running.fake.0.lock().unwrap().states.insert(1, 0);
+    running.until(|status| status.audit_findings == 1).await;
+    running.until(|status| status.state.backends[&1].eligible()).await;
+    assert_eq!(running.fake.0.lock().unwrap().states[&1] & 1, 1);
+    assert_eq!(running.status.borrow().problems, Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn nothing_is_written_while_nothing_changes() {
+    let mut running = start(quick());
+    running.desired.send_replace(Some(desired(&["10.1.0.4:443"])));
+    let first = running.until(|status| status.in_sync).await;
+    running.desired.send_replace(Some(desired(&["10.1.0.4:443"])));
+    let later = running.until(|status| status.audits > first.audits + 5).await;
+    assert_eq!((later.map_writes, later.audit_findings), (first.map_writes, 0));
+}
