@@ -341,7 +341,9 @@ fn the_first_packet_towards_an_unresolved_neighbour_goes_to_the_stack_rewritten(
             assert_eq!(outcome.frame, answer.translated(vip(), client(40_000), None));
             assert_eq!(rig.reason(1, Reason::NeighbourUnresolved)?, 2);
             // Resolved by the time of the second packet, without anybody telling the program.
-            edge_tests::datapath::namespace::ip("neigh replace 10.1.0.4 lladdr 02:00:00:00:02:04 dev pods nud reachable")?;
+            edge_tests::datapath::namespace::ip(
+                "neigh replace 10.1.0.4 lladdr 02:00:00:00:02:04 dev pods nud reachable",
+            )?;
             assert_eq!(rig.run(&query.bytes(), rig.uplink)?.action, Action::Redirect);
             Ok(())
         })?;

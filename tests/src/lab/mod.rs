@@ -16,6 +16,7 @@ pub mod pods;
 pub mod smoke;
 pub mod speaker;
 pub mod topology;
+mod wire;
 
 use std::{
     collections::BTreeSet,
@@ -119,8 +120,7 @@ impl Lab {
         in_parallel(&names, |name| run(Command::new("ip").args(["netns", "add", name])).map(|_| ()))?;
         let fabric = self.namespace("fabric");
         ip_batch(Some(&fabric), &topology::fabric_commands(&self.state.prefix))?;
-        // XDP_TX out of the edge's interface needs a peer that can take frames: one with GRO on.
-        offload(&fabric, "p-edge", &["gro", "on"])?;
+        netns::within(&fabric, || wire::pass_everything("p-edge", &self.wire_pins().join("p-edge")))?;
         // The router's commands make client2's interface.
         let rest: Vec<&str> = HOSTS.into_iter().filter(|host| *host != "client2").collect();
         in_parallel(&rest, |host| self.make_host(host))?;
@@ -259,6 +259,11 @@ impl Lab {
     /// Folder for the pins of a daemon in this lab.
     pub fn pins(&self) -> PathBuf {
         Path::new(BPFFS).join(format!("edge-lab-{}", self.state.prefix))
+    }
+
+    /// Folder for the pins of the network itself, apart from the daemon's, which scenarios may remove.
+    fn wire_pins(&self) -> PathBuf {
+        Path::new(BPFFS).join(format!("edge-lab-{}-wire", self.state.prefix))
     }
 
     /// Runs `work` on a thread inside a host's namespace.
@@ -413,7 +418,9 @@ fn tear_down(prefix: &str) -> Result<()> {
         }
     };
     note(in_parallel(&names, |name| run(Command::new("ip").args(["netns", "del", name])).map(|_| ())));
-    note(remove_folder(&Path::new(BPFFS).join(format!("edge-lab-{prefix}"))));
+    for folder in [format!("edge-lab-{prefix}"), format!("edge-lab-{prefix}-wire")] {
+        note(remove_folder(&Path::new(BPFFS).join(folder)));
+    }
     if current_prefix().is_some_and(|current| current == prefix) {
         note(fs::remove_file(run_folder().join("current")).context("remove the name of the current lab"));
     }
