@@ -16,6 +16,7 @@ pub mod pods;
 pub mod smoke;
 pub mod speaker;
 pub mod topology;
+mod xdp_pass;
 
 use std::{
     collections::BTreeSet,
@@ -119,8 +120,9 @@ impl Lab {
         in_parallel(&names, |name| run(Command::new("ip").args(["netns", "add", name])).map(|_| ()))?;
         let fabric = self.namespace("fabric");
         ip_batch(Some(&fabric), &topology::fabric_commands(&self.state.prefix))?;
-        // XDP_TX out of the edge's interface needs a peer that can take frames: one with GRO on.
-        offload(&fabric, "p-edge", &["gro", "on"])?;
+        // XDP_TX out of the edge's interface needs a peer that takes frames, and is woken for them.
+        let pin = Path::new(BPFFS).join(format!("edge-lab-{}-pass", self.state.prefix));
+        xdp_pass::attach(&fabric, "p-edge", &pin)?;
         // The router's commands make client2's interface.
         let rest: Vec<&str> = HOSTS.into_iter().filter(|host| *host != "client2").collect();
         in_parallel(&rest, |host| self.make_host(host))?;
