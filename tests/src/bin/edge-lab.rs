@@ -146,7 +146,7 @@ fn execute(command: Command) -> Result<ExitCode> {
         })?,
         Command::Status => status(&Lab::current()?)?,
         Command::Smoke => {
-            let passed = smoke::print(&smoke::run()?);
+            let passed = smoke::run()?;
             return Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
         Command::Run => run::run()?,

@@ -16,7 +16,7 @@ pub mod pods;
 pub mod smoke;
 pub mod speaker;
 pub mod topology;
-mod wire;
+mod xdp_pass;
 
 use std::{
     collections::BTreeSet,
@@ -120,7 +120,9 @@ impl Lab {
         in_parallel(&names, |name| run(Command::new("ip").args(["netns", "add", name])).map(|_| ()))?;
         let fabric = self.namespace("fabric");
         ip_batch(Some(&fabric), &topology::fabric_commands(&self.state.prefix))?;
-        netns::within(&fabric, || wire::pass_everything("p-edge", &self.wire_pins().join("p-edge")))?;
+        // XDP_TX out of the edge's interface needs a peer that takes frames, and is woken for them.
+        let pin = Path::new(BPFFS).join(format!("edge-lab-{}-pass", self.state.prefix));
+        xdp_pass::attach(&fabric, "p-edge", &pin)?;
         // The router's commands make client2's interface.
         let rest: Vec<&str> = HOSTS.into_iter().filter(|host| *host != "client2").collect();
         in_parallel(&rest, |host| self.make_host(host))?;
@@ -259,11 +261,6 @@ impl Lab {
     /// Folder for the pins of a daemon in this lab.
     pub fn pins(&self) -> PathBuf {
         Path::new(BPFFS).join(format!("edge-lab-{}", self.state.prefix))
-    }
-
-    /// Folder for the pins of the network itself, apart from the daemon's, which scenarios may remove.
-    fn wire_pins(&self) -> PathBuf {
-        Path::new(BPFFS).join(format!("edge-lab-{}-wire", self.state.prefix))
     }
 
     /// Runs `work` on a thread inside a host's namespace.
@@ -418,9 +415,7 @@ fn tear_down(prefix: &str) -> Result<()> {
         }
     };
     note(in_parallel(&names, |name| run(Command::new("ip").args(["netns", "del", name])).map(|_| ())));
-    for folder in [format!("edge-lab-{prefix}"), format!("edge-lab-{prefix}-wire")] {
-        note(remove_folder(&Path::new(BPFFS).join(folder)));
-    }
+    note(remove_folder(&Path::new(BPFFS).join(format!("edge-lab-{prefix}"))));
     if current_prefix().is_some_and(|current| current == prefix) {
         note(fs::remove_file(run_folder().join("current")).context("remove the name of the current lab"));
     }
