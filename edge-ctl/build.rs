@@ -29,12 +29,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     let out = PathBuf::from(env::var("OUT_DIR")?);
     let built = target_dir.join("bpfel-unknown-none").join("release");
     fs::copy(built.join("edge-ebpf"), out.join("edge-ebpf"))?;
-    // The programs for benchmarks and test networks are not part of the product; the tests' build script learns where
-    // they are (DEP_EDGE_EBPF_BENCH, DEP_EDGE_EBPF_WIRE).
-    for name in ["bench", "wire"] {
-        let file = format!("edge-{name}");
-        fs::copy(built.join(&file), out.join(&file))?;
-        println!("cargo::metadata={name}={}", out.join(&file).display());
-    }
+    // The bench-only wrappers are not part of the product; the tests' build script learns where they are
+    // (DEP_EDGE_EBPF_BENCH).
+    let bench = out.join("edge-bench");
+    fs::copy(built.join("edge-bench"), &bench)?;
+    println!("cargo::metadata=bench={}", bench.display());
     Ok(())
 }
