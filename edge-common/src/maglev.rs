@@ -163,9 +163,10 @@ mod tests {
         for size in SIZES {
             assert!((2..size).take_while(|d| d * d <= size).all(|d| size % d != 0), "{size}");
         }
-        assert_eq!([1, 10, 11, 40, 163, 327, 328, 60_000].map(table_len), [
-            1021, 1021, 4093, 4093, 16381, 32749, 65537, 65537
-        ]);
+        assert_eq!(
+            [1, 10, 11, 40, 163, 327, 328, 60_000].map(table_len),
+            [1021, 1021, 4093, 4093, 16381, 32749, 65537, 65537]
+        );
     }
 
     #[test]

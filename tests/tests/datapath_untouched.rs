@@ -1,6 +1,9 @@
 //! What is not ours passes byte for byte; what is ours but broken, or has nowhere to go, is dropped with its reason.
 
-use std::{collections::HashMap, net::{Ipv4Addr, SocketAddrV4}};
+use std::{
+    collections::HashMap,
+    net::{Ipv4Addr, SocketAddrV4},
+};
 
 use anyhow::Result;
 use edge_common::{
@@ -48,7 +51,8 @@ fn what_is_not_ours_passes_byte_for_byte() -> Result<()> {
     each_hook(mode::DNAT, 1, |rig, _| {
         let elsewhere = SocketAddrV4::new(Ipv4Addr::new(192, 0, 2, 7), 8443);
         let other = Frame::tcp(client(40_000), elsewhere, flag::SYN);
-        let arp: Vec<u8> = [&[0xff; 6][..], &[2, 0, 0, 0, 1, 10], &[8, 6], &[0, 1, 8, 0, 6, 4, 0, 1], &[0; 20]].concat();
+        let arp: Vec<u8> =
+            [&[0xff; 6][..], &[2, 0, 0, 0, 1, 10], &[8, 6], &[0, 1, 8, 0, 6, 4, 0, 1], &[0; 20]].concat();
         let icmp = Frame { protocol: 1, ..Frame::udp(client(0), SocketAddrV4::new(VIP, 0)) };
         let mut ipv6 = Frame::tcp(client(40_000), vip(), flag::SYN).bytes();
         ipv6[12..14].copy_from_slice(&[0x86, 0xdd]);
@@ -96,7 +100,11 @@ fn other_ports_of_the_vip_and_mid_flow_packets_without_a_flow_go_to_the_host() -
 fn fragments_to_our_addresses_pass_untouched_and_are_counted() -> Result<()> {
     each_hook(mode::FULL_NAT, 1, |rig, _| {
         for fragment in [0x2000, 0x2001, 0x0001, 0x1fff] {
-            passes_untouched(rig, "a fragment", &Frame { fragment, ..Frame::tcp(client(1), vip(), flag::SYN) }.bytes())?;
+            passes_untouched(
+                rig,
+                "a fragment",
+                &Frame { fragment, ..Frame::tcp(client(1), vip(), flag::SYN) }.bytes(),
+            )?;
         }
         assert_eq!(rig.reason(0, Reason::Fragment)?, 8);
         Ok(())
