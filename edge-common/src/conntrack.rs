@@ -203,10 +203,12 @@ const fn step_tcp(
     if matches!(state, State::HalfOpen) {
         match direction {
             Direction::Reply if flags & (SYN | ACK) == SYN | ACK => return Step::Expect(segment.seq.wrapping_add(1)),
-            Direction::Forward if flags & (SYN | ACK) == ACK && flow_flags & flow_flag::SYN_ACK_SEEN != 0 => {
-                if acknowledges(ack_floor, segment.ack) {
-                    return Step::Promote(added);
-                }
+            Direction::Forward
+                if flags & (SYN | ACK) == ACK
+                    && flow_flags & flow_flag::SYN_ACK_SEEN != 0
+                    && acknowledges(ack_floor, segment.ack) =>
+            {
+                return Step::Promote(added);
             }
             _ => {}
         }

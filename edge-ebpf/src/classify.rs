@@ -7,14 +7,7 @@ use edge_common::{
     verdict::{Reason, Verdict},
 };
 
-use crate::{
-    conntrack::Past,
-    fib, maps,
-    packet::Packet,
-    parse::Parsed,
-    pipeline::Side,
-    stats::because,
-};
+use crate::{conntrack::Past, fib, maps, packet::Packet, parse::Parsed, pipeline::Side, stats::because};
 
 /// The packet starts a flow of the service noted in [`Past`].
 pub const NEW_FLOW: Verdict = Verdict::UNDECIDED;

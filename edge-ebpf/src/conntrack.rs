@@ -37,13 +37,7 @@ impl Past {
 
 /// A packet that hit an entry and may change its flow's state, or that hit one outside the established table.
 #[inline(never)]
-pub fn track<P: Packet>(
-    packet: &mut P,
-    parsed: &Parsed,
-    flow: &mut FlowV4,
-    table: Table,
-    past: &mut Past,
-) -> Verdict {
+pub fn track<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, table: Table, past: &mut Past) -> Verdict {
     let Some(service) = maps::service(flow.service) else {
         return because(Reason::NotReady, 0);
     };
@@ -93,7 +87,8 @@ pub fn track<P: Packet>(
             }
         }
         Step::Reopen => {
-            *past = Past { service: flow.service, backend: flow.backend, address: flow.new_src, port: flow.new_src_port };
+            *past =
+                Past { service: flow.service, backend: flow.backend, address: flow.new_src, port: flow.new_src_port };
             reopen(parsed, flow, table);
             NO_FLOW
         }
@@ -105,7 +100,8 @@ pub fn track<P: Packet>(
 fn superseded(parsed: &Parsed, closing: &FlowV4) -> bool {
     let client = closing.twin();
     let other = |flow: &mut FlowV4| flow.twin() != parsed.key;
-    maps::flow(Table::Established, &client).is_some_and(other) || maps::flow(Table::HalfOpen, &client).is_some_and(other)
+    maps::flow(Table::Established, &client).is_some_and(other)
+        || maps::flow(Table::HalfOpen, &client).is_some_and(other)
 }
 
 /// The entry is in another table now.

@@ -253,7 +253,8 @@ fn clear_closing(plan: &Plan, reply: &FlowKeyV4, closing_timeout: u32, own: bool
     };
     let rest = rest_seconds(reply.protocol, flow.flags, closing_timeout);
     let client = flow.twin();
-    if !expired(flow.last_seen, rest, plan.now) && !(own && client == plan.key) {
+    let rested = expired(flow.last_seen, rest, plan.now);
+    if !(rested || own && client == plan.key) {
         return false;
     }
     maps::remove_flow(Table::Closing, reply);

@@ -5,6 +5,7 @@ use aya_ebpf::bindings::{
     BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LKUP_RET_UNSUPP_LWT,
 };
 use edge_common::maps::{FlowV4, NeighbourKey, NextHop, interface_flag, next_hop_flag};
+use network_types::eth::EthHdr;
 
 use crate::{
     maps,
@@ -18,18 +19,23 @@ pub mod resolution {
     pub const RESOLVED: u32 = 0;
     /// The neighbour has no link-layer address yet: the stack finds it.
     pub const NO_NEIGHBOUR: u32 = 1;
-    /// A kind of route that only the stack can use.
+    /// Only the stack can use this route.
     pub const STACK: u32 = 2;
     /// No route, or one that refuses.
     pub const NO_ROUTE: u32 = 3;
+    /// Longer than the route's MTU.
+    pub const TOO_LONG: u32 = 4;
+    /// There is no next-hop number for it: the link-layer addresses are in this packet already, and the egress
+    /// interface is in the upper half.
+    pub const DIRECT: u32 = 5;
 }
 
 /// MTU assumed where a kernel reports none.
 const DEFAULT_MTU: u32 = 1500;
 
-/// Looks the flow's route up and remembers its next hop; a [`resolution`].
+/// Looks the flow's route up and remembers its next hop; a [`resolution`] in the lower half.
 #[inline(never)]
-pub fn resolve<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, generation: u32) -> u32 {
+pub fn resolve<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, generation: u32) -> u64 {
     let query = Query {
         src: flow.new_src,
         dst: flow.new_dst,
@@ -43,22 +49,59 @@ pub fn resolve<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, ge
     flow.next_hop = 0;
     flow.route_generation = generation;
     if route.result != i64::from(BPF_FIB_LKUP_RET_SUCCESS) {
-        return match u32::try_from(route.result) {
+        return u64::from(match u32::try_from(route.result) {
             Ok(BPF_FIB_LKUP_RET_NO_NEIGH) => resolution::NO_NEIGHBOUR,
             Ok(BPF_FIB_LKUP_RET_UNSUPP_LWT) => resolution::STACK,
             // Routes of other types, local ones included: a translated packet is never for this host.
             _ => resolution::NO_ROUTE,
-        };
+        });
     }
     if route.found.dmac == [0; 6] {
-        return resolution::NO_NEIGHBOUR;
+        return u64::from(resolution::NO_NEIGHBOUR);
     }
     match number(&route) {
         Some(number) => {
             flow.next_hop = number;
-            resolution::RESOLVED
+            u64::from(resolution::RESOLVED)
         }
-        None => resolution::STACK,
+        None => direct(packet, parsed, &route),
+    }
+}
+
+/// One packet by its own route lookup, where next-hop numbers have run out or the gateway is an IPv6 one.
+#[inline(always)]
+fn direct<P: Packet>(packet: &mut P, parsed: &Parsed, route: &Route) -> u64 {
+    let ifindex = route.found.ifindex;
+    if !P::REDIRECTS_ANYWHERE && ifindex != packet.ingress() && !redirectable(ifindex) {
+        return u64::from(resolution::STACK);
+    }
+    if length(packet, parsed) > mtu(route) as usize {
+        return u64::from(resolution::TOO_LONG);
+    }
+    let Some(eth) = packet.header::<EthHdr>(0) else {
+        return u64::from(resolution::STACK);
+    };
+    eth.dst_addr = route.found.dmac;
+    eth.src_addr = route.found.smac;
+    u64::from(ifindex) << 32 | u64::from(resolution::DIRECT)
+}
+
+/// The longest piece that a packet leaves in, from the IP header on.
+#[inline(always)]
+pub fn length<P: Packet>(packet: &P, parsed: &Parsed) -> usize {
+    packet.segment_len(usize::from(parsed.total_len), usize::from(parsed.header_len) + usize::from(parsed.l4_len))
+}
+
+#[inline(always)]
+fn redirectable(ifindex: u32) -> bool {
+    maps::interface_flags(ifindex) & interface_flag::XDP_REDIRECT != 0
+}
+
+#[inline(always)]
+fn mtu(route: &Route) -> u32 {
+    match route.mtu() {
+        0 => DEFAULT_MTU,
+        mtu => mtu,
     }
 }
 
@@ -68,16 +111,14 @@ pub fn resolve<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, ge
 fn number(route: &Route) -> Option<u32> {
     let neighbour = route.neighbour()?;
     let ifindex = route.found.ifindex;
-    let redirectable = maps::interface_flags(ifindex) & interface_flag::XDP_REDIRECT != 0;
-    let mtu = if route.mtu() == 0 { DEFAULT_MTU } else { route.mtu() };
     let mut hop = NextHop {
         ifindex,
         neighbour,
         dst_mac: route.found.dmac,
         src_mac: route.found.smac,
-        mtu,
+        mtu: mtu(route),
         vlan: 0,
-        flags: if redirectable { 0 } else { next_hop_flag::VIA_STACK },
+        flags: if redirectable(ifindex) { 0 } else { next_hop_flag::VIA_STACK },
         generation: 0,
     };
     let key = NeighbourKey { ifindex, address: neighbour };

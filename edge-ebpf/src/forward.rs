@@ -42,24 +42,16 @@ fn send<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: u64)
         return because(Reason::NotReady, flow.service);
     };
     if flow.next_hop == 0 || flow.route_generation != control.route_generation {
-        match fib::resolve(packet, parsed, flow, control.route_generation) {
-            resolution::RESOLVED => {}
-            resolution::NO_NEIGHBOUR => return to_stack(packet, parsed, flow, now, Reason::NeighbourUnresolved),
-            resolution::STACK => return to_stack(packet, parsed, flow, now, Reason::ViaStack),
-            _ => return because(Reason::NoRoute, flow.service),
+        let resolved = fib::resolve(packet, parsed, flow, control.route_generation);
+        if resolved as u32 != resolution::RESOLVED {
+            return unlisted(packet, parsed, flow, now, resolved);
         }
     }
     let Some(hop) = maps::next_hop(flow.next_hop) else {
         return because(Reason::NotReady, flow.service);
     };
-    let length = packet.segment_len(usize::from(parsed.total_len), usize::from(parsed.header_len) + usize::from(parsed.l4_len));
-    if length > hop.mtu as usize {
-        // The stack fragments what may be fragmented.
-        return if parsed.must_not_fragment {
-            because(Reason::TooBig, flow.service)
-        } else {
-            to_stack(packet, parsed, flow, now, Reason::ViaStack)
-        };
+    if fib::length(packet, parsed) > hop.mtu as usize {
+        return too_long(packet, parsed, flow, now);
     }
     let same = hop.ifindex == packet.ingress();
     if !P::REDIRECTS_ANYWHERE && !same && hop.flags & next_hop_flag::VIA_STACK != 0 {
@@ -86,6 +78,32 @@ fn egress<P: Packet>(
     eth.dst_addr = hop.dst_mac;
     eth.src_addr = hop.src_mac;
     if same { Verdict::TRANSMIT } else { Verdict::redirect(hop.ifindex) }
+}
+
+/// A packet whose route gave no next-hop number.
+#[inline(never)]
+fn unlisted<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: u64, resolved: u64) -> Verdict {
+    match resolved as u32 {
+        resolution::NO_NEIGHBOUR => to_stack(packet, parsed, flow, now, Reason::NeighbourUnresolved),
+        resolution::STACK => to_stack(packet, parsed, flow, now, Reason::ViaStack),
+        resolution::TOO_LONG => too_long(packet, parsed, flow, now),
+        resolution::DIRECT if translate(packet, parsed, flow, now) => {
+            let ifindex = (resolved >> 32) as u32;
+            if ifindex == packet.ingress() { Verdict::TRANSMIT } else { Verdict::redirect(ifindex) }
+        }
+        resolution::DIRECT => because(Reason::Malformed, flow.service),
+        _ => because(Reason::NoRoute, flow.service),
+    }
+}
+
+/// The stack fragments what may be fragmented.
+#[inline(always)]
+fn too_long<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: u64) -> Verdict {
+    if parsed.must_not_fragment {
+        because(Reason::TooBig, flow.service)
+    } else {
+        to_stack(packet, parsed, flow, now, Reason::ViaStack)
+    }
 }
 
 #[inline(never)]

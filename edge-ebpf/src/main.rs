@@ -2,6 +2,7 @@
 #![no_std]
 #![no_main]
 #![allow(unsafe_code, reason = "exported sections: the license")]
+#![allow(missing_docs, reason = "the entry point macros make a function without the documentation it was given")]
 
 use aya_ebpf::{
     bindings::{TC_ACT_OK, TC_ACT_SHOT, xdp_action},

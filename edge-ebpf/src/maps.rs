@@ -93,18 +93,19 @@ pub fn flow(table: Table, key: &FlowKeyV4) -> Option<&'static mut FlowV4> {
 /// Adds an entry under its own key; an errno where the key exists or the table is full.
 #[inline(always)]
 pub fn add_flow(table: Table, flow: &FlowV4) -> Result<(), i32> {
-    let flags = u64::from(BPF_NOEXIST);
+    let (key, flags) = (&flow.key, u64::from(BPF_NOEXIST));
     match table {
-        Table::Established => ESTABLISHED.insert(&flow.key, flow, flags),
-        Table::HalfOpen => HALF_OPEN.insert(&flow.key, flow, flags),
-        Table::Closing => CLOSING.insert(&flow.key, flow, flags),
+        Table::Established => ESTABLISHED.insert(key, flow, flags),
+        Table::HalfOpen => HALF_OPEN.insert(key, flow, flags),
+        Table::Closing => CLOSING.insert(key, flow, flags),
     }
 }
 
 /// Adds or replaces a closing entry: the latest close of a tuple is the one that counts.
 #[inline(always)]
 pub fn put_closing(flow: &FlowV4) -> bool {
-    CLOSING.insert(&flow.key, flow, u64::from(BPF_ANY)).is_ok()
+    let key = &flow.key;
+    CLOSING.insert(key, flow, u64::from(BPF_ANY)).is_ok()
 }
 
 /// Removes the entry of `key`; false where there was none.

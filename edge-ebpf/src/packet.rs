@@ -5,16 +5,11 @@
 #![allow(unsafe_code, reason = "this is one of the two modules that may hold it")]
 
 use aya_ebpf::{
-    bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, __sk_buff, bpf_fib_lookup, xdp_md},
+    bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, bpf_fib_lookup, xdp_md},
     helpers::generated,
     programs::{TcContext, XdpContext},
 };
-use network_types::{
-    eth::EthHdr,
-    ip::Ipv4Hdr,
-    tcp::TcpHdr,
-    udp::UdpHdr,
-};
+use network_types::{eth::EthHdr, ip::Ipv4Hdr, tcp::TcpHdr, udp::UdpHdr};
 
 /// Headers that may be read and written in place.
 ///
@@ -73,7 +68,7 @@ pub trait Packet {
     fn has_hidden_tag(&self) -> bool;
 
     /// Bytes in the whole frame, in fragments too.
-    fn len(&self) -> usize;
+    fn frame_len(&self) -> usize;
 
     /// Makes the first `len` bytes (or all, where there are fewer) readable by [`Packet::header`].
     fn pull(&mut self, len: usize);
@@ -143,7 +138,7 @@ impl Packet for XdpPacket {
     }
 
     #[inline(always)]
-    fn len(&self) -> usize {
+    fn frame_len(&self) -> usize {
         // SAFETY: as in `ingress`.
         unsafe { (*self.ctx).data_end as usize - (*self.ctx).data as usize }
     }
@@ -202,14 +197,14 @@ impl Packet for SkbPacket {
     }
 
     #[inline(always)]
-    fn len(&self) -> usize {
+    fn frame_len(&self) -> usize {
         // SAFETY: as in `ingress`.
         unsafe { (*self.ctx).len as usize }
     }
 
     #[inline(always)]
     fn pull(&mut self, len: usize) {
-        let whole = self.len();
+        let whole = self.frame_len();
         let len = if len < whole { len } else { whole };
         // SAFETY: as in `ingress`.
         let linear = unsafe { (*self.ctx).data_end as usize - (*self.ctx).data as usize };
@@ -310,8 +305,9 @@ impl Route {
     /// The neighbour's IPv4 address, network order; `None` where the gateway is an IPv6 one (RFC 5549).
     #[inline(always)]
     pub fn neighbour(&self) -> Option<u32> {
-        // SAFETY: the family says which member of the union the kernel wrote; any bits are a valid integer.
-        (self.found.family == AF_INET).then(|| unsafe { self.found.__bindgen_anon_4.ipv4_dst })
+        // SAFETY: any bits are a valid integer, and the family says whether they are an IPv4 address.
+        let address = unsafe { self.found.__bindgen_anon_4.ipv4_dst };
+        (self.found.family == AF_INET).then_some(address)
     }
 
     /// The route's MTU, bytes from the IP header on.

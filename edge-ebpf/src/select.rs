@@ -2,9 +2,8 @@
 //! that backend is excluded.
 
 use edge_common::{
-    hash,
     flow::FlowKeyV4,
-    maglev,
+    hash, maglev,
     maps::{POOL_PER_CHUNK, SLOTS_PER_CHUNK, SelectionHeader, backend_state},
 };
 

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddrV4;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use edge_common::{
     flow::{TCP, UDP},
     maps::{FlowV4, flow_flag, mode, name},
@@ -37,7 +37,7 @@ fn halves(rig: &mut Rig, table: &str, protocol: u8) -> Result<Option<(FlowV4, Fl
         assert!(rig.flows(table)?.is_empty(), "no client half, yet an entry in {table}");
         return Ok(None);
     };
-    let reply = rig.flow(table, &forward.twin()).expect("the other half");
+    let reply = rig.flow(table, &forward.twin()).context("no other half")?;
     assert_eq!(reply.twin(), forward.key);
     assert_eq!((reply.service, reply.backend), (forward.service, forward.backend));
     assert_eq!(rig.flows(table)?.len(), 2);

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddrV4;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use edge_common::{
     conntrack::State,
     flow::{FlowKeyV4, TCP, UDP},
@@ -12,7 +12,7 @@ use edge_common::{
 use edge_tests::datapath::{
     frame::{Frame, flag},
     namespace::in_namespace,
-    rig::{Action, CLIENT, HOOKS, Rig, Settings, VIP, key, pod, snat_of},
+    rig::{Action, CLIENT, CLIENT_MAC, HOOKS, Rig, Settings, UPLINK_MAC, VIP, key, pod, snat_of},
 };
 
 fn vip() -> SocketAddrV4 {
@@ -42,10 +42,10 @@ fn reply(rig: &mut Rig, to: SocketAddrV4, flags: u8, seq: u32) -> Result<Action>
 /// Opens a connection from this client port; its established forward entry.
 fn establish(rig: &mut Rig, port: u16) -> Result<FlowV4> {
     assert_eq!(send(rig, port, flag::SYN, 0)?, Action::Redirect, "{:?}", rig.reasons()?);
-    let half_open = rig.flow(name::HALF_OPEN, &forward_key(port)).expect("half-open");
+    let half_open = rig.flow(name::HALF_OPEN, &forward_key(port)).context("not half-open")?;
     reply(rig, snat_of(&half_open), flag::SYN | flag::ACK, 1000)?;
     send(rig, port, flag::ACK, 1001)?;
-    Ok(rig.flow(name::ESTABLISHED, &forward_key(port)).expect("established"))
+    rig.flow(name::ESTABLISHED, &forward_key(port)).context("not established")
 }
 
 /// Makes both halves look as if their last packet were `seconds` ago.
@@ -406,4 +406,22 @@ fn two_frontends_with_one_dnat_backend_do_not_take_each_other_s_flows() -> Resul
         })?;
     }
     Ok(())
+}
+
+#[test]
+fn without_a_next_hop_number_left_every_packet_finds_its_own_route() -> Result<()> {
+    each_hook(|rig| {
+        rig.array(name::NEXT_HOP_CURSOR)?.set(0, edge_common::maps::NEXT_HOPS - 2, 0)?;
+        let flow = establish(rig, 40_000)?;
+        assert_eq!(flow.next_hop, edge_common::maps::NEXT_HOPS - 1, "the last one");
+        let data = Frame::tcp(backend(), snat_of(&flow), flag::ACK);
+        let outcome = rig.run(&data.bytes(), rig.pods)?;
+        assert_eq!(outcome.action, Action::Redirect);
+        assert_eq!(outcome.frame, data.translated(vip(), client(40_000), Some((CLIENT_MAC, UPLINK_MAC))));
+        assert_eq!(rig.flow(name::ESTABLISHED, &flow.twin()).expect("reply half").next_hop, 0);
+        let long = Frame::tcp(backend(), snat_of(&flow), flag::ACK).payload(vec![0; 1461]);
+        assert_eq!(rig.run(&long.bytes(), rig.pods)?.action, Action::Drop);
+        assert_eq!(rig.reason(1, Reason::TooBig)?, 1);
+        Ok(())
+    })
 }

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use edge_common::{
     flow::{TCP, UDP},
     maps::{mode, name},
@@ -93,9 +93,9 @@ fn tcp(hook: Hook, mode: u8, resolved: bool) -> Result<()> {
         let live = Live::new(&mut rig, hook, resolved)?;
         live.pod.run(serve_tcp)?;
         const LEN: usize = 4 << 20;
-        if let Err(error) = live.client.run(|| echo_tcp(LEN)) {
-            panic!("{hook:?} mode {mode} resolved {resolved}: {error:#}; {:?}", rig.reasons()?);
-        }
+        let echoed = live.client.run(|| echo_tcp(LEN));
+        let reasons = rig.reasons()?;
+        echoed.with_context(|| format!("{hook:?} mode {mode} resolved {resolved}: {reasons:?}"))?;
         let stats = rig.service_stats(1)?;
         assert_eq!((stats.half_opened, stats.opened), (1, 1));
         for (packets, bytes) in [(stats.packets_in, stats.bytes_in), (stats.packets_out, stats.bytes_out)] {
@@ -116,9 +116,9 @@ fn udp(hook: Hook, mode: u8, resolved: bool) -> Result<()> {
         rig.service(1, 8443, UDP, mode, 1, 443)?;
         let live = Live::new(&mut rig, hook, resolved)?;
         live.pod.run(serve_udp)?;
-        if let Err(error) = live.client.run(echo_udp) {
-            panic!("{hook:?} mode {mode} resolved {resolved}: {error:#}; {:?}", rig.reasons()?);
-        }
+        let echoed = live.client.run(echo_udp);
+        let reasons = rig.reasons()?;
+        echoed.with_context(|| format!("{hook:?} mode {mode} resolved {resolved}: {reasons:?}"))?;
         assert_eq!(rig.flows(name::ESTABLISHED)?.len(), 2);
         assert_eq!(rig.service_stats(1)?.packets_out, 25);
         Ok(())

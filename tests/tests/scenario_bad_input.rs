@@ -33,13 +33,14 @@ fn a_wrong_configuration_is_refused_with_its_line_by_check_and_by_run() -> Resul
     let (code, said) = check(&lab, &good)?;
     ensure!(code == Some(0), "the lab's own configuration: exit {code:?}, {said}");
     let line = good.lines().position(|line| line.starts_with("balance")).context("no balance")? + 1;
+    let broken = format!(".toml:{}:", good.lines().position(|line| line == "[bgp]").context("no [bgp]")? + 1);
     let twice = format!(
         "{good}\n[service.again]\nlisten = [\"{EDGE}:8080/tcp\"]\nbackends = {{ static = [\"10.1.0.4:80\"] }}\n"
     );
     for (what, text, expected) in [
         ("unknown key", good.replacen("balance = ", "balence = ", 1), vec!["balence", "balance", &line.to_string()]),
         ("wrong type", good.replacen("asn = 64512", "asn = \"x\"", 1), vec!["asn"]),
-        ("not TOML", good.replacen("[bgp]", "[bgp", 1), vec!["line"]),
+        ("not TOML", good.replacen("[bgp]", "[bgp", 1), vec![&*broken]),
         ("two services on one address", twice, vec!["8080", "again", "ingress-http"]),
         ("unknown resolver", good.replace("resolver = \"kube-dns\"", "resolver = \"kube\""), vec!["kube"]),
     ] {

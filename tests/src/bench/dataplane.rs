@@ -20,8 +20,8 @@ use crate::datapath::{
     frame::{Frame, flag},
     namespace::in_namespace,
     rig::{
-        CLIENT_MAC, Hook, PODS_MAC, Rig, SNAT, Settings, UPLINK_MAC, VIP, key, pod, pod_mac, skb_context, wire,
-        xdp_context,
+        CLIENT_MAC, Hook, PODS_MAC, Rig, SNAT, Settings, UPLINK_MAC, VIP, key, load_program, pod, pod_mac, skb_context,
+        wire, xdp_context,
     },
 };
 
@@ -154,7 +154,7 @@ fn measure(case: &Case) -> Result<Figure> {
     };
     let mut times = [Vec::new(), Vec::new()];
     for (program, times) in [baseline, subject].into_iter().zip(&mut times) {
-        load(&mut rig, case.hook, program)?;
+        load_program(&mut rig.ebpf, case.hook, program)?;
         for _ in 0..RUNS {
             times.push(time(&mut rig, case.hook, program)?);
         }
@@ -249,15 +249,6 @@ fn write_script(rig: &mut Rig, case: &Case) -> Result<()> {
     script[10] = u64::from(FIRST_PORT);
     script[11] = u64::from(case.subject == Subject::Reply);
     Ok(rig.array::<[u64; 12]>("SCRIPT")?.set(0, script, 0)?)
-}
-
-fn load(rig: &mut Rig, hook: Hook, name: &str) -> Result<()> {
-    let program = rig.ebpf.program_mut(name).with_context(|| format!("no program {name}"))?;
-    match hook {
-        Hook::Xdp => <&mut Xdp>::try_from(program)?.load()?,
-        Hook::Tc => <&mut SchedClassifier>::try_from(program)?.load()?,
-    }
-    Ok(())
 }
 
 /// Nanoseconds per run, as the kernel counts them.

@@ -147,6 +147,20 @@ impl Frame {
     }
 }
 
+/// The addresses of a TCP or UDP frame without options, if its lengths and checksums are right.
+pub fn endpoints_if_valid(frame: &[u8]) -> Option<(SocketAddrV4, SocketAddrV4)> {
+    let ip = frame.get(14..34)?;
+    let total = usize::from(u16::from_be_bytes([ip[2], ip[3]]));
+    let l4 = frame.get(34..14 + total)?;
+    let (src, dst) = (Ipv4Addr::new(ip[12], ip[13], ip[14], ip[15]), Ipv4Addr::new(ip[16], ip[17], ip[18], ip[19]));
+    // Summed up with its own checksum, a correct packet gives zero.
+    if ip[0] != 0x45 || checksum(&[ip]) != 0 || checksum(&[&pseudo(src, dst, ip[9], l4.len()), l4]) != 0 {
+        return None;
+    }
+    let port = |at: usize| u16::from_be_bytes([l4[at], l4[at + 1]]);
+    Some((SocketAddrV4::new(src, port(0)), SocketAddrV4::new(dst, port(2))))
+}
+
 fn pseudo(src: Ipv4Addr, dst: Ipv4Addr, protocol: u8, length: usize) -> Vec<u8> {
     let mut bytes = Vec::new();
     bytes.extend(src.octets());

@@ -1,12 +1,15 @@
 //! The object loaded, its maps filled, packets run through it.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::{
+    io::ErrorKind,
+    net::{Ipv4Addr, SocketAddrV4},
+};
 
 use anyhow::{Context, Result, anyhow, bail};
 use aya::{
     Ebpf, EbpfLoader, Pod, TestRun, TestRunOptions,
     maps::{Array, HashMap, MapData, PerCpuArray},
-    programs::{SchedClassifier, Xdp},
+    programs::{ProgramError, SchedClassifier, Xdp},
 };
 use edge_common::{
     filter,
@@ -482,16 +485,29 @@ impl Rig {
 /// What the verifier says.
 pub fn load(ebpf: &mut Ebpf, hook: Hook) -> Result<()> {
     match hook {
-        Hook::Xdp => {
-            let program: &mut Xdp = ebpf.program_mut("edge_xdp").context("no edge_xdp")?.try_into()?;
-            program.load()?;
-        }
-        Hook::Tc => {
-            let program: &mut SchedClassifier = ebpf.program_mut("edge_tc").context("no edge_tc")?.try_into()?;
-            program.load()?;
+        Hook::Xdp => load_program(ebpf, hook, "edge_xdp"),
+        Hook::Tc => load_program(ebpf, hook, "edge_tc"),
+    }
+}
+
+/// Loads a program by name. The kernel gives verification up with EAGAIN where a signal is pending, which happens to
+/// threads of a busy test process, so that is tried again a few times, as libbpf does.
+///
+/// # Errors
+/// What the verifier says.
+pub fn load_program(ebpf: &mut Ebpf, hook: Hook, name: &str) -> Result<()> {
+    let program = ebpf.program_mut(name).with_context(|| format!("no program {name}"))?;
+    let mut load = || match hook {
+        Hook::Xdp => <&mut Xdp>::try_from(&mut *program)?.load(),
+        Hook::Tc => <&mut SchedClassifier>::try_from(&mut *program)?.load(),
+    };
+    for _ in 0..4 {
+        match load() {
+            Err(ProgramError::LoadError { io_error, .. }) if io_error.kind() == ErrorKind::WouldBlock => {}
+            other => return Ok(other?),
         }
     }
-    Ok(())
+    Ok(load()?)
 }
 
 /// A MAC as `ip` writes it.
