@@ -157,16 +157,15 @@ impl Daemon {
 
     /// Backends behind a lost route stop being eligible before anything else happens.
     async fn on_routes(&mut self, updates: Vec<RouteUpdate>) {
-        self.world.apply_routes(&updates);
+        let moved = self.world.apply_routes(&updates);
         self.publish();
         let reaches_resolver = self.reaches_resolver(&updates);
-        let concerns_a_backend = self.world.concerns_a_backend(&updates);
         self.fib.apply(updates).await;
-        if concerns_a_backend {
-            self.learn_snat_sources().await;
+        if moved {
             self.bump_route_generation();
-            self.publish();
         }
+        self.learn_snat_sources().await;
+        self.publish();
         if reaches_resolver {
             self.dns.refresh();
         }
@@ -199,9 +198,10 @@ impl Daemon {
                 self.publish();
             }
             FibEvent::RoutesChanged | FibEvent::AddressChanged => {
-                self.refresh_kernel_prefixes().await;
+                if self.refresh_kernel_prefixes().await {
+                    self.bump_route_generation();
+                }
                 self.learn_snat_sources().await;
-                self.bump_route_generation();
                 self.publish();
             }
             FibEvent::ForeignChange { prefix } => warn!(%prefix, "somebody else changed one of our routes; repaired"),
@@ -235,17 +235,20 @@ impl Daemon {
         }
     }
 
-    async fn refresh_kernel_prefixes(&mut self) {
-        self.world.kernel_prefixes = self.fib.kernel_prefixes().await.into_iter().map(|(prefix, _)| prefix).collect();
+    /// True where they changed.
+    async fn refresh_kernel_prefixes(&mut self) -> bool {
+        let routes = self.fib.kernel_prefixes().await;
+        let changed = routes != self.world.kernel_routes;
+        self.world.kernel_routes = routes;
+        changed
     }
 
     /// Asks the kernel which of our addresses it would use towards each backend, and has the way there resolved.
     async fn learn_snat_sources(&mut self) {
         for backend in self.world.backend_addresses() {
-            if let Some(source) = self.fib.source_for(backend).await {
-                if self.world.snat_sources.insert(backend, source).is_none() {
-                    self.fib.resolve(backend).await;
-                }
+            let Some(source) = self.fib.source_for(backend).await else { continue };
+            if self.world.snat_sources.insert(backend, source).is_none() {
+                self.fib.resolve(backend).await;
             }
         }
     }

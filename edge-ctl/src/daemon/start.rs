@@ -1,7 +1,6 @@
 //! Start-up: everything that can be refused is refused before anything is changed.
 
 use std::{
-    net::IpAddr,
     path::Path,
     sync::{Arc, Mutex},
     time::Instant,
@@ -28,7 +27,8 @@ use crate::{
     model::PoolMember,
     notify,
     reconcile::{
-        actor::{Intervals, Reconciler, ReconcilerStatus},
+        actor::{Intervals, OwnedFill, Reconciler, ReconcilerStatus},
+        diff::identity,
         ports::PortError,
     },
     sources::dns,
@@ -139,7 +139,7 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
 }
 
 /// Fills Maglev tables: the same on every edge that has the seed, whatever numbers it gives its backends.
-fn maglev_filler(seed: [u64; 2]) -> Box<dyn Fn(&[PoolMember]) -> Vec<u16> + Send> {
+fn maglev_filler(seed: [u64; 2]) -> OwnedFill {
     Box::new(move |pool| {
         let candidates: Vec<Candidate> = pool.iter().map(candidate).collect();
         maglev::fill(seed, &candidates, maglev::table_len(candidates.len()))
@@ -147,12 +147,7 @@ fn maglev_filler(seed: [u64; 2]) -> Box<dyn Fn(&[PoolMember]) -> Vec<u16> + Send
 }
 
 fn candidate(member: &PoolMember) -> Candidate {
-    let port = u64::from(member.address.port());
-    let identity = match member.address.ip() {
-        IpAddr::V4(address) => u64::from(u32::from(address)) << 16 | port,
-        IpAddr::V6(address) => (address.to_bits() as u64) ^ (address.to_bits() >> 64) as u64 ^ port << 48,
-    };
-    Candidate { identity, weight: u32::from(member.weight) }
+    Candidate { identity: identity(member.address), weight: u32::from(member.weight) }
 }
 
 /// Tells the service manager once the maps first hold the desired state.

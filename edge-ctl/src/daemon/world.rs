@@ -26,8 +26,8 @@ pub struct World {
     pub routes_settled: bool,
     /// True while the program is attached to every configured interface.
     pub datapath_ready: bool,
-    /// Connected and static prefixes of the kernel.
-    pub kernel_prefixes: Vec<IpNet>,
+    /// Connected and static prefixes of the kernel, with their gateways.
+    pub kernel_routes: Vec<(IpNet, Option<IpAddr>)>,
     /// Our own address towards each backend address.
     pub snat_sources: BTreeMap<IpAddr, IpAddr>,
     /// The pools found in the maps at start.
@@ -50,12 +50,17 @@ impl World {
         &self.learnt
     }
 
-    /// Takes over a batch of route changes.
-    pub fn apply_routes(&mut self, updates: &[RouteUpdate]) {
+    /// Takes over a batch of route changes; true where one of them changes the way to a backend. After a restart peers
+    /// send again what the kernel still has, which changes nothing.
+    pub fn apply_routes(&mut self, updates: &[RouteUpdate]) -> bool {
+        let backends = self.backend_addresses();
+        let mut moved = false;
         for update in updates {
-            self.with_stale.apply(update.clone());
+            let changed = self.with_stale.apply(update.clone());
             self.learnt.apply(update.clone());
+            moved |= changed && backends.iter().any(|backend| update.prefix.contains(backend));
         }
+        moved
     }
 
     /// Drops pools of sources that no service names any more.
@@ -71,21 +76,16 @@ impl World {
         members.chain(adopted).collect()
     }
 
-    /// True where one of `updates` is about a prefix that covers a backend.
-    pub fn concerns_a_backend(&self, updates: &[RouteUpdate]) -> bool {
-        let backends = self.backend_addresses();
-        updates.iter().any(|update| backends.iter().any(|backend| update.prefix.contains(backend)))
-    }
-
     /// The desired state of this world under `config`.
     pub fn desired(&self, config: &Config) -> DesiredState {
         let nodes = node_names(config);
+        let kernel_prefixes: Vec<IpNet> = self.kernel_routes.iter().map(|(prefix, _)| *prefix).collect();
         desired::build(
             config,
             &Inputs {
                 pools: &self.pools,
                 routes: self.routes(),
-                kernel_prefixes: &self.kernel_prefixes,
+                kernel_prefixes: &kernel_prefixes,
                 nodes: &nodes,
                 snat_sources: &self.snat_sources,
                 adopted: &self.adopted,

@@ -126,6 +126,7 @@ impl KernelView {
             rows.push(BackendRow {
                 service: service.map(|service| service.label.clone()).unwrap_or_default(),
                 backend: slot.address().to_string(),
+                proto: protocol_name(slot.entry.protocol),
                 node: "-".to_owned(),
                 state: if slot.eligible() { "up" } else { "draining" }.to_owned(),
                 w: u32::from(weight_of(slot.state)),

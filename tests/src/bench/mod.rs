@@ -27,7 +27,6 @@ pub struct Figure {
     pub runs: u32,
     /// Median relative to plain routing, where that makes sense.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub ratio: Option<f64>,
 }
 
