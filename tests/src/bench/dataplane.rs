@@ -266,8 +266,12 @@ fn time(rig: &mut Rig, case: &Case, name: &str) -> Result<f64> {
         Hook::Xdp => xdp_context(frame.len() as u32, ingress),
         Hook::Tc => skb_context(ingress, 0, 0),
     };
-    let options =
-        TestRunOptions { data_in: Some(&frame), ctx_in: Some(&context), repeat: REPEAT, ..TestRunOptions::default() };
+    let options = TestRunOptions {
+        data_in: Some(&frame),
+        ctx_in: Some(&context),
+        repeat: case.repeat(),
+        ..TestRunOptions::default()
+    };
     let result = match case.hook {
         Hook::Xdp => <&Xdp>::try_from(program)?.test_run(options)?,
         Hook::Tc => <&SchedClassifier>::try_from(program)?.test_run(options)?,
