@@ -97,7 +97,7 @@ fn is_bpffs(path: &Path) -> bool {
     super::sys::filesystem_magic(path).is_ok_and(|magic| magic == BPF_FS_MAGIC)
 }
 
-/// Ports that SNAT may use on the host's own addresses: all but port 0, the range from which the kernel gives out
+/// Ports that SNAT may use on the host's own addresses: all from 1024 on but the range from which the kernel gives out
 /// ephemeral ports, the ports reserved by the administrator, and those of sockets that listen now.
 ///
 /// # Errors
@@ -117,7 +117,7 @@ pub fn snat_ports() -> io::Result<PortSet> {
             *word &= !(1 << (port % 64));
         }
     };
-    clear(0);
+    (0..1024).for_each(&mut clear);
     for (low, high) in taken.into_iter().flatten() {
         (low..=high).for_each(&mut clear);
     }
