@@ -52,8 +52,11 @@ pub mod name {
     /// `PerCpuArray<u64>` by `service * REASONS + reason`: packets dropped or passed, by reason.
     pub const REASONS: &str = "REASONS";
 
+    /// `Array<u32>`, one element: [`super::notice`] bits that the program raised, and which of them it has logged.
+    pub const NOTICES: &str = "NOTICES";
+
     /// Every map of the pipeline, in the order in which they are listed to users.
-    pub const ALL: [&str; 21] = [
+    pub const ALL: [&str; 22] = [
         ESTABLISHED,
         HALF_OPEN,
         CLOSING,
@@ -75,7 +78,12 @@ pub mod name {
         SERVICE_STATS,
         BACKEND_STATS,
         REASONS,
+        NOTICES,
     ];
+
+    /// aya-log's ring buffer, named by aya-log. Pinned like the others, so that a new daemon goes on reading it; not a
+    /// table that can be listed.
+    pub const LOG: &str = "AYA_LOGS";
 
     /// `Array<u64>` by service number: established flows that the daemon ended as idle. Written by the daemon only, which
     /// creates and pins it; `active = opened - closed - expired`.
@@ -353,6 +361,24 @@ pub mod interface_flag {
     pub const ATTACHED: u32 = 1 << 0;
     /// A probe showed that XDP may redirect to this interface.
     pub const XDP_REDIRECT: u32 = 1 << 1;
+}
+
+/// Bits of the [`name::NOTICES`] element. Each is logged once in the life of the maps, so that no packet rate can make it a
+/// flood; the counters say how often it happens.
+pub mod notice {
+    /// Next-hop numbers have run out: more neighbours than [`super::NEXT_HOPS`]. Packets of the others are sent by a
+    /// route lookup each.
+    pub const NEXT_HOPS_EXHAUSTED: u32 = 1 << 0;
+    /// A map lacked an element that the daemon should have written: the maps disagree.
+    pub const NOT_READY: u32 = 1 << 1;
+    /// A notice that has been logged has its bit, this much higher, set too.
+    pub const LOGGED_SHIFT: u32 = 16;
+
+    /// The notices raised and not logged yet.
+    #[inline(always)]
+    pub const fn unlogged(notices: u32) -> u32 {
+        notices & !(notices >> LOGGED_SHIFT) & ((1 << LOGGED_SHIFT) - 1)
+    }
 }
 
 /// Key of [`name::NEXT_HOP_INDEX`]. 8 bytes.

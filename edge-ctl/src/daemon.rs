@@ -31,7 +31,7 @@ use crate::{
         diff::{self, Changes},
         valid::Config,
     },
-    datapath::{loader::Datapath, next_hops::NextHops, sweep::Sweeper},
+    datapath::{loader::Datapath, next_hops::NextHops, program_log::ProgramLog, sweep::Sweeper},
     desired::DesiredState,
     fib::{FibEvent, FibHandle, sysctl},
     model::{
@@ -91,6 +91,7 @@ struct Daemon {
     desired: watch::Sender<Option<DesiredState>>,
     next_hops: NextHops,
     sweeper: Sweeper,
+    program_log: ProgramLog,
     fib: FibHandle,
     bgp: Option<BgpHandle>,
     dns: DnsHandle,
@@ -296,6 +297,7 @@ impl Daemon {
         }
         self.hold_addresses().await;
         self.watch_neighbours().await;
+        self.program_log.drain();
     }
 
     /// VIPs that no interface of this host has are held on `lo`, so that the kernel answers ping and closed ports.

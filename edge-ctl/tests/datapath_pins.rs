@@ -14,12 +14,19 @@ use std::{
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     process::Command,
+    sync::Mutex,
 };
 
-use aya::maps::{Array, HashMap, MapData, PerCpuArray, PerCpuValues};
+use aya::{
+    TestRun as _, TestRunOptions,
+    maps::{Array, HashMap, MapData, PerCpuArray, PerCpuValues},
+    programs::Xdp,
+};
+use aya_obj::programs::XdpAttachType;
 use edge_common::{
+    filter,
     flow::{FlowKeyV4, TCP},
-    maps::{FlowV4, ServiceEntry, ServiceStats, name},
+    maps::{AddressFilter, FlowV4, SERVICES, ServiceEntry, ServiceKeyV4, ServiceStats, name},
 };
 use edge_ctl::{
     config::valid::{Edge, Hook, Tables},
@@ -131,6 +138,55 @@ fn a_second_start_adopts_maps_programs_and_links_and_writes_nothing() {
         assert_eq!(second.writes(), 0);
         assert_eq!(states(&second), [row("xdp-native", "adopted"), row("xdp-native", "adopted")]);
         assert_eq!(links(&second), before);
+    });
+}
+
+/// Log lines of this process, kept.
+static LINES: Lines = Lines(Mutex::new(Vec::new()));
+
+struct Lines(Mutex<Vec<String>>);
+
+impl log::Log for Lines {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        self.0.lock().unwrap().push(format!("{}: {}", record.target(), record.args()));
+    }
+
+    fn flush(&self) {}
+}
+
+#[test]
+fn what_the_program_says_with_no_daemon_waits_for_the_next_one() {
+    in_namespaces("program log", |folder| {
+        log::set_logger(&LINES).unwrap();
+        let edge = edge(folder, Hook::XdpNative, &["in", "out"]);
+        let mut first = open(&edge);
+        attach(&mut first);
+        drop(first.program_log().unwrap());
+        let pins = first.pins().clone();
+        drop(first);
+
+        let all = AddressFilter { destinations: [u64::MAX; filter::WORDS], sources: [0; filter::WORDS] };
+        pins::open::<Array<MapData, AddressFilter>>(&pins, name::ADDRESS_FILTER).unwrap().set(0, all, 0).unwrap();
+        let frontend = ServiceKeyV4 { address: 0, port: 0, protocol: TCP, _pad: 0 };
+        let mut index: HashMap<MapData, ServiceKeyV4, u32> = pins::open(&pins, name::SERVICE_INDEX).unwrap();
+        index.insert(frontend, SERVICES, 0).unwrap();
+        // A SYN from and to zeroes.
+        let mut frame = [0_u8; 64];
+        (frame[12], frame[14], frame[17], frame[22], frame[23]) = (8, 0x45, 40, 64, TCP);
+        (frame[46], frame[47]) = (0x50, 2);
+        let program = Xdp::from_pin(pins.program("edge_xdp"), XdpAttachType::Interface).unwrap();
+        program.test_run(TestRunOptions { data_in: Some(&frame), ..TestRunOptions::default() }).unwrap();
+
+        let again = open(&edge);
+        again.program_log().unwrap().drain();
+        let said: Vec<_> =
+            LINES.0.lock().unwrap().iter().filter(|line| line.starts_with("edge-ebpf")).cloned().collect();
+        assert_eq!(said.len(), 1, "{said:?}");
+        assert!(said[0].contains("not-ready"), "{said:?}");
     });
 }
 
@@ -287,6 +343,7 @@ fn an_ordinary_user_with_the_units_capabilities_loads_attaches_writes_and_reads(
         reconciler.round(&desired(&["10.1.0.4:443"]));
         assert_eq!(reconciler.status().error, None);
         while !datapath.sweeper().unwrap().step(4096).unwrap().finished {}
+        datapath.program_log().unwrap().drain();
         let view = datapath.view().unwrap();
         assert_eq!(view.service_rows().unwrap().len(), 1);
         assert!(view.xdp_rows().unwrap().iter().all(|row| row.tag.is_some()));

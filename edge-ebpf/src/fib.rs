@@ -4,7 +4,7 @@
 use aya_ebpf::bindings::{
     BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LKUP_RET_UNSUPP_LWT,
 };
-use edge_common::maps::{FlowV4, NeighbourKey, NextHop, interface_flag, next_hop_flag};
+use edge_common::maps::{FlowV4, NeighbourKey, NextHop, interface_flag, next_hop_flag, notice};
 use network_types::eth::EthHdr;
 
 use crate::{
@@ -130,7 +130,10 @@ fn number(route: &Route) -> Option<u32> {
         }
         return Some(number);
     }
-    let number = maps::allocate_next_hop()?;
+    let Some(number) = maps::allocate_next_hop() else {
+        maps::raise(notice::NEXT_HOPS_EXHAUSTED);
+        return None;
+    };
     *maps::next_hop(number)? = hop;
     match maps::add_next_hop(&key, number) {
         Ok(()) => Some(number),

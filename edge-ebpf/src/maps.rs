@@ -63,6 +63,8 @@ static SERVICE_STATS: PerCpuArray<ServiceStats> = PerCpuArray::with_max_entries(
 static BACKEND_STATS: PerCpuArray<BackendStats> = PerCpuArray::with_max_entries(layout::BACKENDS, 0);
 #[map]
 static REASONS: PerCpuArray<u64> = PerCpuArray::with_max_entries(layout::REASON_SLOTS, 0);
+#[map]
+static NOTICES: Array<u32> = Array::with_max_entries(1, 0);
 
 /// One of the flow tables.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -262,6 +264,23 @@ pub fn backend_stats(number: u32) -> Option<&'static mut BackendStats> {
 pub fn reason_counter(slot: u32) -> Option<&'static mut u64> {
     // SAFETY: as in `service_stats`.
     REASONS.get_ptr_mut(slot).map(|count| unsafe { &mut *count })
+}
+
+/// The `notice` bits. CPUs that write them at the same time may log a notice twice.
+#[inline(always)]
+pub fn notices() -> Option<&'static mut u32> {
+    // SAFETY: an array element; see the module's text on other CPUs.
+    NOTICES.get_ptr_mut(0).map(|notices| unsafe { &mut *notices })
+}
+
+/// Notes something for `log`, which runs where there is stack for it.
+#[inline(always)]
+pub fn raise(notice: u32) {
+    if let Some(notices) = notices()
+        && *notices & notice == 0
+    {
+        *notices |= notice;
+    }
 }
 
 /// Nanoseconds of CLOCK_MONOTONIC, as of the last timer tick.

@@ -10,7 +10,7 @@ use edge_common::{
 use crate::{
     classify::{self, NEW_FLOW},
     conntrack::{self, NO_FLOW, Past},
-    create, forward,
+    create, forward, log,
     maps::{self, Table},
     packet::Packet,
     parse::{self, Ipv4, Parsed},
@@ -66,6 +66,7 @@ fn slow<P: Packet>(packet: &mut P, parsed: &Parsed, side: Side) -> Verdict {
             verdict = create::flow(packet, parsed, &past);
         }
     }
+    log::notices();
     verdict
 }
 

@@ -2,7 +2,7 @@
 
 use edge_common::{
     conntrack::Direction,
-    maps::{FlowV4, ServiceStats},
+    maps::{FlowV4, ServiceStats, notice},
     verdict::{REASONS, Reason, Verdict},
 };
 
@@ -13,6 +13,9 @@ use crate::maps;
 pub fn because(reason: Reason, service: u32) -> Verdict {
     if let Some(count) = maps::reason_counter(service * REASONS + reason as u32) {
         *count += 1;
+    }
+    if reason == Reason::NotReady {
+        maps::raise(notice::NOT_READY);
     }
     if reason.is_drop() { Verdict::DROP } else { Verdict::PASS }
 }

@@ -1,12 +1,13 @@
 //! How flows end and what they leave behind: FIN, RST, expiry, re-use, exhaustion, full tables.
 
-use std::net::SocketAddrV4;
+use std::{net::SocketAddrV4, sync::Mutex};
 
 use anyhow::{Context, Result};
+use aya_log::EbpfLogger;
 use edge_common::{
     conntrack::State,
     flow::{FlowKeyV4, TCP, UDP},
-    maps::{FlowV4, flow_flag, mode, name},
+    maps::{FlowV4, SERVICES, ServiceKeyV4, flow_flag, mode, name, notice},
     verdict::Reason,
 };
 use edge_tests::datapath::{
@@ -54,6 +55,24 @@ fn age(rig: &mut Rig, table: &str, forward: &FlowV4, seconds: u64) -> Result<()>
         rig.change_flow(table, &key, |flow| flow.last_seen = flow.last_seen.saturating_sub(seconds * 1_000_000_000))?;
     }
     Ok(())
+}
+
+/// Log lines, kept.
+#[derive(Default)]
+struct Lines(Mutex<Vec<String>>);
+
+impl log::Log for Lines {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        if let Ok(mut lines) = self.0.lock() {
+            lines.push(format!("{} {}: {}", record.level(), record.target(), record.args()));
+        }
+    }
+
+    fn flush(&self) {}
 }
 
 fn each_hook(test: impl Fn(&mut Rig) -> Result<()> + Sync) -> Result<()> {
@@ -422,6 +441,35 @@ fn without_a_next_hop_number_left_every_packet_finds_its_own_route() -> Result<(
         let long = Frame::tcp(backend(), snat_of(&flow), flag::ACK).payload(vec![0; 1461]);
         assert_eq!(rig.run(&long.bytes(), rig.pods)?.action, Action::Drop);
         assert_eq!(rig.reason(1, Reason::TooBig)?, 1);
+        Ok(())
+    })
+}
+
+#[test]
+fn what_the_program_has_to_say_is_said_once() -> Result<()> {
+    each_hook(|rig| {
+        let lines: &'static Lines = Box::leak(Box::default());
+        let mut logger = EbpfLogger::init_with_logger(&mut rig.ebpf, lines)?;
+        // A frontend of a service beyond the array.
+        let address = forward_key(40_000).dst;
+        let frontend = ServiceKeyV4 { address, port: 9443_u16.to_be(), protocol: TCP, _pad: 0 };
+        rig.hash(name::SERVICE_INDEX)?.insert(frontend, SERVICES, 0)?;
+        rig.array(name::NEXT_HOP_CURSOR)?.set(0, edge_common::maps::NEXT_HOPS - 1, 0)?;
+        for port in 40_000..40_005 {
+            assert_eq!(send(rig, port, flag::SYN, 0)?, Action::Redirect);
+            let unready = Frame::tcp(client(port), SocketAddrV4::new(VIP, 9443), flag::SYN);
+            assert_eq!(rig.run(&unready.bytes(), rig.uplink)?.action, Action::Drop);
+        }
+        logger.flush();
+        let said = lines.0.lock().expect("lines").clone();
+        let expected = [
+            "WARN edge-ebpf: all 4095 next-hop numbers are in use: packets to further neighbours take a route lookup each",
+            "ERROR edge-ebpf: a packet was dropped because a map lacks an element it should have: the reason not-ready \
+             counts them",
+        ];
+        assert_eq!(said, expected);
+        let both = notice::NEXT_HOPS_EXHAUSTED | notice::NOT_READY;
+        assert_eq!(rig.array::<u32>(name::NOTICES)?.get(&0, 0)?, both | both << notice::LOGGED_SHIFT);
         Ok(())
     })
 }

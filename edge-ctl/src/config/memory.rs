@@ -51,7 +51,7 @@ fn one(name: &str, tables: &Tables, cpus: u32) -> (u32, u64) {
         name::BACKEND_STATE | name::BACKEND_CURSOR => (maps::BACKENDS, array::<u32>(maps::BACKENDS)),
         name::SELECTION => (maps::SELECTION_CHUNKS, array::<maps::Chunk>(maps::SELECTION_CHUNKS)),
         name::NEXT_HOPS => (maps::NEXT_HOPS, array::<maps::NextHop>(maps::NEXT_HOPS)),
-        name::NEXT_HOP_CURSOR => (1, array::<u32>(1)),
+        name::NEXT_HOP_CURSOR | name::NOTICES => (1, array::<u32>(1)),
         name::ADDRESS_FILTER => (1, array::<maps::AddressFilter>(1)),
         name::SNAT_PORTS => (1, array::<maps::PortSet>(1)),
         name::CONTROL => (1, array::<maps::Control>(1)),

@@ -104,6 +104,7 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
     let (desired, desired_inbox) = watch::channel(None);
     let (status, reconciler_status) = watch::channel(ReconcilerStatus::default());
     let (next_hops, sweeper) = (NextHops::open(datapath.pins())?, datapath.sweeper()?);
+    let program_log = datapath.program_log()?;
     let shared = Arc::new(Mutex::new(Shared {
         file: file.to_owned(),
         started: Instant::now(),
@@ -126,7 +127,19 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
         let _ = stopped.await;
     }));
     tokio::spawn(reconciler.run(desired_inbox, status));
-    let daemon = Daemon { config, world, shared, desired, next_hops, sweeper, fib, bgp, dns, held: Default::default() };
+    let daemon = Daemon {
+        config,
+        world,
+        shared,
+        desired,
+        next_hops,
+        sweeper,
+        program_log,
+        fib,
+        bgp,
+        dns,
+        held: Default::default(),
+    };
     daemon.attach();
     tokio::spawn(announce_readiness(reconciler_status));
     let inbox = Inbox { bgp: bgp_inbox, fib: fib_inbox, pools: pool_inbox, requests: request_inbox };

@@ -10,7 +10,7 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, HashMap, MapData},
-    programs::{Program, ProgramInfo},
+    programs::{Program, ProgramError, ProgramInfo},
 };
 use edge_common::maps::{Control, PortSet, interface_flag, name};
 
@@ -20,6 +20,7 @@ use super::{
     kernel_view::KernelView,
     maps::Maps,
     pins::{self, Pins, chain},
+    program_log::ProgramLog,
     sweep::Sweeper,
 };
 use crate::{
@@ -186,6 +187,16 @@ impl Datapath {
     /// Where a map cannot be opened.
     pub fn sweeper(&self) -> Result<Sweeper, PortError> {
         Sweeper::open(&self.pins)
+    }
+
+    /// What the program logs.
+    ///
+    /// # Errors
+    /// Where the ring buffer cannot be opened.
+    pub fn program_log(&self) -> Result<ProgramLog, LoadError> {
+        // aya-log takes its ring buffer out of a loaded object; the maps are pinned, so this one makes none.
+        let mut ebpf = parse(&self.pins, &self.edge.tables, self.object)?;
+        ProgramLog::open(&mut ebpf).map_err(|error| object_error("opening the program's log", &error))
     }
 
     /// The views.
@@ -491,11 +502,14 @@ fn parse(pins: &Pins, tables: &Tables, object: &[u8]) -> Result<Ebpf, LoadError>
     for (map, entries) in table_sizes(tables) {
         loader.map_max_entries(map, entries);
     }
-    for map in name::ALL {
+    for map in name::ALL.into_iter().chain([name::LOG]) {
         loader.map_pin_path(map, pins.map(map));
     }
     loader.load(object).map_err(|error| object_error("loading the eBPF object", &error))
 }
+
+/// Times that loading a program is tried.
+const LOAD_ATTEMPTS: u32 = 10;
 
 /// Loads and pins a program unless this object's is pinned; the number of loads.
 fn load_program(pins: &Pins, object: &[u8], xdp: bool) -> Result<u64, LoadError> {
@@ -512,8 +526,8 @@ fn load_program(pins: &Pins, object: &[u8], xdp: bool) -> Result<u64, LoadError>
         reason: "the eBPF object does not have it".to_owned(),
     })?;
     let loaded = match program {
-        Program::Xdp(program) => program.load(),
-        Program::SchedClassifier(program) => program.load(),
+        Program::Xdp(program) => retry_interrupted(|| program.load(), load_interrupted),
+        Program::SchedClassifier(program) => retry_interrupted(|| program.load(), load_interrupted),
         _ => {
             return Err(LoadError::Object { what, reason: "it has another program type".to_owned() });
         }
@@ -521,6 +535,26 @@ fn load_program(pins: &Pins, object: &[u8], xdp: bool) -> Result<u64, LoadError>
     loaded.map_err(|error| object_error(&what, &error))?;
     program.pin(&pin).map_err(|error| object_error(&format!("pinning {}", pin.display()), &error))?;
     Ok(1)
+}
+
+/// Loads again where the kernel gave the verification up because a signal was pending (EAGAIN): a runtime's timer or a
+/// child that ends is enough, and aya passes the error on. Bounded, as in libbpf, should it ever mean something else.
+fn retry_interrupted<E>(mut load: impl FnMut() -> Result<(), E>, interrupted: impl Fn(&E) -> bool) -> Result<(), E> {
+    for _ in 1..LOAD_ATTEMPTS {
+        match load() {
+            Err(error) if interrupted(&error) => {}
+            result => return result,
+        }
+    }
+    load()
+}
+
+fn load_interrupted(error: &ProgramError) -> bool {
+    matches!(error, ProgramError::LoadError { io_error, .. } if is_interruption(io_error))
+}
+
+fn is_interruption(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
 }
 
 fn program_tag(pins: &Pins, hook: AttachedHook) -> Option<String> {
@@ -543,4 +577,27 @@ fn size_notes(pins: &Pins, tables: &Tables) -> Vec<String> {
         }
     }
     notes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Calls of a load that fails with these errors, in turn, before it succeeds; and how it ended.
+    fn load_failing_with(errors: &[i32]) -> (usize, io::Result<()>) {
+        let mut calls = 0;
+        let load = || {
+            calls += 1;
+            errors.get(calls - 1).map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(*errno)))
+        };
+        let result = retry_interrupted(load, is_interruption);
+        (calls, result)
+    }
+
+    #[test]
+    fn a_load_given_up_for_a_signal_is_tried_again_and_one_refused_is_not() {
+        assert!(matches!(load_failing_with(&[libc::EAGAIN, libc::EINTR]), (3, Ok(()))));
+        assert!(matches!(load_failing_with(&[libc::EACCES]), (1, Err(_))));
+        assert!(matches!(load_failing_with(&[libc::EAGAIN; 100]), (10, Err(_))));
+    }
 }

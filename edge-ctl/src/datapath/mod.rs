@@ -12,6 +12,7 @@ pub mod maps;
 pub mod next_hops;
 pub mod object;
 pub mod pins;
+pub mod program_log;
 pub mod selection;
 pub mod sweep;
 pub mod sys;

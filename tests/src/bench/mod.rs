@@ -43,12 +43,12 @@ impl Figure {
     }
 }
 
-/// Runs the benchmarks, prints the table, and writes the figures to `json` where asked.
+/// Runs the benchmarks (of the dataplane those whose name contains `only`), prints the table, and writes the figures to `json` where asked.
 ///
 /// # Errors
 /// Where a benchmark cannot run or the file cannot be written.
-pub fn run_and_print(end_to_end: bool, json: Option<&Path>) -> Result<()> {
-    let figures = if end_to_end { e2e::run()? } else { dataplane::run("")? };
+pub fn run_and_print(end_to_end: bool, only: &str, json: Option<&Path>) -> Result<()> {
+    let figures = if end_to_end { e2e::run()? } else { dataplane::run(only)? };
     print(&figures);
     if let Some(path) = json {
         let text = serde_json::to_string_pretty(&figures)?;

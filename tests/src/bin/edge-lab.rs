@@ -72,6 +72,9 @@ enum Command {
         /// End to end instead of the dataplane.
         #[arg(long)]
         e2e: bool,
+        /// Of the dataplane's, those whose name contains this.
+        #[arg(long, default_value = "", conflicts_with = "e2e")]
+        only: String,
         /// Write the figures to this file too.
         #[arg(long)]
         json: Option<PathBuf>,
@@ -150,7 +153,7 @@ fn execute(command: Command) -> Result<ExitCode> {
             return Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
         Command::Run => run::run()?,
-        Command::Bench { e2e, json } => bench::run_and_print(e2e, json.as_deref())?,
+        Command::Bench { e2e, only, json } => bench::run_and_print(e2e, &only, json.as_deref())?,
         Command::DnsServer { listen, zone } => dns_server::serve(listen, &zone)?,
         Command::UdpEcho { listen, name } => echo::udp(listen, &name)?,
         Command::TcpEcho { listen, name } => echo::tcp(listen, &name)?,

@@ -501,7 +501,7 @@ pub fn load_program(ebpf: &mut Ebpf, hook: Hook, name: &str) -> Result<()> {
         Hook::Xdp => <&mut Xdp>::try_from(&mut *program)?.load(),
         Hook::Tc => <&mut SchedClassifier>::try_from(&mut *program)?.load(),
     };
-    for _ in 0..4 {
+    for _ in 0..9 {
         match load() {
             Err(ProgramError::LoadError { io_error, .. }) if io_error.kind() == ErrorKind::WouldBlock => {}
             other => return Ok(other?),
