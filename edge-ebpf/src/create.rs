@@ -165,7 +165,7 @@ fn choose_source(plan: &mut Plan, service: &ServiceEntry, backend: &BackendEntry
                 plan.new_src = past.address;
                 plan.new_src_port = past.port;
             }
-        } else if !next_source(plan, service, backend) {
+        } else if !next_source(plan, service, backend, probe - 1) {
             continue;
         }
         match claim(plan, service, own) {
@@ -178,12 +178,15 @@ fn choose_source(plan: &mut Plan, service: &ServiceEntry, backend: &BackendEntry
     EXHAUSTED
 }
 
-/// The next candidate; false where its port may not be used.
+/// The next candidate; false where its port may not be used. The first is the cursor's. Where that is taken, so may
+/// be the many after it: services that share a backend walk the same sequence, and so does a backend that comes back
+/// under another number while its old flows rest. The retries therefore leap, by a stride that the clock gives.
 #[inline(never)]
-fn next_source(plan: &mut Plan, service: &ServiceEntry, backend: &BackendEntry) -> bool {
-    let Some(candidate) = maps::next_candidate(plan.backend) else {
+fn next_source(plan: &mut Plan, service: &ServiceEntry, backend: &BackendEntry, retry: u32) -> bool {
+    let Some(cursor) = maps::next_candidate(plan.backend) else {
         return false;
     };
+    let candidate = cursor.wrapping_add((plan.now as u32).wrapping_mul(retry));
     let addresses = service.snat_count.min(SNAT_ADDRESSES as u32);
     let (address, index) = if addresses == 0 {
         (backend.snat_address, candidate)
