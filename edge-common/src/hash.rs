@@ -60,6 +60,15 @@ pub const fn spread(index: u32, span: u32) -> u32 {
     ((index.wrapping_mul(0x9e37_79b1) as u64 * span as u64) >> 32) as u32
 }
 
+/// A permutation of the 32-bit numbers that leaves no pattern (the finalizer of MurmurHash3): steps of any size in
+/// become unrelated numbers out.
+#[inline(always)]
+pub const fn scatter(word: u32) -> u32 {
+    let word = (word ^ word >> 16).wrapping_mul(0x85eb_ca6b);
+    let word = (word ^ word >> 13).wrapping_mul(0xc2b2_ae35);
+    word ^ word >> 16
+}
+
 #[cfg(test)]
 mod tests {
     extern crate std;
@@ -74,6 +83,21 @@ mod tests {
         let mut hasher = std::hash::DefaultHasher::new();
         hasher.write(&bytes);
         assert_eq!(siphash13([0, 0], [0x0706_0504_0302_0100, 0x0f0e_0d0c_0b0a_0908]), hasher.finish());
+    }
+
+    #[test]
+    fn scattered_pairs_find_a_port_beside_the_ephemeral_range() {
+        // Ports from 1024 on, without 32768-60999; a pair is half the span apart.
+        let allowed = |index: u32| !(32768..61000).contains(&(1024 + spread(index, 64512)));
+        for word in 0..100_000 {
+            let first = scatter(word);
+            assert!(allowed(first) || allowed(first ^ 1 << 31), "{word}");
+        }
+    }
+
+    #[test]
+    fn the_known_answers_of_murmurs_finalizer() {
+        assert_eq!([0, 1, 2].map(scatter), [0, 0x514e_28b7, 0x30f4_c306]);
     }
 
     proptest! {

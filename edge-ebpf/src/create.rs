@@ -3,7 +3,7 @@
 use edge_common::{
     conntrack::{Direction, State, expired, rest_seconds},
     flow::FlowKeyV4,
-    hash::spread,
+    hash::{scatter, spread},
     maps::{BackendEntry, FlowV4, SNAT_ADDRESSES, ServiceEntry, mode},
     verdict::{Reason, Verdict},
 };
@@ -18,9 +18,12 @@ use crate::{
     stats::{because, count_half_opened},
 };
 
-/// SNAT candidates tried for one flow. With a share `p` of the ports taken at random all fail with probability
-/// `p^16`: 50 % full 0.0015 %, 75 % full 1 %, 90 % full 19 %.
+/// SNAT candidates tried for one flow. With a share `p` of the usable ports taken at random all fail with probability
+/// `p^n` for `n` usable candidates. Where every port may be used, `n` is 16: 50 % full 0.0015 %, 75 % full 1 %, 90 % full
+/// 19 %. Beside the kernel's default ephemeral range it is 9: 0.2 %, 8 %, 39 %.
 const PROBES: u32 = 16;
+/// Candidates that come from the backend's cursor before the rest are scattered.
+const FROM_CURSOR: u32 = 4;
 
 /// Starts a flow for the client's packet and sends it on its way.
 #[inline(never)]
@@ -165,7 +168,7 @@ fn choose_source(plan: &mut Plan, service: &ServiceEntry, backend: &BackendEntry
                 plan.new_src = past.address;
                 plan.new_src_port = past.port;
             }
-        } else if !next_source(plan, service, backend) {
+        } else if !next_source(plan, service, backend, probe - 1) {
             continue;
         }
         match claim(plan, service, own) {
@@ -178,11 +181,20 @@ fn choose_source(plan: &mut Plan, service: &ServiceEntry, backend: &BackendEntry
     EXHAUSTED
 }
 
-/// The next candidate; false where its port may not be used.
+/// The next candidate; false where its port may not be used. The first are the cursor's. Where those are taken, so may
+/// be the many after them: services that share a backend walk the same sequence, and so does a backend that comes back
+/// under another number while its old flows rest. The rest are scattered, in pairs half the span apart, so that a
+/// forbidden block of less than half the span never stops both.
 #[inline(never)]
-fn next_source(plan: &mut Plan, service: &ServiceEntry, backend: &BackendEntry) -> bool {
-    let Some(candidate) = maps::next_candidate(plan.backend) else {
+fn next_source(plan: &mut Plan, service: &ServiceEntry, backend: &BackendEntry, retry: u32) -> bool {
+    let Some(cursor) = maps::next_candidate(plan.backend) else {
         return false;
+    };
+    let second = retry & 1;
+    let candidate = if retry < FROM_CURSOR {
+        cursor
+    } else {
+        scatter(cursor.wrapping_sub(second) ^ plan.now as u32) ^ second << 31
     };
     let addresses = service.snat_count.min(SNAT_ADDRESSES as u32);
     let (address, index) = if addresses == 0 {

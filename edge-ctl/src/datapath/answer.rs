@@ -18,7 +18,7 @@ pub fn answer_from_pins(view: &KernelView, query: &Query) -> Result<Answer, View
         Query::Flows { service, limit } => Answer::Flows(view.flow_rows(service.as_deref(), *limit)?),
         Query::Maps => Answer::Maps(view.map_rows()?),
         Query::Map { name, limit } => {
-            if !name::ALL.contains(&name.to_ascii_uppercase().as_str()) {
+            if !name::ALL.iter().chain(&name::DAEMON).any(|known| known.eq_ignore_ascii_case(name)) {
                 return Err(ViewError::NotFound(format!("there is no map `{name}`; `map list` names them")));
             }
             Answer::MapEntries(view.dump(name, *limit)?.iter().map(entry).collect())

@@ -14,7 +14,7 @@ use tokio::{sync::watch, time};
 use tracing::{debug, info, warn};
 
 use super::{
-    diff::{Fill, Reserved, diff},
+    diff::{Reserved, diff},
     ports::{Action, AnnouncementPort, DatapathPort, DatapathState, PortError},
 };
 use crate::{
@@ -147,7 +147,7 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
                     }
                 }
                 _ = audit.tick() => self.audit(),
-                () = time::sleep(pause) => self.refresh_counts(),
+                () = time::sleep(pause) => self.look_at_drains(),
             }
         }
     }
@@ -182,9 +182,16 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
             None => self.datapath.snapshot()?,
         };
         memory.announced = self.announcements.announced();
-        let reserved = self.reserved(Instant::now());
-        let fill: &Fill<'_> = &*self.fill;
-        let plan = diff(desired, &memory, &reserved, fill);
+        let mut reserved = self.reserved(Instant::now());
+        // What takes flows now may hold some that nobody has counted yet: it is freed in a later round at the earliest.
+        reserved.services.extend(memory.index.values());
+        let live = memory.backends.iter().filter(|(_, slot)| slot.eligible());
+        reserved.backends.extend(live.map(|(number, _)| *number));
+        let mut plan = diff(desired, &memory, &reserved, &*self.fill);
+        if plan.actions.iter().any(|action| matches!(action, Action::FreeBackend { .. } | Action::FreeService { .. })) {
+            self.refresh_counts(&mut memory)?;
+            plan = diff(desired, &memory, &reserved, &*self.fill);
+        }
         for problem in plan.problems.iter().filter(|problem| !self.status.problems.contains(problem)) {
             warn!(%problem, "part of the configuration has no datapath");
         }
@@ -265,19 +272,24 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
         if drains { self.intervals.drain } else { self.intervals.audit }
     }
 
-    fn refresh_counts(&mut self) {
-        let Some(memory) = &mut self.memory else { return };
-        match self.datapath.flow_counts() {
-            Ok(counts) => {
-                for (number, slot) in &mut memory.services {
-                    slot.active = counts.services.get(number).copied().unwrap_or(0);
-                }
-                for (number, slot) in &mut memory.backends {
-                    slot.active = counts.backends.get(number).copied().unwrap_or(0);
-                }
-            }
-            Err(error) => warn!(%error, "flow counters could not be read"),
+    fn look_at_drains(&mut self) {
+        let Some(mut memory) = self.memory.take() else { return };
+        if let Err(error) = self.refresh_counts(&mut memory) {
+            warn!(%error, "flow counters could not be read");
         }
+        self.memory = Some(memory);
+    }
+
+    /// Brings the counts of flows up to date; nothing may be freed on older ones.
+    fn refresh_counts(&mut self, memory: &mut DatapathState) -> Result<(), PortError> {
+        let counts = self.datapath.flow_counts()?;
+        for (number, slot) in &mut memory.services {
+            slot.active = counts.services.get(number).copied().unwrap_or(0);
+        }
+        for (number, slot) in &mut memory.backends {
+            slot.active = counts.backends.get(number).copied().unwrap_or(0);
+        }
+        Ok(())
     }
 
     /// Reads the maps back. What differs is logged; the round that follows repairs it.

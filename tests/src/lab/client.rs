@@ -3,12 +3,13 @@
 use std::{
     collections::BTreeMap,
     io::{ErrorKind, Read, Write},
-    net::{SocketAddr, TcpStream},
+    net::{Ipv4Addr, SocketAddr, TcpStream},
     process::Command,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{Lab, exec, pods};
 
@@ -71,6 +72,14 @@ impl Lab {
         Ok(spread)
     }
 
+    /// One ICMP echo request from a host; how long the reply took.
+    ///
+    /// # Errors
+    /// Where there is no reply within two seconds.
+    pub fn ping(&self, host: &str, address: Ipv4Addr) -> Result<Duration> {
+        self.within(host, || ping(address))
+    }
+
     /// `requests` datagrams from a host, each from a socket of its own.
     ///
     /// # Errors
@@ -109,6 +118,27 @@ impl Lab {
     }
 }
 
+fn ping(address: Ipv4Addr) -> Result<Duration> {
+    const LIMIT: Duration = Duration::from_secs(2);
+    // Type 8, code 0, checksum, identifier 0x6564, sequence 1 (RFC 792); no data.
+    const REQUEST: [u8; 8] = [8, 0, 0x92, 0x9a, 0x65, 0x64, 0, 1];
+    let mut socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4)).context("make an ICMP socket")?;
+    socket.connect(&SocketAddr::from((address, 0)).into())?;
+    socket.set_read_timeout(Some(LIMIT))?;
+    let start = Instant::now();
+    socket.send(&REQUEST).with_context(|| format!("ping {address}"))?;
+    let mut packet = [0; 128];
+    while start.elapsed() < LIMIT {
+        let length = socket.read(&mut packet).with_context(|| format!("no reply from {address}"))?;
+        // After the IPv4 header: an echo reply with our identifier and sequence.
+        let icmp = &packet[(usize::from(packet[0] & 0xf) * 4).min(length)..length];
+        if icmp.first() == Some(&0) && icmp.get(4..8) == Some(&REQUEST[4..]) {
+            return Ok(start.elapsed());
+        }
+    }
+    bail!("no echo reply from {address}")
+}
+
 /// A long-lived connection to a line echo.
 #[derive(Debug)]
 pub struct Echo {
@@ -133,7 +163,7 @@ impl Echo {
         let mut byte = [0];
         loop {
             match self.stream.read(&mut byte) {
-                Ok(0) => anyhow::bail!("the connection was closed"),
+                Ok(0) => bail!("the connection was closed"),
                 Ok(_) if byte[0] == b'\n' => return Ok(String::from_utf8_lossy(&line).into_owned()),
                 Ok(_) => line.push(byte[0]),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}

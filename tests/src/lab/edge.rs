@@ -15,7 +15,7 @@ use serde_json::Value;
 use super::{
     Lab, exec, netns,
     pods::{SERVICE_NAME, TCP_ECHO, UDP_ECHO},
-    topology::{ASN, DNS_PODS, EDGE, EDGE_INTERFACE, NODES},
+    topology::{ASN, DEDICATED_VIP, DNS_PODS, EDGE, EDGE_INTERFACE, NODES, ROUTER, TOR_ASN},
 };
 
 /// What clients connect to.
@@ -40,6 +40,23 @@ pub fn vip(port: u16) -> SocketAddr {
 /// The capabilities `deploy/edge.service` gives the daemon, as setpriv spells them.
 pub const UNIT_CAPABILITIES: [&str; 4] = ["bpf", "net_admin", "perfmon", "net_bind_service"];
 const ORDINARY_USER: u32 = 65534;
+
+/// A service on [`DEDICATED_VIP`], announced with these attributes while it has a backend.
+pub fn dedicated_service(name: &str, port: u16, target: u16, mode: &str) -> String {
+    format!(
+        "\n[service.{name}]\nlisten = [\"{DEDICATED_VIP}:{port}/tcp\"]\nbackends = {{ dns = \"{SERVICE_NAME}\", \
+         port = {target}, resolver = \"kube-dns\", record = \"a\" }}\nmode = \"{mode}\"\nannounce = {{ min_backends = 1, \
+         communities = [\"64512:100\", \"64512:200\"], med = 10, local_pref = 200 }}\n"
+    )
+}
+
+/// The session to the router of [`Lab::start_tor`], which is told of dedicated VIPs and teaches nothing.
+pub fn tor_peer() -> String {
+    format!(
+        "\n[[bgp.peer]]\naddress = \"{ROUTER}\"\nremote_asn = {TOR_ASN}\ndescription = \"tor\"\nimport = []\n\
+         export = [\"198.51.100.0/24 le 32\"]\n"
+    )
+}
 
 impl Lab {
     /// The configuration of the first seed, with folders of this lab. `valid` is how long a DNS answer counts.

@@ -9,7 +9,7 @@ use super::{
     Lab,
     exec::{self, run, wait_for},
     netns,
-    topology::{ASN, EDGE, NODES, Node},
+    topology::{ASN, EDGE, NODES, Node, ROUTER, TOR_ASN},
 };
 
 /// Which program the nodes run.
@@ -108,6 +108,14 @@ fn frr_configuration(node: Node) -> String {
     text
 }
 
+/// A top-of-rack router: another AS, everything accepted, what it learns goes into its kernel.
+fn tor_configuration() -> String {
+    format!(
+        "hostname tor\nlog stdout\nrouter bgp {TOR_ASN}\n bgp router-id {ROUTER}\n no bgp ebgp-requires-policy\n \
+         neighbor {EDGE} remote-as {ASN}\n neighbor {EDGE} timers connect 1\n"
+    )
+}
+
 impl Lab {
     fn speaker_file(&self, node: Node, suffix: &str) -> PathBuf {
         self.folder().join(format!("{}.{suffix}", node.name))
@@ -117,7 +125,7 @@ impl Lab {
     pub(super) fn start_speaker(&self, node: Node) -> Result<()> {
         match self.state.speaker {
             Speaker::Bird => self.start_bird(node),
-            Speaker::Frr => self.start_frr(node),
+            Speaker::Frr => self.start_frr(node.name, &frr_configuration(node)),
         }
     }
 
@@ -135,13 +143,21 @@ impl Lab {
         Ok(())
     }
 
-    fn start_frr(&self, node: Node) -> Result<()> {
-        let folder = self.folder().join(format!("{}.frr", node.name));
+    /// Starts FRR on the router as a top-of-rack router, whatever the nodes run. [`Lab::vtysh`] asks it as `router`.
+    ///
+    /// # Errors
+    /// Where FRR does not start.
+    pub fn start_tor(&self) -> Result<()> {
+        self.start_frr("router", &tor_configuration())
+    }
+
+    fn start_frr(&self, host: &str, text: &str) -> Result<()> {
+        let folder = self.folder().join(format!("{host}.frr"));
         fs::create_dir_all(&folder).context("make FRR's folder")?;
         let configuration = folder.join("bgpd.conf");
-        fs::write(&configuration, frr_configuration(node)).context("write FRR's configuration")?;
+        fs::write(&configuration, text).context("write FRR's configuration")?;
         let empty = folder.join("zebra.conf");
-        fs::write(&empty, format!("hostname {}\n", node.name)).context("write zebra's configuration")?;
+        fs::write(&empty, format!("hostname {host}\n")).context("write zebra's configuration")?;
         let zserv = folder.join("zserv.api");
         // FRR insists on a user of its own, who must be able to make sockets in the folder.
         run(Command::new("chown").args(["-R", "frr:frr"]).arg(&folder))?;
@@ -150,8 +166,8 @@ impl Lab {
             command.args(["-u", "frr", "-g", "frr", "--log", "stdout", "-P", "0"]);
             command.arg("-f").arg(file).arg("-z").arg(&zserv);
             command.arg("-i").arg(folder.join(format!("{daemon}.pid"))).arg("--vty_socket").arg(&folder);
-            self.serve(node.name, daemon, &mut command)?;
-            wait_for(&format!("{daemon} on {}", node.name), Duration::from_secs(10), || {
+            self.serve(host, daemon, &mut command)?;
+            wait_for(&format!("{daemon} on {host}"), Duration::from_secs(10), || {
                 Ok(folder.join(format!("{daemon}.vty")).exists())
             })?;
         }

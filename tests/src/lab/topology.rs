@@ -23,8 +23,14 @@ pub const EDGE_INTERFACE: &str = "ens33";
 pub const CLIENT: Ipv4Addr = Ipv4Addr::new(172, 16, 1, 50);
 /// The client behind the router.
 pub const CLIENT2: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 10);
+/// The router between the fabric and the second client.
+pub const ROUTER: Ipv4Addr = Ipv4Addr::new(172, 16, 1, 1);
+/// A VIP of its own: on no interface and in no connected network, reached only where BGP announces it.
+pub const DEDICATED_VIP: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 10);
 /// The AS number of everyone.
 pub const ASN: u32 = 64512;
+/// The AS number of the router where it runs BGP ([`super::Lab::start_tor`]).
+pub const TOR_ASN: u32 = 64513;
 /// The link-layer address Calico gives to every pod's gateway.
 pub const CALI_MAC: &str = "ee:ee:ee:ee:ee:ee";
 /// The addresses of the kube-dns pods, both on kcontrol.
