@@ -3,6 +3,7 @@
 
 mod announcer;
 mod start;
+mod throttle;
 mod views;
 mod world;
 
@@ -15,15 +16,16 @@ use std::{
 };
 
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::{mpsc, oneshot, watch},
-    time::{MissedTickBehavior, interval},
+    task::JoinHandle,
+    time::{MissedTickBehavior, interval, sleep_until},
 };
 use tracing::{error, info, warn};
 
 pub use start::{StartError, run};
 
-use self::world::World;
+use self::{throttle::Throttle, world::World};
 use crate::{
     bgp::{BgpEvent, BgpHandle},
     config::{
@@ -48,6 +50,13 @@ const HOUSEKEEPING: Duration = Duration::from_secs(2);
 const SWEEP_BUDGET: usize = 8192;
 /// Between two steps of the sweep over established flows.
 const SWEEP_STEP: Duration = Duration::from_millis(250);
+/// Between two walks over the table: even an empty table has half a million buckets to look into,
+/// and no timeout is shorter than minutes.
+const SWEEP_WALK: Duration = Duration::from_secs(4);
+/// Between two orders to all flows to look their routes up again, however much routes flap.
+const ROUTE_GENERATION_PAUSE: Duration = Duration::from_millis(100);
+/// Route changes told to the kernel between two looks at other events.
+const ROUTE_CHUNK: usize = 1024;
 
 /// What the views may ask of the loop.
 enum Request {
@@ -81,6 +90,10 @@ struct Inbox {
     fib: mpsc::Receiver<FibEvent>,
     pools: mpsc::Receiver<PoolSnapshot>,
     requests: mpsc::Receiver<Request>,
+    /// SIGHUP, caught from before the start: it must never end the daemon.
+    hangup: Signal,
+    /// Ends only when the loop has, or by a panic.
+    reconciler: JoinHandle<()>,
 }
 
 /// The loop's state.
@@ -95,8 +108,10 @@ struct Daemon {
     fib: FibHandle,
     bgp: Option<BgpHandle>,
     dns: DnsHandle,
-    /// Addresses we asked the host to hold.
+    /// Addresses that the host holds on our account, in this life or from an earlier one.
     held: BTreeSet<IpAddr>,
+    route_generation: Throttle,
+    next_walk: Instant,
 }
 
 impl Daemon {
@@ -104,31 +119,40 @@ impl Daemon {
     async fn run(mut self, mut inbox: Inbox) -> std::io::Result<()> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut hangup = signal(SignalKind::hangup())?;
         let mut housekeeping = interval(HOUSEKEEPING);
+        housekeeping.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut sweep = interval(SWEEP_STEP);
         sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut watchdog = interval(notify::watchdog_interval().unwrap_or(HOUSEKEEPING));
+        watchdog.set_missed_tick_behavior(MissedTickBehavior::Delay);
         self.refresh_kernel_prefixes().await;
         self.fixed_pools();
-        self.learn_snat_sources().await;
+        self.learn_snat_sources(self.world.backend_addresses()).await;
+        self.hold_addresses().await;
         self.publish();
+        let speaks = self.bgp.is_some();
         loop {
+            let bump_at = self.route_generation.due();
             tokio::select! {
-                Some(event) = inbox.bgp.recv() => self.on_bgp(event).await,
-                Some(event) = inbox.fib.recv() => self.on_fib(event).await,
+                event = inbox.bgp.recv(), if speaks => self.on_bgp(event.ok_or_else(|| ended("BGP"))?).await,
+                event = inbox.fib.recv() => self.on_fib(event.ok_or_else(|| ended("the kernel's routes"))?).await,
                 Some(pool) = inbox.pools.recv() => self.on_pool(pool).await,
                 Some(Request::Reload(reply)) = inbox.requests.recv() => {
                     let _ = reply.send(self.reload().await);
                 }
-                _ = hangup.recv() => {
+                _ = inbox.hangup.recv() => {
                     if let Err(error) = self.reload().await {
                         error!(%error, "the configuration was not reloaded; the running one stays");
                     }
                 }
+                () = std::future::ready(()), if self.world.has_changes() => self.install_routes().await,
+                () = sleep_until(bump_at.unwrap_or_else(Instant::now).into()), if bump_at.is_some() => {
+                    self.bump_route_generation();
+                }
                 _ = housekeeping.tick() => self.housekeeping().await,
                 _ = sweep.tick() => self.sweep(),
                 _ = watchdog.tick() => notify::alive(),
+                _ = &mut inbox.reconciler => return Err(ended("the datapath")),
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
             }
@@ -143,32 +167,47 @@ impl Daemon {
 
     async fn on_bgp(&mut self, event: BgpEvent) {
         match event {
-            BgpEvent::Routes(updates) => self.on_routes(updates).await,
+            BgpEvent::Routes(updates) => {
+                // Backends behind a lost route stop being eligible before anything else happens.
+                if !self.world.hear(updates).is_empty() {
+                    self.publish();
+                }
+            }
             BgpEvent::PeerUp { address } => info!(peer = %address, "BGP session established"),
             BgpEvent::PeerDown { address, reason } => warn!(peer = %address, %reason, "BGP session lost"),
             BgpEvent::Converged => {
-                info!(prefixes = self.world.learnt().len(), "BGP has converged");
-                self.world.routes_settled = true;
-                self.fib.finish_restart(self.world.learnt()).await;
-                self.learn_snat_sources().await;
-                self.publish();
+                self.world.converged();
+                self.settle_routes().await;
             }
         }
     }
 
-    /// Backends behind a lost route stop being eligible before anything else happens.
-    async fn on_routes(&mut self, updates: Vec<RouteUpdate>) {
-        let moved = self.world.apply_routes(&updates);
-        self.publish();
-        let reaches_resolver = self.reaches_resolver(&updates);
-        self.fib.apply(updates).await;
-        if moved {
-            self.bump_route_generation();
+    /// Tells the kernel some of the route changes that wait.
+    async fn install_routes(&mut self) {
+        let changes = self.world.next_changes(ROUTE_CHUNK);
+        self.fib.apply(changes.clone()).await;
+        let moved = self.world.in_kernel(&changes);
+        if !moved.is_empty() {
+            self.route_generation.ask(Instant::now());
+            self.learn_snat_sources(moved).await;
+            self.publish();
         }
-        self.learn_snat_sources().await;
-        self.publish();
-        if reaches_resolver {
+        if self.reaches_resolver(&changes) {
             self.dns.refresh();
+        }
+        self.settle_routes().await;
+    }
+
+    /// Once BGP has converged and the kernel has its routes, those that an earlier life left go.
+    async fn settle_routes(&mut self) {
+        let Some(moved) = self.world.settle() else { return };
+        info!(prefixes = self.world.learnt().len(), "BGP has converged");
+        self.publish();
+        self.fib.finish_restart(self.world.learnt()).await;
+        if !moved.is_empty() {
+            self.route_generation.ask(Instant::now());
+            self.learn_snat_sources(moved).await;
+            self.publish();
         }
     }
 
@@ -195,14 +234,15 @@ impl Daemon {
                     info!(interface = name, up, "link changed");
                     self.attach();
                 }
-                self.bump_route_generation();
+                self.route_generation.ask(Instant::now());
                 self.publish();
             }
             FibEvent::RoutesChanged | FibEvent::AddressChanged => {
                 if self.refresh_kernel_prefixes().await {
-                    self.bump_route_generation();
+                    self.route_generation.ask(Instant::now());
                 }
-                self.learn_snat_sources().await;
+                self.publish();
+                self.learn_snat_sources(self.world.backend_addresses()).await;
                 self.publish();
             }
             FibEvent::ForeignChange { prefix } => warn!(%prefix, "somebody else changed one of our routes; repaired"),
@@ -210,8 +250,8 @@ impl Daemon {
     }
 
     async fn on_pool(&mut self, pool: PoolSnapshot) {
-        self.world.pools.insert(pool.source.clone(), pool);
-        self.learn_snat_sources().await;
+        self.world.hear_pool(&self.config, pool);
+        self.learn_new_snat_sources().await;
         self.publish();
     }
 
@@ -230,7 +270,8 @@ impl Daemon {
         shared.desired = desired;
     }
 
-    fn bump_route_generation(&self) {
+    fn bump_route_generation(&mut self) {
+        self.route_generation.done(Instant::now());
         if let Err(error) = lock(&self.shared).datapath.bump_route_generation() {
             warn!(%error, "flows could not be told to look their routes up again");
         }
@@ -244,14 +285,22 @@ impl Daemon {
         changed
     }
 
-    /// Asks the kernel which of our addresses it would use towards each backend, and has the way there resolved.
-    async fn learn_snat_sources(&mut self) {
-        for backend in self.world.backend_addresses() {
+    /// Asks the kernel which of our addresses it would use towards these backends, and has the way to new ones resolved.
+    async fn learn_snat_sources(&mut self, backends: BTreeSet<IpAddr>) {
+        for backend in backends {
             let Some(source) = self.fib.source_for(backend).await else { continue };
             if self.world.snat_sources.insert(backend, source).is_none() {
                 self.fib.resolve(backend).await;
             }
         }
+    }
+
+    /// As [`Daemon::learn_snat_sources`], for backends about which nothing is known; forgets those that are gone.
+    async fn learn_new_snat_sources(&mut self) {
+        let mut backends = self.world.backend_addresses();
+        self.world.snat_sources.retain(|backend, _| backends.contains(backend));
+        backends.retain(|backend| !self.world.snat_sources.contains_key(backend));
+        self.learn_snat_sources(backends).await;
     }
 
     fn fixed_pools(&mut self) {
@@ -295,23 +344,38 @@ impl Daemon {
         if ready != self.world.datapath_ready {
             self.publish();
         }
+        let unheld = self.world.unheld.clone();
         self.hold_addresses().await;
+        if unheld != self.world.unheld {
+            self.publish();
+        }
+        self.release_addresses().await;
         self.watch_neighbours().await;
         self.program_log.drain();
     }
 
-    /// VIPs that no interface of this host has are held on `lo`, so that the kernel answers ping and closed ports.
+    /// VIPs that no interface of this host has are held on `lo`, so that the kernel answers ping and closed ports. To be
+    /// called before a state that announces them is published.
     async fn hold_addresses(&mut self) {
-        let wanted = lock(&self.shared).desired.addresses.clone();
-        for vip in wanted.difference(&self.held.clone()) {
-            match self.fib.hold_vip(*vip).await {
+        let before = std::mem::take(&mut self.world.unheld);
+        for vip in addresses(&self.config) {
+            match self.fib.hold_vip(vip).await {
                 Ok(()) => {
-                    self.held.insert(*vip);
+                    self.held.insert(vip);
                 }
-                Err(error) => warn!(%vip, %error, "the VIP could not be put on lo"),
+                Err(error) => {
+                    self.world.unheld.insert(vip);
+                    if !before.contains(&vip) {
+                        warn!(%vip, %error, "the VIP could not be put on lo, and is not announced; trying again");
+                    }
+                }
             }
         }
-        for vip in self.held.clone().difference(&wanted) {
+    }
+
+    /// Addresses that are no longer anybody's VIP leave `lo`, some time after their route was withdrawn.
+    async fn release_addresses(&mut self) {
+        for vip in self.held.clone().difference(&addresses(&self.config)) {
             match self.fib.release_vip(*vip).await {
                 Ok(()) => {
                     self.held.remove(vip);
@@ -329,8 +393,14 @@ impl Daemon {
     }
 
     fn sweep(&mut self) {
-        if let Err(error) = self.sweeper.step(SWEEP_BUDGET) {
-            warn!(%error, "idle flows could not be swept");
+        let now = Instant::now();
+        if now < self.next_walk {
+            return;
+        }
+        match self.sweeper.step(SWEEP_BUDGET) {
+            Ok(report) if report.finished => self.next_walk = now + SWEEP_WALK,
+            Ok(_) => {}
+            Err(error) => warn!(%error, "idle flows could not be swept"),
         }
     }
 
@@ -350,6 +420,7 @@ impl Daemon {
 
     async fn apply_config(&mut self, new: Config) -> Result<Changes, ViewError> {
         let changes = diff::changes(&self.config, &new);
+        let new = diff::until_restart(&self.config, new);
         match (&self.bgp, &new.bgp) {
             (Some(handle), Some(bgp)) if self.config.bgp.as_ref() != Some(bgp) => {
                 handle.reload(bgp.clone()).await.map_err(|error| ViewError::Invalid(vec![error.to_string()]))?;
@@ -357,7 +428,8 @@ impl Daemon {
             _ => {}
         }
         self.config = new;
-        self.world.retain_sources(&self.config);
+        let current = lock(&self.shared).desired.clone();
+        self.world.reconfigure(&self.config, &current);
         self.dns.reconfigure(dns_sources(&self.config), self.config.edge.pod_networks.clone());
         self.fixed_pools();
         {
@@ -366,11 +438,22 @@ impl Daemon {
             shared.config = (self.config.clone(), Instant::now());
         }
         self.attach();
-        self.learn_snat_sources().await;
-        self.publish();
+        self.learn_new_snat_sources().await;
         self.hold_addresses().await;
+        self.publish();
         Ok(changes)
     }
+}
+
+/// One of the tasks without which nothing can go on: the service manager starts the daemon anew, and the kernel forwards
+/// meanwhile.
+fn ended(what: &str) -> std::io::Error {
+    std::io::Error::other(format!("the task that looks after {what} has ended, which is a defect; see the log"))
+}
+
+/// Every VIP.
+fn addresses(config: &Config) -> BTreeSet<IpAddr> {
+    config.services.values().flat_map(|service| &service.listen).map(|frontend| frontend.address.ip()).collect()
 }
 
 /// Names to ask for, with the resolver of each.

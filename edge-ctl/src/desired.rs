@@ -43,8 +43,13 @@ pub struct Inputs<'a> {
     /// False from start until BGP peers have sent their routes (End-of-RIB) or were given up: until then a missing
     /// route is not news.
     pub routes_settled: bool,
+    /// Backends that were covered at some time since the start: that their route is missing now is news, whether routes
+    /// have settled or not.
+    pub covered_before: &'a BTreeSet<IpAddr>,
     /// True while the program is attached to every interface it should be: no VIP is announced otherwise.
     pub datapath_ready: bool,
+    /// VIPs that the host does not hold although it should: they are not announced.
+    pub unheld: &'a BTreeSet<IpAddr>,
 }
 
 /// A backend that the maps held at start.
@@ -149,6 +154,8 @@ pub enum Announced {
     Yes,
     /// The program is not attached everywhere it should be.
     NoDatapath,
+    /// The host does not hold the address, so that nobody would answer for its other ports.
+    NotHeld,
     /// Too few eligible backends.
     TooFew {
         /// How many there are.
@@ -164,6 +171,7 @@ impl fmt::Display for Announced {
             Self::Off => f.write_str("no"),
             Self::Yes => f.write_str("yes"),
             Self::NoDatapath => f.write_str("no: the program is not attached"),
+            Self::NotHeld => f.write_str("no: the address is not on lo"),
             Self::TooFew { eligible, wanted } => write!(f, "no: {eligible} of {wanted} backends eligible"),
         }
     }
@@ -220,10 +228,14 @@ fn build_frontend(config: &Config, inputs: &Inputs<'_>, service: &Service, front
     let announced = match &service.announce {
         Some(announce) if config.bgp.is_some() => {
             let wanted = announce.min_backends;
-            match (inputs.datapath_ready, eligible >= wanted) {
-                (false, _) => Announced::NoDatapath,
-                (true, false) => Announced::TooFew { eligible, wanted },
-                (true, true) => Announced::Yes,
+            if !inputs.datapath_ready {
+                Announced::NoDatapath
+            } else if inputs.unheld.contains(&frontend.address.ip()) {
+                Announced::NotHeld
+            } else if eligible < wanted {
+                Announced::TooFew { eligible, wanted }
+            } else {
+                Announced::Yes
             }
         }
         _ => Announced::Off,
@@ -266,6 +278,12 @@ fn members(inputs: &Inputs<'_>, service: &Service, frontend: &Frontend) -> Optio
     Some((weights.into_iter().map(|(address, weight)| PoolMember { address, weight }).collect(), source))
 }
 
+/// True where a BGP route or a connected or static prefix covers the address; default routes do not count.
+pub fn is_covered(routes: &RouteSet, kernel_prefixes: &[IpNet], address: IpAddr) -> bool {
+    routes.lookup(address).is_some_and(|(prefix, _)| prefix.prefix_len() > 0)
+        || kernel_prefixes.iter().any(|prefix| prefix.prefix_len() > 0 && prefix.contains(&address))
+}
+
 fn build_backend(
     inputs: &Inputs<'_>,
     service: &Service,
@@ -276,9 +294,9 @@ fn build_backend(
     let address = member.address.ip();
     let before = adopted.iter().find(|backend| backend.address == member.address);
     let route = inputs.routes.lookup(address).filter(|(prefix, _)| prefix.prefix_len() > 0);
-    let covered = route.is_some()
-        || inputs.kernel_prefixes.iter().any(|prefix| prefix.prefix_len() > 0 && prefix.contains(&address))
-        || (!inputs.routes_settled && before.is_some_and(|backend| backend.eligible));
+    let benefit_of_doubt = !inputs.routes_settled && !inputs.covered_before.contains(&address);
+    let covered = is_covered(inputs.routes, inputs.kernel_prefixes, address)
+        || (benefit_of_doubt && before.is_some_and(|backend| backend.eligible));
     let snat_address = inputs.snat_sources.get(&address).copied().or(before.and_then(|backend| backend.snat_address));
     let needs_source = service.mode == Mode::FullNat && service.snat.addresses.is_empty();
     let excluded = if !covered {
@@ -355,6 +373,8 @@ mod tests {
         adopted: BTreeMap<Frontend, Vec<AdoptedBackend>>,
         settled: bool,
         ready: bool,
+        covered_before: BTreeSet<IpAddr>,
+        unheld: BTreeSet<IpAddr>,
     }
 
     impl World {
@@ -369,6 +389,8 @@ mod tests {
                 adopted: BTreeMap::new(),
                 settled: true,
                 ready: true,
+                covered_before: BTreeSet::new(),
+                unheld: BTreeSet::new(),
             };
             for address in ["10.1.0.4", "10.1.1.5", "192.0.2.1"] {
                 world.snat.insert(address.parse().unwrap(), "172.16.1.88".parse().unwrap());
@@ -398,7 +420,9 @@ mod tests {
                     snat_sources: &self.snat,
                     adopted: &self.adopted,
                     routes_settled: self.settled,
+                    covered_before: &self.covered_before,
                     datapath_ready: self.ready,
+                    unheld: &self.unheld,
                 },
             )
         }
@@ -509,6 +533,17 @@ mod tests {
         world.ready = true;
         world.config.bgp = None;
         assert_eq!(only(&world.build()).announced, Announced::Off);
+    }
+
+    #[test]
+    fn a_vip_that_the_host_does_not_hold_is_not_announced() {
+        let mut world = World::new();
+        world.pool(&["10.1.0.4:443"], PoolState::Fresh);
+        world.route("10.1.0.0/24", &["172.16.1.80"]);
+        world.unheld.insert("172.16.1.88".parse().unwrap());
+        let state = world.build();
+        assert!(state.announcements.is_empty());
+        assert_eq!(only(&state).announced, Announced::NotHeld);
     }
 
     #[test]

@@ -26,8 +26,6 @@ pub fn changes(old: &Config, new: &Config) -> Changes {
     let restart = &mut changes.needs_restart;
     let (a, b) = (&old.edge, &new.edge);
     for (key, differs) in [
-        ("[edge] interfaces", a.interfaces != b.interfaces),
-        ("[edge] hook", a.hook != b.hook),
         ("[edge] pin_path", a.pin_path != b.pin_path),
         ("[edge] socket", a.socket != b.socket),
         ("[edge] state_dir", a.state_dir != b.state_dir),
@@ -39,8 +37,14 @@ pub fn changes(old: &Config, new: &Config) -> Changes {
             restart.push(key.to_owned());
         }
     }
-    if a.pod_networks != b.pod_networks {
-        changes.applied.push("[edge] pod_networks changed".to_owned());
+    for (key, differs) in [
+        ("interfaces", a.interfaces != b.interfaces),
+        ("hook", a.hook != b.hook),
+        ("pod_networks", a.pod_networks != b.pod_networks),
+    ] {
+        if differs {
+            changes.applied.push(format!("[edge] {key} changed"));
+        }
     }
     compare("resolver", &old.resolvers, &new.resolvers, &mut changes.applied);
     compare("service", &old.services, &new.services, &mut changes.applied);
@@ -52,18 +56,33 @@ pub fn changes(old: &Config, new: &Config) -> Changes {
     changes
 }
 
+/// What `new` makes of a daemon that runs with `running`: what takes effect at the next start only stays as it is, and is
+/// found again by the next comparison.
+pub fn until_restart(running: &Config, new: Config) -> Config {
+    let mut config = new;
+    if running.bgp.is_some() != config.bgp.is_some() {
+        config.bgp = running.bgp.clone();
+    }
+    let edge = &running.edge;
+    config.edge.pin_path.clone_from(&edge.pin_path);
+    config.edge.socket.clone_from(&edge.socket);
+    config.edge.state_dir.clone_from(&edge.state_dir);
+    config.edge.seed_file.clone_from(&edge.seed_file);
+    config.edge.tables = edge.tables;
+    config.http = running.http;
+    config
+}
+
 fn bgp(old: &Bgp, new: &Bgp, changes: &mut Changes) {
     for (key, differs) in [
         ("[bgp] asn", old.asn != new.asn),
         ("[bgp] router_id", old.router_id != new.router_id),
         ("[bgp] listen_port", old.listen_port != new.listen_port),
+        ("[bgp] networks", old.networks != new.networks),
     ] {
         if differs {
-            changes.needs_restart.push(key.to_owned());
+            changes.applied.push(format!("{key} changed"));
         }
-    }
-    if old.networks != new.networks {
-        changes.applied.push("[bgp] networks changed".to_owned());
     }
     compare("peer", &old.peers, &new.peers, &mut changes.applied);
 }
@@ -109,17 +128,32 @@ mod tests {
             .replace("[service.ingress-http]", "[service.web]")
             .replace("\"172.16.1.82\"", "\"172.16.1.83\"")
             .replace("asn = 64512", "asn = 64513");
-        let changes = changes(&config(EXAMPLE), &config(&new));
-        assert_eq!(changes.needs_restart, ["[edge] interfaces", "[bgp] asn"]);
+        let mut new = config(&new);
+        new.edge.state_dir = "/srv/edge".into();
+        let changes = changes(&config(EXAMPLE), &new);
+        assert_eq!(changes.needs_restart, ["[edge] state_dir"]);
         let expected = [
+            "[edge] interfaces changed",
             "service ingress-https changed",
             "service web added",
             "service ingress-http removed",
+            "[bgp] asn changed",
             "peer 172.16.1.80 changed",
             "peer 172.16.1.81 changed",
             "peer 172.16.1.83 added",
             "peer 172.16.1.82 removed",
         ];
         assert_eq!(changes.applied, expected);
+    }
+
+    #[test]
+    fn bgp_that_comes_or_goes_with_a_reload_waits_for_the_restart_and_is_not_forgotten() {
+        let with = config(EXAMPLE);
+        let without = Config { bgp: None, ..with.clone() };
+        for (running, new) in [(&with, &without), (&without, &with)] {
+            let in_force = until_restart(running, new.clone());
+            assert_eq!(in_force.bgp, running.bgp);
+            assert_eq!(changes(&in_force, new).needs_restart, ["[bgp]"]);
+        }
     }
 }

@@ -7,11 +7,15 @@ use std::{
 };
 
 use edge_common::maglev::{self, Candidate};
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, watch},
+};
 use tracing::{info, warn};
 
 use super::{
-    Daemon, Inbox, Shared, announcer::Announcer, dns_sources, host_problems, views::DaemonViews, world::World,
+    Daemon, Inbox, ROUTE_GENERATION_PAUSE, Shared, announcer::Announcer, dns_sources, host_problems,
+    throttle::Throttle, views::DaemonViews, world::World,
 };
 use crate::{
     api,
@@ -74,6 +78,7 @@ pub fn run(file: &Path) -> Result<(), StartError> {
 }
 
 async fn start(file: &Path, config: Config) -> Result<(), StartError> {
+    let hangup = signal(SignalKind::hangup())?;
     let problems = host_problems(&config);
     if !problems.is_empty() {
         return Err(StartError::Host(problems));
@@ -96,7 +101,8 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
     )?;
     let mut world = World::new(reconciler.adopted(), fib.stale().await);
     if bgp.is_none() {
-        world.routes_settled = true;
+        world.converged();
+        world.settle();
         fib.finish_restart(world.learnt()).await;
     }
     let (pool_events, pool_inbox) = mpsc::channel(256);
@@ -126,7 +132,7 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
     let server = tokio::spawn(api::serve_bound(bound, Arc::new(views), async move {
         let _ = stopped.await;
     }));
-    tokio::spawn(reconciler.run(desired_inbox, status));
+    let reconciler = tokio::spawn(reconciler.run(desired_inbox, status));
     let daemon = Daemon {
         config,
         world,
@@ -135,14 +141,17 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
         next_hops,
         sweeper,
         program_log,
+        held: fib.status().await.held,
         fib,
         bgp,
         dns,
-        held: Default::default(),
+        route_generation: Throttle::new(ROUTE_GENERATION_PAUSE),
+        next_walk: Instant::now(),
     };
     daemon.attach();
     tokio::spawn(announce_readiness(reconciler_status));
-    let inbox = Inbox { bgp: bgp_inbox, fib: fib_inbox, pools: pool_inbox, requests: request_inbox };
+    let inbox =
+        Inbox { bgp: bgp_inbox, fib: fib_inbox, pools: pool_inbox, requests: request_inbox, hangup, reconciler };
     let result = daemon.run(inbox).await;
     drop(stop);
     if let Ok(Err(error)) = server.await {

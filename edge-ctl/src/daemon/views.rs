@@ -1,6 +1,7 @@
 //! What the API shows: rows out of the maps, completed with what only the daemon knows.
 
 use std::{
+    collections::BTreeMap,
     net::SocketAddr,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
@@ -28,15 +29,18 @@ use crate::{
         query::{Answer, ConfigRow, Query, ViewError},
         view::{BackendRow, ServiceRow, StatusRow},
     },
-    reconcile::{actor::ReconcilerStatus, ports::PortError},
+    reconcile::{
+        actor::ReconcilerStatus,
+        ports::{BackendSlot, DatapathState, PortError, service_key, socket_address},
+    },
     sources::dns::DnsHandle,
 };
 
 /// Between two samples of the counters behind the rates.
 const SAMPLE: Duration = Duration::from_secs(1);
 
-/// Rows of the newest sample; only their rates are used.
-type Sampled = Arc<Mutex<(Vec<ServiceRow>, Vec<BackendRow>)>>;
+/// Rates of the newest sample.
+type Sampled = Arc<Mutex<Rates>>;
 
 /// Answers the API's questions.
 pub struct DaemonViews {
@@ -65,7 +69,7 @@ impl DaemonViews {
     ) -> Result<Self, PortError> {
         let kernel = Arc::new(lock(&shared).datapath.view()?);
         let sampled = Sampled::default();
-        tokio::spawn(sample(Arc::clone(&kernel), Arc::clone(&sampled)));
+        tokio::spawn(sample(Arc::clone(&kernel), reconciler.clone(), Arc::clone(&sampled)));
         Ok(Self { shared, fib, bgp, dns, reconciler, requests, kernel, sampled })
     }
 
@@ -106,16 +110,15 @@ impl DaemonViews {
             let shared = lock(&self.shared);
             (shared.desired.clone(), shared.started.elapsed().as_secs())
         };
+        let state = Arc::clone(&self.reconciler.borrow().state);
         let sampled = self.sampled.lock().unwrap_or_else(PoisonError::into_inner);
         for row in &mut rows {
             row.age = age;
-            if let Some(sample) = sampled.0.iter().find(|sample| (&sample.vip, &sample.proto) == (&row.vip, &row.proto))
-            {
-                (row.conn_s, row.rx_s, row.tx_s) = (sample.conn_s, sample.rx_s, sample.tx_s);
+            let Some(key) = frontend(&row.vip, &row.proto) else { continue };
+            if let Some(number) = service_key(key.address, key.protocol).and_then(|key| state.index.get(&key)) {
+                (row.conn_s, row.rx_s, row.tx_s) = sampled.service(*number);
             }
-            let Some(frontend) = frontend(&row.vip, &row.proto).and_then(|key| desired.frontends.get(&key)) else {
-                continue;
-            };
+            let Some(frontend) = desired.frontends.get(&key) else { continue };
             row.announced = frontend.announced.to_string();
             if let Some(pool) = &frontend.pool {
                 row.backends = format!("{}/{}", frontend.eligible(), pool.len());
@@ -127,13 +130,11 @@ impl DaemonViews {
     fn backends(&self) -> Result<Vec<BackendRow>, ViewError> {
         let mut rows = self.kernel.backend_rows()?;
         let desired = lock(&self.shared).desired.clone();
+        let numbers = backend_numbers(&self.reconciler.borrow().state);
         let sampled = self.sampled.lock().unwrap_or_else(PoisonError::into_inner);
         for row in &mut rows {
-            let same = |sample: &&BackendRow| {
-                (&sample.service, &sample.vip, &sample.backend) == (&row.service, &row.vip, &row.backend)
-            };
-            if let Some(sample) = sampled.1.iter().find(same) {
-                row.conn_s = sample.conn_s;
+            if let Some(number) = row_key(row).and_then(|key| numbers.get(&key)) {
+                row.conn_s = sampled.backend(*number).0;
             }
             let Some(backend) = desired_backend(&desired, row) else { continue };
             backend.source.clone_into(&mut row.source);
@@ -232,17 +233,43 @@ fn desired_backend<'a>(desired: &'a DesiredState, row: &BackendRow) -> Option<&'
     mine.flat_map(|(_, frontend)| frontend.pool.iter().flatten()).find(|candidate| candidate.address == backend)
 }
 
-/// Keeps the rates fresh.
-async fn sample(kernel: Arc<KernelView>, sampled: Sampled) {
-    let (mut rates, start, mut tick) = (Rates::default(), Instant::now(), interval(SAMPLE));
+/// What identifies a row's backend: VIP, protocol, address.
+type BackendKey = (Frontend, SocketAddr);
+
+fn row_key(row: &BackendRow) -> Option<BackendKey> {
+    Some((frontend(&row.vip, &row.proto)?, row.backend.parse().ok()?))
+}
+
+fn backend_numbers(state: &DatapathState) -> BTreeMap<BackendKey, u32> {
+    let key = |slot: &BackendSlot| {
+        let service = state.services.get(&slot.entry.service)?.entry;
+        let address = socket_address(service.address, service.port);
+        Some((Frontend { address, protocol: Protocol::from_number(service.protocol)? }, slot.address()))
+    };
+    state.backends.iter().filter_map(|(number, slot)| Some((key(slot)?, *number))).collect()
+}
+
+/// Keeps the rates fresh. Which numbers are in use the reconciler knows, so that only their counters are read.
+async fn sample(kernel: Arc<KernelView>, reconciler: watch::Receiver<ReconcilerStatus>, sampled: Sampled) {
+    let (start, mut tick, mut failing) = (Instant::now(), interval(SAMPLE), false);
     loop {
         tick.tick().await;
-        match (kernel.service_rows(), kernel.backend_rows()) {
-            (Ok(mut services), Ok(mut backends)) => {
-                rates.sample(start.elapsed().as_secs_f64(), &mut services, &mut backends);
-                *sampled.lock().unwrap_or_else(PoisonError::into_inner) = (services, backends);
+        let (services, backends) = {
+            let state = &reconciler.borrow().state;
+            (state.services_end(), state.backends_end())
+        };
+        let tables = kernel.tables();
+        match (tables.service_stats(services), tables.backend_stats(backends)) {
+            (Ok(services), Ok(backends)) => {
+                let mut rates = sampled.lock().unwrap_or_else(PoisonError::into_inner);
+                rates.sample(start.elapsed().as_secs_f64(), &services, &backends);
+                failing = false;
             }
-            (Err(error), _) | (_, Err(error)) => warn!(%error, "the counters could not be read"),
+            (Err(error), _) | (_, Err(error)) => {
+                if !std::mem::replace(&mut failing, true) {
+                    warn!(%error, "the counters could not be read");
+                }
+            }
         }
     }
 }

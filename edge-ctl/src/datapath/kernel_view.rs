@@ -81,8 +81,8 @@ impl KernelView {
     /// Where a map cannot be read.
     pub fn service_rows(&self) -> Result<Vec<ServiceRow>, PortError> {
         let state = self.tables.state()?;
-        let stats = self.tables.service_stats()?;
-        let reasons = self.tables.reasons()?;
+        let end = state.services_end();
+        let (stats, reasons) = (self.tables.service_stats(end)?, self.tables.reasons(end)?);
         let mut rows = Vec::new();
         for (key, number) in &state.index {
             let Some(slot) = state.services.get(number) else { continue };
@@ -117,7 +117,7 @@ impl KernelView {
     /// Where a map cannot be read.
     pub fn backend_rows(&self) -> Result<Vec<BackendRow>, PortError> {
         let state = self.tables.state()?;
-        let stats = self.tables.backend_stats()?;
+        let stats = self.tables.backend_stats(state.backends_end())?;
         let mut rows = Vec::new();
         for (number, slot) in &state.backends {
             let service = state.services.get(&slot.entry.service);
@@ -153,7 +153,7 @@ impl KernelView {
         let services = self.tables.state()?.services;
         let name = |number: &u32| services.get(number).map_or_else(|| "-".to_owned(), |slot| slot.label.clone());
         let mut rows = Vec::new();
-        for ((service, number), packets) in self.tables.reasons()? {
+        for ((service, number), packets) in self.tables.reasons(u32::MAX)? {
             if let Some(reason) = reason(number) {
                 rows.push((name(&service), reason.name(), reason.is_drop(), packets));
             }
@@ -290,10 +290,14 @@ impl KernelView {
     }
 }
 
-/// Turns totals into rates between two samples.
+/// Connections, bytes in and bytes out per second.
+pub type Rate = (f64, f64, f64);
+
+/// Turns totals into rates between two samples, by service number and by backend number.
 #[derive(Clone, Debug, Default)]
 pub struct Rates {
-    last: BTreeMap<String, Sample>,
+    services: BTreeMap<u32, (Sample, Rate)>,
+    backends: BTreeMap<u32, (Sample, Rate)>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -305,29 +309,32 @@ struct Sample {
 }
 
 impl Rates {
-    /// Fills the rates of the rows from what changed since the last call, and remembers their totals. `now` is in seconds of
-    /// any steady clock. The first sample of a row has rate 0.
-    pub fn sample(&mut self, now: f64, services: &mut [ServiceRow], backends: &mut [BackendRow]) {
-        let mut next = BTreeMap::new();
-        for row in services {
-            let sample =
-                Sample { at: now, connections: row.connections, bytes_in: row.bytes_in, bytes_out: row.bytes_out };
-            let id = format!("{} {}", row.vip, row.proto);
-            (row.conn_s, row.rx_s, row.tx_s) = rates(self.last.get(&id), &sample);
-            next.insert(id, sample);
+    /// Takes new totals over; what changed since the last call makes the rates. `now` is in seconds of any steady clock.
+    /// The first sample of a number has rate 0.
+    pub fn sample(&mut self, now: f64, services: &BTreeMap<u32, ServiceStats>, backends: &BTreeMap<u32, ServiceStats>) {
+        for (known, totals) in [(&mut self.services, services), (&mut self.backends, backends)] {
+            *known = totals.iter().map(|(number, stats)| (*number, next(known.get(number), now, stats))).collect();
         }
-        for row in backends {
-            let sample =
-                Sample { at: now, connections: row.connections, bytes_in: row.bytes_in, bytes_out: row.bytes_out };
-            let id = format!("{} {} {}", row.service, row.vip, row.backend);
-            row.conn_s = rates(self.last.get(&id), &sample).0;
-            next.insert(id, sample);
-        }
-        self.last = next;
+    }
+
+    /// The rates of a service.
+    pub fn service(&self, number: u32) -> Rate {
+        self.services.get(&number).map_or_else(Rate::default, |(_, rate)| *rate)
+    }
+
+    /// The rates of a backend.
+    pub fn backend(&self, number: u32) -> Rate {
+        self.backends.get(&number).map_or_else(Rate::default, |(_, rate)| *rate)
     }
 }
 
-fn rates(before: Option<&Sample>, now: &Sample) -> (f64, f64, f64) {
+fn next(before: Option<&(Sample, Rate)>, now: f64, stats: &ServiceStats) -> (Sample, Rate) {
+    let ServiceStats { opened: connections, bytes_in, bytes_out, .. } = *stats;
+    let sample = Sample { at: now, connections, bytes_in, bytes_out };
+    (sample, rates(before.map(|(sample, _)| sample), &sample))
+}
+
+fn rates(before: Option<&Sample>, now: &Sample) -> Rate {
     let Some(before) = before.filter(|before| now.at > before.at) else { return (0.0, 0.0, 0.0) };
     let seconds = now.at - before.at;
     // A counter that went back was started anew with its number.
@@ -525,19 +532,16 @@ mod tests {
 
     #[test]
     fn rates_are_what_changed_between_two_samples_and_never_negative() {
-        let rows = |connections, bytes_in| {
-            vec![ServiceRow { vip: "172.16.1.88:443".into(), connections, bytes_in, ..ServiceRow::default() }]
-        };
+        let totals = |opened, bytes_in| BTreeMap::from([(1, ServiceStats { opened, bytes_in, ..Default::default() })]);
+        let none = BTreeMap::new();
         let mut rates = Rates::default();
-        let mut first = rows(10, 1000);
-        rates.sample(5.0, &mut first, &mut []);
-        assert_eq!((first[0].conn_s, first[0].rx_s), (0.0, 0.0));
-        let mut second = rows(30, 2000);
-        rates.sample(7.0, &mut second, &mut []);
-        assert_eq!((second[0].conn_s, second[0].rx_s), (10.0, 500.0));
-        let mut anew = rows(1, 3000);
-        rates.sample(8.0, &mut anew, &mut []);
-        assert_eq!((anew[0].conn_s, anew[0].rx_s), (0.0, 1000.0));
+        rates.sample(5.0, &totals(10, 1000), &none);
+        assert_eq!(rates.service(1), (0.0, 0.0, 0.0));
+        rates.sample(7.0, &totals(30, 2000), &none);
+        assert_eq!(rates.service(1), (10.0, 500.0, 0.0));
+        rates.sample(8.0, &totals(1, 3000), &none);
+        assert_eq!(rates.service(1), (0.0, 1000.0, 0.0));
+        assert_eq!(rates.backend(1), (0.0, 0.0, 0.0), "services and backends have numbers of their own");
     }
 
     #[test]

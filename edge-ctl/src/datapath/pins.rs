@@ -234,10 +234,19 @@ impl Reader {
     /// # Errors
     /// Those of the kernel.
     pub fn for_each(&self, mut visit: impl FnMut(&[u8], &[u8])) -> Result<(), PortError> {
-        let mut cursor = sys::Cursor::default();
-        while !cursor.is_finished() {
-            for (key, value) in self.page(&mut cursor, PAGE)?.iter(self.shape) {
+        self.for_first(usize::MAX, &mut visit)
+    }
+
+    /// The first `count` elements, through `visit`: those below that number where the map is an array.
+    ///
+    /// # Errors
+    /// Those of the kernel.
+    pub fn for_first(&self, count: usize, mut visit: impl FnMut(&[u8], &[u8])) -> Result<(), PortError> {
+        let (mut cursor, mut left) = (sys::Cursor::default(), count);
+        while left > 0 && !cursor.is_finished() {
+            for (key, value) in self.page(&mut cursor, left.min(PAGE))?.iter(self.shape).take(left) {
                 visit(key, value);
+                left -= 1;
             }
         }
         Ok(())

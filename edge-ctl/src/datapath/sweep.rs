@@ -136,11 +136,12 @@ impl Sweeper {
 
     fn begin(&mut self) -> Result<(), PortError> {
         let state = self.tables.services()?;
+        let (services, backends) = self.tables.numbers()?;
         self.walk = Walk {
             entries: 0,
             timeouts: state.into_iter().map(|(number, entry)| (number, entry.established_timeout)).collect(),
-            services: Census { before: self.tables.service_stats()?, seen: BTreeMap::new() },
-            backends: Census { before: self.tables.backend_stats()?, seen: BTreeMap::new() },
+            services: Census { before: self.tables.service_stats(services)?, seen: BTreeMap::new() },
+            backends: Census { before: self.tables.backend_stats(backends)?, seen: BTreeMap::new() },
         };
         Ok(())
     }
@@ -149,8 +150,9 @@ impl Sweeper {
         let walk = std::mem::take(&mut self.walk);
         self.cursor = Cursor::default();
         self.last_entries = walk.entries;
-        correct(&mut self.service_expired, &walk.services, &self.tables.service_stats()?)?;
-        correct(&mut self.backend_expired, &walk.backends, &self.tables.backend_stats()?)
+        let (services, backends) = self.tables.numbers()?;
+        correct(&mut self.service_expired, &walk.services, &self.tables.service_stats(services)?)?;
+        correct(&mut self.backend_expired, &walk.backends, &self.tables.backend_stats(backends)?)
     }
 }
 

@@ -105,30 +105,53 @@ impl Tables {
         Ok(bytes.and_then(|bytes| from_bytes(&bytes)).unwrap_or_default())
     }
 
-    /// Counters of all services that have any, by number, summed over CPUs.
+    /// One more than the highest service number and than the highest backend number in use. Numbers are given out from
+    /// the lowest free one on, so that reading counters up to here is far less than reading a value for each CPU and
+    /// each number that could be in use.
+    ///
+    /// # Errors
+    /// Where a map cannot be read.
+    pub fn numbers(&self) -> Result<(u32, u32), PortError> {
+        let end = |last: Option<u32>| last.map_or(0, |last| last.saturating_add(1));
+        let (mut services, mut backends) = (None, None);
+        self.reader(name::SERVICES)?.for_each(|key, value| {
+            if from_bytes::<ServiceEntry>(value).is_some_and(|entry| entry.protocol != 0) {
+                services = services.max(from_bytes(key));
+            }
+        })?;
+        self.reader(name::BACKENDS)?.for_each(|key, value| {
+            if from_bytes::<BackendEntry>(value).is_some_and(|entry| entry.protocol != 0) {
+                backends = backends.max(from_bytes(key));
+            }
+        })?;
+        Ok((end(services), end(backends)))
+    }
+
+    /// Counters of the services with a number below `end` that have any, by number, summed over CPUs.
     ///
     /// # Errors
     /// Where the map cannot be read.
-    pub fn service_stats(&self) -> Result<BTreeMap<u32, ServiceStats>, PortError> {
-        self.stats(name::SERVICE_STATS)
+    pub fn service_stats(&self, end: u32) -> Result<BTreeMap<u32, ServiceStats>, PortError> {
+        self.stats(name::SERVICE_STATS, end)
     }
 
     /// As [`Tables::service_stats`], of backends.
     ///
     /// # Errors
     /// Where the map cannot be read.
-    pub fn backend_stats(&self) -> Result<BTreeMap<u32, ServiceStats>, PortError> {
-        self.stats(name::BACKEND_STATS)
+    pub fn backend_stats(&self, end: u32) -> Result<BTreeMap<u32, ServiceStats>, PortError> {
+        self.stats(name::BACKEND_STATS, end)
     }
 
-    /// Packets by service number and reason number, non-zero ones.
+    /// Packets by service number and reason number, non-zero ones, of services with a number below `end`. Number 0 counts
+    /// what belongs to no service.
     ///
     /// # Errors
     /// Where the map cannot be read.
-    pub fn reasons(&self) -> Result<BTreeMap<(u32, u32), u64>, PortError> {
+    pub fn reasons(&self, end: u32) -> Result<BTreeMap<(u32, u32), u64>, PortError> {
         let reader = self.reader(name::REASONS)?;
         let mut reasons = BTreeMap::new();
-        reader.for_each(|key, value| {
+        reader.for_first(length(end.max(1).saturating_mul(REASONS)), |key, value| {
             let Some(slot) = from_bytes::<u32>(key) else { return };
             let sum = per_cpu::<u64>(value, reader.cpus).fold(0_u64, u64::wrapping_add);
             if sum != 0 {
@@ -150,9 +173,10 @@ impl Tables {
             };
             stats.iter().map(|(number, stats)| (*number, active(number, stats))).collect()
         };
+        let (services, backends) = self.numbers()?;
         Ok(FlowCounts {
-            services: active(self.service_stats()?, self.array(name::SERVICE_EXPIRED)?),
-            backends: active(self.backend_stats()?, self.array(name::BACKEND_EXPIRED)?),
+            services: active(self.service_stats(services)?, self.first(name::SERVICE_EXPIRED, services)?),
+            backends: active(self.backend_stats(backends)?, self.first(name::BACKEND_EXPIRED, backends)?),
         })
     }
 
@@ -170,10 +194,10 @@ impl Tables {
         Ok(entries)
     }
 
-    fn stats(&self, map: &str) -> Result<BTreeMap<u32, ServiceStats>, PortError> {
+    fn stats(&self, map: &str, end: u32) -> Result<BTreeMap<u32, ServiceStats>, PortError> {
         let reader = self.reader(map)?;
         let mut all = BTreeMap::new();
-        reader.for_each(|key, value| {
+        reader.for_first(length(end), |key, value| {
             let Some(number) = from_bytes::<u32>(key) else { return };
             let sum = per_cpu::<ServiceStats>(value, reader.cpus).fold(ServiceStats::default(), add);
             if sum != ServiceStats::default() {
@@ -192,9 +216,18 @@ impl Tables {
         self.hash(map)
     }
 
+    /// The elements of an array below `end`.
+    fn first<V: aya::Pod>(&self, map: &str, end: u32) -> Result<BTreeMap<u32, V>, PortError> {
+        self.elements(map, length(end))
+    }
+
     fn hash<K: aya::Pod + Ord, V: aya::Pod>(&self, map: &str) -> Result<BTreeMap<K, V>, PortError> {
+        self.elements(map, usize::MAX)
+    }
+
+    fn elements<K: aya::Pod + Ord, V: aya::Pod>(&self, map: &str, count: usize) -> Result<BTreeMap<K, V>, PortError> {
         let mut all = BTreeMap::new();
-        self.reader(map)?.for_each(|key, value| {
+        self.reader(map)?.for_first(count, |key, value| {
             if let (Some(key), Some(value)) = (from_bytes(key), from_bytes(value)) {
                 all.insert(key, value);
             }
@@ -240,6 +273,10 @@ impl Tables {
     pub fn lookup<K: aya::Pod, V: aya::Pod>(&self, map: &str, key: &K) -> Result<Option<V>, PortError> {
         Ok(self.reader(map)?.get(&to_bytes(key))?.and_then(|bytes| from_bytes(&bytes)))
     }
+}
+
+fn length(end: u32) -> usize {
+    usize::try_from(end).unwrap_or(usize::MAX)
 }
 
 /// The key of the frontend or backend that a services or backends element is about.

@@ -346,7 +346,7 @@ impl<K: Kernel> Actor<K> {
 
     /// Our own change of an address is not reported by the monitor, so that it is read here.
     async fn refresh_addresses(&mut self) -> Result<(), FibError> {
-        self.known.addresses = self.kernel.snapshot().await?.addresses;
+        self.known.addresses = self.kernel.addresses().await?;
         self.events.push_back(FibEvent::AddressChanged);
         Ok(())
     }

@@ -217,6 +217,10 @@ impl Kernel for FakeKernel {
         Ok(self.tables())
     }
 
+    async fn addresses(&self) -> Result<Vec<LocalAddress>, FibError> {
+        Ok(self.tables().addresses)
+    }
+
     async fn neighbours(&self) -> Result<Vec<Neighbour>, FibError> {
         Ok(self.state().neighbours.clone())
     }

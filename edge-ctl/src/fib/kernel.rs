@@ -89,6 +89,8 @@ pub enum Notice {
 pub trait Kernel: Send + Sync + 'static {
     /// Reads links, addresses and routes.
     fn snapshot(&self) -> impl Future<Output = Result<Snapshot, FibError>> + Send;
+    /// Reads this host's addresses alone.
+    fn addresses(&self) -> impl Future<Output = Result<Vec<LocalAddress>, FibError>> + Send;
     /// Reads the neighbour table.
     fn neighbours(&self) -> impl Future<Output = Result<Vec<Neighbour>, FibError>> + Send;
     /// Makes changes in order; one result for each.

@@ -111,14 +111,6 @@ impl Netlink {
         Ok(links.iter().map(|message| (message.header.index, link(message))).collect())
     }
 
-    async fn addresses(&self) -> Result<Vec<LocalAddress>, FibError> {
-        let messages: Vec<AddressMessage> =
-            collect("read the addresses", self.handle.address().get().execute()).await?;
-        let mut addresses: Vec<LocalAddress> = messages.iter().filter_map(local_address).collect();
-        addresses.sort();
-        Ok(addresses)
-    }
-
     async fn routes(&self) -> Result<Table, FibError> {
         let mut routes = Vec::new();
         for message in [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()]
@@ -134,6 +126,14 @@ impl Netlink {
 impl Kernel for Netlink {
     async fn snapshot(&self) -> Result<Snapshot, FibError> {
         Ok(Snapshot { links: self.links().await?, addresses: self.addresses().await?, table: self.routes().await? })
+    }
+
+    async fn addresses(&self) -> Result<Vec<LocalAddress>, FibError> {
+        let messages: Vec<AddressMessage> =
+            collect("read the addresses", self.handle.address().get().execute()).await?;
+        let mut addresses: Vec<LocalAddress> = messages.iter().filter_map(local_address).collect();
+        addresses.sort();
+        Ok(addresses)
     }
 
     async fn neighbours(&self) -> Result<Vec<Neighbour>, FibError> {

@@ -301,6 +301,16 @@ impl DatapathState {
         }
     }
 
+    /// One more than the highest service number in use.
+    pub fn services_end(&self) -> u32 {
+        self.services.last_key_value().map_or(0, |(number, _)| number.saturating_add(1))
+    }
+
+    /// One more than the highest backend number in use.
+    pub fn backends_end(&self) -> u32 {
+        self.backends.last_key_value().map_or(0, |(number, _)| number.saturating_add(1))
+    }
+
     fn forget_unreferenced_regions(&mut self) {
         let services = &self.services;
         self.regions.retain(|first, _| services.values().any(|slot| slot.entry.selection == *first));
