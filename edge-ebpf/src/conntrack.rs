@@ -2,7 +2,7 @@
 
 use edge_common::{
     conntrack::{self, Direction, State, Step, next_touch},
-    flow::FlowKeyV4,
+    flow::{FlowKeyV4, UDP},
     maps::{FlowV4, ServiceEntry, flow_flag},
     verdict::{Reason, Verdict},
 };
@@ -264,21 +264,36 @@ fn reopen(parsed: &Parsed, flow: &FlowV4, table: Table) {
     maps::remove_flow(table, &parsed.key);
 }
 
+/// What [`touch`] did; a number, so that a BPF function can return it.
+pub mod touched {
+    /// Both halves are fresh.
+    pub const DONE: u32 = 0;
+    /// The twin's key belongs to another flow by now.
+    pub const TWIN_TAKEN: u32 = 1;
+    /// The flow had been idle for too long.
+    pub const TOO_LATE: u32 = 2;
+}
+
 /// Refreshes the twin, so that a flow which only one side uses does not expire, and has the route looked up again.
-/// False where the twin's key belongs to another flow by now.
+/// Changes nothing where a client's datagram comes after the idle timeout: that starts a new flow. A packet that is not
+/// late needs no such check, since a touch is due long before a timeout has passed.
 #[inline(never)]
-pub fn touch(parsed: &Parsed, flow: &mut FlowV4, now: u64) -> bool {
+pub fn touch(parsed: &Parsed, flow: &mut FlowV4, now: u64) -> u32 {
     let seconds = maps::service(flow.service).map_or(conntrack::TOUCH_SECONDS, |service| service.established_timeout);
+    let from_client = flow.direction == Direction::Forward as u8;
+    if parsed.key.protocol == UDP && from_client && seconds != 0 && conntrack::expired(flow.last_seen, seconds, now) {
+        return touched::TOO_LATE;
+    }
     flow.touch_due = next_touch(now, seconds, jitter(&flow.key));
     flow.next_hop = 0;
     let twin_key = flow.twin();
     match maps::flow(Table::Established, &twin_key) {
         Some(twin) if twin.twin() == parsed.key => {
             twin.last_seen = now;
-            true
+            touched::DONE
         }
-        Some(_) => false,
-        None => rebuild_twin(flow, now),
+        None if rebuild_twin(flow, now) => touched::DONE,
+        _ => touched::TWIN_TAKEN,
     }
 }
 

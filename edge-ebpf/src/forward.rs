@@ -8,7 +8,7 @@ use edge_common::{
 use network_types::eth::EthHdr;
 
 use crate::{
-    conntrack,
+    conntrack::{self, touched},
     fib::{self, resolution},
     maps,
     packet::Packet,
@@ -17,12 +17,19 @@ use crate::{
     stats::{because, count_packet},
 };
 
-/// Sends a packet of an established flow on its way.
+/// The flow had been idle for too long to be one of this packet.
+pub const TOO_LATE: Verdict = Verdict::UNDECIDED;
+
+/// Sends a packet of an established flow on its way, or answers [`TOO_LATE`].
 #[inline(always)]
 pub fn established<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4) -> Verdict {
     let now = maps::now();
-    if due(flow.touch_due, ticks(now)) && !conntrack::touch(parsed, flow, now) {
-        return because(Reason::TwinTaken, flow.service);
+    if due(flow.touch_due, ticks(now)) {
+        match conntrack::touch(parsed, flow, now) {
+            touched::DONE => {}
+            touched::TOO_LATE => return TOO_LATE,
+            _ => return because(Reason::TwinTaken, flow.service),
+        }
     }
     send(packet, parsed, flow, now)
 }

@@ -10,7 +10,9 @@ use edge_common::{
 use crate::{
     classify::{self, NEW_FLOW},
     conntrack::{self, NO_FLOW, Past},
-    create, forward, log,
+    create,
+    forward::{self, TOO_LATE},
+    log,
     maps::{self, Table},
     packet::Packet,
     parse::{self, Ipv4, Parsed},
@@ -48,10 +50,15 @@ pub fn run<P: Packet>(packet: &mut P) -> Verdict {
     let Some(parsed) = parse::transport(packet, ip) else {
         return because(Reason::Malformed, 0);
     };
-    match maps::flow(Table::Established, &parsed.key) {
-        Some(flow) if parsed.flags & (SYN | FIN | RST) == 0 => forward::established(packet, &parsed, flow),
-        _ => slow(packet, &parsed, side),
+    if parsed.flags & (SYN | FIN | RST) == 0
+        && let Some(flow) = maps::flow(Table::Established, &parsed.key)
+    {
+        let verdict = forward::established(packet, &parsed, flow);
+        if verdict != TOO_LATE {
+            return verdict;
+        }
     }
+    slow(packet, &parsed, side)
 }
 
 /// A packet that may change its flow's state, or that has no flow. The stages follow each other rather than call each

@@ -7,7 +7,7 @@ use aya_log::EbpfLogger;
 use edge_common::{
     conntrack::State,
     flow::{FlowKeyV4, TCP, UDP},
-    maps::{FlowV4, SERVICES, ServiceKeyV4, flow_flag, mode, name, notice},
+    maps::{FlowV4, SERVICES, ServiceEntry, ServiceKeyV4, flow_flag, mode, name, notice},
     verdict::Reason,
 };
 use edge_tests::datapath::{
@@ -472,4 +472,40 @@ fn what_the_program_has_to_say_is_said_once() -> Result<()> {
         assert_eq!(rig.array::<u32>(name::NOTICES)?.get(&0, 0)?, both | both << notice::LOGGED_SHIFT);
         Ok(())
     })
+}
+
+#[test]
+fn a_datagram_after_the_idle_timeout_starts_a_new_flow() -> Result<()> {
+    for hook in HOOKS {
+        in_namespace(|| {
+            let mut rig = Rig::new(hook, Settings::default())?;
+            rig.service(1, 8443, UDP, mode::FULL_NAT, 1, 443)?;
+            let (uplink, pods) = (rig.uplink, rig.pods);
+            let client_key = key(client(40_000), vip(), UDP);
+            let query = Frame::udp(client(40_000), vip()).bytes();
+            rig.run(&query, uplink)?;
+            let flow = rig.flow(name::HALF_OPEN, &client_key).context("not half-open")?;
+            rig.run(&Frame::udp(backend(), snat_of(&flow)).bytes(), pods)?;
+            rig.run(&query, uplink)?;
+            let flow = rig.flow(name::ESTABLISHED, &client_key).context("not established")?;
+            let timeout = u64::from(rig.array::<ServiceEntry>(name::SERVICES)?.get(&1, 0)?.established_timeout);
+            let touch_now = |flow: &mut FlowV4| flow.touch_due = edge_common::conntrack::ticks(flow.last_seen);
+
+            age(&mut rig, name::ESTABLISHED, &flow, timeout - 2)?;
+            rig.change_flow(name::ESTABLISHED, &flow.key, touch_now)?;
+            assert_eq!(rig.run(&query, uplink)?.action, Action::Redirect);
+            assert!(rig.flow(name::HALF_OPEN, &client_key).is_none(), "idle, but not for too long");
+
+            age(&mut rig, name::ESTABLISHED, &flow, timeout + 2)?;
+            rig.change_flow(name::ESTABLISHED, &flow.key, touch_now)?;
+            assert_eq!(rig.run(&query, uplink)?.action, Action::Redirect);
+            assert_eq!(rig.flows(name::ESTABLISHED)?.len(), 0);
+            let again = rig.flow(name::HALF_OPEN, &client_key).context("not half-open again")?;
+            assert_eq!((again.packets, snat_of(&again)), (1, snat_of(&flow)));
+            let stats = rig.service_stats(1)?;
+            assert_eq!((stats.opened, stats.closed, stats.half_opened), (1, 1, 2));
+            Ok(())
+        })?;
+    }
+    Ok(())
 }
