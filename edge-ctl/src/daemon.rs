@@ -56,7 +56,7 @@ const SWEEP_WALK: Duration = Duration::from_secs(4);
 /// Between two orders to all flows to look their routes up again, however much routes flap.
 const ROUTE_GENERATION_PAUSE: Duration = Duration::from_millis(100);
 /// Route changes told to the kernel between two looks at other events.
-const ROUTE_CHUNK: usize = 1024;
+const ROUTE_CHUNK: usize = 512;
 
 /// What the views may ask of the loop.
 enum Request {
@@ -74,6 +74,8 @@ struct Shared {
     desired: DesiredState,
     /// Host settings that keep packets from being forwarded, and other findings.
     problems: Vec<String>,
+    /// Prefixes learnt by BGP that the kernel was told of.
+    prefixes: usize,
     datapath: Datapath,
 }
 
@@ -169,7 +171,8 @@ impl Daemon {
         match event {
             BgpEvent::Routes(updates) => {
                 // Backends behind a lost route stop being eligible before anything else happens.
-                if !self.world.hear(updates).is_empty() {
+                let lost = self.world.hear(updates);
+                if !lost.is_empty() {
                     self.publish();
                 }
             }
@@ -187,6 +190,7 @@ impl Daemon {
         let changes = self.world.next_changes(ROUTE_CHUNK);
         self.fib.apply(changes.clone()).await;
         let moved = self.world.in_kernel(&changes);
+        lock(&self.shared).prefixes = self.world.learnt().len();
         if !moved.is_empty() {
             self.route_generation.ask(Instant::now());
             self.learn_snat_sources(moved).await;

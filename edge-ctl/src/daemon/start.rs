@@ -88,7 +88,8 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
     let datapath = Datapath::open(&config.edge, EBPF_OBJECT)?;
     let (fib_events, fib_inbox) = mpsc::channel(256);
     let fib = fib::spawn(FibOptions::default(), fib_events).await?;
-    let (bgp_events, bgp_inbox) = mpsc::channel(64);
+    // Short: what waits there is old news, while changes that wait in the speaker are one per prefix.
+    let (bgp_events, bgp_inbox) = mpsc::channel(1);
     let bgp = match &config.bgp {
         Some(settings) => Some(bgp::spawn(settings.clone(), bgp_events).await?),
         None => None,
@@ -117,6 +118,7 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
         config: (config.clone(), Instant::now()),
         desired: DesiredState::default(),
         problems: Vec::new(),
+        prefixes: 0,
         datapath,
     }));
     let (requests, request_inbox) = mpsc::channel(4);

@@ -172,10 +172,6 @@ impl DaemonViews {
             Some(bgp) => bgp.summary().await,
             None => Vec::new(),
         };
-        let prefixes = match &self.bgp {
-            Some(bgp) => bgp.routes().await.iter().filter(|route| route.status.contains('>')).count(),
-            None => 0,
-        };
         let fib = self.fib.status().await;
         let reconciler = self.reconciler.borrow().clone();
         let shared = lock(&self.shared);
@@ -201,7 +197,7 @@ impl DaemonViews {
             backends: backends.len() as u64,
             peers_established: peers.iter().filter(|row| row.state == "Established").count() as u64,
             peers: peers.len() as u64,
-            prefixes: prefixes as u64,
+            prefixes: shared.prefixes as u64,
             flows: services.iter().map(|row| row.active).sum(),
             attached: attached as u64,
             map_writes: reconciler.map_writes + shared.datapath.writes(),
