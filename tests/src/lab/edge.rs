@@ -289,8 +289,8 @@ impl EdgeDaemon {
         Ok(())
     }
 
-    /// Waits until the daemon answers, its sessions to `peers` nodes are up, its program is attached and each of the
-    /// services has an eligible backend.
+    /// Waits until the daemon answers, its sessions to `peers` nodes are up and their routes in the kernel, its program
+    /// is attached and each of the services has backends, all of them eligible.
     ///
     /// # Errors
     /// Where that takes longer than `limit`, or the daemon ends; the message holds the end of its log.
@@ -306,12 +306,17 @@ impl EdgeDaemon {
             let services = lab.edge_ctl(&["service", "list"])?;
             let served = services.as_array().is_some_and(|rows| {
                 !rows.is_empty()
-                    && rows.iter().all(|row| row["backends"].as_str().is_some_and(|text| !text.starts_with("0/")))
+                    && rows.iter().all(|row| {
+                        let share = row["backends"].as_str().and_then(|text| text.split_once('/'));
+                        share.is_some_and(|(eligible, all)| eligible == all && all != "0")
+                    })
             });
             ensure!(
                 number("peers_established") >= peers && number("attached") > 0 && served,
                 "status is {status}, services are {services}"
             );
+            let routes = lab.bgp_routes()?;
+            ensure!(routes.len() as u64 >= peers.min(NODES.len() as u64), "the kernel's routes are {routes:?}");
             Ok(true)
         });
         let waited = match ended {
