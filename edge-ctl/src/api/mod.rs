@@ -75,10 +75,25 @@ pub enum BindError {
 #[derive(Debug)]
 pub struct Bound {
     unix: UnixListener,
-    path: PathBuf,
-    /// Device and inode of the socket's file, which tell it from a successor's.
-    file: Option<(u64, u64)>,
+    file: SocketFile,
     http: Option<TcpListener>,
+}
+
+/// The socket's place in the file system, given back when dropped.
+#[derive(Debug)]
+struct SocketFile {
+    path: PathBuf,
+    /// Device and inode, which tell it from a successor's.
+    identity: Option<(u64, u64)>,
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        // A successor may stand there already: it found that nobody answers while open requests were finishing.
+        if self.identity.is_some() && socket::identity(&self.path) == self.identity {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
 }
 
 impl Bound {
@@ -89,7 +104,7 @@ impl Bound {
 
     /// The API's socket.
     pub fn socket(&self) -> &Path {
-        &self.path
+        &self.file.path
     }
 }
 
@@ -98,12 +113,14 @@ impl Bound {
 /// # Errors
 /// As [`BindError`] says; nothing is left behind.
 pub async fn bind(listen: &Listen) -> Result<Bound, BindError> {
+    // The socket first: where another edge runs, it is that which has the other address too.
+    let unix = socket::bind(&listen.socket).await?;
+    let file = SocketFile { path: listen.socket.clone(), identity: socket::identity(&listen.socket) };
     let http = match listen.http {
         Some(address) => Some(TcpListener::bind(address).await.map_err(|source| BindError::Http { address, source })?),
         None => None,
     };
-    let unix = socket::bind(&listen.socket).await?;
-    Ok(Bound { unix, file: socket::identity(&listen.socket), path: listen.socket.clone(), http })
+    Ok(Bound { unix, file, http })
 }
 
 /// Serves until `shutdown` resolves, lets open requests finish, and removes the socket.
@@ -135,10 +152,7 @@ pub async fn serve_bound(
         result = served => result,
         result = stopped => result,
     };
-    // A successor may stand there already: it found that nobody answers while open requests were finishing.
-    if bound.file.is_some() && socket::identity(&bound.path) == bound.file {
-        let _ = std::fs::remove_file(&bound.path);
-    }
+    drop(bound.file);
     result
 }
 

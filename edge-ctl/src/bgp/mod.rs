@@ -69,15 +69,35 @@ enum Command {
     Shutdown(oneshot::Sender<()>),
 }
 
+/// A speaker that holds its port but does not speak yet.
+pub struct Speaker {
+    actor: actor::Actor,
+    commands: mpsc::Sender<Command>,
+}
+
+impl Speaker {
+    /// Binds the listeners in the current network namespace. Who connects waits until [`Speaker::start`].
+    ///
+    /// # Errors
+    /// [`BgpError::Listen`] where the port cannot be bound; it names address, port and remedy.
+    pub fn bind(config: valid::Bgp, events: mpsc::Sender<BgpEvent>) -> Result<Self, BgpError> {
+        let (commands, inbox) = mpsc::channel(64);
+        Ok(Self { actor: actor::Actor::new(config, events, inbox)?, commands })
+    }
+
+    /// Dials and accepts.
+    pub fn start(self) -> BgpHandle {
+        tokio::spawn(self.actor.run());
+        BgpHandle { commands: self.commands }
+    }
+}
+
 /// Starts the speaker in the current network namespace: binds its listeners, then dials and accepts.
 ///
 /// # Errors
-/// [`BgpError::Listen`] where the port cannot be bound; it names address, port and remedy.
+/// As [`Speaker::bind`].
 pub async fn spawn(config: valid::Bgp, events: mpsc::Sender<BgpEvent>) -> Result<BgpHandle, BgpError> {
-    let (commands, inbox) = mpsc::channel(64);
-    let actor = actor::Actor::new(config, events, inbox)?;
-    tokio::spawn(actor.run());
-    Ok(BgpHandle { commands })
+    Ok(Speaker::bind(config, events)?.start())
 }
 
 /// The daemon's hold on the speaker. When the last clone is gone the speaker shuts down as by [`BgpHandle::shutdown`].

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     api,
-    bgp::{self, BgpError},
+    bgp::{BgpError, Speaker},
     config::{self, ConfigError, valid::Config},
     datapath::{
         loader::{Datapath, LoadError},
@@ -85,15 +85,13 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
     }
     let listen = api::Listen { socket: config.edge.socket.clone(), http: config.http };
     let bound = api::bind(&listen).await?;
+    // Short: what waits there is old news, while changes that wait in the speaker are one per prefix.
+    let (bgp_events, bgp_inbox) = mpsc::channel(1);
+    let speaker = config.bgp.as_ref().map(|settings| Speaker::bind(settings.clone(), bgp_events)).transpose()?;
     let datapath = Datapath::open(&config.edge, EBPF_OBJECT)?;
     let (fib_events, fib_inbox) = mpsc::channel(256);
     let fib = fib::spawn(FibOptions::default(), fib_events).await?;
-    // Short: what waits there is old news, while changes that wait in the speaker are one per prefix.
-    let (bgp_events, bgp_inbox) = mpsc::channel(1);
-    let bgp = match &config.bgp {
-        Some(settings) => Some(bgp::spawn(settings.clone(), bgp_events).await?),
-        None => None,
-    };
+    let bgp = speaker.map(Speaker::start);
     let reconciler = Reconciler::new(
         datapath.port()?,
         Announcer::spawn(bgp.clone()),

@@ -66,6 +66,8 @@ pub fn read(root: &Path, interfaces: &[String]) -> Settings {
         all_accept_local: conf("all", "accept_local"),
         interfaces: interfaces
             .iter()
+            // One that is not there has no settings yet; attaching to it names it, and it is judged once it appears.
+            .filter(|name| root.join("net/ipv4/conf").join(name).is_dir())
             .map(|name| InterfaceSettings {
                 name: name.clone(),
                 rp_filter: conf(name, "rp_filter"),

@@ -16,6 +16,7 @@ use super::{
     Lab, exec, netns,
     pods::{SERVICE_NAME, TCP_ECHO, UDP_ECHO},
     topology::{ASN, DEDICATED_VIP, DNS_PODS, EDGE, EDGE_INTERFACE, NODES, ROUTER, TOR_ASN},
+    xdp_pass,
 };
 
 /// What clients connect to.
@@ -122,7 +123,7 @@ import = ["10.1.0.0/16 le 32"]
     /// # Errors
     /// Where `edge-ctl` is not built, or bpffs is not mounted.
     pub fn start_edge(&self, configuration: &str) -> Result<EdgeDaemon> {
-        self.start_edge_as(configuration, None)
+        self.start_edge_as(configuration, None, &UNIT_CAPABILITIES)
     }
 
     /// Starts the daemon as an ordinary user with exactly the capabilities of the unit.
@@ -130,10 +131,18 @@ import = ["10.1.0.0/16 le 32"]
     /// # Errors
     /// As [`Lab::start_edge`]; also without setpriv.
     pub fn start_edge_as_ordinary_user(&self, configuration: &str) -> Result<EdgeDaemon> {
-        self.start_edge_as(configuration, Some(ORDINARY_USER))
+        self.start_edge_with(configuration, &UNIT_CAPABILITIES)
     }
 
-    fn start_edge_as(&self, configuration: &str, user: Option<u32>) -> Result<EdgeDaemon> {
+    /// Starts the daemon as an ordinary user with these capabilities.
+    ///
+    /// # Errors
+    /// As [`Lab::start_edge_as_ordinary_user`].
+    pub fn start_edge_with(&self, configuration: &str, capabilities: &[&str]) -> Result<EdgeDaemon> {
+        self.start_edge_as(configuration, Some(ORDINARY_USER), capabilities)
+    }
+
+    fn start_edge_as(&self, configuration: &str, user: Option<u32>, capabilities: &[&str]) -> Result<EdgeDaemon> {
         let mounts = fs::read_to_string("/proc/mounts").context("read /proc/mounts")?;
         ensure!(
             mounts.lines().any(|line| line.split(' ').nth(1) == Some("/sys/fs/bpf")),
@@ -153,6 +162,7 @@ import = ["10.1.0.0/16 le 32"]
             program,
             file,
             user,
+            capabilities: capabilities.iter().map(|name| format!("+{name}")).collect::<Vec<_>>().join(","),
             namespace: self.namespace("edge"),
             socket: self.edge_socket(),
             log: self.log("edge", "edge-ctl"),
@@ -213,6 +223,15 @@ import = ["10.1.0.0/16 le 32"]
         Ok(command)
     }
 
+    /// Attaches an XDP program that passes everything to the edge's interface, as another tool on the host would.
+    ///
+    /// # Errors
+    /// Where the kernel refuses, or bpffs is not mounted.
+    pub fn attach_foreign_xdp(&self) -> Result<()> {
+        let pin = PathBuf::from(format!("{}-foreign", self.pins().display()));
+        xdp_pass::attach(&self.namespace("edge"), EDGE_INTERFACE, &pin)
+    }
+
     /// The kernel's routes with protocol bgp on the edge, as `PREFIX via GATEWAY`.
     ///
     /// # Errors
@@ -237,6 +256,8 @@ pub struct EdgeDaemon {
     program: PathBuf,
     file: PathBuf,
     user: Option<u32>,
+    /// Where it runs as an ordinary user, as setpriv spells them.
+    capabilities: String,
     namespace: String,
     socket: PathBuf,
     log: PathBuf,
@@ -253,7 +274,7 @@ impl EdgeDaemon {
         let mut command = match self.user {
             None => Command::new(&self.program),
             Some(user) => {
-                let capabilities = UNIT_CAPABILITIES.map(|name| format!("+{name}")).join(",");
+                let capabilities = &self.capabilities;
                 let mut command = Command::new(exec::program("setpriv", "util-linux")?);
                 command.arg(format!("--reuid={user}")).arg(format!("--regid={user}")).arg("--clear-groups");
                 command.arg(format!("--inh-caps=-all,{capabilities}"));
@@ -268,8 +289,8 @@ impl EdgeDaemon {
         Ok(())
     }
 
-    /// Waits until the daemon answers, its sessions to `peers` nodes are up, its program is attached and each of the
-    /// services has an eligible backend.
+    /// Waits until the daemon answers, its sessions to `peers` nodes are up and their routes in the kernel, its program
+    /// is attached and each of the services has backends, all of them eligible.
     ///
     /// # Errors
     /// Where that takes longer than `limit`, or the daemon ends; the message holds the end of its log.
@@ -285,12 +306,17 @@ impl EdgeDaemon {
             let services = lab.edge_ctl(&["service", "list"])?;
             let served = services.as_array().is_some_and(|rows| {
                 !rows.is_empty()
-                    && rows.iter().all(|row| row["backends"].as_str().is_some_and(|text| !text.starts_with("0/")))
+                    && rows.iter().all(|row| {
+                        let share = row["backends"].as_str().and_then(|text| text.split_once('/'));
+                        share.is_some_and(|(eligible, all)| eligible == all && all != "0")
+                    })
             });
             ensure!(
                 number("peers_established") >= peers && number("attached") > 0 && served,
                 "status is {status}, services are {services}"
             );
+            let routes = lab.bgp_routes()?;
+            ensure!(routes.len() as u64 >= peers.min(NODES.len() as u64), "the kernel's routes are {routes:?}");
             Ok(true)
         });
         let waited = match ended {

@@ -364,7 +364,7 @@ fn offload(namespace: &str, interface: &str, settings: &[&str]) -> Result<()> {
 /// A prefix no namespace has: interface and namespace names stay short.
 fn free_prefix() -> String {
     let pid = std::process::id();
-    let candidates = (0..).map(|number| if number == 0 { format!("e{pid:x}") } else { format!("e{pid:x}.{number}") });
+    let candidates = (0..).map(|number| if number == 0 { format!("e{pid:x}") } else { format!("e{pid:x}n{number}") });
     let mut free = candidates.filter(|prefix| !run_folder().join(prefix).exists() && namespaces(prefix).is_empty());
     free.next().unwrap_or_default()
 }
