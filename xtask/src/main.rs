@@ -74,16 +74,7 @@ fn execute(command: Command) -> Result<ExitCode> {
         Command::Setup => setup::run()?,
         Command::Run { smoke, daemon } => {
             setup::run()?;
-            step("build edge-ctl and edge-lab (release)");
-            sh::run(cargo().args([
-                "build",
-                "--release",
-                "--locked",
-                "--package",
-                "edge-ctl",
-                "--package",
-                "edge-tests",
-            ]))?;
+            build_release()?;
             if !daemon.is_empty() {
                 step("run the daemon on this host");
                 return sh::pass_through(sh::as_root(&release("edge-ctl")).arg("run").args(daemon));
@@ -118,16 +109,7 @@ fn execute(command: Command) -> Result<ExitCode> {
         }
         Command::Bench { json, e2e } => {
             setup::run()?;
-            step("build edge-ctl and edge-lab (release)");
-            sh::run(cargo().args([
-                "build",
-                "--release",
-                "--locked",
-                "--package",
-                "edge-ctl",
-                "--package",
-                "edge-tests",
-            ]))?;
+            build_release()?;
             step("measure");
             let mut command = sh::as_root(&release("edge-lab"));
             command.arg("bench");
@@ -142,6 +124,11 @@ fn execute(command: Command) -> Result<ExitCode> {
         Command::CheckLayers => return layers::run(),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn build_release() -> Result<()> {
+    step("build edge-ctl and edge-lab (release)");
+    sh::run(cargo().args(["build", "--release", "--locked", "--package", "edge-ctl", "--package", "edge-tests"]))
 }
 
 fn release(name: &str) -> PathBuf {
