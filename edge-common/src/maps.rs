@@ -56,7 +56,7 @@ pub mod name {
     pub const NOTICES: &str = "NOTICES";
 
     /// Every map of the pipeline, in the order in which they are listed to users.
-    pub const ALL: [&str; 22] = [
+    pub const ALL: &[&str] = &[
         ESTABLISHED,
         HALF_OPEN,
         CLOSING,
@@ -97,7 +97,7 @@ pub mod name {
 
 /// Version of the meaning of fields, part of every pin's layout hash. To be raised where a field changes its meaning and
 /// no size changes with it.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 
 /// Default entries of [`name::ESTABLISHED`]: two per flow.
 pub const ESTABLISHED_ENTRIES: u32 = 1 << 19;
@@ -132,7 +132,7 @@ pub struct ServiceKeyV4 {
     pub _pad: u8,
 }
 
-/// A direction of a flow, and all that a packet of it needs. 96 bytes, alignment 8.
+/// A direction of a flow, and all that a packet of it needs. 104 bytes, alignment 8.
 ///
 /// Changed in place, never re-inserted; `key` and `sequence` tell a reader whether a copy is of one flow.
 /// The key of the other direction's entry (the twin) is the reversed rewritten tuple: [`FlowV4::twin`].
@@ -176,6 +176,10 @@ pub struct FlowV4 {
     /// Established: when the program next refreshes the twin and looks the route up again, in the ticks of
     /// [`crate::conntrack::ticks`].
     pub touch_due: u32,
+    /// Reply entry: microseconds from `created` to the backend's first SYN-ACK or datagram; 0: none yet.
+    pub answered_after: u32,
+    /// Reply entry: microseconds from `created` to the backend's first byte of payload; 0: none yet.
+    pub first_byte_after: u32,
     /// Creation time, ns of CLOCK_MONOTONIC.
     pub created: u64,
     /// Last packet of this direction, or touch of the twin, ns of CLOCK_MONOTONIC (coarse).
@@ -234,7 +238,7 @@ pub mod flow_flag {
     pub const BACKEND_CLOSED_FIRST: u16 = 1 << 4;
 }
 
-/// A frontend: one listen address of one service. 52 bytes, alignment 4.
+/// A frontend: one listen address of one service. 80 bytes, alignment 4.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ServiceEntry {
@@ -263,8 +267,50 @@ pub struct ServiceEntry {
     pub half_open_timeout: u32,
     /// How long a closed flow and its SNAT port rest, seconds.
     pub closing_timeout: u32,
+    /// How long a client stays with its backend, seconds; 0: no affinity.
+    pub affinity_timeout: u32,
+    /// New flows a second that one source may start; 0: no limit.
+    pub source_flow_rate: u32,
+    /// New flows that one source may start at once.
+    pub source_flow_burst: u32,
+    /// Packets a second that one source may send; 0: no limit.
+    pub source_packet_rate: u32,
+    /// Packets that one source may send at once.
+    pub source_packet_burst: u32,
+    /// Half-open flows that one source may have; 0: no limit.
+    pub source_half_open: u32,
+    /// [`service_flag`] bits.
+    pub flags: u16,
+    /// Largest segment size let through in SYNs, bytes; 0: as it is.
+    pub mss: u16,
+    /// One of [`balance`].
+    pub balance: u8,
     /// Zero.
-    pub _pad: u32,
+    pub _pad: [u8; 3],
+}
+
+/// Bits of [`ServiceEntry::flags`].
+pub mod service_flag {
+    /// Source ranges apply: some are listed.
+    pub const SOURCE_RANGES: u16 = 1 << 0;
+    /// A source that no range names is refused.
+    pub const SOURCES_REFUSED_BY_DEFAULT: u16 = 1 << 1;
+    /// UDP: a flow ends with the backend's first answer.
+    pub const ONE_REPLY: u16 = 1 << 2;
+    /// Ended flows are reported through the events ring buffer.
+    pub const RECORD_ENDS: u16 = 1 << 3;
+    /// The VIP is held by the host for nobody else: the kernel answers what has no frontend or flow.
+    pub const DEDICATED: u16 = 1 << 4;
+}
+
+/// Values of [`ServiceEntry::balance`].
+pub mod balance {
+    /// Weighted Maglev.
+    pub const MAGLEV: u8 = 0;
+    /// One after the other.
+    pub const ROUND_ROBIN: u8 = 1;
+    /// The less loaded of two random ones.
+    pub const LEAST_CONNECTIONS: u8 = 2;
 }
 
 /// Values of [`ServiceEntry::mode`].
@@ -275,7 +321,7 @@ pub mod mode {
     pub const DNAT: u8 = 1;
 }
 
-/// A backend of one service. 16 bytes, alignment 4.
+/// A backend of one service. 20 bytes, alignment 4.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BackendEntry {
@@ -291,6 +337,8 @@ pub struct BackendEntry {
     pub service: u32,
     /// The host's address that the kernel would use towards this backend, network order; 0: not known yet.
     pub snat_address: u32,
+    /// Connections it may have at once; 0: no limit.
+    pub limit: u32,
 }
 
 /// Bits of a [`name::BACKEND_STATE`] value.
@@ -452,15 +500,15 @@ pub const REASON_SLOTS: u32 = SERVICES * verdict::REASONS;
 
 const _: () = {
     assert!(size_of::<ServiceKeyV4>() == 8);
-    assert!(size_of::<FlowV4>() == 96 && align_of::<FlowV4>() == 8);
+    assert!(size_of::<FlowV4>() == 104 && align_of::<FlowV4>() == 8);
     assert!(core::mem::offset_of!(FlowV4, new_src) == 16);
     assert!(core::mem::offset_of!(FlowV4, address_delta) == 28);
     assert!(core::mem::offset_of!(FlowV4, next_hop) == 32);
     assert!(core::mem::offset_of!(FlowV4, state) == 52);
-    assert!(core::mem::offset_of!(FlowV4, created) == 64);
-    assert!(size_of::<ServiceEntry>() == 52 && align_of::<ServiceEntry>() == 4);
+    assert!(core::mem::offset_of!(FlowV4, created) == 72);
+    assert!(size_of::<ServiceEntry>() == 80 && align_of::<ServiceEntry>() == 4);
     assert!(core::mem::offset_of!(ServiceEntry, selection) == 8);
-    assert!(size_of::<BackendEntry>() == 16);
+    assert!(size_of::<BackendEntry>() == 20);
     assert!(size_of::<Chunk>() == CHUNK_BYTES);
     assert!(size_of::<SelectionHeader>() == 16);
     assert!(size_of::<NextHop>() == 32);

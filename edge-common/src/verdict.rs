@@ -67,7 +67,7 @@ macro_rules! reasons {
 }
 
 /// Counters per service; a power of two above the highest reason number.
-pub const REASONS: u32 = 32;
+pub const REASONS: u32 = 64;
 
 reasons! {
     /// Passed: our address, but no frontend and no flow (other ports of a shared address, ARP aside).
@@ -107,8 +107,8 @@ reasons! {
 }
 
 impl Reason {
-    /// True where the packet is dropped rather than passed.
+    /// True where the packet is dropped rather than passed: numbers 8 to 47.
     pub const fn is_drop(self) -> bool {
-        self as u32 >= 8
+        self as u32 >= 8 && (self as u32) < 48
     }
 }

@@ -196,7 +196,7 @@ impl KernelView {
     /// Where a map cannot be read.
     pub fn map_rows(&self) -> Result<Vec<MapRow>, PortError> {
         let mut rows = Vec::new();
-        for map in name::ALL.into_iter().chain(name::DAEMON) {
+        for map in name::ALL.iter().copied().chain(name::DAEMON) {
             let data = self.tables.reader(map)?.data();
             let error = |error: aya::maps::MapError| PortError::new(format!("map {map}"), pins::chain(&error));
             let info = data.info().map_err(error)?;

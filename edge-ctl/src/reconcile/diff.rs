@@ -486,7 +486,7 @@ impl<'a> Planner<'a> {
             established_timeout: service.timeouts.established,
             half_open_timeout: service.timeouts.half_open,
             closing_timeout: service.timeouts.closing,
-            _pad: 0,
+            ..ServiceEntry::default()
         })
     }
 }
@@ -522,8 +522,8 @@ fn backend_entry(
         address: wire(*address.ip()),
         port: address.port().to_be(),
         protocol,
-        _pad: 0,
         service,
         snat_address,
+        ..BackendEntry::default()
     })
 }
