@@ -60,13 +60,13 @@ pub fn track<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, tabl
         Step::Stay => forward::any(packet, parsed, flow),
         Step::Flag(flags) => {
             flow.flags |= flags;
-            if let Some(twin) = maps::flow(table, &flow.twin()) {
+            if let Some(twin) = own_twin(table, flow) {
                 twin.flags |= flags;
             }
             forward::any(packet, parsed, flow)
         }
         Step::Expect(floor) => {
-            if let Some(client) = maps::flow(table, &flow.twin()) {
+            if let Some(client) = own_twin(table, flow) {
                 client.ack_floor = floor;
                 client.flags |= flow_flag::SYN_ACK_SEEN;
             }
@@ -93,6 +93,13 @@ pub fn track<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, tabl
             NO_FLOW
         }
     }
+}
+
+/// A flow's other half. An LRU table may have evicted it, and its key may belong to another flow since, which is not to be
+/// touched.
+#[inline(always)]
+fn own_twin(table: Table, flow: &FlowV4) -> Option<&'static mut FlowV4> {
+    maps::flow(table, &flow.twin()).filter(|twin| twin.twin() == flow.key)
 }
 
 /// True where the client's tuple has a new flow, to which a late packet of the old backend does not belong.
@@ -133,7 +140,8 @@ fn promote(parsed: &Parsed, flow: &mut FlowV4, flags: u16, established_timeout: 
     flow.flags |= flags;
     let touch_due = next_touch(maps::now(), established_timeout, jitter(&flow.key));
     let added = match maps::flow(Table::HalfOpen, &twin_key) {
-        Some(twin) => add_established(twin, flags, touch_due),
+        Some(twin) if twin.twin() == parsed.key => add_established(twin, flags, touch_due),
+        Some(_) => return because(Reason::TwinTaken, service),
         None => add_missing_twin(flow, touch_due),
     };
     if added != 0 && added != EEXIST {
@@ -210,17 +218,25 @@ fn close(parsed: &Parsed, flow: &mut FlowV4, flags: u16, table: Table) -> bool {
     let (service, backend) = (flow.service, flow.backend);
     let twin_key = flow.twin();
     flow.flags |= flags;
+    let mut alone = false;
     let refused = match maps::flow(table, &twin_key) {
-        Some(twin) => {
+        Some(twin) if twin.twin() == parsed.key => {
             twin.flags |= flags;
             put_closing(twin)
+        }
+        // Another flow's by now: only this half closes.
+        Some(_) => {
+            alone = true;
+            0
         }
         None => put_closing_twin(flow),
     };
     if refused != 0 || put_closing(flow) != 0 {
         return false;
     }
-    maps::remove_flow(table, &twin_key);
+    if !alone {
+        maps::remove_flow(table, &twin_key);
+    }
     if maps::remove_flow(table, &parsed.key) && table == Table::Established {
         count_closed(service, backend);
     }
@@ -258,8 +274,11 @@ fn reopen(parsed: &Parsed, flow: &FlowV4, table: Table) {
     }
     if table != Table::Closing {
         let twin_key = flow.twin();
-        put_closing_twin(flow);
-        maps::remove_flow(table, &twin_key);
+        // Where that is another flow's by now, there is no port to rest.
+        if maps::flow(table, &twin_key).is_none_or(|twin| twin.twin() == parsed.key) {
+            put_closing_twin(flow);
+            maps::remove_flow(table, &twin_key);
+        }
     }
     maps::remove_flow(table, &parsed.key);
 }

@@ -53,7 +53,7 @@ pub fn flow<P: Packet>(packet: &mut P, parsed: &Parsed, past: &Past) -> Verdict 
         now: maps::now(),
     };
     let failed = open(&mut plan, service, backend, past);
-    if failed != OPENED {
+    if failed != OPENED && failed != JOINED {
         return match failed {
             NO_SNAT_ADDRESS => because(Reason::NoSnatAddress, service_number),
             TAKEN => because(Reason::TwinTaken, service_number),
@@ -61,7 +61,9 @@ pub fn flow<P: Packet>(packet: &mut P, parsed: &Parsed, past: &Past) -> Verdict 
             _ => because(Reason::HalfOpenFull, service_number),
         };
     }
-    count_half_opened(service_number, backend_number);
+    if failed == OPENED {
+        count_half_opened(service_number, backend_number);
+    }
     match maps::flow(Table::HalfOpen, &parsed.key) {
         Some(flow) => forward::any(packet, parsed, flow),
         None => because(Reason::HalfOpenFull, service_number),
@@ -73,6 +75,8 @@ const NO_SNAT_ADDRESS: u32 = 1;
 const TAKEN: u32 = 2;
 const EXHAUSTED: u32 = 3;
 const FULL: u32 = 4;
+/// The flow was there already.
+const JOINED: u32 = 5;
 
 /// What both entries are made of; they are built where they are inserted, since the stack does not hold both.
 struct Plan {
@@ -138,13 +142,13 @@ fn open(plan: &mut Plan, service: &ServiceEntry, backend: &BackendEntry, past: &
     match add_forward(plan) {
         0 => OPENED,
         errno => {
-            // Another CPU opened this flow just now: its entry serves this packet too, and the reply's key is
-            // this CPU's to take back only where the other chose another one.
+            // Another CPU opened this flow just now, or it was half-open beside a flow that ended: its entry serves this
+            // packet too, and the reply's key is this packet's to take back only where the other chose another one.
             let reply = plan.reply_key();
             if !belongs_to(Table::HalfOpen, &plan.key, &reply) {
                 maps::remove_flow(Table::HalfOpen, &reply);
             }
-            if errno == EEXIST { OPENED } else { FULL }
+            if errno == EEXIST { JOINED } else { FULL }
         }
     }
 }
