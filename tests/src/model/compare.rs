@@ -239,6 +239,22 @@ pub fn counters(state: &State, kernel: &Kernel, before: &Counters) -> Result<(),
     Ok(())
 }
 
+/// What both know of a packet's tuple, for people.
+pub fn entries(state: &State, kernel: &Kernel, frame: &[u8]) -> String {
+    let Some(segment) = wire::ipv4(frame).and_then(|ip| wire::segment(frame, ip)) else {
+        return String::new();
+    };
+    let mut lines = String::new();
+    for table in TABLES {
+        let expected = state.flow(table, &segment.key);
+        let got: Option<FlowV4> = kernel.map(map_name(table)).ok().and_then(|map| map.get(&segment.key));
+        if expected.is_some() || got.is_some() {
+            lines.push_str(&format!("  {table:?} expected {expected:?}\n  {table:?} got      {got:?}\n"));
+        }
+    }
+    lines
+}
+
 /// Bytes as digits.
 pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()

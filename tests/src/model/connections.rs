@@ -84,13 +84,14 @@ fn touch(state: &mut State, key: &FlowKeyV4, now: u64) -> Touch {
     if ((now >> 20) as u32).wrapping_sub(flow.touch_due) > u32::MAX / 2 {
         return Touch::Fine;
     }
-    let timeout = state.config.services.get(&flow.service).map(|(service, _)| service.established_timeout);
-    let late = timeout.is_some_and(|timeout| timeout != 0 && expired(flow.last_seen, timeout, now));
+    let service = state.config.services.get(&flow.service);
+    let timeout = service.map_or(LATEST_TOUCH as u32, |(service, _)| service.established_timeout);
+    let late = timeout != 0 && expired(flow.last_seen, timeout, now);
     if late && key.protocol == UDP && flow.direction != REPLY {
         state.hit(Point::TouchTooLate);
         return Touch::TooLate;
     }
-    let due = next_touch(state, timeout.unwrap_or(LATEST_TOUCH as u32), now);
+    let due = next_touch(state, timeout, now);
     if let Some(flow) = state.change(Table::Established, key) {
         (flow.touch_due, flow.next_hop) = (due, 0);
     }

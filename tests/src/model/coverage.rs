@@ -116,6 +116,8 @@ points! {
     CreateRestedPort,
     /// An entry that timed out gave way to the client's own port.
     Yielded,
+    /// The tuple has a half-open flow beside the one that ended.
+    Joined,
     /// All candidates are in use.
     SnatExhausted,
     /// An existing flow's packet with an expiring TTL.

@@ -296,6 +296,16 @@ fn open(state: &mut State, plan: &Plan, address: u32, port: u16) {
         direction: 1,
         ..forward
     };
+    if let Some(known) = state.flow(Table::HalfOpen, &plan.key).copied() {
+        // The tuple has a flow: that goes on, and the new source is given back.
+        state.hit(Point::Joined);
+        if twin_key(&known) != reply.key {
+            state.remove(Table::HalfOpen, &reply.key);
+        } else {
+            state.put(Table::HalfOpen, reply);
+        }
+        return;
+    }
     state.put(Table::HalfOpen, reply);
     state.put(Table::HalfOpen, forward);
     state.count(plan.number, plan.chosen, |stats| stats.half_opened += 1);

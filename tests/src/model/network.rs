@@ -91,7 +91,7 @@ impl Network {
         }
         for route in [
             format!("{FAR} via {GATEWAY}"),
-            format!("{FAR_NARROW} via {GATEWAY} mtu 600"),
+            format!("{FAR_NARROW} via {GATEWAY} mtu lock 600"),
             format!("unreachable {REFUSED}"),
             format!("blackhole {REFUSED_POD}"),
             format!("{FOREIGN_POD} via inet6 fe80::66 dev pods"),
@@ -126,7 +126,7 @@ impl Network {
             }
         }
         if shape.mtu != self.shape.mtu {
-            ip(&format!("route replace {NARROW_POD} via {} dev pods mtu {}", pod(0), shape.mtu))?;
+            ip(&format!("route replace {NARROW_POD} via {} dev pods mtu lock {}", pod(0), shape.mtu))?;
         }
         if shape.moved != self.shape.moved {
             let by = if shape.moved { GATEWAY } else { pod(1) };

@@ -206,7 +206,8 @@ impl Bench {
         let mut input = Input { frame, ingress: *ingress, hook: self.kernel.hook, gso_size: *gso_size, now: from };
         let judge = |state: &mut State, input: &Input| {
             let decision = decide(state, input, &self.kernel)?;
-            compare::packet(&decision, frame, action, &out)?;
+            compare::packet(&decision, frame, action, &out)
+                .map_err(|what| format!("{what}\n{}", compare::entries(state, &self.kernel, frame)))?;
             compare::touched(state, &self.kernel, (input.now, to))
         };
         // Where the clock ticked during the run, the program read either value.
@@ -240,6 +241,9 @@ impl Bench {
                 }
             }
             piece /= 2;
+        }
+        if !repeats {
+            kept.clear();
         }
         let history = if repeats { self.history(seed, &kept)? } else { "does not repeat by itself".to_owned() };
         bail!(
