@@ -180,7 +180,13 @@ fn in_table(state: &mut State, input: &Input, segment: &Segment, table: Table, f
         state.hit(Point::Superseded);
         return Tracked::Decided(refuse(state, Reason::TwinTaken, flow.service));
     }
-    let decision = match transition(segment, table, &flow, late) {
+    let change = transition(segment, table, &flow, late);
+    if table == Table::HalfOpen && flow.direction != REPLY && segment.flags & (SYN | ACK | RST) == ACK {
+        let expected = flow.flags & flow_flag::SYN_ACK_SEEN != 0;
+        let refused = expected && !matches!(change, Change::Promote(_) | Change::Close(_));
+        state.coverage.hit_if(Point::AckOutOfWindow, refused);
+    }
+    let decision = match change {
         Change::Stay => {
             state.hit(Point::Stay);
             send(state, input, segment, table)

@@ -168,6 +168,11 @@ impl Coverage {
         self.0[point as usize] += 1;
     }
 
+    /// Counts a visit where there was one.
+    pub fn hit_if(&mut self, point: Point, met: bool) {
+        self.0[point as usize] += u64::from(met);
+    }
+
     /// Adds another run's visits.
     pub fn add(&mut self, other: &Self) {
         for (sum, count) in self.0.iter_mut().zip(&other.0) {

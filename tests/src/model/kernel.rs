@@ -14,6 +14,7 @@ use aya::{
 };
 use edge_common::maps::name;
 
+use super::compare::hex;
 use crate::datapath::rig::{Action, Hook, Rig, skb_context, xdp_context};
 
 const LOOKUP: libc::c_long = 1;
@@ -183,8 +184,9 @@ impl Kernel {
             ..TestRun::default()
         };
         match bpf(TEST_RUN, &mut attribute) {
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) && frame.len() < 34 => return Ok(None),
-            other => other.with_context(|| format!("test run of {} bytes", frame.len()))?,
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) && too_short(frame) => return Ok(None),
+            other => other
+                .with_context(|| format!("test run of {} bytes at {:?}: {}", frame.len(), self.hook, hex(frame)))?,
         }
         let action = match (self.hook, attribute.result) {
             (Hook::Xdp, 1) | (Hook::Tc, 2) => Action::Drop,
@@ -195,6 +197,11 @@ impl Kernel {
         };
         Ok(Some((action, &self.out[..attribute.size_out as usize])))
     }
+}
+
+/// True for what no test run takes: less than Ethernet and the IP header that its type announces.
+fn too_short(frame: &[u8]) -> bool {
+    frame.len() < if frame.get(12..14) == Some(&[0x86, 0xdd]) { 14 + 40 } else { 14 + 20 }
 }
 
 /// Nanoseconds of the clock that the program reads.

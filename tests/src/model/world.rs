@@ -23,8 +23,8 @@ use super::{
 };
 use crate::datapath::rig::{CLIENT, SNAT, VIP, pod, wire};
 
-/// Entries of the established table of every world.
-pub const ESTABLISHED: u32 = 48;
+/// Entries of the established table of every world: few, so that it fills up, and odd, so that one half of a flow may fit.
+pub const ESTABLISHED: u32 = 13;
 /// Entries of the LRU tables: so many more than a world has that nothing is evicted but by the world itself.
 pub const LRU: u32 = 4096;
 /// A service number that no map has.
