@@ -1,8 +1,11 @@
 //! `edge-fuzz-datapath`: random packets through the loaded program, compared with the reference model.
 
+use std::path::PathBuf;
+
 use anyhow::{Result, ensure};
 use clap::{Parser, ValueEnum};
-use edge_tests::{datapath::rig::Hook, model::run::fuzz, skip::namespaces_missing};
+use edge_ctl::datapath::object::EBPF_OBJECT;
+use edge_tests::{datapath::rig::Hook, model::run::fuzz_object, skip::namespaces_missing};
 
 /// Random packets through the loaded program, compared with the reference model.
 #[derive(Parser)]
@@ -16,6 +19,9 @@ struct Arguments {
     /// Where; both where not given.
     #[arg(long)]
     hook: Option<Where>,
+    /// Another object than the one built in, as `cargo xtask build-ebpf` makes it.
+    #[arg(long)]
+    object: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -45,9 +51,10 @@ fn main() -> Result<()> {
         Some(seed) => seed,
         None => edge_tests::model::dice::fresh()?,
     };
+    let object = arguments.object.map(std::fs::read).transpose()?;
     for hook in hooks {
         println!("{hook:?}: seed {seed:#x}");
-        println!("{}", fuzz(hook, seed, arguments.packets)?);
+        println!("{}", fuzz_object(object.as_deref().unwrap_or(EBPF_OBJECT), hook, seed, arguments.packets)?);
     }
     Ok(())
 }

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use edge_common::{flow::FlowKeyV4, maps::FlowV4, maps::name, verdict::Reason};
+use edge_ctl::datapath::object::EBPF_OBJECT;
 
 use super::{
     compare,
@@ -19,7 +20,7 @@ use super::{
 };
 use crate::datapath::{
     namespace::in_namespace,
-    rig::{Hook, Rig, Settings},
+    rig::{Hook, Rig, Settings, load},
 };
 
 /// Steps of one world.
@@ -85,8 +86,16 @@ impl std::fmt::Display for Report {
 /// # Errors
 /// At the first difference, with what is needed to see it again; where the namespace or a map is refused.
 pub fn fuzz(hook: Hook, seed: u64, packets: u64) -> Result<Report> {
+    fuzz_object(EBPF_OBJECT, hook, seed, packets)
+}
+
+/// As [`fuzz`], of another object with the same maps: one that was broken on purpose must be found out.
+///
+/// # Errors
+/// As [`fuzz`].
+pub fn fuzz_object(object: &[u8], hook: Hook, seed: u64, packets: u64) -> Result<Report> {
     in_namespace(|| {
-        let mut bench = Bench::new(hook)?;
+        let mut bench = Bench::new(object, hook)?;
         let mut report = Report::default();
         let start = Instant::now();
         let mut seeds = Dice(seed);
@@ -134,9 +143,11 @@ impl Choices for Kernel {
 }
 
 impl Bench {
-    fn new(hook: Hook) -> Result<Self> {
+    fn new(object: &[u8], hook: Hook) -> Result<Self> {
         let settings = Settings { established: ESTABLISHED, lru: LRU, ..Settings::default() };
-        let kernel = Kernel::new(Rig::new(hook, settings)?, hook)?;
+        let mut rig = Rig::from_object(object, hook, settings)?;
+        load(&mut rig.ebpf, hook)?;
+        let kernel = Kernel::new(rig, hook)?;
         let network = Network::new()?;
         Ok(Self { kernel, network })
     }
