@@ -4,7 +4,7 @@ use edge_common::{
     conntrack::{Direction, State, expired, rest_seconds},
     flow::FlowKeyV4,
     hash::{scatter, spread},
-    maps::{BackendEntry, FlowV4, SNAT_ADDRESSES, ServiceEntry, mode},
+    maps::{BackendEntry, FlowV4, SNAT_ADDRESSES, ServiceEntry, flow_flag, mode},
     verdict::{Reason, Verdict},
 };
 
@@ -14,7 +14,7 @@ use crate::{
     maps::{self, EEXIST, Table},
     packet::Packet,
     parse::Parsed,
-    select,
+    protect, select,
     stats::{because, count_half_opened},
 };
 
@@ -50,6 +50,7 @@ pub fn flow<P: Packet>(packet: &mut P, parsed: &Parsed, past: &Past) -> Verdict 
         new_dst_port: backend.port,
         service: service_number,
         backend: backend_number,
+        flags: if service.source_packet_rate == 0 { 0 } else { flow_flag::PACKET_LIMIT },
         now: maps::now(),
     };
     let failed = open(&mut plan, service, backend, past);
@@ -62,6 +63,7 @@ pub fn flow<P: Packet>(packet: &mut P, parsed: &Parsed, past: &Past) -> Verdict 
         };
     }
     count_half_opened(service_number, backend_number);
+    protect::half_opened(parsed.key.src, service_number);
     match maps::flow(Table::HalfOpen, &parsed.key) {
         Some(flow) => forward::any(packet, parsed, flow),
         None => because(Reason::HalfOpenFull, service_number),
@@ -83,6 +85,7 @@ struct Plan {
     new_dst_port: u16,
     service: u32,
     backend: u32,
+    flags: u16,
     now: u64,
 }
 
@@ -102,6 +105,7 @@ fn write_forward(plan: &Plan, flow: &mut FlowV4) {
     flow.new_src_port = plan.new_src_port;
     flow.new_dst_port = plan.new_dst_port;
     flow.set_deltas();
+    flow.flags = plan.flags;
     flow.service = plan.service;
     flow.backend = plan.backend;
     flow.sequence = 1;
