@@ -6,6 +6,7 @@ pub mod diff;
 mod edge;
 pub mod lint;
 pub mod memory;
+mod protect;
 mod raw;
 mod read;
 mod service;

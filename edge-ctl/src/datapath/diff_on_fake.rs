@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use super::fake::FakeDatapath;
 use crate::{
     desired::{Announced, DesiredBackend, DesiredFrontend, DesiredState, Exclusion, Timeouts},
-    model::{Balance, Frontend, Mode, PathAttributes, PoolMember, Protocol, Snat},
+    model::{Balance, Frontend, Mode, PathAttributes, PoolMember, Protection, Protocol, Snat},
     reconcile::{
         diff::{Plan, Reserved, diff},
         ports::{self, Action, DatapathPort, DatapathState, service_key},
@@ -44,6 +44,7 @@ fn service(mode: Mode, pool: Option<Vec<DesiredBackend>>) -> DesiredFrontend {
         mode,
         balance: Balance::Maglev,
         snat: Snat::default(),
+        protection: Protection::default(),
         timeouts: Timeouts::of(Protocol::Tcp),
         announced: if pool.iter().flatten().any(|b| b.eligible()) { Announced::Yes } else { Announced::Off },
         pool,
