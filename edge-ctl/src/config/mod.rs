@@ -11,6 +11,8 @@ mod raw;
 mod read;
 mod service;
 pub mod valid;
+pub use protect::range as source_range;
+pub use values::duration;
 mod values;
 
 use std::{

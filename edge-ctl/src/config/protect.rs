@@ -64,7 +64,10 @@ fn source_ranges(section: &Section<'_>) -> SourceRanges {
 }
 
 /// A prefix without host bits, or an address as the prefix of itself.
-fn range(text: &str) -> Result<IpNet, String> {
+///
+/// # Errors
+/// What is wrong with the text.
+pub fn range(text: &str) -> Result<IpNet, String> {
     match text.parse::<IpAddr>() {
         Ok(address) => Ok(IpNet::from(address)),
         Err(_) => values::prefix(text),
