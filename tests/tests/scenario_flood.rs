@@ -50,7 +50,7 @@ impl Drop for Running {
 #[test]
 fn under_a_flood_no_established_flow_is_lost_and_honest_clients_get_in() -> Result<()> {
     const NAME: &str = "under_a_flood_no_established_flow_is_lost_and_honest_clients_get_in";
-    needs_namespaces!(NAME);
+    needs_namespaces!("under_a_flood_no_established_flow_is_lost_and_honest_clients_get_in");
     let cores = thread::available_parallelism()?.get();
     if cores < 2 {
         skip::skipped(NAME, "the flood needs a core of its own, and there is one in all");
