@@ -300,3 +300,34 @@ const fn last(low: u8) -> [u8; 40] {
     (options[36], options[37], options[38], options[39]) = (2, 4, 0x05, low);
     options
 }
+
+#[test]
+fn where_all_ports_are_taken_a_stalled_half_open_flow_gives_its_own_up_and_no_other_does() -> Result<()> {
+    let settings = Settings { snat_ports: (20_000, 20_003), ..Settings::default() };
+    on_each_hook(&settings, |rig| {
+        let source = |n: u16| client("172.16.1.10", 40_000 + n);
+        let of = |n: u16| key(source(n), vip(), TCP);
+        let mut opened = Vec::new();
+        // Candidates are drawn, so that a few SYNs may miss the last free port.
+        for n in 0..200 {
+            if opened.len() < 4 && syn(rig, source(n))? {
+                // As if it had just been heard, however long this test takes.
+                rig.change_flow(name::HALF_OPEN, &of(n), |flow| flow.last_seen = u64::MAX / 2)?;
+                opened.push(n);
+            }
+        }
+        assert_eq!(opened.len(), 4, "all ports are taken");
+        assert!(
+            (200..250).all(|n| !syn(rig, source(n)).expect("run")),
+            "a flow that is answered in time lost its port"
+        );
+        rig.change_flow(name::HALF_OPEN, &of(opened[2]), |flow| flow.last_seen = 0)?;
+        let newcomer = (250..300).find(|n| syn(rig, source(*n)).expect("run")).context("nobody gave a port up")?;
+        assert!(rig.flow(name::HALF_OPEN, &of(opened[2])).is_none(), "the stalled flow is still there");
+        for n in [opened[0], opened[1], opened[3], newcomer] {
+            assert!(rig.flow(name::HALF_OPEN, &of(n)).is_some(), "flow {n}");
+        }
+        assert_eq!(rig.flows(name::HALF_OPEN)?.len(), 8);
+        Ok(())
+    })
+}

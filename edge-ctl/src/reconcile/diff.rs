@@ -5,7 +5,8 @@
 //! refers to it; the backends in it exist; its filter bits are set before it is reachable; a VIP is withdrawn before its
 //! maps change for the worse and announced after they changed for the better. The order is:
 //!
-//! Source ranges are written before the service that turns them on, and taken out after the one that turns them off.
+//! Source ranges are written before the service that turns them on, and taken out after the one that turns
+//! them off, and after its frontend is gone.
 //!
 //! 1. withdraw VIPs; 2. exclude backends that are gone or not eligible (one in-place write each, so new flows avoid them at
 //!    once); 3. write new backends, filter bits, the dnat index and state words; 4. for each frontend: region, label,
@@ -97,8 +98,8 @@ pub fn diff(desired: &DesiredState, actual: &DatapathState, reserved: &Reserved,
     planner.set_states();
     planner.add_ranges();
     planner.publish_services();
-    planner.remove_ranges();
     planner.remove_frontends();
+    planner.remove_ranges();
     planner.exclude_backends(Scope::All);
     planner.release_pools();
     planner.free();
