@@ -29,6 +29,7 @@ fn backend() -> SocketAddrV4 {
     SocketAddrV4::new(pod(0), 443)
 }
 
+#[expect(clippy::expect_used, reason = "an address written in a test")]
 fn client(address: &str, port: u16) -> SocketAddrV4 {
     SocketAddrV4::new(address.parse().expect("an address"), port)
 }
@@ -240,7 +241,7 @@ fn with_options(frame: &Frame, options: &[u8]) -> Vec<u8> {
     let mut bytes = frame.clone().payload([options, b"data"].concat()).bytes();
     bytes[46] = ((20 + options.len() as u8) / 4) << 4;
     bytes[50..52].fill(0);
-    let check = !sum(&bytes[26..34].to_vec(), &bytes[34..]);
+    let check = !sum(&bytes[26..34], &bytes[34..]);
     bytes[50..52].copy_from_slice(&check.to_be_bytes());
     bytes
 }
