@@ -19,8 +19,8 @@ use ipnet::IpNet;
 use crate::{
     config::valid::Config,
     model::{
-        BackendSource, Balance, Frontend, Mode, PathAttributes, PoolMember, PoolSnapshot, PoolState, Protocol,
-        RouteSet, Service, Snat, within,
+        BackendSource, Balance, Frontend, Mode, PathAttributes, PoolMember, PoolSnapshot, PoolState, Protection,
+        Protocol, RouteSet, Service, Snat, within,
     },
 };
 
@@ -88,6 +88,8 @@ pub struct DesiredFrontend {
     pub balance: Balance,
     /// SNAT settings.
     pub snat: Snat,
+    /// What its sources may do.
+    pub protection: Protection,
     /// Idle timeouts.
     pub timeouts: Timeouts,
     /// Backends by address; `None`: nothing was ever learnt, so the maps keep what they have for this frontend.
@@ -245,6 +247,7 @@ fn build_frontend(config: &Config, inputs: &Inputs<'_>, service: &Service, front
         mode: service.mode,
         balance: service.balance,
         snat: service.snat.clone(),
+        protection: service.protection.clone(),
         timeouts: Timeouts::of(frontend.protocol),
         pool,
         announced,
@@ -338,6 +341,7 @@ mod tests {
             balance: Balance::Maglev,
             snat: Snat::default(),
             announce: Some(Announce { min_backends: 1, attributes: PathAttributes::default() }),
+            protection: Protection::default(),
         };
         Config {
             edge: Edge {

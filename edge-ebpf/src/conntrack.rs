@@ -12,6 +12,7 @@ use crate::{
     maps::{self, EEXIST, Table},
     packet::Packet,
     parse::Parsed,
+    protect,
     stats::{because, count_closed, count_opened},
 };
 
@@ -46,6 +47,9 @@ pub fn track<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, tabl
     if expired && table == Table::Closing {
         maps::remove_flow(Table::Closing, &parsed.key);
         return NO_FLOW;
+    }
+    if flow.flags & flow_flag::PACKET_LIMIT != 0 && !protect::packet_admitted(parsed.key.src, flow) {
+        return because(Reason::SourcePacketRate, flow.service);
     }
     let direction = Direction::from_number(flow.direction);
     let state = match table {
@@ -151,7 +155,10 @@ fn promote(parsed: &Parsed, flow: &mut FlowV4, flags: u16, established_timeout: 
         return because(Reason::TwinTaken, service);
     }
     match add_established(flow, 0, touch_due) {
-        0 => count_opened(service, backend),
+        0 => {
+            count_opened(service, backend);
+            protect::half_open_ended(flow);
+        }
         // Another CPU promoted it just now.
         EEXIST => {}
         _ => {
@@ -237,6 +244,9 @@ fn close(parsed: &Parsed, flow: &mut FlowV4, flags: u16, table: Table) -> bool {
     if !alone {
         maps::remove_flow(table, &twin_key);
     }
+    if table == Table::HalfOpen {
+        protect::half_open_ended(flow);
+    }
     if maps::remove_flow(table, &parsed.key) && table == Table::Established {
         count_closed(service, backend);
     }
@@ -272,6 +282,9 @@ fn reopen(parsed: &Parsed, flow: &FlowV4, table: Table) {
     if table == Table::Established {
         count_closed(flow.service, flow.backend);
     }
+    if table == Table::HalfOpen {
+        protect::half_open_ended(flow);
+    }
     if table != Table::Closing {
         let twin_key = flow.twin();
         // Where that is another flow's by now, there is no port to rest.
@@ -304,6 +317,10 @@ pub fn touch(parsed: &Parsed, flow: &mut FlowV4, now: u64) -> u32 {
         return touched::TOO_LATE;
     }
     flow.touch_due = next_touch(now, seconds, jitter(&flow.key));
+    if maps::service(flow.service).is_some_and(|service| service.source_packet_rate != 0) {
+        // A limit that came with a reload counts for the flows that it found.
+        flow.flags |= flow_flag::PACKET_LIMIT;
+    }
     flow.next_hop = 0;
     let twin_key = flow.twin();
     match maps::flow(Table::Established, &twin_key) {

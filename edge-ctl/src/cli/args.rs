@@ -5,6 +5,7 @@ use std::{net::IpAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use super::acl::AclVerb;
 use crate::model::query::DEFAULT_LIMIT;
 
 /// Layer-4 load balancer for the edge of on-premises Kubernetes: the daemon, and the views into it.
@@ -111,6 +112,12 @@ pub(super) enum Command {
     Flow {
         #[command(subcommand)]
         verb: Option<FlowVerb>,
+    },
+    /// Source ranges: who may use which service
+    #[command(infer_subcommands = true)]
+    Acl {
+        #[command(subcommand)]
+        verb: Option<AclVerb>,
     },
     /// Names asked of the resolvers
     #[command(infer_subcommands = true)]

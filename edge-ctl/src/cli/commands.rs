@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use super::{
     CheckedConfig, DEFAULT_CONFIG, DEFAULT_PINS, DEFAULT_SOCKET, Exit, Wiring,
+    acl::{self, AclVerb},
     args::{
         BackendVerb, BgpVerb, Cli, Colour, Command, ConfigVerb, DescribeNoun, FlowArgs, FlowVerb, GetNoun, Global,
         MapVerb, Output, ServiceVerb, ShowIp, ShowNoun, Which, XdpVerb,
@@ -31,6 +32,7 @@ enum Show {
     Service(String),
     Backends(Option<String>),
     Flows(FlowArgs),
+    Acl(Option<String>),
     Dns,
     BgpSummary,
     BgpPeers,
@@ -53,6 +55,9 @@ pub(super) fn execute(cli: Cli, wiring: &Wiring<'_>) -> Exit {
         Command::Run => return (wiring.run)(&config),
         Command::Config { verb: ConfigVerb::Check } => return check(&config, wiring, global),
         Command::Reload => return with_source(global, wiring, reload),
+        Command::Acl { verb: Some(ref verb) } if acl::change(verb).is_some() => {
+            return with_source(global, wiring, |source| change_acl(source, verb));
+        }
         Command::Version => return with_source(global, wiring, version),
         Command::Show { noun: ShowNoun::Version } => return with_source(global, wiring, version),
         other => view_of(other),
@@ -73,6 +78,8 @@ fn view_of(command: Command) -> Option<Show> {
         Command::Backend { verb: None } => Show::Backends(None),
         Command::Flow { verb: Some(FlowVerb::List(args)) } => Show::Flows(args),
         Command::Flow { verb: None } => Show::Flows(all_flows()),
+        Command::Acl { verb: Some(AclVerb::List { service }) } => Show::Acl(service),
+        Command::Acl { .. } => Show::Acl(None),
         Command::Dns { .. } => Show::Dns,
         Command::Bgp { verb } => bgp(verb),
         Command::Route { .. } => Show::Routes,
@@ -260,6 +267,7 @@ fn shown(source: &Source<'_>, show: &Show) -> Outcome<Shown> {
         Show::Flows(FlowArgs { service, limit }) => {
             list(&views::FLOWS, &Query::Flows { service: service.clone(), limit: *limit })
         }
+        Show::Acl(service) => of_service(&views::ACL, &Query::Acl, "service", service),
         Show::Dns => list(&views::DNS, &Query::Dns),
         Show::BgpSummary => list(&views::BGP_SUMMARY, &Query::BgpPeers),
         Show::BgpPeers => list(&views::BGP_PEERS, &Query::BgpPeers),
@@ -401,6 +409,19 @@ fn reload(source: &Source<'_>) -> Outcome<Exit> {
     };
     print(&single(source, &CONFIG, row, pretty)?);
     Ok(Exit::Ok)
+}
+
+fn change_acl(source: &Source<'_>, verb: &AclVerb) -> Outcome<Exit> {
+    if source.global.kernel {
+        return Err(Failure {
+            exit: Exit::Usage,
+            message: "`acl` changes are for the daemon; `--kernel` only reads".into(),
+        });
+    }
+    let Some(query) = acl::change(verb) else { return Ok(Exit::Usage) };
+    let (text, exit) = rows(source, &views::ACL, source.rows(&query)?)?;
+    print(&text);
+    Ok(exit)
 }
 
 /// This program's version, and the daemon's where one answers.

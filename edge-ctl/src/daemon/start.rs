@@ -14,7 +14,7 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    Daemon, Inbox, ROUTE_GENERATION_PAUSE, Shared, announcer::Announcer, dns_sources, host_problems,
+    Daemon, Inbox, ROUTE_GENERATION_PAUSE, Shared, acl::Acl, announcer::Announcer, dns_sources, host_problems,
     throttle::Throttle, views::DaemonViews, world::World,
 };
 use crate::{
@@ -83,6 +83,7 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
     if !problems.is_empty() {
         return Err(StartError::Host(problems));
     }
+    let acl = Acl::load(&config.edge.state_dir)?;
     let listen = api::Listen { socket: config.edge.socket.clone(), http: config.http };
     let bound = api::bind(&listen).await?;
     // Short: what waits there is old news, while changes that wait in the speaker are one per prefix.
@@ -117,6 +118,7 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
         desired: DesiredState::default(),
         problems: Vec::new(),
         prefixes: 0,
+        acl,
         datapath,
     }));
     let (requests, request_inbox) = mpsc::channel(4);
