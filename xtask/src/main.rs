@@ -5,6 +5,7 @@ use std::{path::PathBuf, process::ExitCode};
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+mod kernel_test;
 mod layers;
 mod setup;
 mod sh;
@@ -55,6 +56,8 @@ enum Command {
         #[arg(long)]
         e2e: bool,
     },
+    /// Load the eBPF object and run the dataplane tests on another kernel, in QEMU.
+    KernelTest(kernel_test::Options),
     /// Check that imports go one way only.
     CheckLayers,
 }
@@ -121,6 +124,7 @@ fn execute(command: Command) -> Result<ExitCode> {
             }
             return sh::pass_through(&mut command);
         }
+        Command::KernelTest(options) => return kernel_test::run(&options),
         Command::CheckLayers => return layers::run(),
     }
     Ok(ExitCode::SUCCESS)
