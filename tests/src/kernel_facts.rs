@@ -10,6 +10,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use aya::{Ebpf, programs::ProgramInfo};
+use edge_ctl::datapath::btf::Btf;
 use aya_obj::{
     Object, ProgramSection,
     generated::{bpf_insn, bpf_map_type},
@@ -47,6 +48,8 @@ pub struct Facts {
     pub stacks: Vec<u32>,
     /// Stack of the deepest chain of calls, each frame rounded up to 32 as the verifier does.
     pub deepest: u32,
+    /// Names of the functions of that chain and their stack.
+    pub chain: Vec<(String, u32)>,
     /// Machine code, bytes; 0 where there is no JIT, or it may not be read.
     pub jited: u32,
 }
@@ -101,8 +104,13 @@ pub fn map_types(object: &[u8]) -> Result<BTreeSet<String>> {
 /// As [`of`].
 pub fn print() -> Result<()> {
     println!("{HEAD}");
-    for facts in of(edge_ctl::datapath::object::EBPF_OBJECT)? {
+    let all = of(edge_ctl::datapath::object::EBPF_OBJECT)?;
+    for facts in &all {
         println!("{facts}");
+    }
+    for facts in &all {
+        let chain: Vec<String> = facts.chain.iter().map(|(name, stack)| format!("{name} {stack}")).collect();
+        println!("{}: {} bytes = {}", facts.program, facts.deepest, chain.join(" > "));
     }
     Ok(())
 }
@@ -125,6 +133,7 @@ pub fn of(object: &[u8]) -> Result<Vec<Facts>> {
     let by_name = maps.iter().filter_map(|(name, fd)| Some((name.as_str(), fd.as_raw_fd(), definitions.get(name)?)));
     parsed.relocate_maps(by_name, &text).context("relocate maps")?;
     parsed.relocate_calls(&text).context("relocate calls")?;
+    let btf = parsed.btf.as_ref().and_then(|btf| Btf::parse(&btf.to_bytes()));
     let mut facts = Vec::new();
     for (name, program) in &parsed.programs {
         let (kind, flags) = match program.section {
@@ -133,7 +142,17 @@ pub fn of(object: &[u8]) -> Result<Vec<Facts>> {
             _ => bail!("{name} has a program type without a place here"),
         };
         let function = parsed.functions.get(&program.function_key()).with_context(|| format!("no code of {name}"))?;
-        facts.push(load(name, kind, flags, &function.instructions)?);
+        let named = |at: usize| {
+            // In bytes until the function is linked into its program, in instructions afterwards.
+            let found = function.func_info.func_info.iter().find(|info| info.insn_off as usize == at);
+            found.and_then(|info| btf.as_ref()?.function(info.type_id)).unwrap_or_else(|| format!("at {at}"))
+        };
+        let mut of_program = load(name, kind, flags, &function.instructions)?;
+        let (deepest, chain) = deepest(&function.instructions, &of_program.stacks)
+            .with_context(|| format!("follow the calls of {name}"))?;
+        of_program.deepest = deepest;
+        of_program.chain = chain.into_iter().map(|(at, stack)| (named(at), stack)).collect();
+        facts.push(of_program);
     }
     facts.sort_by(|one, other| one.program.cmp(&other.program));
     Ok(facts)
@@ -201,7 +220,6 @@ fn load(name: &str, kind: u32, flags: u32, instructions: &[bpf_insn]) -> Result<
     let program = unsafe { OwnedFd::from_raw_fd(i32::try_from(result)?) };
     let mut facts = parse(name, &log).with_context(|| format!("the verifier said of {name}: {log}"))?;
     facts.instructions = instructions.len();
-    facts.deepest = deepest(instructions, &facts.stacks).with_context(|| format!("follow the calls of {name}"))?;
     facts.jited = size(&program)?;
     Ok(facts)
 }
@@ -231,8 +249,9 @@ fn parse(name: &str, log: &str) -> Result<Facts> {
     })
 }
 
-/// The stack of the deepest chain of calls from the first function.
-fn deepest(instructions: &[bpf_insn], stacks: &[u32]) -> Result<u32> {
+/// The stack of the deepest chain of calls from the first function; and the functions of that chain, by where they start,
+/// with their own.
+fn deepest(instructions: &[bpf_insn], stacks: &[u32]) -> Result<(u32, Vec<(usize, u32)>)> {
     let target = |at: usize, ins: &bpf_insn| usize::try_from(i64::try_from(at).ok()? + i64::from(ins.imm) + 1).ok();
     let calls: Vec<(usize, usize)> = instructions
         .iter()
@@ -247,14 +266,19 @@ fn deepest(instructions: &[bpf_insn], stacks: &[u32]) -> Result<u32> {
     }
     let owner = |at: usize| starts.partition_point(|start| *start <= at) - 1;
     let edges: BTreeSet<(usize, usize)> = calls.iter().map(|(at, to)| (owner(*at), owner(*to))).collect();
-    Ok(chain(0, &edges, stacks))
+    let (depth, functions) = chain(0, &edges, stacks);
+    let named = functions.into_iter().filter_map(|function| Some((*starts.get(function)?, *stacks.get(function)?)));
+    Ok((depth, named.collect()))
 }
 
 /// Programs have no recursion: the verifier has accepted them.
-fn chain(function: usize, edges: &BTreeSet<(usize, usize)>, stacks: &[u32]) -> u32 {
+fn chain(function: usize, edges: &BTreeSet<(usize, usize)>, stacks: &[u32]) -> (u32, Vec<usize>) {
     let own = stacks.get(function).map_or(0, |stack| (*stack).max(1).next_multiple_of(32));
     let callees = edges.range((function, 0)..=(function, usize::MAX));
-    own + callees.map(|(_, callee)| chain(*callee, edges, stacks)).max().unwrap_or(0)
+    let (below, mut functions) =
+        callees.map(|(_, callee)| chain(*callee, edges, stacks)).max_by_key(|(depth, _)| *depth).unwrap_or_default();
+    functions.insert(0, function);
+    (own + below, functions)
 }
 
 #[cfg(test)]
@@ -275,7 +299,7 @@ mod tests {
     #[test]
     fn the_deepest_chain_counts_whole_frames_of_32_bytes() {
         let edges = BTreeSet::from([(0, 1), (0, 2), (2, 3)]);
-        assert_eq!(chain(0, &edges, &[200, 100, 40, 1]), 224 + 128);
-        assert_eq!(chain(0, &edges, &[200, 40, 40, 33]), 224 + 64 + 64);
+        assert_eq!(chain(0, &edges, &[200, 100, 40, 1]), (224 + 128, vec![0, 1]));
+        assert_eq!(chain(0, &edges, &[200, 40, 40, 33]), (224 + 64 + 64, vec![0, 2, 3]));
     }
 }
