@@ -10,6 +10,7 @@ pub mod interfaces;
 pub mod kernel_view;
 pub mod loader;
 pub mod maps;
+pub mod migrate;
 pub mod next_hops;
 pub mod object;
 pub mod pins;
