@@ -83,6 +83,16 @@ impl Live {
     /// # Errors
     /// Where a link, a setting or the attachment is refused.
     pub fn new(rig: &mut Rig, hook: Hook, resolved: bool) -> Result<Self> {
+        let live = Self::without_program(hook, resolved)?;
+        attach(rig, hook)?;
+        Ok(live)
+    }
+
+    /// As [`Live::new`], with the program left to the caller.
+    ///
+    /// # Errors
+    /// As [`Live::new`].
+    pub fn without_program(hook: Hook, resolved: bool) -> Result<Self> {
         for interface in ["all", "uplink", "pods"] {
             sysctl(&format!("ipv4/conf/{interface}/accept_local"), "1")?;
             sysctl(&format!("ipv4/conf/{interface}/rp_filter"), "0")?;
@@ -110,7 +120,6 @@ impl Live {
                 ip(&format!("neigh del {address} dev {interface}"))?;
             }
         }
-        attach(rig, hook)?;
         Ok(live)
     }
 }
