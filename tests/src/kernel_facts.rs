@@ -10,11 +10,11 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use aya::{Ebpf, programs::ProgramInfo};
-use edge_ctl::datapath::btf::Btf;
 use aya_obj::{
     Object, ProgramSection,
     generated::{bpf_insn, bpf_map_type},
 };
+use edge_ctl::datapath::btf::Btf;
 
 /// The programs of the object, with the number of their type.
 const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
@@ -209,8 +209,7 @@ fn load(name: &str, kind: u32, flags: u32, instructions: &[bpf_insn]) -> Result<
     };
     // SAFETY: the kernel reads `size_of::<Load>()` bytes of `attributes` and the instructions and license it points to,
     // and writes at most `log_size` bytes to the log; all outlive the call.
-    let result =
-        unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const attributes, size_of::<Load>()) };
+    let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const attributes, size_of::<Load>()) };
     let error = io::Error::last_os_error();
     let log = String::from_utf8_lossy(log.split(|byte| *byte == 0).next().unwrap_or_default()).into_owned();
     if result < 0 {

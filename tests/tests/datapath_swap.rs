@@ -6,9 +6,10 @@ use std::{
     fs,
     io::{Read, Write},
     net::{SocketAddrV4, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsRawFd as _,
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
@@ -108,6 +109,7 @@ fn links(datapath: &Datapath) -> Vec<Option<u32>> {
 fn serve(pod: &Host) -> Result<()> {
     pod.run(|| {
         let socket = UdpSocket::bind("0.0.0.0:443")?;
+        roomy(&socket)?;
         thread::spawn(move || -> std::io::Result<()> {
             let mut buffer = [0; 64];
             loop {
@@ -140,6 +142,7 @@ impl Stream {
     fn start(client: &Host) -> Result<Self> {
         client.run(|| {
             let socket = UdpSocket::bind("0.0.0.0:0")?;
+            roomy(&socket)?;
             socket.connect(vip())?;
             socket.set_read_timeout(Some(Duration::from_secs(1)))?;
             let (stop, received) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
@@ -188,6 +191,23 @@ impl Stream {
     }
 }
 
+/// Room for seconds of datagrams: a thread that the machine does not run in time must not look like a loss at the edge.
+fn roomy(socket: &UdpSocket) -> Result<()> {
+    let size: libc::c_int = 16 << 20;
+    // SAFETY: an open socket, and an integer of the size given that outlives the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVBUFFORCE,
+            (&raw const size).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    ensure!(result == 0, "SO_RCVBUFFORCE: {}", std::io::Error::last_os_error());
+    Ok(())
+}
+
 fn ping(stream: &TcpStream, text: &[u8; 4]) -> Result<()> {
     let (mut stream, mut back) = (stream, [0; 4]);
     stream.write_all(text)?;
@@ -197,7 +217,10 @@ fn ping(stream: &TcpStream, text: &[u8; 4]) -> Result<()> {
 }
 
 /// Runs `swaps` under traffic and checks that nothing was lost, changed places or was reset.
-fn under_traffic(hook: Hook, swaps: impl Fn(&Edge, &dyn Fn() -> Result<()>) -> Result<()> + Send) -> Result<()> {
+fn under_traffic(hook: Hook, swaps: impl Fn(&Edge, &dyn Fn() -> Result<()>) -> Result<()> + Send + Sync) -> Result<()> {
+    // One at a time: the pace of one stream is what two cores keep.
+    static ALONE: Mutex<()> = Mutex::new(());
+    let _alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     in_namespace(|| {
         let folder = Folder::new()?;
         let edge = edge(&folder.0, hook);

@@ -60,7 +60,8 @@ const PACKAGES: [(&str, &str); 5] = [
 
 /// Everything.
 pub fn run(options: &Options) -> Result<ExitCode> {
-    let missing: Vec<&str> = PACKAGES.iter().filter(|(_, proof)| find(proof).is_none()).map(|(name, _)| *name).collect();
+    let missing: Vec<&str> =
+        PACKAGES.iter().filter(|(_, proof)| find(proof).is_none()).map(|(name, _)| *name).collect();
     if !missing.is_empty() {
         bail!("this needs {0}: `apt-get install --no-install-recommends {0}`", missing.join(" "));
     }
@@ -84,7 +85,8 @@ fn package(kernel: &str, folder: &Path) -> Result<PathBuf> {
     let depends = output(Command::new("apt-cache").args(["depends", "--important", kernel]))?;
     let depends = String::from_utf8_lossy(&depends.stdout).into_owned();
     let real = depends.lines().filter_map(|line| line.trim().strip_prefix("Depends: ")).find(|name| {
-        name.strip_prefix("linux-image-").is_some_and(|version| version.starts_with(|first: char| first.is_ascii_digit()))
+        name.strip_prefix("linux-image-")
+            .is_some_and(|version| version.starts_with(|first: char| first.is_ascii_digit()))
     });
     let name = real.unwrap_or(kernel).trim_end_matches("-unsigned");
     let downloaded = |name: &str| -> Result<Option<PathBuf>> {
@@ -101,7 +103,8 @@ fn package(kernel: &str, folder: &Path) -> Result<PathBuf> {
     step(&format!("download {name}"));
     sh::run(Command::new("apt-get").args(["-qq", "download", name]).current_dir(folder))
         .with_context(|| format!("{name} could not be had; `apt-cache search linux-image` lists what there is"))?;
-    downloaded(name)?.with_context(|| format!("apt-get said it downloaded {name}, but it is not in {}", folder.display()))
+    downloaded(name)?
+        .with_context(|| format!("apt-get said it downloaded {name}, but it is not in {}", folder.display()))
 }
 
 struct Kernel {
@@ -169,7 +172,14 @@ fn test_programs(wanted: &[String]) -> Result<BTreeMap<String, PathBuf>> {
     let mut programs = BTreeMap::new();
     for (package, prefixes) in PROGRAMS {
         let mut command = cargo();
-        command.args(["test", "--locked", "--no-run", "--message-format=json-render-diagnostics", "--package", package]);
+        command.args([
+            "test",
+            "--locked",
+            "--no-run",
+            "--message-format=json-render-diagnostics",
+            "--package",
+            package,
+        ]);
         command.args(["--bins", "--tests"]).stderr(Stdio::inherit());
         let built = output(&mut command)?;
         if !built.status.success() {
@@ -347,7 +357,13 @@ fn boot(kernel: &Kernel, initramfs: &Path, options: &Options) -> Result<Results>
 }
 
 fn report(kernel: &Kernel, programs: &BTreeMap<String, PathBuf>, results: &Results) -> ExitCode {
-    println!("\n{}: {} passed, {} failed, {} skipped", kernel.release, results.passed, results.failed.len(), results.skipped.len());
+    println!(
+        "\n{}: {} passed, {} failed, {} skipped",
+        kernel.release,
+        results.passed,
+        results.failed.len(),
+        results.skipped.len()
+    );
     for name in &results.failed {
         println!("FAILED  {name}");
     }

@@ -96,6 +96,9 @@ fn execute(command: Command) -> Result<ExitCode> {
             command.args(["build", "--release", "--locked", "--bins", "--target-dir"]).arg(root().join("target/ebpf"));
             sh::run(command.current_dir(root().join("edge-ebpf")).env("RUSTC_BOOTSTRAP", "1"))?;
             println!("{}", root().join("target/ebpf/bpfel-unknown-none/release/edge-ebpf").display());
+            step("what this kernel's verifier says of it");
+            sh::run(cargo().args(["build", "--quiet", "--locked", "--package", "edge-tests", "--bin", "edge-lab"]))?;
+            return sh::pass_through(sh::as_root(&root().join("target/debug/edge-lab")).arg("kernel-facts"));
         }
         Command::Lab { arguments } => {
             step("build edge-lab");

@@ -64,7 +64,8 @@ impl Btf {
         };
         let section = part(word(8)?, word(12)?)?;
         let strings = part(word(16)?, word(20)?)?.to_vec();
-        let words: Vec<u32> = section.chunks_exact(4).filter_map(|w| w.first_chunk()).map(|w| u32::from_le_bytes(*w)).collect();
+        let words: Vec<u32> =
+            section.chunks_exact(4).filter_map(|w| w.first_chunk()).map(|w| u32::from_le_bytes(*w)).collect();
         let mut types = Vec::new();
         let mut rest = words.as_slice();
         while let [name, info, size_or_type, after @ ..] = rest {

@@ -141,7 +141,8 @@ pub fn catch_up(pins: &Pins) -> Result<u64, PortError> {
 fn earlier(pins: &Pins, map: &str) -> io::Result<Vec<String>> {
     let own = pins.map(map);
     let is_earlier = |file: &String| {
-        file.rsplit_once('-').is_some_and(|(name, _)| name == map) && own.file_name().is_some_and(|own| own != file.as_str())
+        file.rsplit_once('-').is_some_and(|(name, _)| name == map)
+            && own.file_name().is_some_and(|own| own != file.as_str())
     };
     Ok(pins::files(&pins.maps())?.into_iter().filter(is_earlier).collect())
 }
@@ -166,9 +167,14 @@ fn copy(pins: &Pins, map: &str, old: &str, to: &Path, arrays: bool) -> Result<Op
     let (mut count, mut failed) = (0, None);
     let entries = if is_array { layout.max_entries as usize } else { usize::MAX };
     reader.for_first(entries, |key, value| {
-        let value: Option<Vec<u8>> =
-            value.chunks_exact(per_cpu(&reader).max(1)).map(|one| values.apply(one)).collect::<Option<Vec<_>>>().map(|all| all.concat());
-        let (Some(key), Some(value)) = (if is_array { Some(key.to_vec()) } else { keys.apply(key) }, value) else { return };
+        let value: Option<Vec<u8>> = value
+            .chunks_exact(per_cpu(&reader).max(1))
+            .map(|one| values.apply(one))
+            .collect::<Option<Vec<_>>>()
+            .map(|all| all.concat());
+        let (Some(key), Some(value)) = (if is_array { Some(key.to_vec()) } else { keys.apply(key) }, value) else {
+            return;
+        };
         match sys::update(writable.as_fd(), &key, &value, if is_hash { NOEXIST } else { 0 }) {
             Ok(()) => count += 1,
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}

@@ -4,7 +4,8 @@
 use std::{sync::mpsc, thread};
 
 use anyhow::{Context, Result};
-use aya::programs::{SchedClassifier, TcAttachType, Xdp, XdpMode};
+use aya::programs::{SchedClassifier, TcAttachType, Xdp, XdpMode, tc};
+use edge_ctl::datapath::attach::{AttachedHook, tc_hook};
 
 use super::{
     namespace::{ip, run, sysctl},
@@ -134,6 +135,9 @@ fn attach(rig: &mut Rig, hook: Hook) -> Result<()> {
             Hook::Tc => {
                 let program: &mut SchedClassifier =
                     rig.ebpf.program_mut("edge_tc").context("no edge_tc")?.try_into()?;
+                if tc_hook() == AttachedHook::Clsact {
+                    tc::qdisc_add_clsact(interface)?;
+                }
                 program.attach(interface, TcAttachType::Ingress)?;
             }
         }
