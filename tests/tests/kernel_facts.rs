@@ -15,7 +15,7 @@ fn docs() -> Result<String> {
 fn the_deepest_chain_of_calls_fits_kernels_that_round_every_frame_up_to_32_bytes() -> Result<()> {
     for facts in kernel_facts::of(EBPF_OBJECT)? {
         assert!(facts.deepest <= MAX_STACK, "{}: {} bytes by {:?}", facts.program, facts.deepest, facts.chain);
-        // 6.1 processes about a tenth more than newer kernels; half the limit leaves room for that.
+        // 6.1 processes about a sixth more than newer kernels; half the limit leaves room for that.
         assert!(facts.processed <= MAX_PROCESSED / 2, "{}: {} instructions", facts.program, facts.processed);
     }
     Ok(())
