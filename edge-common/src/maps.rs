@@ -167,6 +167,9 @@ pub struct FlowV4 {
     pub address_delta: u16,
     /// Ones'-complement difference of both ports, as above; not part of a CHECKSUM_PARTIAL.
     pub port_delta: u16,
+    /// What another version might have added here.
+    #[cfg(feature = "layout-test")]
+    pub inserted: [u32; 2],
     /// Next-hop number; 0: look the route up for every packet until it resolves.
     pub next_hop: u32,
     /// [`Control::route_generation`] at which `next_hop` was looked up.
@@ -513,14 +516,17 @@ pub type BackendStats = ServiceStats;
 /// Elements of [`name::REASONS`].
 pub const REASON_SLOTS: u32 = SERVICES * verdict::REASONS;
 
+/// Bytes that the `layout-test` feature adds in the middle of a flow.
+const INSERTED: usize = if cfg!(feature = "layout-test") { 8 } else { 0 };
+
 const _: () = {
     assert!(size_of::<ServiceKeyV4>() == 8);
-    assert!(size_of::<FlowV4>() == 104 && align_of::<FlowV4>() == 8);
+    assert!(size_of::<FlowV4>() == 104 + INSERTED && align_of::<FlowV4>() == 8);
     assert!(core::mem::offset_of!(FlowV4, new_src) == 16);
     assert!(core::mem::offset_of!(FlowV4, address_delta) == 28);
-    assert!(core::mem::offset_of!(FlowV4, next_hop) == 32);
-    assert!(core::mem::offset_of!(FlowV4, state) == 52);
-    assert!(core::mem::offset_of!(FlowV4, created) == 72);
+    assert!(core::mem::offset_of!(FlowV4, next_hop) == 32 + INSERTED);
+    assert!(core::mem::offset_of!(FlowV4, state) == 52 + INSERTED);
+    assert!(core::mem::offset_of!(FlowV4, created) == 72 + INSERTED);
     assert!(size_of::<ServiceEntry>() == 80 && align_of::<ServiceEntry>() == 4);
     assert!(core::mem::offset_of!(ServiceEntry, selection) == 8);
     assert!(size_of::<BackendEntry>() == 20);

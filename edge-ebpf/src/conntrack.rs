@@ -9,7 +9,7 @@ use edge_common::{
 
 use crate::{
     forward,
-    maps::{self, EEXIST, Table},
+    maps::{self, EEXIST, ENOENT, Table, scratch::scratch},
     packet::Packet,
     parse::Parsed,
     protect,
@@ -174,28 +174,31 @@ fn promote(parsed: &Parsed, flow: &mut FlowV4, flags: u16, established_timeout: 
 /// A copy of a half-open entry into the established table; 0 or an errno.
 #[inline(never)]
 fn add_established(half_open: &FlowV4, flags: u16, touch_due: u32) -> i32 {
-    let mut flow = *half_open;
+    let Some(flow) = scratch(half_open) else {
+        return ENOENT;
+    };
     flow.state = State::Established as u8;
     flow.sequence = flow.sequence.wrapping_add(1);
     flow.flags |= flags;
     flow.touch_due = touch_due;
-    insert(Table::Established, &flow)
+    insert(Table::Established, flow)
 }
 
 /// As [`add_established`], for a twin that the half-open table has evicted.
 #[inline(never)]
 fn add_missing_twin(flow: &FlowV4, touch_due: u32) -> i32 {
-    let mut twin = *flow;
-    turn(&mut twin);
+    let Some(twin) = scratch(flow) else {
+        return ENOENT;
+    };
+    turn(twin);
     twin.state = State::Established as u8;
     twin.sequence = twin.sequence.wrapping_add(1);
     twin.touch_due = touch_due;
-    insert(Table::Established, &twin)
+    insert(Table::Established, twin)
 }
 
-/// Makes a copy of an entry the other direction's; a function of its own, so that only the copy takes stack where it
-/// is inserted.
-#[inline(never)]
+/// Makes a copy of an entry the other direction's.
+#[inline(always)]
 pub fn turn(flow: &mut FlowV4) {
     flow.turn();
 }
@@ -256,22 +259,26 @@ fn close(parsed: &Parsed, flow: &mut FlowV4, flags: u16, table: Table) -> bool {
 /// Copies an entry into the closing table; 0, or 1 where that refuses.
 #[inline(never)]
 fn put_closing(flow: &FlowV4) -> u32 {
-    let mut closing = *flow;
+    let Some(closing) = scratch(flow) else {
+        return 1;
+    };
     closing.state = State::Closing as u8;
     closing.sequence = closing.sequence.wrapping_add(1);
     closing.last_seen = maps::now();
-    u32::from(!maps::put_closing(&closing))
+    u32::from(!maps::put_closing(closing))
 }
 
 /// As [`put_closing`], the other direction's entry.
 #[inline(never)]
 fn put_closing_twin(flow: &FlowV4) -> u32 {
-    let mut closing = *flow;
-    turn(&mut closing);
+    let Some(closing) = scratch(flow) else {
+        return 1;
+    };
+    turn(closing);
     closing.state = State::Closing as u8;
     closing.sequence = closing.sequence.wrapping_add(1);
     closing.last_seen = maps::now();
-    u32::from(!maps::put_closing(&closing))
+    u32::from(!maps::put_closing(closing))
 }
 
 /// Takes a flow of the past out, so that its client's SYN can start a new one. Its SNAT port rests for everybody
@@ -335,9 +342,11 @@ pub fn touch(parsed: &Parsed, flow: &mut FlowV4, now: u64) -> u32 {
 
 #[inline(never)]
 fn rebuild_twin(flow: &FlowV4, now: u64) -> bool {
-    let mut twin = *flow;
-    turn(&mut twin);
+    let Some(twin) = scratch(flow) else {
+        return false;
+    };
+    turn(twin);
     twin.last_seen = now;
     // A full table is no reason to drop this packet: the next touch tries again.
-    insert(Table::Established, &twin) != EEXIST
+    insert(Table::Established, twin) != EEXIST
 }

@@ -11,7 +11,7 @@ use edge_common::{
 use crate::{
     conntrack::{self, Past},
     forward,
-    maps::{self, EEXIST, Table},
+    maps::{self, EEXIST, ENOENT, Table, scratch},
     packet::Packet,
     parse::Parsed,
     protect, select,
@@ -30,9 +30,12 @@ const STALLED: u64 = 200_000_000;
 /// Candidates that come from the backend's cursor before the rest are scattered.
 const FROM_CURSOR: u32 = 4;
 
-/// Starts a flow for the client's packet and sends it on its way.
+/// Both entries of the packet's flow are there: [`first`] sends it.
+pub const CREATED: Verdict = Verdict::UNDECIDED;
+
+/// Starts a flow for the client's packet: [`CREATED`], or why not.
 #[inline(never)]
-pub fn flow<P: Packet>(packet: &mut P, parsed: &Parsed, past: &Past) -> Verdict {
+pub fn flow(parsed: &Parsed, past: &Past) -> Verdict {
     let service_number = past.service;
     if parsed.ttl <= 1 {
         return because(Reason::TtlExpired, service_number);
@@ -71,9 +74,15 @@ pub fn flow<P: Packet>(packet: &mut P, parsed: &Parsed, past: &Past) -> Verdict 
         count_half_opened(service_number, backend_number);
         protect::half_opened(parsed.key.src, service_number);
     }
+    CREATED
+}
+
+/// Sends the packet that started a flow on its way.
+#[inline(never)]
+pub fn first<P: Packet>(packet: &mut P, parsed: &Parsed, service: u32) -> Verdict {
     match maps::flow(Table::HalfOpen, &parsed.key) {
         Some(flow) => forward::any(packet, parsed, flow),
-        None => because(Reason::HalfOpenFull, service_number),
+        None => because(Reason::HalfOpenFull, service),
     }
 }
 
@@ -85,7 +94,7 @@ const FULL: u32 = 4;
 /// The flow was there already.
 const JOINED: u32 = 5;
 
-/// What both entries are made of; they are built where they are inserted, since the stack does not hold both.
+/// What both entries are made of; they are built in the scratch element, one after the other.
 struct Plan {
     key: FlowKeyV4,
     new_src: u32,
@@ -105,8 +114,8 @@ impl Plan {
     }
 }
 
-/// Writes the forward entry; a function of its own, so that only the entry takes stack where it is inserted.
-#[inline(never)]
+/// Writes the forward entry.
+#[inline(always)]
 fn write_forward(plan: &Plan, flow: &mut FlowV4) {
     flow.key = plan.key;
     flow.new_src = plan.new_src;
@@ -127,18 +136,22 @@ fn write_forward(plan: &Plan, flow: &mut FlowV4) {
 /// Adds the forward entry; 0 or an errno.
 #[inline(never)]
 fn add_forward(plan: &Plan) -> i32 {
-    let mut flow = FlowV4::default();
-    write_forward(plan, &mut flow);
-    maps::add_flow(Table::HalfOpen, &flow).err().unwrap_or(0)
+    let Some(flow) = scratch::empty() else {
+        return ENOENT;
+    };
+    write_forward(plan, flow);
+    maps::add_flow(Table::HalfOpen, flow).err().unwrap_or(0)
 }
 
 /// Adds the reply's entry; 0 or an errno.
 #[inline(never)]
 fn add_reply(plan: &Plan) -> i32 {
-    let mut flow = FlowV4::default();
-    write_forward(plan, &mut flow);
-    conntrack::turn(&mut flow);
-    maps::add_flow(Table::HalfOpen, &flow).err().unwrap_or(0)
+    let Some(flow) = scratch::empty() else {
+        return ENOENT;
+    };
+    write_forward(plan, flow);
+    conntrack::turn(flow);
+    maps::add_flow(Table::HalfOpen, flow).err().unwrap_or(0)
 }
 
 /// Makes both entries, the reply's first.
@@ -295,11 +308,11 @@ fn clear_closing(plan: &Plan, reply: &FlowKeyV4, closing_timeout: u32, own: bool
         return true;
     };
     let rest = rest_seconds(reply.protocol, flow.flags, closing_timeout);
-    let client = flow.twin();
     let rested = expired(flow.last_seen, rest, plan.now);
-    if !(rested || own && client == plan.key) {
+    if !(rested || own && leads_back(flow, &plan.key)) {
         return false;
     }
+    let client = flow.twin();
     maps::remove_flow(Table::Closing, reply);
     maps::remove_flow(Table::Closing, &client);
     true
@@ -307,10 +320,20 @@ fn clear_closing(plan: &Plan, reply: &FlowKeyV4, closing_timeout: u32, own: bool
 
 #[inline(always)]
 fn yields(plan: &Plan, table: Table, reply: &FlowKeyV4, timeout: u32) -> bool {
-    maps::flow(table, reply).is_some_and(|flow| flow.twin() == plan.key || expired(flow.last_seen, timeout, plan.now))
+    maps::flow(table, reply).is_some_and(|flow| leads_back(flow, &plan.key) || expired(flow.last_seen, timeout, plan.now))
 }
 
 #[inline(never)]
 fn belongs_to(table: Table, key: &FlowKeyV4, twin: &FlowKeyV4) -> bool {
-    maps::flow(table, key).is_some_and(|flow| flow.twin() == *twin)
+    maps::flow(table, key).is_some_and(|flow| leads_back(flow, twin))
+}
+
+/// True where `key` is the flow's twin's, field by field: comparing whole keys calls `memcmp`, which takes a frame.
+#[inline(always)]
+fn leads_back(flow: &FlowV4, key: &FlowKeyV4) -> bool {
+    flow.new_src == key.dst
+        && flow.new_dst == key.src
+        && flow.new_src_port == key.dst_port
+        && flow.new_dst_port == key.src_port
+        && flow.key.protocol == key.protocol
 }

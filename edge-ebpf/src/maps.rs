@@ -21,6 +21,8 @@ use edge_common::{
     },
 };
 
+pub mod scratch;
+
 #[map]
 static ESTABLISHED: HashMap<FlowKeyV4, FlowV4> = HashMap::with_max_entries(layout::ESTABLISHED_ENTRIES, 0);
 #[map]
@@ -82,6 +84,8 @@ pub enum Table {
 
 /// `-EEXIST` of an insert that may not replace.
 pub const EEXIST: i32 = -17;
+/// `-ENOENT`, for a map that lacks an element it always has.
+pub const ENOENT: i32 = -2;
 
 /// The entry of `key`.
 #[inline(always)]

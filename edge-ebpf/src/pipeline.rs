@@ -10,7 +10,7 @@ use edge_common::{
 use crate::{
     classify::{self, NEW_FLOW},
     conntrack::{self, NO_FLOW, Past},
-    create,
+    create::{self, CREATED},
     forward::{self, TOO_LATE},
     log,
     maps::{self, Table},
@@ -74,7 +74,10 @@ fn slow<P: Packet>(packet: &mut P, parsed: &Parsed, side: Side) -> Verdict {
             verdict = protect::admit(parsed, past.service);
         }
         if verdict == NEW_FLOW {
-            verdict = create::flow(packet, parsed, &past);
+            verdict = create::flow(parsed, &past);
+            if verdict == CREATED {
+                verdict = create::first(packet, parsed, past.service);
+            }
         }
     }
     log::notices();
@@ -101,7 +104,7 @@ fn prefilter(ip: &Ipv4) -> Option<Side> {
 }
 
 /// A packet that may change its flow's state; [`NO_FLOW`] where it has none, or none any more.
-#[inline(never)]
+#[inline(always)]
 fn tracked<P: Packet>(packet: &mut P, parsed: &Parsed, past: &mut Past) -> Verdict {
     let key = &parsed.key;
     if let Some(flow) = maps::flow(Table::Established, key) {

@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod datapath;
+pub mod kernel_facts;
 pub mod lab;
 pub mod model;
 pub mod scenario;

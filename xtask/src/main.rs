@@ -5,6 +5,7 @@ use std::{path::PathBuf, process::ExitCode};
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+mod kernel_test;
 mod layers;
 mod setup;
 mod sh;
@@ -67,6 +68,8 @@ enum Command {
         #[arg(long)]
         hook: Option<String>,
     },
+    /// Load the eBPF object and run the dataplane tests on another kernel, in QEMU.
+    KernelTest(kernel_test::Options),
     /// Check that imports go one way only.
     CheckLayers,
 }
@@ -105,6 +108,9 @@ fn execute(command: Command) -> Result<ExitCode> {
             command.args(["build", "--release", "--locked", "--bins", "--target-dir"]).arg(root().join("target/ebpf"));
             sh::run(command.current_dir(root().join("edge-ebpf")).env("RUSTC_BOOTSTRAP", "1"))?;
             println!("{}", root().join("target/ebpf/bpfel-unknown-none/release/edge-ebpf").display());
+            step("what this kernel's verifier says of it");
+            sh::run(cargo().args(["build", "--quiet", "--locked", "--package", "edge-tests", "--bin", "edge-lab"]))?;
+            return sh::pass_through(sh::as_root(&root().join("target/debug/edge-lab")).arg("kernel-facts"));
         }
         Command::Lab { arguments } => {
             step("build edge-lab");
@@ -144,6 +150,7 @@ fn execute(command: Command) -> Result<ExitCode> {
             }
             return sh::pass_through(&mut command);
         }
+        Command::KernelTest(options) => return kernel_test::run(&options),
         Command::CheckLayers => return layers::run(),
     }
     Ok(ExitCode::SUCCESS)

@@ -4,12 +4,14 @@
 pub mod acl_view;
 pub mod answer;
 pub mod attach;
+pub mod btf;
 pub mod fake;
 pub mod host;
 pub mod interfaces;
 pub mod kernel_view;
 pub mod loader;
 pub mod maps;
+pub mod migrate;
 pub mod next_hops;
 pub mod object;
 pub mod pins;
