@@ -7,6 +7,10 @@
 
 use crate::{checksum, conntrack::Direction, filter, flow::FlowKeyV4, verdict};
 
+pub mod events;
+
+pub use events::{BackendSignals, DropSample, FlowEnd};
+
 /// Map names as in the object file and under the pin folder.
 pub mod name {
     /// `HashMap<FlowKeyV4, FlowV4>`, preallocated: flows that proved themselves.
@@ -55,6 +59,11 @@ pub mod name {
     /// `Array<u32>`, one element: [`super::notice`] bits that the program raised, and which of them it has logged.
     pub const NOTICES: &str = "NOTICES";
 
+    /// `PerCpuArray<BackendSignals>` by backend number.
+    pub const BACKEND_SIGNALS: &str = "BACKEND_SIGNALS";
+    /// `PerCpuArray<u64>`, one element: records that the full [`EVENTS`] ring buffer refused.
+    pub const EVENTS_LOST: &str = "EVENTS_LOST";
+
     /// Every map of the pipeline, in the order in which they are listed to users.
     pub const ALL: &[&str] = &[
         ESTABLISHED,
@@ -79,11 +88,18 @@ pub mod name {
         BACKEND_STATS,
         REASONS,
         NOTICES,
+        BACKEND_SIGNALS,
+        EVENTS_LOST,
     ];
 
     /// aya-log's ring buffer, named by aya-log. Pinned like the others, so that a new daemon goes on reading it; not a
     /// table that can be listed.
     pub const LOG: &str = "AYA_LOGS";
+
+    /// Ring buffer of [`super::FlowEnd`] and [`super::DropSample`] records.
+    pub const EVENTS: &str = "EVENTS";
+    /// Pinned, but not tables that can be listed.
+    pub const STREAMS: [&str; 2] = [LOG, EVENTS];
 
     /// `Array<u64>` by service number: established flows that the daemon ended as idle. Written by the daemon only, which
     /// creates and pins it; `active = opened - closed - expired`.
@@ -236,6 +252,8 @@ pub mod flow_flag {
     pub const REPLIED: u16 = 1 << 3;
     /// The backend closed first, so its TIME_WAIT may still hold the port.
     pub const BACKEND_CLOSED_FIRST: u16 = 1 << 4;
+    /// The client has repeated its SYN with nothing from the backend, and that has been counted.
+    pub const UNANSWERED: u16 = 1 << 5;
 }
 
 /// A frontend: one listen address of one service. 80 bytes, alignment 4.

@@ -1,14 +1,14 @@
 //! Carries out what `edge_common::conntrack` decides: moves between the tables, flags on both halves, touch.
 
 use edge_common::{
-    conntrack::{self, Direction, State, Step, next_touch},
+    conntrack::{self, Direction, State, Step, next_touch, opens, tcp_flag::RST},
     flow::{FlowKeyV4, UDP},
     maps::{FlowV4, ServiceEntry, flow_flag},
     verdict::{Reason, Verdict},
 };
 
 use crate::{
-    forward,
+    events, forward,
     maps::{self, EEXIST, Table},
     packet::Packet,
     parse::Parsed,
@@ -57,11 +57,19 @@ pub fn track<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, tabl
         return because(Reason::TwinTaken, flow.service);
     }
     match conntrack::step(state, direction, flow.flags, flow.ack_floor, expired, &parsed.segment()) {
-        Step::Stay => forward::any(packet, parsed, flow),
+        Step::Stay => {
+            if table == Table::HalfOpen && opens(parsed.flags) {
+                events::repeated(flow);
+            }
+            forward::any(packet, parsed, flow)
+        }
         Step::Flag(flags) => {
             flow.flags |= flags;
             if let Some(twin) = maps::flow(table, &flow.twin()) {
                 twin.flags |= flags;
+            }
+            if flags & flow_flag::REPLIED != 0 {
+                events::answered(flow);
             }
             forward::any(packet, parsed, flow)
         }
@@ -70,6 +78,7 @@ pub fn track<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, tabl
                 client.ack_floor = floor;
                 client.flags |= flow_flag::SYN_ACK_SEEN;
             }
+            events::answered(flow);
             forward::any(packet, parsed, flow)
         }
         Step::Promote(flags) => {
@@ -80,6 +89,9 @@ pub fn track<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, tabl
             forward_from(packet, parsed, Table::Established)
         }
         Step::Close(flags) => {
+            if direction == Direction::Reply && parsed.flags & RST != 0 {
+                events::reset_by_backend(flow);
+            }
             if close(parsed, flow, flags, table) {
                 forward_from(packet, parsed, Table::Closing)
             } else {
@@ -220,8 +232,12 @@ fn close(parsed: &Parsed, flow: &mut FlowV4, flags: u16, table: Table) -> bool {
     if refused != 0 || put_closing(flow) != 0 {
         return false;
     }
-    maps::remove_flow(table, &twin_key);
-    if maps::remove_flow(table, &parsed.key) && table == Table::Established {
+    let record = events::begin(flow, table, Some(parsed));
+    let from_client = flow.direction == Direction::Forward as u8;
+    let twin_removed = maps::remove_flow(table, &twin_key);
+    let removed = maps::remove_flow(table, &parsed.key);
+    events::finish(record, if from_client { removed } else { twin_removed });
+    if removed && table == Table::Established {
         count_closed(service, backend);
     }
     true
@@ -256,12 +272,14 @@ fn reopen(parsed: &Parsed, flow: &FlowV4, table: Table) {
     if table == Table::Established {
         count_closed(flow.service, flow.backend);
     }
+    let record = if table == Table::Established { events::begin(flow, table, None) } else { None };
     if table != Table::Closing {
         let twin_key = flow.twin();
         put_closing_twin(flow);
         maps::remove_flow(table, &twin_key);
     }
-    maps::remove_flow(table, &parsed.key);
+    let removed = maps::remove_flow(table, &parsed.key);
+    events::finish(record, removed);
 }
 
 /// What [`touch`] did; a number, so that a BPF function can return it.

@@ -50,7 +50,8 @@ pub fn flow<P: Packet>(packet: &mut P, parsed: &Parsed, past: &Past) -> Verdict 
         new_dst_port: backend.port,
         service: service_number,
         backend: backend_number,
-        now: maps::now(),
+        // Connect times are measured from here.
+        now: maps::events::precise_now(),
     };
     let failed = open(&mut plan, service, backend, past);
     if failed != OPENED {

@@ -127,6 +127,6 @@ fn translate<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now:
         return false;
     }
     flow.last_seen = now;
-    count_packet(flow, u64::from(parsed.total_len));
+    count_packet(flow, parsed);
     true
 }

@@ -6,7 +6,7 @@ use edge_common::{
     verdict::{REASONS, Reason, Verdict},
 };
 
-use crate::maps;
+use crate::{events, maps, parse::Parsed};
 
 /// Counts `reason` for a service (0: none) and gives the verdict that goes with it.
 #[inline(always)]
@@ -20,9 +20,10 @@ pub fn because(reason: Reason, service: u32) -> Verdict {
     if reason.is_drop() { Verdict::DROP } else { Verdict::PASS }
 }
 
-/// Counts a packet of `bytes` (from the IP header on) of a flow.
+/// Counts a packet of a flow, and notes the backend's first payload.
 #[inline(always)]
-pub fn count_packet(flow: &mut FlowV4, bytes: u64) {
+pub fn count_packet(flow: &mut FlowV4, parsed: &Parsed) {
+    let bytes = u64::from(parsed.total_len);
     flow.packets += 1;
     flow.bytes += bytes;
     let (service, backend) = (flow.service, flow.backend);
@@ -32,6 +33,9 @@ pub fn count_packet(flow: &mut FlowV4, bytes: u64) {
             stats.bytes_in += bytes;
         });
     } else {
+        if flow.first_byte_after == 0 && parsed.has_payload() {
+            events::first_byte(flow);
+        }
         update(service, backend, |stats| {
             stats.packets_out += 1;
             stats.bytes_out += bytes;

@@ -28,6 +28,7 @@ pub struct MapMemory {
 pub fn estimate(tables: &Tables, cpus: u32) -> Vec<MapMemory> {
     name::ALL
         .iter()
+        .chain([&name::EVENTS])
         .map(|name| {
             let (entries, bytes) = one(name, tables, cpus);
             MapMemory { name, entries, bytes }
@@ -58,6 +59,10 @@ fn one(name: &str, tables: &Tables, cpus: u32) -> (u32, u64) {
         name::SERVICE_STATS => (maps::SERVICES, per_cpu::<maps::ServiceStats>(maps::SERVICES, cpus)),
         name::BACKEND_STATS => (maps::BACKENDS, per_cpu::<maps::BackendStats>(maps::BACKENDS, cpus)),
         name::REASONS => (maps::REASON_SLOTS, per_cpu::<u64>(maps::REASON_SLOTS, cpus)),
+        name::BACKEND_SIGNALS => (maps::BACKENDS, per_cpu::<maps::BackendSignals>(maps::BACKENDS, cpus)),
+        name::EVENTS_LOST => (1, per_cpu::<u64>(1, cpus)),
+        // Entries are bytes here; the kernel adds three pages of its own (kernel/bpf/ringbuf.c).
+        name::EVENTS => (maps::events::EVENTS_BYTES, u64::from(maps::events::EVENTS_BYTES) + 3 * 4096),
         _ => (0, 0),
     }
 }

@@ -502,7 +502,7 @@ fn parse(pins: &Pins, tables: &Tables, object: &[u8]) -> Result<Ebpf, LoadError>
     for (map, entries) in table_sizes(tables) {
         loader.map_max_entries(map, entries);
     }
-    for map in name::ALL.iter().copied().chain([name::LOG]) {
+    for map in name::ALL.iter().copied().chain(name::STREAMS) {
         loader.map_pin_path(map, pins.map(map));
     }
     loader.load(object).map_err(|error| object_error("loading the eBPF object", &error))
