@@ -1,7 +1,9 @@
 //! The daemon: the one place where the layers are wired together. One loop receives every event, keeps the [`World`]
 //! up to date, and publishes the desired state that follows from it; the reconciler does the rest.
 
+mod access_log;
 mod announcer;
+mod recorder;
 mod start;
 mod throttle;
 mod views;
@@ -25,7 +27,7 @@ use tracing::{error, info, warn};
 
 pub use start::{StartError, run};
 
-use self::{throttle::Throttle, world::World};
+use self::{recorder::Recorder, throttle::Throttle, world::World};
 use crate::{
     bgp::{BgpEvent, BgpHandle},
     config::{
@@ -107,6 +109,7 @@ struct Daemon {
     next_hops: NextHops,
     sweeper: Sweeper,
     program_log: ProgramLog,
+    recorder: Recorder,
     fib: FibHandle,
     bgp: Option<BgpHandle>,
     dns: DnsHandle,
@@ -336,6 +339,7 @@ impl Daemon {
             let failures = shared.datapath.attach_missing();
             problems.extend(failures.iter().map(|(interface, error)| format!("{interface}: {error}")));
             problems.extend(shared.datapath.notes().iter().cloned());
+            problems.extend(self.recorder.problem());
             for problem in problems.iter().filter(|problem| !before.contains(*problem)) {
                 warn!(%problem, "degraded");
             }
@@ -406,6 +410,7 @@ impl Daemon {
             Ok(_) => {}
             Err(error) => warn!(%error, "idle flows could not be swept"),
         }
+        self.recorder.ended(self.sweeper.take_ended());
     }
 
     /// Parses, validates, compares, applies; on any error the running configuration stays.
@@ -432,6 +437,7 @@ impl Daemon {
             _ => {}
         }
         self.config = new;
+        self.recorder.reload(&self.config.access_log);
         let current = lock(&self.shared).desired.clone();
         self.world.reconfigure(&self.config, &current);
         self.dns.reconfigure(dns_sources(&self.config), self.config.edge.pod_networks.clone());

@@ -86,6 +86,7 @@ fn desired(backends: &[&str]) -> DesiredState {
         frontends: BTreeMap::from([(frontend, service)]),
         announcements: BTreeMap::from([(address.into(), PathAttributes::default())]),
         addresses: [address].into(),
+        ..DesiredState::default()
     }
 }
 

@@ -35,6 +35,7 @@ pub(super) fn api(views: Shared) -> Router {
         ("/v1/maps", Query::Maps),
         ("/v1/xdp", Query::Xdp),
         ("/v1/reasons", Query::Reasons),
+        ("/v1/events", Query::Events),
         ("/v1/config", Query::Config),
     ];
     let router = plain.into_iter().fold(Router::new(), |router, (path, query)| {

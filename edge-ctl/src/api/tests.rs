@@ -101,6 +101,7 @@ fn rows(query: Query) -> Result<Answer, ViewError> {
             action: text("pass"),
             packets: 4,
         }]),
+        Query::Events => Answer::Events(vec![EventRow { kind: text("drop"), ..EventRow::default() }]),
         Query::Config => Answer::Config(ConfigRow { file: text("edge.toml"), ..ConfigRow::default() }),
         Query::Reload => return Err(ViewError::Invalid(vec![text("edge.toml:1: a"), text("edge.toml:2: b")])),
     })
@@ -184,6 +185,7 @@ fn every_question_has_a_path_that_leads_to_it() {
         Query::Map { name: "../CONTROL".into(), limit: 3 },
         Query::Xdp,
         Query::Reasons,
+        Query::Events,
         Query::Config,
     ];
     for query in queries {

@@ -142,6 +142,8 @@ pub(super) enum Command {
         #[command(subcommand)]
         verb: Option<XdpVerb>,
     },
+    /// The newest ends of flows and dropped packets (a sample of those); -w follows
+    Events,
     /// The configuration
     #[command(infer_subcommands = true)]
     Config {

@@ -42,6 +42,7 @@ enum Show {
     Maps,
     Map(String, usize),
     Xdp,
+    Events,
     Reasons,
     Config,
 }
@@ -80,6 +81,7 @@ fn view_of(command: Command) -> Option<Show> {
         Command::Map { .. } => Show::Maps,
         Command::Xdp { verb: Some(XdpVerb::Stats) } => Show::Reasons,
         Command::Xdp { .. } => Show::Xdp,
+        Command::Events => Show::Events,
         Command::Config { verb: ConfigVerb::Show } => Show::Config,
         Command::Get { noun } => get(noun),
         Command::Describe { noun: DescribeNoun::Service { service } } => Show::Service(service),
@@ -271,6 +273,7 @@ fn shown(source: &Source<'_>, show: &Show) -> Outcome<Shown> {
         Show::Maps => list(&views::MAPS, &Query::Maps),
         Show::Map(name, limit) => list(&views::MAP_ENTRIES, &Query::Map { name: name.clone(), limit: *limit }),
         Show::Xdp => list(&views::XDP, &Query::Xdp),
+        Show::Events => list(&views::EVENTS, &Query::Events),
         Show::Reasons => list(&views::REASONS, &Query::Reasons),
         Show::Config => configuration(source),
     }

@@ -13,7 +13,10 @@ use tokio::{
 };
 use tracing::warn;
 
-use super::{Request, SharedState, lock};
+use super::{
+    Request, SharedState, lock,
+    recorder::{self, Told},
+};
 use crate::{
     api::{BoxFuture, Views},
     bgp::BgpHandle,
@@ -52,6 +55,7 @@ pub struct DaemonViews {
     requests: mpsc::Sender<Request>,
     kernel: Arc<KernelView>,
     sampled: Sampled,
+    told: Arc<Mutex<Told>>,
 }
 
 impl DaemonViews {
@@ -66,11 +70,12 @@ impl DaemonViews {
         dns: DnsHandle,
         reconciler: watch::Receiver<ReconcilerStatus>,
         requests: mpsc::Sender<Request>,
+        told: Arc<Mutex<Told>>,
     ) -> Result<Self, PortError> {
         let kernel = Arc::new(lock(&shared).datapath.view()?);
         let sampled = Sampled::default();
         tokio::spawn(sample(Arc::clone(&kernel), reconciler.clone(), Arc::clone(&sampled)));
-        Ok(Self { shared, fib, bgp, dns, reconciler, requests, kernel, sampled })
+        Ok(Self { shared, fib, bgp, dns, reconciler, requests, kernel, sampled, told })
     }
 
     async fn answer_one(&self, query: Query) -> Result<Answer, ViewError> {
@@ -90,6 +95,7 @@ impl DaemonViews {
             Query::BgpAdvertised(peer) => Answer::BgpRoutes(self.peer(peer).await?.advertised(peer).await),
             Query::Routes => Answer::Routes(self.fib.routes().await),
             Query::Xdp => Answer::Xdp(lock(&self.shared).datapath.xdp_rows()),
+            Query::Events => Answer::Events(recorder::lock(&self.told).events.iter().cloned().collect()),
             Query::Config => Answer::Config(self.config()?),
             Query::Reload => return self.reload().await,
             Query::Flows { .. } | Query::Maps | Query::Map { .. } | Query::Reasons => {
@@ -134,7 +140,7 @@ impl DaemonViews {
         let sampled = self.sampled.lock().unwrap_or_else(PoisonError::into_inner);
         for row in &mut rows {
             if let Some(number) = row_key(row).and_then(|key| numbers.get(&key)) {
-                row.conn_s = sampled.backend(*number).0;
+                (row.conn_s, row.rx_s, row.tx_s) = sampled.backend(*number);
             }
             let Some(backend) = desired_backend(&desired, row) else { continue };
             backend.source.clone_into(&mut row.source);
@@ -174,6 +180,10 @@ impl DaemonViews {
         };
         let fib = self.fib.status().await;
         let reconciler = self.reconciler.borrow().clone();
+        let (access, events_lost) = {
+            let told = recorder::lock(&self.told);
+            (told.access, told.lost.saturating_add(told.unqueued))
+        };
         let shared = lock(&self.shared);
         let mut problems = shared.problems.clone();
         problems.extend(reconciler.error.clone());
@@ -201,6 +211,9 @@ impl DaemonViews {
             flows: services.iter().map(|row| row.active).sum(),
             attached: attached as u64,
             map_writes: reconciler.map_writes + shared.datapath.writes(),
+            access_written: access.written,
+            access_lost: access.lost,
+            events_lost,
             actions: reconciler.actions,
         })
     }

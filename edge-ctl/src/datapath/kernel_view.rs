@@ -118,10 +118,13 @@ impl KernelView {
     pub fn backend_rows(&self) -> Result<Vec<BackendRow>, PortError> {
         let state = self.tables.state()?;
         let stats = self.tables.backend_stats(state.backends_end())?;
+        let signals = self.tables.backend_signals(state.backends_end())?;
+        let now = monotonic_ns();
         let mut rows = Vec::new();
         for (number, slot) in &state.backends {
             let service = state.services.get(&slot.entry.service);
             let stats = stats.get(number).copied().unwrap_or_default();
+            let signals = signals.get(number).copied().unwrap_or_default();
             let vip = service.map(|service| socket_address(service.entry.address, service.entry.port).to_string());
             rows.push(BackendRow {
                 service: service.map(|service| service.label.clone()).unwrap_or_default(),
@@ -131,6 +134,14 @@ impl KernelView {
                 state: if slot.eligible() { "up" } else { "draining" }.to_owned(),
                 w: u32::from(weight_of(slot.state)),
                 active: slot.active,
+                fails: signals.unanswered + signals.refused + signals.reset_early,
+                connect: average_ms(signals.answered_us, signals.answered),
+                first_byte: average_ms(signals.first_byte_us, signals.first_bytes),
+                unanswered: signals.unanswered,
+                refused: signals.refused,
+                reset_early: signals.reset_early,
+                last_failure: (signals.last_failure != 0)
+                    .then(|| now.saturating_sub(signals.last_failure) / 1_000_000_000),
                 source: "-".to_owned(),
                 connections: stats.opened,
                 packets_in: stats.packets_in,
@@ -288,6 +299,11 @@ impl KernelView {
     pub fn programs(&self) -> Vec<&'static str> {
         [XDP_PROGRAM, TC_PROGRAM].into_iter().filter(|program| self.pins.program(program).exists()).collect()
     }
+}
+
+/// The average of `count` times that add up to `micros` microseconds, in milliseconds.
+fn average_ms(micros: u64, count: u64) -> Option<f64> {
+    (count != 0).then(|| micros as f64 / count as f64 / 1000.0)
 }
 
 /// Connections, bytes in and bytes out per second.

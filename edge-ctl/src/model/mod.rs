@@ -1,5 +1,6 @@
 //! Plain data that every layer speaks: services, backends, routes, and the rows that users see. No I/O, no clock.
 
+pub mod access;
 pub mod query;
 mod route;
 mod service;

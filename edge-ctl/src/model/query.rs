@@ -6,7 +6,7 @@ use std::{fmt, net::IpAddr};
 use serde::{Deserialize, Serialize};
 
 use super::view::{
-    BackendRow, BgpPeerRow, BgpRouteRow, DnsRow, FlowRow, MapRow, RouteRow, ServiceRow, StatusRow, XdpRow,
+    BackendRow, BgpPeerRow, BgpRouteRow, DnsRow, EventRow, FlowRow, MapRow, RouteRow, ServiceRow, StatusRow, XdpRow,
 };
 
 /// Rows that a list of flows or map entries has unless told otherwise.
@@ -53,6 +53,8 @@ pub enum Query {
     Xdp,
     /// Packets dropped or passed, by service and reason: [`Answer::Reasons`].
     Reasons,
+    /// The newest ends of flows and dropped packets: [`Answer::Events`].
+    Events,
     /// The configuration in force: [`Answer::Config`].
     Config,
     /// Read the configuration again and apply it: [`Answer::Reloaded`].
@@ -80,6 +82,7 @@ impl Query {
             Self::Map { name, limit } => format!("/v1/maps/{}?limit={limit}", percent_encode(name)),
             Self::Xdp => "/v1/xdp".to_owned(),
             Self::Reasons => "/v1/reasons".to_owned(),
+            Self::Events => "/v1/events".to_owned(),
             Self::Config => "/v1/config".to_owned(),
             Self::Reload => return ("POST", "/v1/reload".to_owned()),
         };
@@ -115,6 +118,8 @@ pub enum Answer {
     Xdp(Vec<XdpRow>),
     /// To [`Query::Reasons`].
     Reasons(Vec<ReasonRow>),
+    /// To [`Query::Events`].
+    Events(Vec<EventRow>),
     /// To [`Query::Config`].
     Config(ConfigRow),
     /// To [`Query::Reload`].
