@@ -7,6 +7,7 @@
 
 use crate::{checksum, conntrack::Direction, filter, flow::FlowKeyV4, verdict};
 
+pub mod capture;
 pub mod events;
 
 pub use events::{BackendSignals, DropSample, FlowEnd};
@@ -98,8 +99,10 @@ pub mod name {
 
     /// Ring buffer of [`super::FlowEnd`] and [`super::DropSample`] records.
     pub const EVENTS: &str = "EVENTS";
+    /// Perf buffers of captured packets: a [`super::capture::CaptureHeader`] and bytes of the frame.
+    pub const CAPTURE: &str = "CAPTURE";
     /// Pinned, but not tables that can be listed.
-    pub const STREAMS: [&str; 2] = [LOG, EVENTS];
+    pub const STREAMS: [&str; 3] = [LOG, EVENTS, CAPTURE];
 
     /// `Array<u64>` by service number: established flows that the daemon ended as idle. Written by the daemon only, which
     /// creates and pins it; `active = opened - closed - expired`.
@@ -481,8 +484,14 @@ pub struct Control {
     /// Moves when a link, a used neighbour, or a route that covers a backend changed: entries then look their
     /// route up again.
     pub route_generation: u32,
-    /// Zero.
-    pub _pad: [u32; 3],
+    /// Until when forwarded packets are captured, in the ticks of [`crate::conntrack::ticks`]; 0: not at all.
+    pub capture_until: u32,
+    /// Service number whose packets are captured.
+    pub capture_service: u16,
+    /// Bytes of each that are copied at most.
+    pub capture_length: u16,
+    /// Backend number whose packets are captured; 0: all of the service's.
+    pub capture_backend: u32,
 }
 
 /// An operator's name, UTF-8, zero-padded, cut at 64 bytes.

@@ -3,10 +3,11 @@
 use edge_common::{
     conntrack::{Direction, tcp_flag::RST},
     maps::{
-        FlowEnd, FlowV4,
-        events::{End, micros_since, shows_silence},
+        DropSample, FlowEnd, FlowV4,
+        events::{End, event, mapped, micros_since, shows_silence},
         flow_flag, service_flag,
     },
+    verdict::Verdict,
 };
 
 use crate::{
@@ -120,4 +121,33 @@ pub fn reset_by_backend(flow: &FlowV4) {
         return;
     }
     signals.last_failure = maps::now();
+}
+
+/// Reports a dropped packet where its reason's counter says that it is one of the sample; gives the verdict back.
+#[inline(always)]
+pub fn sampled(parsed: &Parsed, verdict: Verdict) -> Verdict {
+    if let Some((reason, service)) = verdict.reported() {
+        report(parsed, reason, service);
+    }
+    verdict
+}
+
+#[inline(never)]
+fn report(parsed: &Parsed, reason: u8, service: u32) {
+    let Some(mut sample) = record::<DropSample>() else {
+        return;
+    };
+    let content = sample.content();
+    content.kind = event::DROP;
+    content.reason = reason;
+    content.protocol = parsed.key.protocol;
+    content.flags = parsed.flags;
+    content.service = service;
+    content.source = mapped(parsed.key.src);
+    content.destination = mapped(parsed.key.dst);
+    content.source_port = parsed.key.src_port;
+    content.destination_port = parsed.key.dst_port;
+    content.length = u32::from(parsed.total_len);
+    content.time = maps::now();
+    sample.send();
 }

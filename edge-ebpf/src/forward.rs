@@ -2,12 +2,13 @@
 
 use edge_common::{
     conntrack::{due, ticks},
-    maps::{FlowV4, NextHop, next_hop_flag},
-    verdict::{Reason, Verdict},
+    maps::{Control, FlowV4, NextHop, capture::side, next_hop_flag},
+    verdict::{Action, Reason, Verdict},
 };
 use network_types::eth::EthHdr;
 
 use crate::{
+    capture,
     conntrack::{self, touched},
     fib::{self, resolution},
     maps,
@@ -48,6 +49,19 @@ fn send<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: u64)
     let Some(control) = maps::control() else {
         return because(Reason::NotReady, flow.service);
     };
+    let capturing = control.capture_until != 0;
+    if capturing {
+        capture::copy(packet, flow, side::BEFORE);
+    }
+    let verdict = deliver(packet, parsed, flow, now, control);
+    if capturing && !matches!(verdict.action(), Action::Drop) {
+        capture::copy(packet, flow, side::AFTER);
+    }
+    verdict
+}
+
+#[inline(always)]
+fn deliver<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: u64, control: &Control) -> Verdict {
     if flow.next_hop == 0 || flow.route_generation != control.route_generation {
         let resolved = fib::resolve(packet, parsed, flow, control.route_generation);
         if resolved as u32 != resolution::RESOLVED {

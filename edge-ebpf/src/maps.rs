@@ -5,6 +5,7 @@
 //! that is written whole.
 #![allow(unsafe_code, reason = "this is one of the two modules that may hold it")]
 
+pub mod capture;
 pub mod events;
 
 use core::intrinsics::{AtomicOrdering, atomic_xadd};

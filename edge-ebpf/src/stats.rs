@@ -2,7 +2,7 @@
 
 use edge_common::{
     conntrack::Direction,
-    maps::{FlowV4, ServiceStats, notice},
+    maps::{FlowV4, ServiceStats, events::is_sampled, notice},
     verdict::{REASONS, Reason, Verdict},
 };
 
@@ -11,13 +11,15 @@ use crate::{events, maps, parse::Parsed};
 /// Counts `reason` for a service (0: none) and gives the verdict that goes with it.
 #[inline(always)]
 pub fn because(reason: Reason, service: u32) -> Verdict {
+    let mut report = false;
     if let Some(count) = maps::reason_counter(service * REASONS + reason as u32) {
         *count += 1;
+        report = is_sampled(*count);
     }
     if reason == Reason::NotReady {
         maps::raise(notice::NOT_READY);
     }
-    if reason.is_drop() { Verdict::DROP } else { Verdict::PASS }
+    if reason.is_drop() { Verdict::dropped(reason, service, report) } else { Verdict::PASS }
 }
 
 /// Counts a packet of a flow, and notes the backend's first payload.
