@@ -343,6 +343,9 @@ impl Daemon {
             for problem in problems.iter().filter(|problem| !before.contains(*problem)) {
                 warn!(%problem, "degraded");
             }
+            if let Err(error) = shared.datapath.end_stale_capture() {
+                warn!(%error, "a capture that nobody reads goes on");
+            }
             if let Err(error) = shared.datapath.refresh_snat_ports() {
                 warn!(%error, "the host's own ports are not known");
             }

@@ -15,6 +15,7 @@ use axum::{
 use serde::Deserialize;
 
 use super::{Answer, Query, ViewError, Views, metrics};
+use crate::model::capture::CaptureOrder;
 use crate::model::query::{DEFAULT_LIMIT, Refusal, ServiceDetail};
 
 /// Rows that one answer may have; more would hold up the daemon.
@@ -47,6 +48,7 @@ pub(super) fn api(views: Shared) -> Router {
         .route("/v1/maps/{name}", get(map))
         .route("/v1/bgp/peers/{peer}/received", get(received))
         .route("/v1/bgp/peers/{peer}/advertised", get(advertised))
+        .route("/v1/capture", post(capture))
         .route("/v1/reload", post(|State(views): State<Shared>| ask(views, Query::Reload)))
         .route("/metrics", get(scrape))
         .fallback(not_found)
@@ -90,7 +92,7 @@ async fn not_found(uri: Uri) -> Response {
 }
 
 async fn wrong_method(uri: Uri) -> Response {
-    let error = format!("{} does not take that method (GET everywhere, POST for /v1/reload)", uri.path());
+    let error = format!("{} does not take that method (GET everywhere, POST for /v1/reload and /v1/capture)", uri.path());
     (StatusCode::METHOD_NOT_ALLOWED, Json(Refusal { error, problems: Vec::new() })).into_response()
 }
 
@@ -116,6 +118,13 @@ async fn flows(State(views): State<Shared>, parameters: Listed) -> Response {
             let limit = parameters.limit();
             ask(views, Query::Flows { service: parameters.service, limit }).await
         }
+        Err(rejection) => bad_request(rejection.body_text()),
+    }
+}
+
+async fn capture(State(views): State<Shared>, order: Result<Parameters<CaptureOrder>, QueryRejection>) -> Response {
+    match order {
+        Ok(Parameters(order)) => ask(views, Query::Capture(order)).await,
         Err(rejection) => bad_request(rejection.body_text()),
     }
 }

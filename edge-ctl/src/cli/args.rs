@@ -144,6 +144,8 @@ pub(super) enum Command {
     },
     /// The newest ends of flows and dropped packets (a sample of those); -w follows
     Events,
+    /// Copy a service's packets, before and after rewriting, into a pcapng file: XDP traffic that tcpdump does not see
+    Capture(super::capture::CaptureArgs),
     /// The configuration
     #[command(infer_subcommands = true)]
     Config {

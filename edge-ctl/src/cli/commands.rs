@@ -54,6 +54,7 @@ pub(super) fn execute(cli: Cli, wiring: &Wiring<'_>) -> Exit {
         Command::Run => return (wiring.run)(&config),
         Command::Config { verb: ConfigVerb::Check } => return check(&config, wiring, global),
         Command::Reload => return with_source(global, wiring, reload),
+        Command::Capture(args) => return with_source(global, wiring, |source| capture(source, &args)),
         Command::Version => return with_source(global, wiring, version),
         Command::Show { noun: ShowNoun::Version } => return with_source(global, wiring, version),
         other => view_of(other),
@@ -65,7 +66,7 @@ pub(super) fn execute(cli: Cli, wiring: &Wiring<'_>) -> Exit {
 /// What a command shows; `None` for those that show nothing, which [`execute`] has dealt with.
 fn view_of(command: Command) -> Option<Show> {
     Some(match command {
-        Command::Run | Command::Reload | Command::Version | Command::Config { verb: ConfigVerb::Check } => return None,
+        Command::Run | Command::Reload | Command::Capture(_) | Command::Version | Command::Config { verb: ConfigVerb::Check } => return None,
         Command::Status => Show::Status,
         Command::Service { verb: Some(ServiceVerb::Describe { service }) } => Show::Service(service),
         Command::Service { verb: Some(ServiceVerb::List { service }) } => Show::Services(service),
@@ -403,6 +404,18 @@ fn reload(source: &Source<'_>) -> Outcome<Exit> {
         text
     };
     print(&single(source, &CONFIG, row, pretty)?);
+    Ok(Exit::Ok)
+}
+
+/// Copies packets until told to stop, and says on standard error how many.
+fn capture(source: &Source<'_>, args: &super::capture::CaptureArgs) -> Outcome<Exit> {
+    if source.global.kernel {
+        return Err(Failure { exit: Exit::Usage, message: "`capture` needs the daemon; `--kernel` only reads".into() });
+    }
+    let tap = (source.wiring.tap)(&source.pins).map_err(Failure::error)?;
+    let ask = |order| source.ask(&Query::Capture(order)).map(drop).map_err(|failure| failure.message);
+    let (packets, lost) = super::capture::run(args, tap, ask).map_err(Failure::error)?;
+    eprintln!("{packets} packets written, {lost} lost");
     Ok(Exit::Ok)
 }
 

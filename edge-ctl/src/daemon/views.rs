@@ -29,6 +29,7 @@ use crate::{
     fib::FibHandle,
     model::{
         Frontend, Protocol,
+        capture::{CaptureOrder, CaptureRow},
         query::{Answer, ConfigRow, Query, ViewError},
         view::{BackendRow, ServiceRow, StatusRow},
     },
@@ -97,6 +98,7 @@ impl DaemonViews {
             Query::Xdp => Answer::Xdp(lock(&self.shared).datapath.xdp_rows()),
             Query::Events => Answer::Events(recorder::lock(&self.told).events.iter().cloned().collect()),
             Query::Config => Answer::Config(self.config()?),
+            Query::Capture(order) => Answer::Capturing(self.capture(&order)?),
             Query::Reload => return self.reload().await,
             Query::Flows { .. } | Query::Maps | Query::Map { .. } | Query::Reasons => {
                 answer_from_pins(&self.kernel, &query)?
@@ -162,6 +164,29 @@ impl DaemonViews {
         let texts = config::read_texts(&file).map_err(|error| ViewError::Invalid(error.lines()))?;
         let text = texts.into_iter().map(|(_, text)| text).collect::<Vec<_>>().join("\n");
         Ok(ConfigRow { file: file.display().to_string(), age, text })
+    }
+
+    fn capture(&self, order: &CaptureOrder) -> Result<CaptureRow, ViewError> {
+        let state = Arc::clone(&self.reconciler.borrow().state);
+        let unknown = || ViewError::NotFound(format!("there is no frontend or service `{}`", order.vip));
+        let found = state.index.iter().find_map(|(key, number)| {
+            let slot = state.services.get(number)?;
+            let vip = socket_address(key.address, key.port);
+            (slot.label == order.vip || vip.to_string() == order.vip).then(|| (*number, vip, slot.label.clone()))
+        });
+        let (number, vip, service) = found.ok_or_else(unknown)?;
+        let backend = match &order.backend {
+            None => 0,
+            Some(wanted) => {
+                let mine = |slot: &BackendSlot| slot.entry.service == number && slot.address().to_string() == *wanted;
+                let found = state.backends.iter().find(|(_, slot)| mine(slot)).map(|(number, _)| *number);
+                found.ok_or_else(|| ViewError::NotFound(format!("{service} has no backend `{wanted}`")))?
+            }
+        };
+        let mut shared = lock(&self.shared);
+        let ordered = shared.datapath.capture(number, backend, order.length, order.seconds);
+        ordered.map_err(|error| ViewError::Internal(error.to_string()))?;
+        Ok(CaptureRow { service, vip: vip.to_string() })
     }
 
     async fn reload(&self) -> Result<Answer, ViewError> {

@@ -3,6 +3,7 @@
 
 pub mod answer;
 pub mod attach;
+pub mod capture;
 pub mod events;
 pub mod fake;
 pub mod host;

@@ -5,6 +5,7 @@ use std::{fmt, net::IpAddr};
 
 use serde::{Deserialize, Serialize};
 
+use super::capture::{CaptureOrder, CaptureRow};
 use super::view::{
     BackendRow, BgpPeerRow, BgpRouteRow, DnsRow, EventRow, FlowRow, MapRow, RouteRow, ServiceRow, StatusRow, XdpRow,
 };
@@ -57,6 +58,8 @@ pub enum Query {
     Events,
     /// The configuration in force: [`Answer::Config`].
     Config,
+    /// Have forwarded packets copied for a while: [`Answer::Capturing`].
+    Capture(CaptureOrder),
     /// Read the configuration again and apply it: [`Answer::Reloaded`].
     Reload,
 }
@@ -84,6 +87,12 @@ impl Query {
             Self::Reasons => "/v1/reasons".to_owned(),
             Self::Events => "/v1/events".to_owned(),
             Self::Config => "/v1/config".to_owned(),
+            Self::Capture(order) => {
+                let backend = order.backend.as_deref().map_or_else(String::new, |b| format!("&backend={}", percent_encode(b)));
+                let (vip, length, seconds) = (percent_encode(&order.vip), order.length, order.seconds);
+                let path = format!("/v1/capture?vip={vip}&length={length}&seconds={seconds}{backend}");
+                return ("POST", path);
+            }
             Self::Reload => return ("POST", "/v1/reload".to_owned()),
         };
         ("GET", path)
@@ -122,6 +131,8 @@ pub enum Answer {
     Events(Vec<EventRow>),
     /// To [`Query::Config`].
     Config(ConfigRow),
+    /// To [`Query::Capture`].
+    Capturing(CaptureRow),
     /// To [`Query::Reload`].
     Reloaded(ReloadRow),
 }
