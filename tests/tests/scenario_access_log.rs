@@ -108,3 +108,40 @@ fn logrotate(lab: &Lab, daemon: &edge_tests::lab::edge::EdgeDaemon, access: &Pat
     ensure!(status["access_written"].as_u64() >= Some(25), "{status}");
     Ok(())
 }
+
+#[test]
+fn a_capture_holds_every_packet_as_it_came_and_as_it_left_and_tcpdump_reads_it() -> Result<()> {
+    needs_namespaces!("a_capture_holds_every_packet_as_it_came_and_as_it_left_and_tcpdump_reads_it");
+    let lab = Lab::up(Speaker::Bird, 1)?;
+    let mut daemon = lab.start_ready_edge("1s")?;
+    let file = lab.folder().join("capture.pcapng");
+    let (path, socket, pins) = (file.display().to_string(), lab.edge_socket(), lab.pins());
+    let (socket, pins) = (socket.display().to_string(), pins.display().to_string());
+    let target = vip(vip::HTTP).to_string();
+    let arguments =
+        ["capture", &target, "-w", &path, "--count", "20", "--seconds", "20", "--socket", &socket, "--pin-path", &pins];
+    let output = std::thread::scope(|scope| {
+        let capture = scope.spawn(|| lab.edge_ctl_raw(&arguments));
+        // Two interface descriptions are written at once, packets once the order stands.
+        let captured = wait_for("captured packets", LIMIT, || {
+            lab.http("client", vip(vip::HTTP), 1)?;
+            Ok(capture.is_finished())
+        });
+        captured.and(capture.join().map_err(|_| anyhow::anyhow!("the capture's thread panicked"))?)
+    })?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success() && said.contains("20 packets written, 0 lost"), "{said}");
+
+    let mut tcpdump = std::process::Command::new("tcpdump");
+    let read = edge_tests::lab::exec::run(tcpdump.args(["-n", "-r", &path]))?;
+    let (client, pod) = (format!("> {EDGE}.{}:", vip::HTTP), format!("> {}.80:", ingress(1).address));
+    let (before, after) = (
+        read.lines().filter(|line| line.contains(&client)).count(),
+        read.lines().filter(|line| line.contains(&pod)).count(),
+    );
+    ensure!(before > 0 && before.abs_diff(after) <= 1, "{before} to the VIP, {after} to the pod:\n{read}");
+    ensure!(read.lines().count() == 20, "{read}");
+    let control = || lab.edge_ctl(&["map", "dump", "CONTROL"]);
+    wait_for("the end of the order", LIMIT, || Ok(control()?.to_string().contains("capture_until=0")))?;
+    daemon.stop()
+}

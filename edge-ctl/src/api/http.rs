@@ -92,7 +92,8 @@ async fn not_found(uri: Uri) -> Response {
 }
 
 async fn wrong_method(uri: Uri) -> Response {
-    let error = format!("{} does not take that method (GET everywhere, POST for /v1/reload and /v1/capture)", uri.path());
+    let error =
+        format!("{} does not take that method (GET everywhere, POST for /v1/reload and /v1/capture)", uri.path());
     (StatusCode::METHOD_NOT_ALLOWED, Json(Refusal { error, problems: Vec::new() })).into_response()
 }
 

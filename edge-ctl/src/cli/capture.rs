@@ -31,8 +31,9 @@ const RENEW: Duration = Duration::from_secs(1);
 pub(super) struct CaptureArgs {
     /// Listen address and port, or a service's name
     pub vip: String,
-    /// File to write, pcapng; `-` is standard output
-    #[arg(short = 'W', long, short_alias = 'w', value_name = "FILE")]
+    /// File to write, pcapng; `-` is standard output. With or without -w before it, as with tcpdump
+    // -w is the flag `--watch` of every command, so that `-w FILE` reads as that flag and this argument.
+    #[arg(value_name = "FILE")]
     pub write: PathBuf,
     /// Stop after so many packets
     #[arg(long, short = 'n', value_name = "N")]

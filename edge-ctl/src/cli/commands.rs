@@ -66,7 +66,11 @@ pub(super) fn execute(cli: Cli, wiring: &Wiring<'_>) -> Exit {
 /// What a command shows; `None` for those that show nothing, which [`execute`] has dealt with.
 fn view_of(command: Command) -> Option<Show> {
     Some(match command {
-        Command::Run | Command::Reload | Command::Capture(_) | Command::Version | Command::Config { verb: ConfigVerb::Check } => return None,
+        Command::Run
+        | Command::Reload
+        | Command::Capture(_)
+        | Command::Version
+        | Command::Config { verb: ConfigVerb::Check } => return None,
         Command::Status => Show::Status,
         Command::Service { verb: Some(ServiceVerb::Describe { service }) } => Show::Service(service),
         Command::Service { verb: Some(ServiceVerb::List { service }) } => Show::Services(service),

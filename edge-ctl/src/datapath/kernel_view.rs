@@ -456,7 +456,10 @@ fn value_text(map: &str, value: &[u8], cpus: usize) -> String {
         name::NEXT_HOPS => from_bytes::<NextHop>(value).map(|hop| next_hop_text(&hop)),
         name::CONTROL => {
             // The seed is a secret.
-            from_bytes::<Control>(value).map(|control| format!("route_generation={}", control.route_generation))
+            from_bytes::<Control>(value).map(|control| {
+                let Control { route_generation, capture_until, .. } = control;
+                format!("route_generation={route_generation} capture_until={capture_until}")
+            })
         }
         name::ADDRESS_FILTER => from_bytes::<AddressFilter>(value).map(|filter| {
             let count = |words: &[u64]| words.iter().map(|word| word.count_ones()).sum::<u32>();
@@ -562,7 +565,7 @@ mod tests {
 
     #[test]
     fn the_seed_is_not_in_a_dump() {
-        let control = Control { seed: [0x5ec2_e700_5ec2_e700; 2], route_generation: 3, _pad: [0; 3] };
-        assert_eq!(value_text(name::CONTROL, &sys::to_bytes(&control), 1), "route_generation=3");
+        let control = Control { seed: [0x5ec2_e700_5ec2_e700; 2], route_generation: 3, ..Control::default() };
+        assert_eq!(value_text(name::CONTROL, &sys::to_bytes(&control), 1), "route_generation=3 capture_until=0");
     }
 }

@@ -88,7 +88,8 @@ impl Query {
             Self::Events => "/v1/events".to_owned(),
             Self::Config => "/v1/config".to_owned(),
             Self::Capture(order) => {
-                let backend = order.backend.as_deref().map_or_else(String::new, |b| format!("&backend={}", percent_encode(b)));
+                let backend =
+                    order.backend.as_deref().map_or_else(String::new, |b| format!("&backend={}", percent_encode(b)));
                 let (vip, length, seconds) = (percent_encode(&order.vip), order.length, order.seconds);
                 let path = format!("/v1/capture?vip={vip}&length={length}&seconds={seconds}{backend}");
                 return ("POST", path);
