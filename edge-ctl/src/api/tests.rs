@@ -59,6 +59,8 @@ fn rows(query: Query) -> Result<Answer, ViewError> {
             service: text("web"),
             backend: text("10.1.0.4:80"),
             state: text("up"),
+            connect: Some(0.3),
+            first_byte: Some(0.9),
             ..BackendRow::default()
         }]),
         Query::Flows { limit, .. } => {
