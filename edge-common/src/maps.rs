@@ -13,6 +13,11 @@ pub use protect::{
     range_action,
 };
 
+pub mod capture;
+pub mod events;
+
+pub use events::{BackendSignals, DropSample, FlowEnd};
+
 /// Map names as in the object file and under the pin folder.
 pub mod name {
     /// `HashMap<FlowKeyV4, FlowV4>`, preallocated: flows that proved themselves.
@@ -66,6 +71,11 @@ pub mod name {
     /// `LruHashMap<SourceId, SourceUse>`: what a source has used up of its service's limits.
     pub const SOURCES: &str = "SOURCES";
 
+    /// `PerCpuArray<BackendSignals>` by backend number.
+    pub const BACKEND_SIGNALS: &str = "BACKEND_SIGNALS";
+    /// `PerCpuArray<u64>`, one element: records that the full [`EVENTS`] ring buffer refused.
+    pub const EVENTS_LOST: &str = "EVENTS_LOST";
+
     /// Every map of the pipeline, in the order in which they are listed to users.
     pub const ALL: &[&str] = &[
         ESTABLISHED,
@@ -92,11 +102,20 @@ pub mod name {
         NOTICES,
         SOURCE_RANGES,
         SOURCES,
+        BACKEND_SIGNALS,
+        EVENTS_LOST,
     ];
 
     /// aya-log's ring buffer, named by aya-log. Pinned like the others, so that a new daemon goes on reading it; not a
     /// table that can be listed.
     pub const LOG: &str = "AYA_LOGS";
+
+    /// Ring buffer of [`super::FlowEnd`] and [`super::DropSample`] records.
+    pub const EVENTS: &str = "EVENTS";
+    /// Perf buffers of captured packets: a [`super::capture::CaptureHeader`] and bytes of the frame.
+    pub const CAPTURE: &str = "CAPTURE";
+    /// Pinned, but not tables that can be listed.
+    pub const STREAMS: [&str; 3] = [LOG, EVENTS, CAPTURE];
 
     /// `Array<u64>` by service number: established flows that the daemon ended as idle. Written by the daemon only, which
     /// creates and pins it; `active = opened - closed - expired`.
@@ -254,6 +273,8 @@ pub mod flow_flag {
     pub const BACKEND_CLOSED_FIRST: u16 = 1 << 4;
     /// The service limits the packets of each source: the client's are counted.
     pub const PACKET_LIMIT: u16 = 1 << 8;
+    /// The client has repeated its SYN with nothing from the backend, and that has been counted.
+    pub const UNANSWERED: u16 = 1 << 5;
 }
 
 /// A frontend: one listen address of one service. 80 bytes, alignment 4.
@@ -481,8 +502,14 @@ pub struct Control {
     /// Moves when a link, a used neighbour, or a route that covers a backend changed: entries then look their
     /// route up again.
     pub route_generation: u32,
-    /// Zero.
-    pub _pad: [u32; 3],
+    /// Until when forwarded packets are captured, in the ticks of [`crate::conntrack::ticks`]; 0: not at all.
+    pub capture_until: u32,
+    /// Service number whose packets are captured.
+    pub capture_service: u16,
+    /// Bytes of each that are copied at most.
+    pub capture_length: u16,
+    /// Backend number whose packets are captured; 0: all of the service's.
+    pub capture_backend: u32,
 }
 
 /// An operator's name, UTF-8, zero-padded, cut at 64 bytes.

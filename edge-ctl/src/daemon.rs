@@ -1,8 +1,10 @@
 //! The daemon: the one place where the layers are wired together. One loop receives every event, keeps the [`World`]
 //! up to date, and publishes the desired state that follows from it; the reconciler does the rest.
 
+mod access_log;
 mod acl;
 mod announcer;
+mod recorder;
 mod start;
 mod throttle;
 mod views;
@@ -26,7 +28,7 @@ use tracing::{error, info, warn};
 
 pub use start::{StartError, run};
 
-use self::{acl::Acl, throttle::Throttle, world::World};
+use self::{acl::Acl, recorder::Recorder, throttle::Throttle, world::World};
 use crate::{
     bgp::{BgpEvent, BgpHandle},
     config::{
@@ -112,6 +114,7 @@ struct Daemon {
     next_hops: NextHops,
     sweeper: Sweeper,
     program_log: ProgramLog,
+    recorder: Recorder,
     fib: FibHandle,
     bgp: Option<BgpHandle>,
     dns: DnsHandle,
@@ -355,8 +358,12 @@ impl Daemon {
             let failures = shared.datapath.attach_missing();
             problems.extend(failures.iter().map(|(interface, error)| format!("{interface}: {error}")));
             problems.extend(shared.datapath.notes().iter().cloned());
+            problems.extend(self.recorder.problem());
             for problem in problems.iter().filter(|problem| !before.contains(*problem)) {
                 warn!(%problem, "degraded");
+            }
+            if let Err(error) = shared.datapath.end_stale_capture() {
+                warn!(%error, "a capture that nobody reads goes on");
             }
             if let Err(error) = shared.datapath.refresh_snat_ports() {
                 warn!(%error, "the host's own ports are not known");
@@ -426,6 +433,7 @@ impl Daemon {
             Ok(_) => {}
             Err(error) => warn!(%error, "idle flows could not be swept"),
         }
+        self.recorder.ended(self.sweeper.take_ended());
     }
 
     /// Parses, validates, compares, applies; on any error the running configuration stays.
@@ -452,6 +460,7 @@ impl Daemon {
             _ => {}
         }
         self.config = new;
+        self.recorder.reload(&self.config.access_log);
         let current = lock(&self.shared).desired.clone();
         self.world.reconfigure(&self.config, &current);
         self.dns.reconfigure(dns_sources(&self.config), self.config.edge.pod_networks.clone());

@@ -75,6 +75,8 @@ pub struct DesiredState {
     pub announcements: BTreeMap<IpNet, PathAttributes>,
     /// Addresses of all frontends: what the host must hold so that the kernel answers for their other ports.
     pub addresses: BTreeSet<IpAddr>,
+    /// The program reports every flow that ends.
+    pub record_ends: bool,
 }
 
 /// One listen address.
@@ -203,7 +205,7 @@ impl Timeouts {
 
 /// Builds the desired state.
 pub fn build(config: &Config, inputs: &Inputs<'_>) -> DesiredState {
-    let mut state = DesiredState::default();
+    let mut state = DesiredState { record_ends: config.access_log.is_some(), ..DesiredState::default() };
     for service in config.services.values() {
         for frontend in &service.listen {
             let desired = build_frontend(config, inputs, service, frontend);
@@ -344,6 +346,7 @@ mod tests {
             protection: Protection::default(),
         };
         Config {
+            access_log: None,
             edge: Edge {
                 interfaces: vec!["eth0".to_owned()],
                 hook: Hook::Auto,

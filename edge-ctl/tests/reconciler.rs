@@ -87,6 +87,7 @@ fn desired(backends: &[&str]) -> DesiredState {
         frontends: BTreeMap::from([(frontend, service)]),
         announcements: BTreeMap::from([(address.into(), PathAttributes::default())]),
         addresses: [address].into(),
+        ..DesiredState::default()
     }
 }
 

@@ -1,15 +1,14 @@
 //! Carries out what `edge_common::conntrack` decides: moves between the tables, flags on both halves, touch.
 
 use edge_common::{
-    conntrack::{self, Direction, State, Step, next_touch},
+    conntrack::{self, Direction, State, Step, next_touch, opens, tcp_flag::RST},
     flow::{FlowKeyV4, UDP},
     maps::{FlowV4, ServiceEntry, flow_flag},
     verdict::{Reason, Verdict},
 };
 
 use crate::{
-    forward,
-    maps::{self, EEXIST, ENOENT, Table, scratch::scratch},
+events, forward, maps :: { self, EEXIST, ENOENT, Table, scratch::scratch },
     packet::Packet,
     parse::Parsed,
     protect,
@@ -61,11 +60,19 @@ pub fn track<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, tabl
         return because(Reason::TwinTaken, flow.service);
     }
     match conntrack::step(state, direction, flow.flags, flow.ack_floor, expired, &parsed.segment()) {
-        Step::Stay => forward::any(packet, parsed, flow),
+        Step::Stay => {
+            if table == Table::HalfOpen && opens(parsed.flags) {
+                events::repeated(flow);
+            }
+            forward::any(packet, parsed, flow)
+        }
         Step::Flag(flags) => {
             flow.flags |= flags;
             if let Some(twin) = own_twin(table, flow) {
                 twin.flags |= flags;
+            }
+            if flags & flow_flag::REPLIED != 0 {
+                events::answered(flow);
             }
             forward::any(packet, parsed, flow)
         }
@@ -74,6 +81,7 @@ pub fn track<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, tabl
                 client.ack_floor = floor;
                 client.flags |= flow_flag::SYN_ACK_SEEN;
             }
+            events::answered(flow);
             forward::any(packet, parsed, flow)
         }
         Step::Promote(flags) => {
@@ -84,6 +92,9 @@ pub fn track<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, tabl
             forward_from(packet, parsed, Table::Established)
         }
         Step::Close(flags) => {
+            if direction == Direction::Reply && parsed.flags & RST != 0 {
+                events::reset_by_backend(flow);
+            }
             if close(parsed, flow, flags, table) {
                 forward_from(packet, parsed, Table::Closing)
             } else {
@@ -244,13 +255,15 @@ fn close(parsed: &Parsed, flow: &mut FlowV4, flags: u16, table: Table) -> bool {
     if refused != 0 || put_closing(flow) != 0 {
         return false;
     }
-    if !alone {
-        maps::remove_flow(table, &twin_key);
-    }
+    let record = events::begin(flow, table, Some(parsed));
+    let from_client = flow.direction == Direction::Forward as u8;
+    let twin_removed = !alone && maps::remove_flow(table, &twin_key);
+    let removed = maps::remove_flow(table, &parsed.key);
+    events::finish(record, if from_client { removed } else { twin_removed });
     if table == Table::HalfOpen {
         protect::half_open_ended(flow);
     }
-    if maps::remove_flow(table, &parsed.key) && table == Table::Established {
+    if removed && table == Table::Established {
         count_closed(service, backend);
     }
     true
@@ -292,6 +305,7 @@ fn reopen(parsed: &Parsed, flow: &FlowV4, table: Table) {
     if table == Table::HalfOpen {
         protect::half_open_ended(flow);
     }
+    let record = if table == Table::Established { events::begin(flow, table, None) } else { None };
     if table != Table::Closing {
         let twin_key = flow.twin();
         // Where that is another flow's by now, there is no port to rest.
@@ -300,7 +314,8 @@ fn reopen(parsed: &Parsed, flow: &FlowV4, table: Table) {
             maps::remove_flow(table, &twin_key);
         }
     }
-    maps::remove_flow(table, &parsed.key);
+    let removed = maps::remove_flow(table, &parsed.key);
+    events::finish(record, removed);
 }
 
 /// What [`touch`] did; a number, so that a BPF function can return it.

@@ -59,7 +59,8 @@ pub fn flow(parsed: &Parsed, past: &Past) -> Verdict {
         service: service_number,
         backend: backend_number,
         flags: if service.source_packet_rate == 0 { 0 } else { flow_flag::PACKET_LIMIT },
-        now: maps::now(),
+        // Connect times are measured from here.
+        now: maps::events::precise_now(),
     };
     let failed = open(&mut plan, service, backend, past);
     if failed != OPENED && failed != JOINED {

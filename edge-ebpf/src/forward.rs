@@ -1,13 +1,12 @@
 //! From a flow entry to the wire: next hop, length, TTL, rewrite, counters, egress.
 
 use edge_common::{
-    conntrack::{due, tcp_flag::SYN, ticks},
-    maps::{FlowV4, NextHop, flow_flag, next_hop_flag},
-    verdict::{Reason, Verdict},
+conntrack :: { due, tcp_flag::SYN, ticks }, maps :: { Control, FlowV4, NextHop, flow_flag, capture::side, next_hop_flag }, verdict :: { Action, Reason, Verdict },
 };
 use network_types::eth::EthHdr;
 
 use crate::{
+    capture,
     conntrack::{self, touched},
     fib::{self, resolution},
     maps, mss,
@@ -54,6 +53,19 @@ fn send<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: u64)
     let Some(control) = maps::control() else {
         return because(Reason::NotReady, flow.service);
     };
+    let capturing = control.capture_until != 0;
+    if capturing {
+        capture::copy(packet, flow, side::BEFORE);
+    }
+    let verdict = deliver(packet, parsed, flow, now, control);
+    if capturing && !matches!(verdict.action(), Action::Drop) {
+        capture::copy(packet, flow, side::AFTER);
+    }
+    verdict
+}
+
+#[inline(always)]
+fn deliver<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: u64, control: &Control) -> Verdict {
     if flow.next_hop == 0 || flow.route_generation != control.route_generation {
         let resolved = fib::resolve(packet, parsed, flow, control.route_generation);
         if resolved as u32 != resolution::RESOLVED {
@@ -133,6 +145,6 @@ fn translate<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now:
         return false;
     }
     flow.last_seen = now;
-    count_packet(flow, u64::from(parsed.total_len));
+    count_packet(flow, parsed);
     true
 }

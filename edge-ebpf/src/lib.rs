@@ -4,9 +4,11 @@
 #![feature(core_intrinsics)]
 #![allow(internal_features, reason = "32-bit atomic add, which core::sync::atomic does not offer for this target")]
 
+pub mod capture;
 pub mod classify;
 pub mod conntrack;
 pub mod create;
+pub mod events;
 pub mod fib;
 pub mod forward;
 pub mod log;

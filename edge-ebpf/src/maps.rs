@@ -1,9 +1,12 @@
-//! Map statics and their typed accessors. All map access of the program is in this file.
+//! Map statics and their typed accessors. All map access of the program is in this module.
 //!
 //! Elements of preallocated maps stay mapped while a program runs (RCU), so a reference to one never dangles; another
 //! CPU may write the same element, which can lose a counter's increment but not more, since every field is an integer
 //! that is written whole.
 #![allow(unsafe_code, reason = "this is one of the two modules that may hold it")]
+
+pub mod capture;
+pub mod events;
 
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 

@@ -9,7 +9,10 @@ use aya_ebpf::{
     helpers::generated,
     programs::{TcContext, XdpContext},
 };
+use edge_common::maps::capture::CaptureHeader;
 use network_types::{eth::EthHdr, ip::Ipv4Hdr, tcp::TcpHdr, udp::UdpHdr};
+
+use crate::maps;
 
 /// Headers that may be read and written in place.
 ///
@@ -81,6 +84,9 @@ pub trait Packet {
 
     /// Applies a difference to a layer-4 checksum; false where the packet is too short.
     fn fix_l4(&mut self, fix: L4Fix) -> bool;
+
+    /// Gives a copy of the packet's beginning to `edge-ctl capture`.
+    fn capture(&self, header: &CaptureHeader);
 
     /// Asks the kernel's FIB; `query` is given back with the answer.
     fn route(&mut self, query: bpf_fib_lookup) -> Route;
@@ -172,6 +178,11 @@ impl Packet for XdpPacket {
     }
 
     #[inline(always)]
+    fn capture(&self, header: &CaptureHeader) {
+        maps::capture::put(&XdpContext::new(self.ctx), header);
+    }
+
+    #[inline(always)]
     fn route(&mut self, mut query: bpf_fib_lookup) -> Route {
         // SAFETY: valid context; the kernel writes at most the size given.
         let result = unsafe {
@@ -182,6 +193,11 @@ impl Packet for XdpPacket {
 }
 
 impl Packet for SkbPacket {
+    #[inline(always)]
+    fn capture(&self, header: &CaptureHeader) {
+        maps::capture::put(&TcContext::new(self.ctx), header);
+    }
+
     const REDIRECTS_ANYWHERE: bool = true;
 
     #[inline(always)]

@@ -82,6 +82,12 @@ impl Parsed {
         IP + usize::from(self.header_len)
     }
 
+    /// True where it carries more than headers.
+    #[inline(always)]
+    pub fn has_payload(&self) -> bool {
+        self.total_len > u16::from(self.header_len) + u16::from(self.l4_len)
+    }
+
     /// What it says to connection tracking.
     #[inline(always)]
     pub fn segment(&self) -> Segment {

@@ -10,7 +10,7 @@ use edge_common::{
 use crate::{
     classify::{self, NEW_FLOW},
     conntrack::{self, NO_FLOW, Past},
-    create::{self, CREATED},
+create :: { self, CREATED }, events,
     forward::{self, TOO_LATE},
     log,
     maps::{self, Table},
@@ -55,11 +55,15 @@ pub fn run<P: Packet>(packet: &mut P) -> Verdict {
         && let Some(flow) = maps::flow(Table::Established, &parsed.key)
     {
         let verdict = forward::established(packet, &parsed, flow);
-        if verdict != TOO_LATE {
+        if verdict.is_sent() {
             return verdict;
         }
+        if verdict != TOO_LATE {
+            return events::sampled(&parsed, verdict);
+        }
     }
-    slow(packet, &parsed, side)
+    let verdict = slow(packet, &parsed, side);
+    events::sampled(&parsed, verdict)
 }
 
 /// A packet that may change its flow's state, or that has no flow. The stages follow each other rather than call each

@@ -15,6 +15,7 @@ use axum::{
 use serde::Deserialize;
 
 use super::{Answer, Query, ViewError, Views, metrics};
+use crate::model::capture::CaptureOrder;
 use crate::model::query::{DEFAULT_LIMIT, Refusal, ServiceDetail};
 
 /// Rows that one answer may have; more would hold up the daemon.
@@ -36,6 +37,7 @@ pub(super) fn api(views: Shared) -> Router {
         ("/v1/xdp", Query::Xdp),
         ("/v1/reasons", Query::Reasons),
         ("/v1/acl", Query::Acl),
+        ("/v1/events", Query::Events),
         ("/v1/config", Query::Config),
     ];
     let router = plain.into_iter().fold(Router::new(), |router, (path, query)| {
@@ -49,6 +51,7 @@ pub(super) fn api(views: Shared) -> Router {
         .route("/v1/bgp/peers/{peer}/advertised", get(advertised))
         .route("/v1/acl/add", post(acl_add))
         .route("/v1/acl/remove", post(acl_remove))
+        .route("/v1/capture", post(capture))
         .route("/v1/reload", post(|State(views): State<Shared>| ask(views, Query::Reload)))
         .route("/metrics", get(scrape))
         .fallback(not_found)
@@ -93,7 +96,7 @@ async fn not_found(uri: Uri) -> Response {
 
 async fn wrong_method(uri: Uri) -> Response {
     let error = format!(
-        "{} does not take that method (GET everywhere, POST for /v1/reload, /v1/acl/add, /v1/acl/remove)",
+        "{} does not take that method (GET everywhere, POST for /v1/reload, /v1/capture, /v1/acl/add, /v1/acl/remove)",
         uri.path()
     );
     (StatusCode::METHOD_NOT_ALLOWED, Json(Refusal { error, problems: Vec::new() })).into_response()
@@ -121,6 +124,13 @@ async fn flows(State(views): State<Shared>, parameters: Listed) -> Response {
             let limit = parameters.limit();
             ask(views, Query::Flows { service: parameters.service, limit }).await
         }
+        Err(rejection) => bad_request(rejection.body_text()),
+    }
+}
+
+async fn capture(State(views): State<Shared>, order: Result<Parameters<CaptureOrder>, QueryRejection>) -> Response {
+    match order {
+        Ok(Parameters(order)) => ask(views, Query::Capture(order)).await,
         Err(rejection) => bad_request(rejection.body_text()),
     }
 }

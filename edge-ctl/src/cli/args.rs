@@ -149,6 +149,10 @@ pub(super) enum Command {
         #[command(subcommand)]
         verb: Option<XdpVerb>,
     },
+    /// The newest ends of flows and dropped packets (a sample of those); -w follows
+    Events,
+    /// Copy a service's packets, before and after rewriting, into a pcapng file: XDP traffic that tcpdump does not see
+    Capture(super::capture::CaptureArgs),
     /// The configuration
     #[command(infer_subcommands = true)]
     Config {
@@ -427,6 +431,9 @@ mod tests {
             "backend list",
             "flow list",
             "dns list",
+            "events",
+            "events -w",
+            "capture 172.16.1.88:80 -w /tmp/web.pcapng --count 5",
             "bgp summary",
             "bgp peers",
             "bgp peer 172.16.1.80",

@@ -44,6 +44,7 @@ enum Show {
     Maps,
     Map(String, usize),
     Xdp,
+    Events,
     Reasons,
     Config,
 }
@@ -58,6 +59,7 @@ pub(super) fn execute(cli: Cli, wiring: &Wiring<'_>) -> Exit {
         Command::Acl { verb: Some(ref verb) } if acl::change(verb).is_some() => {
             return with_source(global, wiring, |source| change_acl(source, verb));
         }
+        Command::Capture(args) => return with_source(global, wiring, |source| capture(source, &args)),
         Command::Version => return with_source(global, wiring, version),
         Command::Show { noun: ShowNoun::Version } => return with_source(global, wiring, version),
         other => view_of(other),
@@ -69,7 +71,11 @@ pub(super) fn execute(cli: Cli, wiring: &Wiring<'_>) -> Exit {
 /// What a command shows; `None` for those that show nothing, which [`execute`] has dealt with.
 fn view_of(command: Command) -> Option<Show> {
     Some(match command {
-        Command::Run | Command::Reload | Command::Version | Command::Config { verb: ConfigVerb::Check } => return None,
+        Command::Run
+        | Command::Reload
+        | Command::Capture(_)
+        | Command::Version
+        | Command::Config { verb: ConfigVerb::Check } => return None,
         Command::Status => Show::Status,
         Command::Service { verb: Some(ServiceVerb::Describe { service }) } => Show::Service(service),
         Command::Service { verb: Some(ServiceVerb::List { service }) } => Show::Services(service),
@@ -87,6 +93,7 @@ fn view_of(command: Command) -> Option<Show> {
         Command::Map { .. } => Show::Maps,
         Command::Xdp { verb: Some(XdpVerb::Stats) } => Show::Reasons,
         Command::Xdp { .. } => Show::Xdp,
+        Command::Events => Show::Events,
         Command::Config { verb: ConfigVerb::Show } => Show::Config,
         Command::Get { noun } => get(noun),
         Command::Describe { noun: DescribeNoun::Service { service } } => Show::Service(service),
@@ -279,6 +286,7 @@ fn shown(source: &Source<'_>, show: &Show) -> Outcome<Shown> {
         Show::Maps => list(&views::MAPS, &Query::Maps),
         Show::Map(name, limit) => list(&views::MAP_ENTRIES, &Query::Map { name: name.clone(), limit: *limit }),
         Show::Xdp => list(&views::XDP, &Query::Xdp),
+        Show::Events => list(&views::EVENTS, &Query::Events),
         Show::Reasons => list(&views::REASONS, &Query::Reasons),
         Show::Config => configuration(source),
     }
@@ -422,6 +430,18 @@ fn change_acl(source: &Source<'_>, verb: &AclVerb) -> Outcome<Exit> {
     let (text, exit) = rows(source, &views::ACL, source.rows(&query)?)?;
     print(&text);
     Ok(exit)
+}
+
+/// Copies packets until told to stop, and says on standard error how many.
+fn capture(source: &Source<'_>, args: &super::capture::CaptureArgs) -> Outcome<Exit> {
+    if source.global.kernel {
+        return Err(Failure { exit: Exit::Usage, message: "`capture` needs the daemon; `--kernel` only reads".into() });
+    }
+    let tap = (source.wiring.tap)(&source.pins).map_err(Failure::error)?;
+    let ask = |order| source.ask(&Query::Capture(order)).map(drop).map_err(|failure| failure.message);
+    let (packets, lost) = super::capture::run(args, tap, ask).map_err(Failure::error)?;
+    eprintln!("{packets} packets written, {lost} lost");
+    Ok(Exit::Ok)
 }
 
 /// This program's version, and the daemon's where one answers.

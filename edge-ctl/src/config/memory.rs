@@ -28,6 +28,7 @@ pub struct MapMemory {
 pub fn estimate(tables: &Tables, cpus: u32) -> Vec<MapMemory> {
     name::ALL
         .iter()
+        .chain([&name::EVENTS])
         .map(|name| {
             let (entries, bytes) = one(name, tables, cpus);
             MapMemory { name, entries, bytes }
@@ -60,6 +61,10 @@ fn one(name: &str, tables: &Tables, cpus: u32) -> (u32, u64) {
         name::REASONS => (maps::REASON_SLOTS, per_cpu::<u64>(maps::REASON_SLOTS, cpus)),
         name::SOURCE_RANGES => (maps::SOURCE_RANGES, trie::<maps::RangeSource, maps::SourceRange>(maps::SOURCE_RANGES)),
         name::SOURCES => (maps::SOURCES, hash::<maps::SourceId, maps::SourceUse>(maps::SOURCES, cpus)),
+        name::BACKEND_SIGNALS => (maps::BACKENDS, per_cpu::<maps::BackendSignals>(maps::BACKENDS, cpus)),
+        name::EVENTS_LOST => (1, per_cpu::<u64>(1, cpus)),
+        // Entries are bytes here; the kernel adds three pages of its own (kernel/bpf/ringbuf.c).
+        name::EVENTS => (maps::events::EVENTS_BYTES, u64::from(maps::events::EVENTS_BYTES) + 3 * 4096),
         _ => (0, 0),
     }
 }

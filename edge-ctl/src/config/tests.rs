@@ -1,7 +1,10 @@
 use std::{net::IpAddr, time::Duration};
 
 use super::*;
-use crate::model::{BackendSource, Mode, RecordType};
+use crate::model::{
+    BackendSource, Mode, RecordType,
+    access::{Format, Target},
+};
 
 /// The example of the documentation, which `deploy/edge.toml` also is.
 const EXAMPLE: &str = include_str!("../../../deploy/edge.toml");
@@ -183,9 +186,26 @@ fn what_this_version_cannot_do_is_refused_and_not_ignored() {
             "{faults:?}"
         );
     }
-    for key in ["access = \"journal\"", "format = \"$time\""] {
-        let faults = faults(&format!("{BASE}[log]\n{key}\n"));
-        assert!(faults[0].starts_with("edge.toml:13: [log]: ") && faults[0].contains("not do it yet"), "{faults:?}");
+}
+
+#[test]
+fn an_access_log_goes_to_a_file_or_the_journal_and_anything_else_is_refused_with_its_line() {
+    let read = |text: &str| ok(&format!("{BASE}[log]\n{text}\n")).access_log;
+    let log = read("access = \"/var/log/edge/access.log\"").unwrap();
+    assert_eq!((log.target, log.format), (Target::File("/var/log/edge/access.log".into()), Format::default()));
+    let log = read("access = \"journal\"\nformat = \"$end $client\"").unwrap();
+    assert_eq!((log.target, log.format), (Target::Journal, Format::parse("$end $client").unwrap()));
+    assert_eq!(ok(BASE).access_log, None);
+    for (text, line, why) in [
+        ("access = \"access.log\"", 13, "not absolute"),
+        ("access = \"/var/log/edge/\"", 13, "folder"),
+        ("access = \"journal\"\nformat = \"$time $nothing\"", 14, "no variable `$nothing`"),
+        ("format = \"$time\"", 13, "no effect without `access`"),
+        ("acess = \"journal\"", 13, "did you mean `access`?"),
+    ] {
+        let faults = faults(&format!("{BASE}[log]\n{text}\n"));
+        assert!(faults[0].starts_with(&format!("edge.toml:{line}: [log]: ")), "{faults:?}");
+        assert!(faults[0].contains(why), "{faults:?}");
     }
 }
 

@@ -15,13 +15,14 @@ use tracing::{info, warn};
 
 use super::{
     Daemon, Inbox, ROUTE_GENERATION_PAUSE, Shared, acl::Acl, announcer::Announcer, dns_sources, host_problems,
-    throttle::Throttle, views::DaemonViews, world::World,
+    recorder::Recorder, throttle::Throttle, views::DaemonViews, world::World,
 };
 use crate::{
     api,
     bgp::{BgpError, Speaker},
     config::{self, ConfigError, valid::Config},
     datapath::{
+        events::EventsReader,
         loader::{Datapath, LoadError},
         next_hops::NextHops,
         object::EBPF_OBJECT,
@@ -111,6 +112,7 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
     let (status, reconciler_status) = watch::channel(ReconcilerStatus::default());
     let (next_hops, sweeper) = (NextHops::open(datapath.pins())?, datapath.sweeper()?);
     let program_log = datapath.program_log()?;
+    let recorder = Recorder::start(EventsReader::open(datapath.pins())?, config.access_log.clone())?;
     let shared = Arc::new(Mutex::new(Shared {
         file: file.to_owned(),
         started: Instant::now(),
@@ -129,6 +131,7 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
         dns.clone(),
         reconciler_status.clone(),
         requests,
+        recorder.told(),
     )?;
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = tokio::spawn(api::serve_bound(bound, Arc::new(views), async move {
@@ -143,6 +146,7 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
         next_hops,
         sweeper,
         program_log,
+        recorder,
         held: fib.status().await.held,
         fib,
         bgp,

@@ -43,7 +43,9 @@ pub fn answer_from_pins(view: &KernelView, query: &Query) -> Result<Answer, View
             return Err(only_daemon("the state of BGP"));
         }
         Query::Routes => return Err(only_daemon("which routes are BGP's")),
+        Query::Events => return Err(only_daemon("which events there were")),
         Query::Config => return Err(only_daemon("the configuration in force")),
+        Query::Capture(_) => return Err(ViewError::Unavailable("a capture needs the running daemon".to_owned())),
         Query::Reload => return Err(ViewError::Unavailable("a reload needs the running daemon".to_owned())),
     })
 }

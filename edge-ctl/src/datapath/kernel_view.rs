@@ -122,10 +122,13 @@ impl KernelView {
     pub fn backend_rows(&self) -> Result<Vec<BackendRow>, PortError> {
         let state = self.tables.state()?;
         let stats = self.tables.backend_stats(state.backends_end())?;
+        let signals = self.tables.backend_signals(state.backends_end())?;
+        let now = monotonic_ns();
         let mut rows = Vec::new();
         for (number, slot) in &state.backends {
             let service = state.services.get(&slot.entry.service);
             let stats = stats.get(number).copied().unwrap_or_default();
+            let signals = signals.get(number).copied().unwrap_or_default();
             let vip = service.map(|service| socket_address(service.entry.address, service.entry.port).to_string());
             rows.push(BackendRow {
                 service: service.map(|service| service.label.clone()).unwrap_or_default(),
@@ -135,6 +138,14 @@ impl KernelView {
                 state: if slot.eligible() { "up" } else { "draining" }.to_owned(),
                 w: u32::from(weight_of(slot.state)),
                 active: slot.active,
+                fails: signals.unanswered + signals.refused + signals.reset_early,
+                connect: average_ms(signals.answered_us, signals.answered),
+                first_byte: average_ms(signals.first_byte_us, signals.first_bytes),
+                unanswered: signals.unanswered,
+                refused: signals.refused,
+                reset_early: signals.reset_early,
+                last_failure: (signals.last_failure != 0)
+                    .then(|| now.saturating_sub(signals.last_failure) / 1_000_000_000),
                 source: "-".to_owned(),
                 connections: stats.opened,
                 packets_in: stats.packets_in,
@@ -293,6 +304,11 @@ impl KernelView {
     pub fn programs(&self) -> Vec<&'static str> {
         [XDP_PROGRAM, TC_PROGRAM].into_iter().filter(|program| self.pins.program(program).exists()).collect()
     }
+}
+
+/// The average of `count` times that add up to `micros` microseconds, in milliseconds.
+fn average_ms(micros: u64, count: u64) -> Option<f64> {
+    (count != 0).then(|| micros as f64 / count as f64 / 1000.0)
 }
 
 /// Connections, bytes in and bytes out per second.
@@ -465,7 +481,10 @@ fn value_text(map: &str, value: &[u8], cpus: usize) -> String {
         name::NEXT_HOPS => from_bytes::<NextHop>(value).map(|hop| next_hop_text(&hop)),
         name::CONTROL => {
             // The seed is a secret.
-            from_bytes::<Control>(value).map(|control| format!("route_generation={}", control.route_generation))
+            from_bytes::<Control>(value).map(|control| {
+                let Control { route_generation, capture_until, .. } = control;
+                format!("route_generation={route_generation} capture_until={capture_until}")
+            })
         }
         name::ADDRESS_FILTER => from_bytes::<AddressFilter>(value).map(|filter| {
             let count = |words: &[u64]| words.iter().map(|word| word.count_ones()).sum::<u32>();
@@ -577,7 +596,7 @@ mod tests {
 
     #[test]
     fn the_seed_is_not_in_a_dump() {
-        let control = Control { seed: [0x5ec2_e700_5ec2_e700; 2], route_generation: 3, _pad: [0; 3] };
-        assert_eq!(value_text(name::CONTROL, &sys::to_bytes(&control), 1), "route_generation=3");
+        let control = Control { seed: [0x5ec2_e700_5ec2_e700; 2], route_generation: 3, ..Control::default() };
+        assert_eq!(value_text(name::CONTROL, &sys::to_bytes(&control), 1), "route_generation=3 capture_until=0");
     }
 }

@@ -12,7 +12,10 @@ use aya::{
     maps::{Array, HashMap, MapData},
     programs::{Program, ProgramError, ProgramInfo},
 };
-use edge_common::maps::{Control, PortSet, interface_flag, name};
+use edge_common::{
+    conntrack,
+    maps::{Control, PortSet, interface_flag, name},
+};
 
 use super::{
     attach::{self, AttachedHook, Attachment, How, TC_PROGRAM, XDP_PROGRAM},
@@ -23,6 +26,7 @@ use super::{
     pins::{self, Pins, chain},
     program_log::ProgramLog,
     sweep::Sweeper,
+    sys::monotonic_ns,
 };
 use crate::{
     config::valid::{Edge, Tables},
@@ -372,6 +376,41 @@ impl Datapath {
         detach_all(&self.pins)
     }
 
+    /// Has the program copy packets of a service (and, unless 0, of one backend only), `length` bytes of each, for so many
+    /// seconds; 0 ends it.
+    ///
+    /// # Errors
+    /// Where the map cannot be written.
+    pub fn capture(&mut self, service: u32, backend: u32, length: u16, seconds: u8) -> Result<(), LoadError> {
+        let before = self.read_control()?;
+        let ends = monotonic_ns().saturating_add(u64::from(seconds) * 1_000_000_000);
+        let control = Control {
+            // 0 means off.
+            capture_until: if seconds == 0 { 0 } else { conntrack::ticks(ends).max(1) },
+            capture_service: u16::try_from(service).unwrap_or(0),
+            capture_length: length,
+            capture_backend: backend,
+            ..before
+        };
+        if control != before {
+            self.control.set(0, control, 0).map_err(|error| object_error("writing the control map", &error))?;
+            self.writes += 1;
+        }
+        Ok(())
+    }
+
+    /// Ends a capture that nobody renewed, so that the program does not even look.
+    ///
+    /// # Errors
+    /// Where the map cannot be written.
+    pub fn end_stale_capture(&mut self) -> Result<(), LoadError> {
+        let until = self.read_control()?.capture_until;
+        if until != 0 && conntrack::due(until, conntrack::ticks(monotonic_ns())) {
+            self.capture(0, 0, 0, 0)?;
+        }
+        Ok(())
+    }
+
     fn read_control(&self) -> Result<Control, LoadError> {
         self.control.get(&0, 0).map_err(|error| object_error("reading the control map", &error))
     }
@@ -531,7 +570,7 @@ fn parse(pins: &Pins, tables: &Tables, object: &[u8]) -> Result<Ebpf, LoadError>
     for (map, entries) in table_sizes(tables) {
         loader.map_max_entries(map, entries);
     }
-    for map in name::ALL.iter().copied().chain([name::LOG]) {
+    for map in name::ALL.iter().copied().chain(name::STREAMS) {
         let pinned = pins.map(map);
         loader.map_pin_path(map, if pinned.exists() { pinned } else { pins.incoming(map) });
     }

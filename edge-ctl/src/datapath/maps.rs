@@ -4,8 +4,8 @@ use aya::maps::{Array, HashMap, LpmTrie, MapData, MapError, PerCpuArray, PerCpuV
 use edge_common::{
     filter,
     maps::{
-        AddressFilter, BackendEntry, Chunk, Label, RangeSource, ServiceEntry, ServiceKeyV4, ServiceStats, SourceRange,
-        name,
+        AddressFilter, BackendEntry, BackendSignals, Chunk, Label, RangeSource, ServiceEntry, ServiceKeyV4,
+        ServiceStats, SourceRange, name,
     },
     verdict::REASONS,
 };
@@ -31,6 +31,7 @@ pub struct Maps {
     filter: Array<MapData, AddressFilter>,
     service_stats: PerCpuArray<MapData, ServiceStats>,
     backend_stats: PerCpuArray<MapData, ServiceStats>,
+    backend_signals: PerCpuArray<MapData, BackendSignals>,
     reasons: PerCpuArray<MapData, u64>,
     service_expired: Array<MapData, u64>,
     backend_expired: Array<MapData, u64>,
@@ -55,6 +56,7 @@ impl Maps {
             filter: open(pins, name::ADDRESS_FILTER)?,
             service_stats: open(pins, name::SERVICE_STATS)?,
             backend_stats: open(pins, name::BACKEND_STATS)?,
+            backend_signals: open(pins, name::BACKEND_SIGNALS)?,
             reasons: open(pins, name::REASONS)?,
             service_expired: open(pins, name::SERVICE_EXPIRED)?,
             backend_expired: open(pins, name::BACKEND_EXPIRED)?,
@@ -104,7 +106,7 @@ impl Maps {
 
     /// Counters of a number that is given out anew start from zero. Returns the writes, none where they are zero.
     fn clear_backend_counters(&mut self, number: u32) -> Result<u64, MapError> {
-        let cleared = clear(&mut self.backend_stats, number)?;
+        let cleared = clear(&mut self.backend_stats, number)? + clear(&mut self.backend_signals, number)?;
         Ok(cleared + clear_expired(&mut self.backend_expired, number)?)
     }
 

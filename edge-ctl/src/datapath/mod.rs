@@ -5,6 +5,8 @@ pub mod acl_view;
 pub mod answer;
 pub mod attach;
 pub mod btf;
+pub mod capture;
+pub mod events;
 pub mod fake;
 pub mod host;
 pub mod interfaces;

@@ -101,7 +101,7 @@ fn described_layouts(object: &[u8]) -> Result<BTreeMap<&'static str, (Layout, St
     let parsed = aya_obj::Object::parse(object).map_err(|error| PortError::new("reading the eBPF object", error))?;
     let btf = parsed.btf.as_ref().and_then(|btf| Btf::parse(&btf.to_bytes()));
     let mut layouts = BTreeMap::new();
-    for map in name::ALL.iter().copied().chain([name::LOG]) {
+    for map in name::ALL.iter().copied().chain(name::STREAMS) {
         let Some(definition) = parsed.maps.get(map) else {
             return Err(PortError::new("reading the eBPF object", format!("it has no map {map}")));
         };

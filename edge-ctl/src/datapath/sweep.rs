@@ -6,12 +6,12 @@
 //! a walk during which nothing opened or closed, the counters are set right by what was seen: a daemon killed between
 //! removing a flow and counting it would otherwise leave a backend draining for ever.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use aya::maps::{Array, HashMap, MapData, MapError};
 use edge_common::{
     flow::FlowKeyV4,
-    maps::{FlowV4, ServiceStats, name},
+    maps::{FlowEnd, FlowV4, ServiceEntry, ServiceStats, events::End, name, service_flag},
 };
 
 use super::{
@@ -52,6 +52,7 @@ pub struct Sweeper {
     cursor: Cursor,
     walk: Walk,
     last_entries: u64,
+    ended: Vec<FlowEnd>,
 }
 
 /// One walk over the table.
@@ -59,6 +60,8 @@ pub struct Sweeper {
 struct Walk {
     entries: u64,
     timeouts: BTreeMap<u32, u32>,
+    /// Services whose ended flows are reported.
+    recorded: BTreeSet<u32>,
     services: Census,
     backends: Census,
 }
@@ -88,6 +91,7 @@ impl Sweeper {
             cursor: Cursor::default(),
             walk: Walk::default(),
             last_entries: 0,
+            ended: Vec::new(),
         })
     }
 
@@ -97,6 +101,11 @@ impl Sweeper {
     /// Where a map cannot be read or written; the next step goes on from there.
     pub fn step(&mut self, budget: usize) -> Result<SweepReport, PortError> {
         self.step_at(monotonic_ns(), budget)
+    }
+
+    /// Records of the flows ended since the last call, of services whose ends are reported.
+    pub fn take_ended(&mut self) -> Vec<FlowEnd> {
+        std::mem::take(&mut self.ended)
     }
 
     fn step_at(&mut self, now: u64, budget: usize) -> Result<SweepReport, PortError> {
@@ -114,7 +123,14 @@ impl Sweeper {
             let timeout = self.walk.timeouts.get(&flow.service).copied().unwrap_or(NO_SERVICE_TIMEOUT);
             let limit = u64::from(shortened(timeout, fill)).saturating_mul(SECOND);
             let is_idle = |flow: &FlowV4| now.saturating_sub(flow.last_seen) > limit;
-            let ended = if is_idle(&flow) { end(&mut self.established, &flow, is_idle)? } else { Ended::Nothing };
+            let mut record = FlowEnd::default();
+            let ended = match is_idle(&flow) {
+                true => end(&mut self.established, &flow, is_idle, &mut record)?,
+                false => Ended::Nothing,
+            };
+            if ended == Ended::Flow && self.walk.recorded.contains(&flow.service) {
+                self.ended.push(record);
+            }
             if ended == Ended::Flow {
                 *services.entry(flow.service).or_insert(0_u64) += 1;
                 *backends.entry(flow.backend).or_insert(0_u64) += 1;
@@ -137,8 +153,11 @@ impl Sweeper {
     fn begin(&mut self) -> Result<(), PortError> {
         let state = self.tables.services()?;
         let (services, backends) = self.tables.numbers()?;
+        let is_recorded = |entry: &ServiceEntry| entry.flags & service_flag::RECORD_ENDS != 0;
+        let recorded = state.iter().filter(|(_, entry)| is_recorded(entry)).map(|(number, _)| *number).collect();
         self.walk = Walk {
             entries: 0,
+            recorded,
             timeouts: state.into_iter().map(|(number, entry)| (number, entry.established_timeout)).collect(),
             services: Census { before: self.tables.service_stats(services)?, seen: BTreeMap::new() },
             backends: Census { before: self.tables.backend_stats(backends)?, seen: BTreeMap::new() },
@@ -177,11 +196,12 @@ enum Ended {
     Flow,
 }
 
-/// Removes both halves of a flow if both are idle.
+/// Removes both halves of a flow if both are idle, and writes what they were into `record`.
 fn end(
     established: &mut HashMap<MapData, FlowKeyV4, FlowV4>,
     flow: &FlowV4,
     is_idle: impl Fn(&FlowV4) -> bool,
+    record: &mut FlowEnd,
 ) -> Result<Ended, PortError> {
     let error = |error: &MapError| PortError::new("ending an idle flow", chain(error));
     let get = |established: &HashMap<MapData, FlowKeyV4, FlowV4>, key: &FlowKeyV4| match established.get(key, 0) {
@@ -195,6 +215,7 @@ fn end(
     if !is_idle(&own) || own.sequence != flow.sequence || twin.is_some_and(|twin| !is_idle(&twin)) {
         return Ok(Ended::Nothing);
     }
+    describe(record, &own, twin.as_ref());
     let mut remove = |key: &FlowKeyV4| match established.remove(key) {
         Ok(()) => Ok(true),
         Err(MapError::KeyNotFound) => Ok(false),
@@ -209,6 +230,20 @@ fn end(
     let from_client = flow.direction == FORWARD;
     let removed_client = if from_client { removed_own } else { removed_twin };
     Ok(if removed_client { Ended::Flow } else { Ended::Rest })
+}
+
+fn describe(record: &mut FlowEnd, own: &FlowV4, twin: Option<&FlowV4>) {
+    if own.direction == FORWARD {
+        record.describe(own);
+    } else {
+        record.describe_reversed(own);
+    }
+    record.count(own);
+    if let Some(twin) = twin {
+        record.count(twin);
+    }
+    record.end = End::Idle as u8;
+    record.ended = twin.map_or(own.last_seen, |twin| twin.last_seen.max(own.last_seen));
 }
 
 fn add(map: &mut Array<MapData, u64>, counts: &BTreeMap<u32, u64>) -> Result<(), PortError> {

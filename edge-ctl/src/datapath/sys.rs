@@ -361,6 +361,23 @@ pub fn filesystem_magic(path: &Path) -> io::Result<u64> {
     u64::try_from(statfs.f_type).map_err(io::Error::other)
 }
 
+/// Waits until `fd` can be read, or until `timeout` has passed, or a signal came.
+///
+/// # Errors
+/// Those of poll(2).
+pub fn wait_readable(fd: std::os::fd::RawFd, timeout: std::time::Duration) -> io::Result<()> {
+    let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    let milliseconds = libc::c_int::try_from(timeout.as_millis()).unwrap_or(libc::c_int::MAX);
+    // SAFETY: `poll` is one live pollfd for the length of the call.
+    match unsafe { libc::poll(std::ptr::from_mut(&mut poll), 1, milliseconds) } {
+        0.. => Ok(()),
+        _ => match io::Error::last_os_error() {
+            error if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+            error => Err(error),
+        },
+    }
+}
+
 /// CLOCK_MONOTONIC, ns: the clock of every time in a flow entry.
 pub fn monotonic_ns() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };

@@ -5,7 +5,10 @@ use std::collections::BTreeMap;
 
 use edge_common::{
     filter,
-    maps::{BackendEntry, Chunk, Control, ServiceEntry, ServiceKeyV4, ServiceStats, SourceKey, SourceRange, name},
+    maps::{
+        BackendEntry, BackendSignals, Chunk, Control, ServiceEntry, ServiceKeyV4, ServiceStats, SourceKey, SourceRange,
+        name,
+    },
     verdict::REASONS,
 };
 
@@ -151,6 +154,21 @@ impl Tables {
     /// Where the map cannot be read.
     pub fn backend_stats(&self, end: u32) -> Result<BTreeMap<u32, ServiceStats>, PortError> {
         self.stats(name::BACKEND_STATS, end)
+    }
+
+    /// Signals of the backends with a number below `end`, by number, summed over CPUs.
+    ///
+    /// # Errors
+    /// Where the map cannot be read.
+    pub fn backend_signals(&self, end: u32) -> Result<BTreeMap<u32, BackendSignals>, PortError> {
+        let reader = self.reader(name::BACKEND_SIGNALS)?;
+        let mut all = BTreeMap::new();
+        reader.for_first(length(end), |key, value| {
+            let Some(number) = from_bytes::<u32>(key) else { return };
+            let each = per_cpu::<BackendSignals>(value, reader.cpus);
+            all.insert(number, each.fold(BackendSignals::default(), BackendSignals::plus));
+        })?;
+        Ok(all)
     }
 
     /// Packets by service number and reason number, non-zero ones, of services with a number below `end`. Number 0 counts

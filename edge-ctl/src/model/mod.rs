@@ -1,5 +1,7 @@
 //! Plain data that every layer speaks: services, backends, routes, and the rows that users see. No I/O, no clock.
 
+pub mod access;
+pub mod capture;
 mod protect;
 pub mod query;
 mod route;

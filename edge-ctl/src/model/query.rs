@@ -5,8 +5,9 @@ use std::{fmt, net::IpAddr};
 
 use serde::{Deserialize, Serialize};
 
+use super::capture::{CaptureOrder, CaptureRow};
 use super::view::{
-    BackendRow, BgpPeerRow, BgpRouteRow, DnsRow, FlowRow, MapRow, RouteRow, ServiceRow, StatusRow, XdpRow,
+    BackendRow, BgpPeerRow, BgpRouteRow, DnsRow, EventRow, FlowRow, MapRow, RouteRow, ServiceRow, StatusRow, XdpRow,
 };
 
 /// Rows that a list of flows or map entries has unless told otherwise.
@@ -73,8 +74,12 @@ pub enum Query {
         /// The prefix or address.
         prefix: String,
     },
+    /// The newest ends of flows and dropped packets: [`Answer::Events`].
+    Events,
     /// The configuration in force: [`Answer::Config`].
     Config,
+    /// Have forwarded packets copied for a while: [`Answer::Capturing`].
+    Capture(CaptureOrder),
     /// Read the configuration again and apply it: [`Answer::Reloaded`].
     Reload,
 }
@@ -111,7 +116,15 @@ impl Query {
                 let (service, prefix) = (percent_encode(service), percent_encode(prefix));
                 return ("POST", format!("/v1/acl/remove?service={service}&prefix={prefix}"));
             }
+            Self::Events => "/v1/events".to_owned(),
             Self::Config => "/v1/config".to_owned(),
+            Self::Capture(order) => {
+                let backend =
+                    order.backend.as_deref().map_or_else(String::new, |b| format!("&backend={}", percent_encode(b)));
+                let (vip, length, seconds) = (percent_encode(&order.vip), order.length, order.seconds);
+                let path = format!("/v1/capture?vip={vip}&length={length}&seconds={seconds}{backend}");
+                return ("POST", path);
+            }
             Self::Reload => return ("POST", "/v1/reload".to_owned()),
         };
         ("GET", path)
@@ -148,8 +161,12 @@ pub enum Answer {
     Reasons(Vec<ReasonRow>),
     /// To [`Query::Acl`], [`Query::AclAdd`] and [`Query::AclRemove`].
     Acl(Vec<AclRow>),
+    /// To [`Query::Events`].
+    Events(Vec<EventRow>),
     /// To [`Query::Config`].
     Config(ConfigRow),
+    /// To [`Query::Capture`].
+    Capturing(CaptureRow),
     /// To [`Query::Reload`].
     Reloaded(ReloadRow),
 }

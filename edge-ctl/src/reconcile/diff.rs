@@ -29,7 +29,9 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use edge_common::maps::{BackendEntry, SNAT_ADDRESSES, ServiceEntry, ServiceKeyV4, SourceKey, backend_state, mode};
+use edge_common::maps::{
+    BackendEntry, SNAT_ADDRESSES, ServiceEntry, ServiceKeyV4, SourceKey, backend_state, mode, service_flag,
+};
 
 use super::ports::{
     Action, DatapathState, FilterBits, Region, frontend_of, region_chunks, service_key, state_word, weight_of, wire,
@@ -527,6 +529,7 @@ impl<'a> Planner<'a> {
             established_timeout: service.timeouts.established,
             half_open_timeout: service.timeouts.half_open,
             closing_timeout: service.timeouts.closing,
+            flags: if self.desired.record_ends { service_flag::RECORD_ENDS } else { 0 },
             ..ServiceEntry::default()
         };
         Some(protected(entry, &service.protection))
