@@ -2,6 +2,7 @@
 //! up to date, and publishes the desired state that follows from it; the reconciler does the rest.
 
 mod announcer;
+mod orders;
 mod start;
 mod throttle;
 mod views;
@@ -25,7 +26,7 @@ use tracing::{error, info, warn};
 
 pub use start::{StartError, run};
 
-use self::{throttle::Throttle, world::World};
+use self::{orders::Orders, throttle::Throttle, world::World};
 use crate::{
     bgp::{BgpEvent, BgpHandle},
     config::{
@@ -33,15 +34,21 @@ use crate::{
         diff::{self, Changes},
         valid::Config,
     },
-    datapath::{loader::Datapath, next_hops::NextHops, program_log::ProgramLog, sweep::Sweeper},
-    desired::DesiredState,
+    datapath::{
+        kernel_view::KernelView, loader::Datapath, next_hops::NextHops, program_log::ProgramLog, sweep::Sweeper,
+    },
+    desired::{self, DesiredState},
     fib::{FibEvent, FibHandle, sysctl},
     model::{
-        BackendSource, Mode, PoolSnapshot, Resolver, RouteUpdate,
+        BackendSource, BackendVerb, HealthKey, Mode, PoolSnapshot, Resolver, RouteUpdate,
         query::{ReloadRow, ViewError},
     },
     notify,
-    sources::{dns::DnsHandle, fixed},
+    sources::{
+        dns::DnsHandle,
+        fixed,
+        health::{HealthHandle, Verdicts},
+    },
 };
 
 /// How often host settings are looked at again, neighbours re-read and failed attachments retried.
@@ -62,6 +69,15 @@ const ROUTE_CHUNK: usize = 512;
 enum Request {
     /// Read the configuration again and apply it.
     Reload(oneshot::Sender<Result<ReloadRow, ViewError>>),
+    /// An order for a backend.
+    Order {
+        /// Which.
+        key: HealthKey,
+        /// What to change.
+        verb: BackendVerb,
+        /// Told once it is kept and published.
+        reply: oneshot::Sender<Result<(), ViewError>>,
+    },
 }
 
 /// State that the loop writes and the views read.
@@ -74,6 +90,8 @@ struct Shared {
     desired: DesiredState,
     /// Host settings that keep packets from being forwarded, and other findings.
     problems: Vec<String>,
+    /// Backends that an administrator drains and that have no flow left.
+    drained: BTreeSet<HealthKey>,
     /// Prefixes learnt by BGP that the kernel was told of.
     prefixes: usize,
     datapath: Datapath,
@@ -92,6 +110,7 @@ struct Inbox {
     fib: mpsc::Receiver<FibEvent>,
     pools: mpsc::Receiver<PoolSnapshot>,
     requests: mpsc::Receiver<Request>,
+    verdicts: watch::Receiver<Arc<Verdicts>>,
     /// SIGHUP, caught from before the start: it must never end the daemon.
     hangup: Signal,
     /// Ends only when the loop has, or by a panic.
@@ -110,6 +129,9 @@ struct Daemon {
     fib: FibHandle,
     bgp: Option<BgpHandle>,
     dns: DnsHandle,
+    health: HealthHandle,
+    orders: Orders,
+    kernel: KernelView,
     /// Addresses that the host holds on our account, in this life or from an earlier one.
     held: BTreeSet<IpAddr>,
     route_generation: Throttle,
@@ -139,8 +161,10 @@ impl Daemon {
                 event = inbox.bgp.recv(), if speaks => self.on_bgp(event.ok_or_else(|| ended("BGP"))?).await,
                 event = inbox.fib.recv() => self.on_fib(event.ok_or_else(|| ended("the kernel's routes"))?).await,
                 Some(pool) = inbox.pools.recv() => self.on_pool(pool).await,
-                Some(Request::Reload(reply)) = inbox.requests.recv() => {
-                    let _ = reply.send(self.reload().await);
+                Some(request) = inbox.requests.recv() => self.on_request(request).await,
+                Ok(()) = inbox.verdicts.changed() => {
+                    self.world.verdicts = Arc::clone(&inbox.verdicts.borrow_and_update());
+                    self.publish();
                 }
                 _ = inbox.hangup.recv() => {
                     if let Err(error) = self.reload().await {
@@ -259,6 +283,14 @@ impl Daemon {
         self.publish();
     }
 
+    /// Who asked may have gone meanwhile, which is its own business.
+    async fn on_request(&mut self, request: Request) {
+        match request {
+            Request::Reload(reply) => drop(reply.send(self.reload().await)),
+            Request::Order { key, verb, reply } => drop(reply.send(self.order(&key, verb))),
+        }
+    }
+
     /// Builds the desired state and hands it to the reconciler.
     fn publish(&mut self) {
         let mut shared = lock(&self.shared);
@@ -271,7 +303,32 @@ impl Daemon {
             }
             changed
         });
+        self.health.retarget(desired::targets(&self.config, &desired));
         shared.desired = desired;
+    }
+
+    /// Orders are for backends that there are: a mistyped address must not wait in a file for its backend to come.
+    fn order(&mut self, key: &HealthKey, verb: BackendVerb) -> Result<(), ViewError> {
+        let (service, backend) = key;
+        let known = {
+            let shared = lock(&self.shared);
+            let mut mine = shared.desired.frontends.values().filter(|frontend| frontend.service == *service);
+            mine.any(|frontend| frontend.pool.iter().flatten().any(|one| one.address == *backend))
+        };
+        if !known && !self.orders.all().contains_key(key) {
+            let help = "`edge-ctl backend list` names them";
+            return Err(ViewError::NotFound(format!("service `{service}` has no backend {backend}; {help}")));
+        }
+        self.orders.give(key, verb)?;
+        self.world.orders.clone_from(self.orders.all());
+        self.publish();
+        self.look_at_drains();
+        Ok(())
+    }
+
+    fn look_at_drains(&mut self) {
+        self.orders.look(&self.kernel);
+        lock(&self.shared).drained.clone_from(self.orders.drained());
     }
 
     fn bump_route_generation(&mut self) {
@@ -355,6 +412,7 @@ impl Daemon {
         }
         self.release_addresses().await;
         self.watch_neighbours().await;
+        self.look_at_drains();
         self.program_log.drain();
     }
 
@@ -436,6 +494,10 @@ impl Daemon {
         self.world.reconfigure(&self.config, &current);
         self.dns.reconfigure(dns_sources(&self.config), self.config.edge.pod_networks.clone());
         self.fixed_pools();
+        if let Err(error) = self.orders.forget_others(&self.config) {
+            warn!(%error, "orders for services that are gone stay in the file");
+        }
+        self.world.orders.clone_from(self.orders.all());
         {
             let mut shared = lock(&self.shared);
             shared.datapath.reconfigure(&self.config.edge);

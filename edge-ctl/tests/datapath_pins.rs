@@ -429,6 +429,7 @@ fn desired(backends: &[&str]) -> DesiredState {
         address: text.parse().unwrap(),
         weight: 1,
         excluded: None,
+        facts: edge_ctl::desired::Facts::favourable("dns"),
         node: None,
         source: "dns",
         snat_address: Some(address),
@@ -439,6 +440,7 @@ fn desired(backends: &[&str]) -> DesiredState {
         balance: Balance::Maglev,
         snat: Snat::default(),
         timeouts: Timeouts::of(Protocol::Tcp),
+        panic: None,
         pool: Some(backends.iter().map(backend).collect()),
         announced: Announced::Yes,
     };

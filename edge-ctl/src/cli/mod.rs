@@ -5,6 +5,7 @@ mod args;
 mod client;
 mod commands;
 mod describe;
+mod orders;
 mod table;
 mod views;
 

@@ -9,6 +9,7 @@ use std::{
 use ipnet::IpNet;
 
 use super::{
+    health,
     raw::{Place, Value},
     read::{At, Section, nearest, not_yet},
     values,
@@ -103,7 +104,7 @@ fn service(
     context: &Context<'_>,
     taken: &mut BTreeMap<Frontend, (String, Place)>,
 ) -> Option<Service> {
-    section.not_yet(&["health", "affinity", "max_connections", "source_ranges", "arp"]);
+    section.not_yet(&["affinity", "max_connections", "source_ranges", "arp"]);
     let mode = section.parse("mode", "\"full-nat\" or \"dnat\"", |text| match text {
         "full-nat" => Ok(Mode::FullNat),
         "dnat" => Ok(Mode::Dnat),
@@ -119,6 +120,9 @@ fn service(
     let backends = backends(&section, context);
     let snat = snat(&section, mode, context);
     let announce = announce(&section, context);
+    let protocols: Vec<_> = listen.iter().map(|frontend| frontend.protocol).collect();
+    let health = health::health(&section, &protocols);
+    health::on_down(&section);
     section.finish();
     Some(Service {
         name: name.to_owned(),
@@ -128,6 +132,7 @@ fn service(
         balance: balance.map_or(Balance::default(), |balance| balance.value),
         snat,
         announce,
+        health,
     })
 }
 

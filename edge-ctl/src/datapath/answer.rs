@@ -40,6 +40,10 @@ pub fn answer_from_pins(view: &KernelView, query: &Query) -> Result<Answer, View
         }
         Query::Routes => return Err(only_daemon("which routes are BGP's")),
         Query::Config => return Err(only_daemon("the configuration in force")),
+        Query::Health | Query::HealthHistory => return Err(only_daemon("what checks found")),
+        Query::Order { .. } => {
+            return Err(ViewError::Unavailable("an order for a backend needs the running daemon".to_owned()));
+        }
         Query::Reload => return Err(ViewError::Unavailable("a reload needs the running daemon".to_owned())),
     })
 }

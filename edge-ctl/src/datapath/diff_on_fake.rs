@@ -28,6 +28,7 @@ fn backend(host: u8, weight: u16, excluded: Option<Exclusion>) -> DesiredBackend
         address: SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 1, 0, host)), 443),
         weight,
         excluded,
+        facts: crate::desired::Facts::favourable("dns"),
         node: None,
         source: "dns",
         snat_address: Some(IpAddr::V4(Ipv4Addr::new(172, 16, 1, 88))),
@@ -45,6 +46,7 @@ fn service(mode: Mode, pool: Option<Vec<DesiredBackend>>) -> DesiredFrontend {
         balance: Balance::Maglev,
         snat: Snat::default(),
         timeouts: Timeouts::of(Protocol::Tcp),
+        panic: None,
         announced: if pool.iter().flatten().any(|b| b.eligible()) { Announced::Yes } else { Announced::Off },
         pool,
     }

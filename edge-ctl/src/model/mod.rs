@@ -1,10 +1,15 @@
 //! Plain data that every layer speaks: services, backends, routes, and the rows that users see. No I/O, no clock.
 
+mod health;
 pub mod query;
 mod route;
 mod service;
 pub mod view;
 
+pub use health::{
+    AdminOrder, AdminOrders, AdminState, BackendVerb, Check, Exchange, Health, HealthKey, Http, Passive,
+    PassiveCounters, PassiveSignals, Tls, Verdict,
+};
 pub use route::{PathAttributes, RouteSet, RouteUpdate};
 pub use service::{
     Announce, BackendSource, Balance, Frontend, Mode, ParseFrontendError, PoolMember, PoolSnapshot, PoolState,
