@@ -199,6 +199,23 @@ fn wait_state(lab: &Lab, service: &str, pod: usize, wanted: &str) -> Result<Dura
     })
 }
 
+/// Waits until all of these services see the pod so; one question for all of them.
+fn wait_states(lab: &Lab, services: &[&str], pod: usize, wanted: &str) -> Result<()> {
+    let start = format!("{}:", ingress(pod).address);
+    let text = |row: &Value, key: &str| row[key].as_str().unwrap_or_default().to_owned();
+    wait_for(&format!("{services:?} in pod {pod} to be {wanted}"), SOON, || {
+        let rows = lab.edge_ctl(&["backend", "list"])?;
+        let rows = rows.as_array().context("backend list is no array")?.iter();
+        let mine = rows.filter(|row| {
+            services.contains(&text(row, "service").as_str()) && text(row, "backend").starts_with(&start)
+        });
+        let states: Vec<String> = mine.map(|row| text(row, "state")).collect();
+        ensure!(states.len() == services.len() && states.iter().all(|state| state == wanted), "{states:?}");
+        Ok(true)
+    })?;
+    Ok(())
+}
+
 /// How long the command line itself takes, which every figure read by it contains.
 fn control(lab: &Lab) -> Result<Duration> {
     let start = Instant::now();
@@ -225,9 +242,7 @@ fn a_pod_that_fails_its_check_is_out_within_fall_intervals_and_back_within_rise_
         let slack = control(&lab)? * 2 + TOLERANCE;
         pods.behave(2, manner)?;
         let start = Instant::now();
-        for service in services {
-            wait_state(&lab, service, 2, "unhealthy").with_context(|| format!("{manner:?}"))?;
-        }
+        wait_states(&lab, services, 2, "unhealthy").with_context(|| format!("{manner:?}"))?;
         let (took, most) = (start.elapsed(), INTERVAL * FALL + TIMEOUT + slack);
         println!("{manner:?}: out after {took:?}, allowed {most:?}");
         ensure!(took <= most, "{manner:?}: {services:?} out after {took:?}, allowed {most:?}");
@@ -241,9 +256,7 @@ fn a_pod_that_fails_its_check_is_out_within_fall_intervals_and_back_within_rise_
         }
         pods.behave(2, Manner::Good)?;
         let start = Instant::now();
-        for service in services {
-            wait_state(&lab, service, 2, "up").with_context(|| format!("{manner:?}"))?;
-        }
+        wait_states(&lab, services, 2, "up").with_context(|| format!("{manner:?}"))?;
         let (took, most) = (start.elapsed(), INTERVAL * RISE + TIMEOUT + slack);
         println!("{manner:?}: back after {took:?}, allowed {most:?}");
         ensure!(took <= most, "{manner:?}: back after {took:?}, allowed {most:?}");
