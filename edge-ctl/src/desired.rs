@@ -628,6 +628,84 @@ mod tests {
         assert_eq!(only(&state).announced, Announced::NotHeld);
     }
 
+    fn health(panic: u8, mandatory: bool) -> crate::model::Health {
+        let second = std::time::Duration::from_secs(1);
+        crate::model::Health {
+            check: crate::model::Check::Tcp(crate::model::Exchange::default()),
+            interval: second,
+            fast_interval: second,
+            jitter: 0,
+            timeout: second,
+            fall: 1,
+            rise: 1,
+            port: None,
+            mandatory,
+            panic,
+            passive: None,
+        }
+    }
+
+    fn checked(panic: u8, mandatory: bool) -> World {
+        let mut world = World::new();
+        world.pool(&["10.1.0.4:443", "10.1.1.5:443"], PoolState::Fresh);
+        world.route("10.1.0.0/16", &["172.16.1.80"]);
+        world.config.services.get_mut("ingress").unwrap().health = Some(health(panic, mandatory));
+        world
+    }
+
+    fn say(world: &mut World, backend: &str, verdict: Verdict) {
+        world.verdicts.insert(("ingress".to_owned(), backend.parse().unwrap()), verdict);
+    }
+
+    #[test]
+    fn an_unhealthy_backend_is_excluded_and_the_vip_withdrawn_with_the_last_healthy_one() {
+        let mut world = checked(0, false);
+        say(&mut world, "10.1.0.4:443", Verdict::Down);
+        let state = world.build();
+        assert_eq!(verdicts(&state)[0].1, Some(Exclusion::Unhealthy(Verdict::Down)));
+        assert_eq!((only(&state).eligible(), state.announcements.len()), (1, 1));
+        say(&mut world, "10.1.1.5:443", Verdict::Down);
+        assert!(world.build().announcements.is_empty());
+    }
+
+    #[test]
+    fn in_a_panic_health_is_ignored_but_neither_orders_nor_routes() {
+        let mut world = checked(60, false);
+        say(&mut world, "10.1.0.4:443", Verdict::Down);
+        let state = world.build();
+        assert_eq!((only(&state).eligible(), only(&state).panic), (2, Some((1, 2))), "50 % are below 60 %");
+        let key = ("ingress".to_owned(), "10.1.1.5:443".parse().unwrap());
+        let order = crate::model::AdminOrder { state: AdminState::Down, weight: None };
+        world.orders.insert(key, order);
+        let state = world.build();
+        assert_eq!(verdicts(&state)[1].1, Some(Exclusion::Down));
+        assert_eq!(only(&state).panic, Some((0, 1)), "who is down on purpose does not count");
+    }
+
+    #[test]
+    fn a_new_backend_waits_for_its_first_check_only_where_that_is_mandatory_and_one_of_before_the_restart_does_not() {
+        assert_eq!(only(&checked(0, false).build()).eligible(), 2);
+        let mut world = checked(0, true);
+        assert_eq!(verdicts(&world.build())[0].1, Some(Exclusion::Unhealthy(Verdict::Checking)));
+        world.adopt(true);
+        assert_eq!(verdicts(&world.build())[0].1, None, "it served before the restart");
+        world.adopt(false);
+        assert_eq!(verdicts(&world.build())[0].1, Some(Exclusion::Unhealthy(Verdict::Down)), "it did not");
+    }
+
+    #[test]
+    fn every_backend_of_a_checked_service_is_a_target_and_checks_leave_from_where_traffic_does() {
+        let mut world = checked(0, false);
+        world.route("10.1.0.0/16", &[]);
+        world.route("10.1.0.0/24", &["172.16.1.80"]);
+        let found = targets(&world.config, &world.build());
+        let rows: Vec<_> = found.values().map(|target| (target.reachable, target.source)).collect();
+        let host = Some("172.16.1.88".parse().unwrap());
+        assert_eq!(rows, [(true, host), (false, host)]);
+        world.config.services.get_mut("ingress").unwrap().health = None;
+        assert!(targets(&world.config, &world.build()).is_empty());
+    }
+
     #[test]
     fn a_shared_vip_is_announced_while_any_of_its_services_can_serve() {
         let mut world = World::new();

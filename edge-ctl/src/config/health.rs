@@ -123,7 +123,7 @@ fn http(table: &Section<'_>) -> Http {
         _ => Err(String::new()),
     });
     let status = table.list("status", "\"CODE\" or \"LOWEST-HIGHEST\", 100 to 599", status);
-    if status.as_ref().is_some_and(Vec::is_empty) {
+    if matches!(table.get("status").map(|node| &node.value), Some(Value::Array(nodes)) if nodes.is_empty()) {
         table.fault(table.place(), "`status` is empty: no answer would pass".into());
     }
     let body = table.parse("body", "a text that the body must hold", |text| Ok(text.to_owned()));
