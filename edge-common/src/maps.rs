@@ -7,6 +7,12 @@
 
 use crate::{checksum, conntrack::Direction, filter, flow::FlowKeyV4, verdict};
 
+mod protect;
+pub use protect::{
+    RANGE_PREFIX, RangeSource, SOURCE_RANGES, SOURCES, SourceId, SourceKey, SourceRange, SourceUse, mapped,
+    range_action,
+};
+
 /// Map names as in the object file and under the pin folder.
 pub mod name {
     /// `HashMap<FlowKeyV4, FlowV4>`, preallocated: flows that proved themselves.
@@ -55,6 +61,11 @@ pub mod name {
     /// `Array<u32>`, one element: [`super::notice`] bits that the program raised, and which of them it has logged.
     pub const NOTICES: &str = "NOTICES";
 
+    /// `LpmTrie<SourceKey, SourceRange>`: who may start flows of which service.
+    pub const SOURCE_RANGES: &str = "SOURCE_RANGES";
+    /// `LruHashMap<SourceId, SourceUse>`: what a source has used up of its service's limits.
+    pub const SOURCES: &str = "SOURCES";
+
     /// Every map of the pipeline, in the order in which they are listed to users.
     pub const ALL: &[&str] = &[
         ESTABLISHED,
@@ -79,6 +90,8 @@ pub mod name {
         BACKEND_STATS,
         REASONS,
         NOTICES,
+        SOURCE_RANGES,
+        SOURCES,
     ];
 
     /// aya-log's ring buffer, named by aya-log. Pinned like the others, so that a new daemon goes on reading it; not a
@@ -236,6 +249,8 @@ pub mod flow_flag {
     pub const REPLIED: u16 = 1 << 3;
     /// The backend closed first, so its TIME_WAIT may still hold the port.
     pub const BACKEND_CLOSED_FIRST: u16 = 1 << 4;
+    /// The service limits the packets of each source: the client's are counted.
+    pub const PACKET_LIMIT: u16 = 1 << 8;
 }
 
 /// A frontend: one listen address of one service. 80 bytes, alignment 4.
@@ -541,5 +556,10 @@ mod pod {
         Control,
         Label,
         ServiceStats,
+        SourceKey,
+        RangeSource,
+        SourceRange,
+        SourceId,
+        SourceUse,
     );
 }

@@ -104,6 +104,14 @@ reasons! {
     NotReady = 18, "not-ready";
     /// Dropped: a flow selected a backend that has no SNAT address yet.
     NoSnatAddress = 19, "no-snat-address";
+    /// Dropped: the source ranges of the service do not let this source in.
+    SourceDenied = 26, "source-denied";
+    /// Dropped: the source starts flows faster than the service allows.
+    SourceFlowRate = 27, "source-flow-rate";
+    /// Dropped: the source sends packets faster than the service allows.
+    SourcePacketRate = 28, "source-packet-rate";
+    /// Dropped: the source has as many half-open flows as the service allows.
+    SourceHalfOpen = 29, "source-half-open";
 }
 
 impl Reason {

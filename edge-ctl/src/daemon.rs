@@ -1,6 +1,7 @@
 //! The daemon: the one place where the layers are wired together. One loop receives every event, keeps the [`World`]
 //! up to date, and publishes the desired state that follows from it; the reconciler does the rest.
 
+mod acl;
 mod announcer;
 mod orders;
 mod start;
@@ -26,7 +27,7 @@ use tracing::{error, info, warn};
 
 pub use start::{StartError, run};
 
-use self::{orders::Orders, throttle::Throttle, world::World};
+use self::{acl::Acl, orders::Orders, throttle::Throttle, world::World};
 use crate::{
     bgp::{BgpEvent, BgpHandle},
     config::{
@@ -41,7 +42,7 @@ use crate::{
     fib::{FibEvent, FibHandle, sysctl},
     model::{
         BackendSource, BackendVerb, HealthKey, Mode, PoolSnapshot, Resolver, RouteUpdate,
-        query::{ReloadRow, ViewError},
+        query::{Query, ReloadRow, ViewError},
     },
     notify,
     sources::{
@@ -78,6 +79,8 @@ enum Request {
         /// Told once it is kept and published.
         reply: oneshot::Sender<Result<(), ViewError>>,
     },
+    /// Give or take back a source range; the answer is the service's name.
+    Acl(Query, oneshot::Sender<Result<String, ViewError>>),
 }
 
 /// State that the loop writes and the views read.
@@ -94,6 +97,8 @@ struct Shared {
     drained: BTreeSet<HealthKey>,
     /// Prefixes learnt by BGP that the kernel was told of.
     prefixes: usize,
+    /// Source ranges given at run time.
+    acl: Acl,
     datapath: Datapath,
 }
 
@@ -191,6 +196,22 @@ impl Daemon {
         Ok(())
     }
 
+    async fn on_request(&mut self, request: Request) {
+        // Whoever asked may have gone.
+        match request {
+            Request::Order { key, verb, reply } => drop(reply.send(self.order(&key, verb))),
+            Request::Reload(reply) => drop(reply.send(self.reload().await)),
+            Request::Acl(change, reply) => drop(reply.send(self.change_acl(&change))),
+        }
+    }
+
+    fn change_acl(&mut self, change: &Query) -> Result<String, ViewError> {
+        let now = acl::now();
+        let changed = acl::change(&mut lock(&self.shared).acl, &self.config, change, now)?;
+        self.publish();
+        Ok(changed)
+    }
+
     async fn on_bgp(&mut self, event: BgpEvent) {
         match event {
             BgpEvent::Routes(updates) => {
@@ -283,19 +304,12 @@ impl Daemon {
         self.publish();
     }
 
-    /// Who asked may have gone meanwhile, which is its own business.
-    async fn on_request(&mut self, request: Request) {
-        match request {
-            Request::Reload(reply) => drop(reply.send(self.reload().await)),
-            Request::Order { key, verb, reply } => drop(reply.send(self.order(&key, verb))),
-        }
-    }
-
     /// Builds the desired state and hands it to the reconciler.
     fn publish(&mut self) {
         let mut shared = lock(&self.shared);
         self.world.datapath_ready = shared.datapath.is_ready();
-        let desired = self.world.desired(&self.config);
+        let mut desired = self.world.desired(&self.config);
+        shared.acl.overlay(&mut desired, acl::now());
         self.desired.send_if_modified(|published| {
             let changed = published.as_ref() != Some(&desired);
             if changed {
@@ -402,7 +416,8 @@ impl Daemon {
             shared.problems = problems;
             shared.datapath.is_ready()
         };
-        if ready != self.world.datapath_ready {
+        let expired = lock(&self.shared).acl.expire(acl::now());
+        if expired || ready != self.world.datapath_ready {
             self.publish();
         }
         let unheld = self.world.unheld.clone();

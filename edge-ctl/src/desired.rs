@@ -24,7 +24,7 @@ use crate::{
     config::valid::Config,
     model::{
         AdminOrders, AdminState, BackendSource, Balance, Frontend, Mode, PathAttributes, PoolMember, PoolSnapshot,
-        PoolState, Protocol, RouteSet, Service, Snat, Verdict, within,
+        PoolState, Protection, Protocol, RouteSet, Service, Snat, Verdict, within,
     },
     sources::health::{Target, Targets, Verdicts, panic::panics},
 };
@@ -97,6 +97,8 @@ pub struct DesiredFrontend {
     pub balance: Balance,
     /// SNAT settings.
     pub snat: Snat,
+    /// What its sources may do.
+    pub protection: Protection,
     /// Idle timeouts.
     pub timeouts: Timeouts,
     /// Backends by address; `None`: nothing was ever learnt, so the maps keep what they have for this frontend.
@@ -247,6 +249,7 @@ fn build_frontend(config: &Config, inputs: &Inputs<'_>, service: &Service, front
         mode: service.mode,
         balance: service.balance,
         snat: service.snat.clone(),
+        protection: service.protection.clone(),
         timeouts: Timeouts::of(frontend.protocol),
         pool,
         announced,
@@ -414,6 +417,7 @@ mod tests {
             snat: Snat::default(),
             announce: Some(Announce { min_backends: 1, attributes: PathAttributes::default() }),
             health: None,
+            protection: Protection::default(),
         };
         Config {
             edge: Edge {

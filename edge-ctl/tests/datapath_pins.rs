@@ -38,7 +38,7 @@ use edge_ctl::{
         pins, sys,
     },
     desired::{Announced, DesiredBackend, DesiredFrontend, DesiredState, Timeouts},
-    model::{Balance, Frontend, Mode, PathAttributes, PoolMember, Protocol, Snat},
+    model::{Balance, Frontend, Mode, PathAttributes, PoolMember, Protection, Protocol, Snat},
     reconcile::{
         actor::{Intervals, Reconciler},
         ports::{AnnouncementPort, DatapathPort, PortError, wire},
@@ -439,6 +439,7 @@ fn desired(backends: &[&str]) -> DesiredState {
         mode: Mode::FullNat,
         balance: Balance::Maglev,
         snat: Snat::default(),
+        protection: Protection::default(),
         timeouts: Timeouts::of(Protocol::Tcp),
         panic: None,
         pool: Some(backends.iter().map(backend).collect()),

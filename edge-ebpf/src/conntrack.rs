@@ -12,6 +12,7 @@ use crate::{
     maps::{self, EEXIST, Table},
     packet::Packet,
     parse::Parsed,
+    protect,
     stats::{because, count_closed, count_opened},
 };
 
@@ -47,6 +48,9 @@ pub fn track<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, tabl
         maps::remove_flow(Table::Closing, &parsed.key);
         return NO_FLOW;
     }
+    if flow.flags & flow_flag::PACKET_LIMIT != 0 && !protect::packet_admitted(parsed.key.src, flow) {
+        return because(Reason::SourcePacketRate, flow.service);
+    }
     let direction = Direction::from_number(flow.direction);
     let state = match table {
         Table::Established => State::Established,
@@ -60,13 +64,13 @@ pub fn track<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, tabl
         Step::Stay => forward::any(packet, parsed, flow),
         Step::Flag(flags) => {
             flow.flags |= flags;
-            if let Some(twin) = maps::flow(table, &flow.twin()) {
+            if let Some(twin) = own_twin(table, flow) {
                 twin.flags |= flags;
             }
             forward::any(packet, parsed, flow)
         }
         Step::Expect(floor) => {
-            if let Some(client) = maps::flow(table, &flow.twin()) {
+            if let Some(client) = own_twin(table, flow) {
                 client.ack_floor = floor;
                 client.flags |= flow_flag::SYN_ACK_SEEN;
             }
@@ -93,6 +97,13 @@ pub fn track<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, tabl
             NO_FLOW
         }
     }
+}
+
+/// A flow's other half. An LRU table may have evicted it, and its key may belong to another flow since, which is not to be
+/// touched.
+#[inline(always)]
+fn own_twin(table: Table, flow: &FlowV4) -> Option<&'static mut FlowV4> {
+    maps::flow(table, &flow.twin()).filter(|twin| twin.twin() == flow.key)
 }
 
 /// True where the client's tuple has a new flow, to which a late packet of the old backend does not belong.
@@ -133,7 +144,8 @@ fn promote(parsed: &Parsed, flow: &mut FlowV4, flags: u16, established_timeout: 
     flow.flags |= flags;
     let touch_due = next_touch(maps::now(), established_timeout, jitter(&flow.key));
     let added = match maps::flow(Table::HalfOpen, &twin_key) {
-        Some(twin) => add_established(twin, flags, touch_due),
+        Some(twin) if twin.twin() == parsed.key => add_established(twin, flags, touch_due),
+        Some(_) => return because(Reason::TwinTaken, service),
         None => add_missing_twin(flow, touch_due),
     };
     if added != 0 && added != EEXIST {
@@ -143,7 +155,10 @@ fn promote(parsed: &Parsed, flow: &mut FlowV4, flags: u16, established_timeout: 
         return because(Reason::TwinTaken, service);
     }
     match add_established(flow, 0, touch_due) {
-        0 => count_opened(service, backend),
+        0 => {
+            count_opened(service, backend);
+            protect::half_open_ended(flow);
+        }
         // Another CPU promoted it just now.
         EEXIST => {}
         _ => {
@@ -210,17 +225,28 @@ fn close(parsed: &Parsed, flow: &mut FlowV4, flags: u16, table: Table) -> bool {
     let (service, backend) = (flow.service, flow.backend);
     let twin_key = flow.twin();
     flow.flags |= flags;
+    let mut alone = false;
     let refused = match maps::flow(table, &twin_key) {
-        Some(twin) => {
+        Some(twin) if twin.twin() == parsed.key => {
             twin.flags |= flags;
             put_closing(twin)
+        }
+        // Another flow's by now: only this half closes.
+        Some(_) => {
+            alone = true;
+            0
         }
         None => put_closing_twin(flow),
     };
     if refused != 0 || put_closing(flow) != 0 {
         return false;
     }
-    maps::remove_flow(table, &twin_key);
+    if !alone {
+        maps::remove_flow(table, &twin_key);
+    }
+    if table == Table::HalfOpen {
+        protect::half_open_ended(flow);
+    }
     if maps::remove_flow(table, &parsed.key) && table == Table::Established {
         count_closed(service, backend);
     }
@@ -256,10 +282,16 @@ fn reopen(parsed: &Parsed, flow: &FlowV4, table: Table) {
     if table == Table::Established {
         count_closed(flow.service, flow.backend);
     }
+    if table == Table::HalfOpen {
+        protect::half_open_ended(flow);
+    }
     if table != Table::Closing {
         let twin_key = flow.twin();
-        put_closing_twin(flow);
-        maps::remove_flow(table, &twin_key);
+        // Where that is another flow's by now, there is no port to rest.
+        if maps::flow(table, &twin_key).is_none_or(|twin| twin.twin() == parsed.key) {
+            put_closing_twin(flow);
+            maps::remove_flow(table, &twin_key);
+        }
     }
     maps::remove_flow(table, &parsed.key);
 }
@@ -285,6 +317,10 @@ pub fn touch(parsed: &Parsed, flow: &mut FlowV4, now: u64) -> u32 {
         return touched::TOO_LATE;
     }
     flow.touch_due = next_touch(now, seconds, jitter(&flow.key));
+    if maps::service(flow.service).is_some_and(|service| service.source_packet_rate != 0) {
+        // A limit that came with a reload counts for the flows that it found.
+        flow.flags |= flow_flag::PACKET_LIMIT;
+    }
     flow.next_hop = 0;
     let twin_key = flow.twin();
     match maps::flow(Table::Established, &twin_key) {

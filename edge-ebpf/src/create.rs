@@ -4,7 +4,7 @@ use edge_common::{
     conntrack::{Direction, State, expired, rest_seconds},
     flow::FlowKeyV4,
     hash::{scatter, spread},
-    maps::{BackendEntry, FlowV4, SNAT_ADDRESSES, ServiceEntry, mode},
+    maps::{BackendEntry, FlowV4, SNAT_ADDRESSES, ServiceEntry, flow_flag, mode},
     verdict::{Reason, Verdict},
 };
 
@@ -14,7 +14,7 @@ use crate::{
     maps::{self, EEXIST, Table},
     packet::Packet,
     parse::Parsed,
-    select,
+    protect, select,
     stats::{because, count_half_opened},
 };
 
@@ -22,6 +22,11 @@ use crate::{
 /// `p^n` for `n` usable candidates. Where every port may be used, `n` is 16: 50 % full 0.0015 %, 75 % full 1 %, 90 % full
 /// 19 %. Beside the kernel's default ephemeral range it is 9: 0.2 %, 8 %, 39 %.
 const PROBES: u32 = 16;
+/// From this probe on a half-open flow that has stalled gives its port up. A flood of forged SYNs takes every port within
+/// a second, and each would rest for as long as a half-open flow lives; an honest client answers within a round trip.
+const PRESSED: u32 = 8;
+/// How long a client may take to answer before it counts as stalled, ns.
+const STALLED: u64 = 200_000_000;
 /// Candidates that come from the backend's cursor before the rest are scattered.
 const FROM_CURSOR: u32 = 4;
 
@@ -50,10 +55,11 @@ pub fn flow<P: Packet>(packet: &mut P, parsed: &Parsed, past: &Past) -> Verdict 
         new_dst_port: backend.port,
         service: service_number,
         backend: backend_number,
+        flags: if service.source_packet_rate == 0 { 0 } else { flow_flag::PACKET_LIMIT },
         now: maps::now(),
     };
     let failed = open(&mut plan, service, backend, past);
-    if failed != OPENED {
+    if failed != OPENED && failed != JOINED {
         return match failed {
             NO_SNAT_ADDRESS => because(Reason::NoSnatAddress, service_number),
             TAKEN => because(Reason::TwinTaken, service_number),
@@ -61,7 +67,10 @@ pub fn flow<P: Packet>(packet: &mut P, parsed: &Parsed, past: &Past) -> Verdict 
             _ => because(Reason::HalfOpenFull, service_number),
         };
     }
-    count_half_opened(service_number, backend_number);
+    if failed == OPENED {
+        count_half_opened(service_number, backend_number);
+        protect::half_opened(parsed.key.src, service_number);
+    }
     match maps::flow(Table::HalfOpen, &parsed.key) {
         Some(flow) => forward::any(packet, parsed, flow),
         None => because(Reason::HalfOpenFull, service_number),
@@ -73,6 +82,8 @@ const NO_SNAT_ADDRESS: u32 = 1;
 const TAKEN: u32 = 2;
 const EXHAUSTED: u32 = 3;
 const FULL: u32 = 4;
+/// The flow was there already.
+const JOINED: u32 = 5;
 
 /// What both entries are made of; they are built where they are inserted, since the stack does not hold both.
 struct Plan {
@@ -83,6 +94,7 @@ struct Plan {
     new_dst_port: u16,
     service: u32,
     backend: u32,
+    flags: u16,
     now: u64,
 }
 
@@ -102,6 +114,7 @@ fn write_forward(plan: &Plan, flow: &mut FlowV4) {
     flow.new_src_port = plan.new_src_port;
     flow.new_dst_port = plan.new_dst_port;
     flow.set_deltas();
+    flow.flags = plan.flags;
     flow.service = plan.service;
     flow.backend = plan.backend;
     flow.sequence = 1;
@@ -138,13 +151,13 @@ fn open(plan: &mut Plan, service: &ServiceEntry, backend: &BackendEntry, past: &
     match add_forward(plan) {
         0 => OPENED,
         errno => {
-            // Another CPU opened this flow just now: its entry serves this packet too, and the reply's key is
-            // this CPU's to take back only where the other chose another one.
+            // Another CPU opened this flow just now, or it was half-open beside a flow that ended: its entry serves this
+            // packet too, and the reply's key is this packet's to take back only where the other chose another one.
             let reply = plan.reply_key();
             if !belongs_to(Table::HalfOpen, &plan.key, &reply) {
                 maps::remove_flow(Table::HalfOpen, &reply);
             }
-            if errno == EEXIST { OPENED } else { FULL }
+            if errno == EEXIST { JOINED } else { FULL }
         }
     }
 }
@@ -171,7 +184,7 @@ fn choose_source(plan: &mut Plan, service: &ServiceEntry, backend: &BackendEntry
         } else if !next_source(plan, service, backend, probe - 1) {
             continue;
         }
-        match claim(plan, service, own) {
+        match claim(plan, service, own, probe >= PRESSED) {
             OPENED => return OPENED,
             FULL => return FULL,
             _ if dnat => return TAKEN,
@@ -224,16 +237,18 @@ fn snat_address(service: &ServiceEntry, which: u32) -> u32 {
 }
 
 /// Puts the reply's entry into the half-open table, then makes sure that no other table knows its key, and takes it
-/// out again where one does. `own`: a closing entry of the same client tuple is no conflict.
+/// out again where one does. `own`: a closing entry of the same client tuple is no conflict. `pressed`: nor is a stalled
+/// half-open flow.
 #[inline(never)]
-fn claim(plan: &Plan, service: &ServiceEntry, own: bool) -> u32 {
+fn claim(plan: &Plan, service: &ServiceEntry, own: bool, pressed: bool) -> u32 {
     let reply = plan.reply_key();
     match add_reply(plan) {
         0 => {}
         EEXIST => {
             // Where the tuple leaves no choice of port, an entry that timed out is no conflict, nor is one whose
             // client half has been evicted.
-            if !own || !yields(plan, Table::HalfOpen, &reply, service.half_open_timeout) {
+            let own = own && yields(plan, Table::HalfOpen, &reply, service.half_open_timeout);
+            if !own && !(pressed && end_stalled(plan, &reply)) {
                 return TAKEN;
             }
             maps::remove_flow(Table::HalfOpen, &reply);
@@ -255,6 +270,22 @@ fn claim(plan: &Plan, service: &ServiceEntry, own: bool) -> u32 {
         return TAKEN;
     }
     OPENED
+}
+
+/// Ends the half-open flow whose reply has this key, up to the key itself, where its client has been silent for too long
+/// or is unknown by now; else answers false.
+#[inline(never)]
+fn end_stalled(plan: &Plan, reply: &FlowKeyV4) -> bool {
+    let Some(flow) = maps::flow(Table::HalfOpen, reply) else {
+        return true;
+    };
+    let client = flow.twin();
+    if maps::flow(Table::HalfOpen, &client).is_some_and(|client| plan.now.saturating_sub(client.last_seen) < STALLED) {
+        return false;
+    }
+    protect::half_open_ended(flow);
+    maps::remove_flow(Table::HalfOpen, &client);
+    true
 }
 
 /// Takes a closing flow out whose SNAT port has rested, or whose client has come back; false where it stays.

@@ -1,8 +1,8 @@
 //! From a flow entry to the wire: next hop, length, TTL, rewrite, counters, egress.
 
 use edge_common::{
-    conntrack::{due, ticks},
-    maps::{FlowV4, NextHop, next_hop_flag},
+    conntrack::{due, tcp_flag::SYN, ticks},
+    maps::{FlowV4, NextHop, flow_flag, next_hop_flag},
     verdict::{Reason, Verdict},
 };
 use network_types::eth::EthHdr;
@@ -10,10 +10,10 @@ use network_types::eth::EthHdr;
 use crate::{
     conntrack::{self, touched},
     fib::{self, resolution},
-    maps,
+    maps, mss,
     packet::Packet,
     parse::Parsed,
-    rewrite,
+    protect, rewrite,
     stats::{because, count_packet},
 };
 
@@ -31,12 +31,18 @@ pub fn established<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4
             _ => return because(Reason::TwinTaken, flow.service),
         }
     }
+    if flow.flags & flow_flag::PACKET_LIMIT != 0 && !protect::packet_admitted(parsed.key.src, flow) {
+        return because(Reason::SourcePacketRate, flow.service);
+    }
     send(packet, parsed, flow, now)
 }
 
 /// As [`established`], for entries of every table, without the touch; a function of its own off the hot path.
 #[inline(never)]
 pub fn any<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4) -> Verdict {
+    if parsed.flags & SYN != 0 {
+        mss::clamp(packet, parsed, flow.service);
+    }
     send(packet, parsed, flow, maps::now())
 }
 

@@ -66,6 +66,9 @@ static REASONS: PerCpuArray<u64> = PerCpuArray::with_max_entries(layout::REASON_
 #[map]
 static NOTICES: Array<u32> = Array::with_max_entries(1, 0);
 
+mod protect;
+pub use protect::{known_source_use, precise_now, range_action, source_use};
+
 /// One of the flow tables.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Table {

@@ -16,6 +16,7 @@ use crate::{
     maps::{self, Table},
     packet::Packet,
     parse::{self, Ipv4, Parsed},
+    protect,
     stats::because,
 };
 
@@ -69,6 +70,9 @@ fn slow<P: Packet>(packet: &mut P, parsed: &Parsed, side: Side) -> Verdict {
     let mut verdict = tracked(packet, parsed, &mut past);
     if verdict == NO_FLOW {
         verdict = classify::untracked(packet, parsed, side, &mut past);
+        if verdict == NEW_FLOW {
+            verdict = protect::admit(parsed, past.service);
+        }
         if verdict == NEW_FLOW {
             verdict = create::flow(packet, parsed, &past);
         }

@@ -3,5 +3,6 @@
 pub mod bench;
 pub mod datapath;
 pub mod lab;
+pub mod model;
 pub mod scenario;
 pub mod skip;

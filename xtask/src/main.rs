@@ -58,6 +58,18 @@ enum Command {
         #[arg(long, conflicts_with = "e2e")]
         health: bool,
     },
+    /// Random packets through the loaded program, compared with the reference model.
+    FuzzDatapath {
+        /// Packets at each hook.
+        #[arg(long, default_value_t = 10_000_000)]
+        packets: u64,
+        /// Repeat the run of this seed; a fresh one where none is given.
+        #[arg(long)]
+        seed: Option<String>,
+        /// xdp or tc; both where not given.
+        #[arg(long)]
+        hook: Option<String>,
+    },
     /// Check that imports go one way only.
     CheckLayers,
 }
@@ -124,6 +136,17 @@ fn execute(command: Command) -> Result<ExitCode> {
             }
             if let Some(path) = json {
                 command.arg("--json").arg(path);
+            }
+            return sh::pass_through(&mut command);
+        }
+        Command::FuzzDatapath { packets, seed, hook } => {
+            setup::run()?;
+            build_release()?;
+            step("compare the program with the reference model");
+            let mut command = sh::as_root(&release("edge-fuzz-datapath"));
+            command.arg("--packets").arg(packets.to_string());
+            for (option, value) in [("--seed", seed), ("--hook", hook)] {
+                command.args(value.iter().flat_map(|value| [option, value.as_str()]));
             }
             return sh::pass_through(&mut command);
         }

@@ -38,6 +38,7 @@ pub(super) fn api(views: Shared) -> Router {
         ("/v1/maps", Query::Maps),
         ("/v1/xdp", Query::Xdp),
         ("/v1/reasons", Query::Reasons),
+        ("/v1/acl", Query::Acl),
         ("/v1/config", Query::Config),
         ("/v1/health", Query::Health),
         ("/v1/health/history", Query::HealthHistory),
@@ -51,6 +52,8 @@ pub(super) fn api(views: Shared) -> Router {
         .route("/v1/maps/{name}", get(map))
         .route("/v1/bgp/peers/{peer}/received", get(received))
         .route("/v1/bgp/peers/{peer}/advertised", get(advertised))
+        .route("/v1/acl/add", post(acl_add))
+        .route("/v1/acl/remove", post(acl_remove))
         .route("/v1/reload", post(|State(views): State<Shared>| ask(views, Query::Reload)))
         .route("/v1/backends/{service}/{backend}/{verb}", post(order))
         .route("/metrics", get(scrape))
@@ -96,7 +99,8 @@ async fn not_found(uri: Uri) -> Response {
 
 async fn wrong_method(uri: Uri) -> Response {
     let error = format!(
-        "{} does not take that method (GET everywhere, POST for /v1/reload and /v1/backends/SERVICE/ADDRESS:PORT/VERB)",
+        "{} does not take that method (GET everywhere, POST for /v1/reload, /v1/acl/add, /v1/acl/remove and \
+         /v1/backends/SERVICE/ADDRESS:PORT/VERB)",
         uri.path()
     );
     (StatusCode::METHOD_NOT_ALLOWED, Json(Refusal { error, problems: Vec::new() })).into_response()
@@ -136,6 +140,46 @@ async fn map(State(views): State<Shared>, name: Named, parameters: Listed) -> Re
         }
         (Err(rejection), _) => bad_request(rejection.body_text()),
         (_, Err(rejection)) => bad_request(rejection.body_text()),
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AclParameters {
+    service: String,
+    prefix: String,
+    #[serde(default)]
+    deny: bool,
+    #[serde(rename = "for")]
+    lifetime: Option<String>,
+}
+
+async fn acl_add(
+    State(views): State<Shared>,
+    parameters: Result<Parameters<AclParameters>, QueryRejection>,
+) -> Response {
+    match parameters {
+        Ok(Parameters(AclParameters { service, prefix, deny, lifetime })) => {
+            ask(views, Query::AclAdd { service, prefix, deny, lifetime }).await
+        }
+        Err(rejection) => bad_request(rejection.body_text()),
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RangeParameters {
+    service: String,
+    prefix: String,
+}
+
+async fn acl_remove(
+    State(views): State<Shared>,
+    parameters: Result<Parameters<RangeParameters>, QueryRejection>,
+) -> Response {
+    match parameters {
+        Ok(Parameters(RangeParameters { service, prefix })) => ask(views, Query::AclRemove { service, prefix }).await,
+        Err(rejection) => bad_request(rejection.body_text()),
     }
 }
 

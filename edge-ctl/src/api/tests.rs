@@ -71,6 +71,7 @@ fn rows(query: Query) -> Result<Answer, ViewError> {
             responses: map(&[("success", 9)]),
             ..DnsRow::default()
         }]),
+        Query::Acl | Query::AclAdd { .. } | Query::AclRemove { .. } => Answer::Acl(Vec::new()),
         Query::BgpPeers => Answer::BgpPeers(vec![BgpPeerRow {
             neighbor: text("172.16.1.80"),
             asn: 64512,

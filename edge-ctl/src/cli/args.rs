@@ -5,6 +5,7 @@ use std::{net::IpAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use super::acl::AclVerb;
 use super::orders::{One, Order};
 use crate::model::query::DEFAULT_LIMIT;
 
@@ -118,6 +119,12 @@ pub(super) enum Command {
     Flow {
         #[command(subcommand)]
         verb: Option<FlowVerb>,
+    },
+    /// Source ranges: who may use which service
+    #[command(infer_subcommands = true)]
+    Acl {
+        #[command(subcommand)]
+        verb: Option<AclVerb>,
     },
     /// Names asked of the resolvers
     #[command(infer_subcommands = true)]

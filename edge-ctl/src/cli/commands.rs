@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use super::{
     CheckedConfig, DEFAULT_CONFIG, DEFAULT_PINS, DEFAULT_SOCKET, Exit, Wiring,
+    acl::{self, AclVerb},
     args::{
         BackendVerb, BgpVerb, Cli, Colour, Command, ConfigVerb, DescribeNoun, FlowArgs, FlowVerb, GetNoun, Global,
         HealthVerb, MapVerb, Output, ServiceVerb, ShowIp, ShowNoun, Which, XdpVerb,
@@ -35,6 +36,7 @@ enum Show {
     Health(Option<String>),
     HealthHistory(Option<String>),
     Flows(FlowArgs),
+    Acl(Option<String>),
     Dns,
     BgpSummary,
     BgpPeers,
@@ -57,6 +59,9 @@ pub(super) fn execute(cli: Cli, wiring: &Wiring<'_>) -> Exit {
         Command::Run => return (wiring.run)(&config),
         Command::Config { verb: ConfigVerb::Check } => return check(&config, wiring, global),
         Command::Reload => return with_source(global, wiring, reload),
+        Command::Acl { verb: Some(ref verb) } if acl::change(verb).is_some() => {
+            return with_source(global, wiring, |source| change_acl(source, verb));
+        }
         Command::Version => return with_source(global, wiring, version),
         Command::Backend { verb: Some(BackendVerb::Order(given)) } => {
             return with_source(global, wiring, |source| order(source, &given));
@@ -85,6 +90,8 @@ fn view_of(command: Command) -> Option<Show> {
         Command::Health { verb: None } => Show::Health(None),
         Command::Flow { verb: Some(FlowVerb::List(args)) } => Show::Flows(args),
         Command::Flow { verb: None } => Show::Flows(all_flows()),
+        Command::Acl { verb: Some(AclVerb::List { service }) } => Show::Acl(service),
+        Command::Acl { .. } => Show::Acl(None),
         Command::Dns { .. } => Show::Dns,
         Command::Bgp { verb } => bgp(verb),
         Command::Route { .. } => Show::Routes,
@@ -276,6 +283,7 @@ fn shown(source: &Source<'_>, show: &Show) -> Outcome<Shown> {
         Show::Flows(FlowArgs { service, limit }) => {
             list(&views::FLOWS, &Query::Flows { service: service.clone(), limit: *limit })
         }
+        Show::Acl(service) => of_service(&views::ACL, &Query::Acl, "service", service),
         Show::Dns => list(&views::DNS, &Query::Dns),
         Show::BgpSummary => list(&views::BGP_SUMMARY, &Query::BgpPeers),
         Show::BgpPeers => list(&views::BGP_PEERS, &Query::BgpPeers),
@@ -459,6 +467,19 @@ fn reload(source: &Source<'_>) -> Outcome<Exit> {
     };
     print(&single(source, &CONFIG, row, pretty)?);
     Ok(Exit::Ok)
+}
+
+fn change_acl(source: &Source<'_>, verb: &AclVerb) -> Outcome<Exit> {
+    if source.global.kernel {
+        return Err(Failure {
+            exit: Exit::Usage,
+            message: "`acl` changes are for the daemon; `--kernel` only reads".into(),
+        });
+    }
+    let Some(query) = acl::change(verb) else { return Ok(Exit::Usage) };
+    let (text, exit) = rows(source, &views::ACL, source.rows(&query)?)?;
+    print(&text);
+    Ok(exit)
 }
 
 /// This program's version, and the daemon's where one answers.

@@ -1,6 +1,7 @@
 //! The command line: arguments -> a question -> rows -> a table, JSON or YAML. Rows come from the daemon's socket or, with
 //! `--kernel`, from whoever reads the pinned maps; `main.rs` plugs that and everything else this layer may not import.
 
+mod acl;
 mod args;
 mod client;
 mod commands;

@@ -36,6 +36,19 @@ pub(super) static SERVICES: View = View {
     ],
 };
 
+pub(super) static ACL: View = View {
+    kind: "acl",
+    names: &["service", "prefix"],
+    columns: &[
+        column("SERVICE", "service", Show::Text),
+        column("PREFIX", "prefix", Show::Text),
+        column("ACTION", "action", Show::Text),
+        column("SOURCE", "source", Show::Text),
+        column("EXPIRES", "expires", Show::Age),
+        column("HITS", "hits", Show::Number),
+    ],
+};
+
 pub(super) static BACKENDS: View = View {
     kind: "backend",
     names: &["service", "backend"],

@@ -7,10 +7,13 @@ mod edge;
 mod health;
 pub mod lint;
 pub mod memory;
+mod protect;
 mod raw;
 mod read;
 mod service;
 pub mod valid;
+pub use protect::range as source_range;
+pub use values::duration;
 mod values;
 
 use std::{

@@ -10,6 +10,7 @@ use ipnet::IpNet;
 
 use super::{
     health,
+    protect::protection,
     raw::{Place, Value},
     read::{At, Section, nearest, not_yet},
     values,
@@ -22,6 +23,8 @@ const DNS_PORT: u16 = 53;
 /// Service and backend numbers start at 1.
 const MOST_FRONTENDS: usize = edge_common::maps::SERVICES as usize - 1;
 const MOST_BACKENDS: usize = edge_common::maps::BACKENDS as usize - 1;
+/// Source ranges, each counted for every listen address of its service.
+const MOST_RANGES: usize = edge_common::maps::SOURCE_RANGES as usize;
 const BACKENDS: &str = "{ dns = NAME, port = N, resolver = NAME } or { static = [\"ADDRESS:PORT\"] }";
 
 /// Resolvers as configured; a faulty one still has a name that services may refer to.
@@ -78,7 +81,7 @@ pub(super) struct Context<'a> {
 pub(super) fn services(root: &Section<'_>, context: &Context<'_>) -> BTreeMap<String, Service> {
     let mut services = BTreeMap::new();
     let mut taken = BTreeMap::new();
-    let mut backends = 0;
+    let (mut backends, mut ranges) = (0, 0);
     for (name, section) in root.named("service") {
         if let Err(why) = values::table_name(name) {
             section.fault(section.place(), why);
@@ -88,7 +91,13 @@ pub(super) fn services(root: &Section<'_>, context: &Context<'_>) -> BTreeMap<St
             if let BackendSource::Static(addresses) = &service.backends {
                 backends += addresses.len() * service.listen.len();
             }
+            ranges += service.protection.source_ranges.ranges.len() * service.listen.len();
             services.insert(name.to_owned(), service);
+        }
+        if ranges > MOST_RANGES {
+            let message = format!("`source_ranges`: more than {MOST_RANGES} in all, counted for each listen address");
+            root.fault(&place, message);
+            break;
         }
         if taken.len() > MOST_FRONTENDS || backends > MOST_BACKENDS {
             root.fault(&place, format!("more than {MOST_FRONTENDS} listen addresses or {MOST_BACKENDS} backends"));
@@ -104,7 +113,7 @@ fn service(
     context: &Context<'_>,
     taken: &mut BTreeMap<Frontend, (String, Place)>,
 ) -> Option<Service> {
-    section.not_yet(&["affinity", "max_connections", "source_ranges", "arp"]);
+    section.not_yet(&["affinity", "max_connections", "arp"]);
     let mode = section.parse("mode", "\"full-nat\" or \"dnat\"", |text| match text {
         "full-nat" => Ok(Mode::FullNat),
         "dnat" => Ok(Mode::Dnat),
@@ -123,6 +132,7 @@ fn service(
     let protocols: Vec<_> = listen.iter().map(|frontend| frontend.protocol).collect();
     let health = health::health(&section, &protocols);
     health::on_down(&section);
+    let protection = protection(&section, &listen);
     section.finish();
     Some(Service {
         name: name.to_owned(),
@@ -133,6 +143,7 @@ fn service(
         snat,
         announce,
         health,
+        protection,
     })
 }
 

@@ -150,7 +150,6 @@ fn what_this_version_cannot_do_is_refused_and_not_ignored() {
         "on_down = \"reset\"",
         "affinity = \"10m\"",
         "max_connections = 10",
-        "source_ranges = [\"203.0.113.0/24\"]",
         "balance = \"least-conn\"",
         "balance = \"round-robin\"",
         "listen = [\"[2001:db8::1]:80/tcp\"]",
@@ -428,4 +427,61 @@ fn health_checks_that_cannot_be_meant_are_refused_with_their_line() {
         assert!(faults[0].starts_with(&format!("edge.toml:{line}: ")), "{text}: {}", faults[0]);
         assert!(faults[0].contains(words), "{text}: {}", faults[0]);
     }
+}
+
+#[test]
+fn a_service_says_who_may_use_it_how_much_and_with_which_segments() {
+    use crate::model::{Limits, RangeAction, Rate};
+    let protection = |keys: &str| ok(&format!("{BASE}{keys}\n")).services["web"].protection.clone();
+    let text = |keys: &str| {
+        let ranges = protection(keys).source_ranges;
+        let list: Vec<_> = ranges.ranges.iter().map(|(prefix, action)| format!("{action} {prefix}")).collect();
+        (list.join(", "), ranges.refuse_others)
+    };
+    let allowed = "allow 203.0.113.0/24, allow 2001:db8::/32";
+    assert_eq!(text("source_ranges = [\"203.0.113.0/24\", \"2001:db8::/32\"]"), (allowed.into(), true));
+    let both = "source_ranges = { allow = [\"10.0.0.0/8\"], deny = [\"10.6.6.6\"] }";
+    assert_eq!(text(both), ("allow 10.0.0.0/8, deny 10.6.6.6/32".into(), true));
+    assert_eq!(text("source_ranges = { deny = [\"10.6.6.6\"] }"), ("deny 10.6.6.6/32".into(), false));
+    assert_eq!(text(""), (String::new(), false));
+    assert_eq!(
+        protection("source_ranges = { deny = [\"10.6.6.6\"] }").source_ranges.ranges.values().next(),
+        Some(&RangeAction::Deny)
+    );
+
+    let limits = "limits = { new_flows_per_source = \"100/s\", new_flows_burst = 200, packets_per_source = \"9000/s\", half_open_per_source = 64 }";
+    let expected = Limits {
+        new_flows: Some(Rate { per_second: 100, burst: 200 }),
+        packets: Some(Rate { per_second: 9000, burst: 9000 }),
+        half_open: Some(64),
+    };
+    assert_eq!(protection(&format!("{limits}\nmss = 1400")).limits, expected);
+    assert_eq!(protection("mss = 1400").mss, Some(1400));
+}
+
+#[test]
+fn protection_that_cannot_be_meant_is_refused_with_its_line() {
+    let cases: &[(&str, &str)] = &[
+        ("source_ranges = []", "is empty"),
+        ("source_ranges = {}", "is empty"),
+        ("source_ranges = \"10.0.0.0/8\"", "an array of prefixes"),
+        ("source_ranges = [\"10.0.0.1/8\"]", "host bits"),
+        ("source_ranges = [\"client\"]", "a prefix or an address"),
+        ("source_ranges = [\"10.0.0.0/8\", \"10.0.0.0/8\"]", "stands there twice"),
+        ("source_ranges = { allow = [\"10.0.0.0/8\"], deny = [\"10.0.0.0/8\"] }", "both allowed and denied"),
+        ("source_ranges = { block = [\"10.0.0.0/8\"] }", "unknown key `block`"),
+        ("limits = { new_flows_per_source = \"100\" }", "for each second"),
+        ("limits = { new_flows_per_source = \"0/s\" }", "from 1 to"),
+        ("limits = { packets_burst = 5 }", "limits nothing"),
+        ("limits = { half_open_per_source = 0 }", "from 1 to"),
+        ("limits = { half_open = 1 }", "unknown key `half_open`"),
+        ("mss = 500", "from 536 to 65495"),
+    ];
+    for (key, words) in cases {
+        let faults = faults(&format!("{BASE}{key}\n"));
+        assert_eq!(faults.len(), 1, "{key}: {faults:#?}");
+        assert!(faults[0].starts_with("edge.toml:12: ") && faults[0].contains(words), "{key}: {}", faults[0]);
+    }
+    let udp = BASE.replace("80/tcp", "80/udp");
+    assert!(faults(&format!("{udp}mss = 1400\n"))[0].contains("`mss` is for TCP"));
 }

@@ -15,8 +15,8 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    Daemon, Inbox, Orders, ROUTE_GENERATION_PAUSE, Shared, announcer::Announcer, dns_sources, host_problems, lock,
-    throttle::Throttle, views::DaemonViews, world::World,
+    Daemon, Inbox, Orders, ROUTE_GENERATION_PAUSE, Shared, acl::Acl, announcer::Announcer, dns_sources, host_problems,
+    lock, throttle::Throttle, views::DaemonViews, world::World,
 };
 use crate::{
     api,
@@ -89,6 +89,7 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
         return Err(StartError::Host(problems));
     }
     let orders = Orders::load(&config.edge.state_dir)?;
+    let acl = Acl::load(&config.edge.state_dir)?;
     let listen = api::Listen { socket: config.edge.socket.clone(), http: config.http };
     let bound = api::bind(&listen).await?;
     // Short: what waits there is old news, while changes that wait in the speaker are one per prefix.
@@ -126,6 +127,7 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
         problems: Vec::new(),
         drained: BTreeSet::new(),
         prefixes: 0,
+        acl,
         datapath,
     }));
     let (requests, request_inbox) = mpsc::channel(4);

@@ -13,12 +13,13 @@ use tokio::{
 };
 use tracing::warn;
 
-use super::{Request, SharedState, lock};
+use super::{Request, SharedState, acl, lock};
 use crate::{
     api::{BoxFuture, Views},
     bgp::BgpHandle,
     config,
     datapath::{
+        acl_view::acl_rows,
         answer::answer_from_pins,
         kernel_view::{KernelView, Rates},
     },
@@ -26,7 +27,7 @@ use crate::{
     fib::FibHandle,
     model::{
         BackendVerb, Frontend, HealthKey, Protocol,
-        query::{Answer, ConfigRow, Query, ViewError},
+        query::{AclRow, Answer, ConfigRow, Query, ViewError},
         view::{BackendRow, HealthRow, ServiceRow, StatusRow},
     },
     reconcile::{
@@ -92,6 +93,8 @@ impl DaemonViews {
             Query::BgpAdvertised(peer) => Answer::BgpRoutes(self.peer(peer).await?.advertised(peer).await),
             Query::Routes => Answer::Routes(self.fib.routes().await),
             Query::Xdp => Answer::Xdp(lock(&self.shared).datapath.xdp_rows()),
+            Query::Acl => Answer::Acl(self.acl()?),
+            Query::AclAdd { .. } | Query::AclRemove { .. } => return self.change_acl(query).await,
             Query::Config => Answer::Config(self.config()?),
             Query::Reload => return self.reload().await,
             Query::Health => Answer::Health(self.health.rows()),
@@ -107,6 +110,29 @@ impl DaemonViews {
         let unknown = || ViewError::NotFound(format!("there is no BGP peer {peer}"));
         let known = lock(&self.shared).config.0.bgp.as_ref().is_some_and(|bgp| bgp.peers.contains_key(&peer));
         self.bgp.as_ref().filter(|_| known).ok_or_else(unknown)
+    }
+
+    fn acl(&self) -> Result<Vec<AclRow>, ViewError> {
+        let mut rows = {
+            let shared = lock(&self.shared);
+            shared.acl.rows(&shared.config.0, acl::now())
+        };
+        let counted = acl_rows(self.kernel.tables())?;
+        let hits: BTreeMap<_, u64> = counted.iter().map(|row| ((&row.service, &row.prefix), row.hits)).collect();
+        for row in &mut rows {
+            row.hits = hits.get(&(&row.service, &row.prefix)).copied().unwrap_or(0);
+        }
+        Ok(rows)
+    }
+
+    async fn change_acl(&self, query: Query) -> Result<Answer, ViewError> {
+        let (reply, answer) = oneshot::channel();
+        let stopping = || ViewError::Unavailable("the daemon is stopping".into());
+        self.requests.send(Request::Acl(query, reply)).await.map_err(|_| stopping())?;
+        let service = answer.await.map_err(|_| stopping())??;
+        let mut rows = self.acl()?;
+        rows.retain(|row| row.service == service);
+        Ok(Answer::Acl(rows))
     }
 
     fn services(&self) -> Result<Vec<ServiceRow>, ViewError> {

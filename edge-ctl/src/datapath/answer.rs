@@ -3,7 +3,7 @@
 use edge_common::maps::name;
 use serde_json::Value;
 
-use super::kernel_view::KernelView;
+use super::{acl_view::acl_rows, kernel_view::KernelView};
 use crate::model::query::{Answer, MapEntryRow, Query, ReasonRow, ViewError};
 
 /// Answers a question from the maps alone.
@@ -32,6 +32,10 @@ pub fn answer_from_pins(view: &KernelView, query: &Query) -> Result<Answer, View
                 packets,
             };
             Answer::Reasons(view.reasons()?.into_iter().map(row).collect())
+        }
+        Query::Acl => Answer::Acl(acl_rows(view.tables())?),
+        Query::AclAdd { .. } | Query::AclRemove { .. } => {
+            return Err(ViewError::Unavailable("changing source ranges needs the running daemon".to_owned()));
         }
         Query::Status => return Err(only_daemon("the status")),
         Query::Dns => return Err(only_daemon("what DNS answered")),

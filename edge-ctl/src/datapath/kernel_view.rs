@@ -6,8 +6,9 @@ use std::{collections::BTreeMap, fs, path::Path};
 use edge_common::{
     flow::FlowKeyV4,
     maps::{
-        AddressFilter, BackendEntry, Control, FlowV4, NeighbourKey, NextHop, PortSet, ServiceEntry, ServiceKeyV4,
-        ServiceStats, mode, name,
+        AddressFilter, BackendEntry, Control, FlowV4, NeighbourKey, NextHop, PortSet, RANGE_PREFIX, RangeSource,
+        ServiceEntry, ServiceKeyV4, ServiceStats, SourceId, SourceKey, SourceRange, SourceUse, mode, name,
+        range_action,
     },
     verdict::{REASONS, Reason},
 };
@@ -25,7 +26,10 @@ use crate::{
         Protocol,
         view::{BackendRow, FlowRow, MapRow, ServiceRow, XdpRow},
     },
-    reconcile::ports::{PortError, socket_address, weight_of},
+    reconcile::{
+        ports::{PortError, socket_address, weight_of},
+        protect,
+    },
 };
 
 /// Entries read in one call where a list is limited.
@@ -201,7 +205,8 @@ impl KernelView {
             let error = |error: aya::maps::MapError| PortError::new(format!("map {map}"), pins::chain(&error));
             let info = data.info().map_err(error)?;
             let kind = info.map_type().map_err(error)?;
-            let hash = matches!(kind, aya::maps::MapType::Hash | aya::maps::MapType::LruHash);
+            let hash =
+                matches!(kind, aya::maps::MapType::Hash | aya::maps::MapType::LruHash | aya::maps::MapType::LpmTrie);
             rows.push(MapRow {
                 name: map.to_owned(),
                 kind: kind_name(kind).to_owned(),
@@ -390,6 +395,7 @@ fn kind_name(kind: aya::maps::MapType) -> &'static str {
     match kind {
         aya::maps::MapType::Hash => "hash",
         aya::maps::MapType::LruHash => "lru_hash",
+        aya::maps::MapType::LpmTrie => "lpm_trie",
         aya::maps::MapType::Array => "array",
         aya::maps::MapType::PerCpuArray => "percpu_array",
         _ => "other",
@@ -413,6 +419,8 @@ fn key_text(map: &str, key: &[u8]) -> String {
             .map(|key| format!("{}/{}", socket_address(key.address, key.port), protocol_name(key.protocol))),
         name::NEXT_HOP_INDEX => from_bytes::<NeighbourKey>(key)
             .map(|key| format!("ifindex={} neighbour={}", key.ifindex, crate::reconcile::ports::ip(key.address))),
+        name::SOURCE_RANGES => from_bytes::<SourceKey>(key).map(|key| range_text(&key)),
+        name::SOURCES => from_bytes::<SourceId>(key).map(|id| source_text(&id)),
         name::REASONS => from_bytes::<u32>(key).map(|key| {
             let number = key % REASONS;
             let reason = reason(number).map_or_else(|| number.to_string(), |reason| reason.name().to_owned());
@@ -421,6 +429,23 @@ fn key_text(map: &str, key: &[u8]) -> String {
         _ => from_bytes::<u32>(key).map(|key| key.to_string()),
     };
     text.unwrap_or_else(|| hex(key))
+}
+
+fn range_text(key: &SourceKey) -> String {
+    let prefix = protect::range_of(key).map_or_else(|| "-".to_owned(), |prefix| prefix.to_string());
+    format!("service={} prefix={prefix}", key.source.service)
+}
+
+/// A source is all of its range key.
+fn source_text(id: &SourceId) -> String {
+    let source = RangeSource { service: id.service, address: id.address };
+    let key = SourceKey { prefix_len: RANGE_PREFIX + 128, source };
+    let source = protect::range_of(&key).map_or_else(|| "-".to_owned(), |prefix| prefix.addr().to_string());
+    format!("service={} source={source}", id.service)
+}
+
+const fn action_name(action: u32) -> &'static str {
+    if action == range_action::ALLOW { "allow" } else { "deny" }
 }
 
 fn value_text(map: &str, value: &[u8], cpus: usize) -> String {
@@ -448,6 +473,12 @@ fn value_text(map: &str, value: &[u8], cpus: usize) -> String {
         }),
         name::SNAT_PORTS => from_bytes::<PortSet>(value)
             .map(|ports| format!("ports={}", ports.0.iter().map(|word| word.count_ones()).sum::<u32>())),
+        name::SOURCE_RANGES => from_bytes::<SourceRange>(value)
+            .map(|range| format!("action={} hits={}", action_name(range.action), range.hits)),
+        name::SOURCES => from_bytes::<SourceUse>(value).map(|used| {
+            let half_open = used.half_open;
+            format!("flows={} packets={} half_open={}+{}", used.flows, used.packets, half_open.now, half_open.before)
+        }),
         name::SERVICE_STATS | name::BACKEND_STATS => Some(stats_text(value, cpus)),
         name::REASONS => Some(format!("packets={}", per_cpu::<u64>(value, cpus).fold(0, u64::wrapping_add))),
         name::SERVICE_EXPIRED | name::BACKEND_EXPIRED => from_bytes::<u64>(value).map(|count| format!("flows={count}")),

@@ -1,9 +1,12 @@
 //! The reconciler's port to the pinned maps: one action, one or a few map writes.
 
-use aya::maps::{Array, HashMap, MapData, MapError, PerCpuArray, PerCpuValues};
+use aya::maps::{Array, HashMap, LpmTrie, MapData, MapError, PerCpuArray, PerCpuValues, lpm_trie::Key};
 use edge_common::{
     filter,
-    maps::{AddressFilter, BackendEntry, Chunk, Label, ServiceEntry, ServiceKeyV4, ServiceStats, name},
+    maps::{
+        AddressFilter, BackendEntry, Chunk, Label, RangeSource, ServiceEntry, ServiceKeyV4, ServiceStats, SourceRange,
+        name,
+    },
     verdict::REASONS,
 };
 
@@ -24,6 +27,7 @@ pub struct Maps {
     states: Array<MapData, u32>,
     backend_index: HashMap<MapData, ServiceKeyV4, u32>,
     selection: Array<MapData, Chunk>,
+    ranges: LpmTrie<MapData, RangeSource, SourceRange>,
     filter: Array<MapData, AddressFilter>,
     service_stats: PerCpuArray<MapData, ServiceStats>,
     backend_stats: PerCpuArray<MapData, ServiceStats>,
@@ -47,6 +51,7 @@ impl Maps {
             states: open(pins, name::BACKEND_STATE)?,
             backend_index: open(pins, name::BACKEND_INDEX)?,
             selection: open(pins, name::SELECTION)?,
+            ranges: open(pins, name::SOURCE_RANGES)?,
             filter: open(pins, name::ADDRESS_FILTER)?,
             service_stats: open(pins, name::SERVICE_STATS)?,
             backend_stats: open(pins, name::BACKEND_STATS)?,
@@ -81,6 +86,11 @@ impl Maps {
                 }
                 Ok(chunks.len() as u64)
             }
+            Action::PutRange { key, action } => {
+                let range = SourceRange { action: *action, ..SourceRange::default() };
+                self.ranges.insert(&Key::new(key.prefix_len, key.source), range, 0).map(|()| 1)
+            }
+            Action::RemoveRange { key } => absent_is_fine(self.ranges.remove(&Key::new(key.prefix_len, key.source))),
             Action::PutLabel { number, label } => self.labels.set(*number, Label(label_bytes(label)), 0).map(|()| 1),
             Action::PutService { number, entry, fresh } => {
                 let cleared = if *fresh { self.clear_service_counters(*number)? } else { 0 };

@@ -1,6 +1,7 @@
 //! The kernel side: [`loader`] loads or adopts maps, programs and links; [`maps`] is the reconciler's port to the maps,
 //! [`fake`] its stand-in for tests; [`sweep`] ends idle flows; [`kernel_view`] reads the pins, with the daemon or without.
 
+pub mod acl_view;
 pub mod answer;
 pub mod attach;
 pub mod fake;

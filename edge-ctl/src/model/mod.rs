@@ -1,6 +1,7 @@
 //! Plain data that every layer speaks: services, backends, routes, and the rows that users see. No I/O, no clock.
 
 mod health;
+mod protect;
 pub mod query;
 mod route;
 mod service;
@@ -10,6 +11,7 @@ pub use health::{
     AdminOrder, AdminOrders, AdminState, BackendVerb, Check, Exchange, Health, HealthKey, Http, Passive,
     PassiveCounters, PassiveSignals, Tls, Verdict,
 };
+pub use protect::{Limits, Protection, RangeAction, Rate, SourceRanges};
 pub use route::{PathAttributes, RouteSet, RouteUpdate};
 pub use service::{
     Announce, BackendSource, Balance, Frontend, Mode, ParseFrontendError, PoolMember, PoolSnapshot, PoolState,

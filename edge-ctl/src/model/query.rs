@@ -60,6 +60,26 @@ pub enum Query {
     Xdp,
     /// Packets dropped or passed, by service and reason: [`Answer::Reasons`].
     Reasons,
+    /// Source ranges: [`Answer::Acl`].
+    Acl,
+    /// Give a source range at run time: [`Answer::Acl`] of that service.
+    AclAdd {
+        /// The service's name.
+        service: String,
+        /// A prefix or an address.
+        prefix: String,
+        /// Keep it out rather than let it in.
+        deny: bool,
+        /// A duration; `None`: until it is taken back.
+        lifetime: Option<String>,
+    },
+    /// Take back what [`Query::AclAdd`] gave: [`Answer::Acl`] of that service.
+    AclRemove {
+        /// The service's name.
+        service: String,
+        /// The prefix or address.
+        prefix: String,
+    },
     /// The configuration in force: [`Answer::Config`].
     Config,
     /// Read the configuration again and apply it: [`Answer::Reloaded`].
@@ -100,6 +120,17 @@ impl Query {
             Self::Map { name, limit } => format!("/v1/maps/{}?limit={limit}", percent_encode(name)),
             Self::Xdp => "/v1/xdp".to_owned(),
             Self::Reasons => "/v1/reasons".to_owned(),
+            Self::Acl => "/v1/acl".to_owned(),
+            Self::AclAdd { service, prefix, deny, lifetime } => {
+                let lifetime = lifetime.as_ref().map(|text| format!("&for={}", percent_encode(text)));
+                let (service, prefix) = (percent_encode(service), percent_encode(prefix));
+                let query = format!("service={service}&prefix={prefix}&deny={deny}{}", lifetime.unwrap_or_default());
+                return ("POST", format!("/v1/acl/add?{query}"));
+            }
+            Self::AclRemove { service, prefix } => {
+                let (service, prefix) = (percent_encode(service), percent_encode(prefix));
+                return ("POST", format!("/v1/acl/remove?service={service}&prefix={prefix}"));
+            }
             Self::Config => "/v1/config".to_owned(),
             Self::Reload => return ("POST", "/v1/reload".to_owned()),
             Self::Health => "/v1/health".to_owned(),
@@ -149,6 +180,8 @@ pub enum Answer {
     Xdp(Vec<XdpRow>),
     /// To [`Query::Reasons`].
     Reasons(Vec<ReasonRow>),
+    /// To [`Query::Acl`], [`Query::AclAdd`] and [`Query::AclRemove`].
+    Acl(Vec<AclRow>),
     /// To [`Query::Config`].
     Config(ConfigRow),
     /// To [`Query::Reload`].
@@ -179,6 +212,23 @@ pub struct ReasonRow {
     pub action: String,
     /// Packets since the maps exist.
     pub packets: u64,
+}
+
+/// A source range of a service.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AclRow {
+    /// Service name.
+    pub service: String,
+    /// Source range.
+    pub prefix: String,
+    /// `allow` or `deny`.
+    pub action: String,
+    /// `config`, `runtime` (`acl add`), or `-`: the maps do not know.
+    pub source: String,
+    /// Seconds that it has left; `None`: it does not expire.
+    pub expires: Option<u64>,
+    /// New flows that it decided about.
+    pub hits: u64,
 }
 
 /// The configuration in force.

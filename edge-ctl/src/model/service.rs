@@ -204,6 +204,8 @@ pub struct Service {
     pub announce: Option<Announce>,
     /// `None`: backends are not checked.
     pub health: Option<super::Health>,
+    /// What its sources may do.
+    pub protection: super::Protection,
 }
 
 /// One member of a pool, as a source reported it.
