@@ -8,6 +8,8 @@
 //! the adopted pool stands in for its answer; until routes have settled, a backend that was eligible stays so. A restart
 //! with unchanged inputs therefore builds exactly the state that the maps already hold.
 
+pub mod eligibility;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
@@ -16,12 +18,15 @@ use std::{
 
 use ipnet::IpNet;
 
+use self::eligibility::{Admin, Checks, Route, SourceAddress};
+pub use self::eligibility::{Exclusion, Facts};
 use crate::{
     config::valid::Config,
     model::{
-        BackendSource, Balance, Frontend, Mode, PathAttributes, PoolMember, PoolSnapshot, PoolState, Protection,
-        Protocol, RouteSet, Service, Snat, within,
+        AdminOrders, AdminState, BackendSource, Balance, Frontend, Mode, PathAttributes, PoolMember, PoolSnapshot,
+        PoolState, Protection, Protocol, RouteSet, Service, Snat, Verdict, within,
     },
+    sources::health::{Target, Targets, Verdicts, panic::panics},
 };
 
 /// Everything that [`build`] looks at besides the configuration.
@@ -50,6 +55,10 @@ pub struct Inputs<'a> {
     pub datapath_ready: bool,
     /// VIPs that the host does not hold although it should: they are not announced.
     pub unheld: &'a BTreeSet<IpAddr>,
+    /// What checks say.
+    pub verdicts: &'a Verdicts,
+    /// What administrators ordered.
+    pub orders: &'a AdminOrders,
 }
 
 /// A backend that the maps held at start.
@@ -98,6 +107,8 @@ pub struct DesiredFrontend {
     pub pool: Option<Vec<DesiredBackend>>,
     /// Whether its VIP is announced, and why not.
     pub announced: Announced,
+    /// Too few backends are healthy, so health is ignored: how many are, of how many.
+    pub panic: Option<(usize, usize)>,
 }
 
 impl DesiredFrontend {
@@ -114,8 +125,10 @@ pub struct DesiredBackend {
     pub address: SocketAddr,
     /// Relative weight, at least 1.
     pub weight: u16,
-    /// `None`: eligible; else why it gets no new flows.
+    /// `None`: eligible; else why it gets no new flows: what [`eligibility::judge`] says of `facts`.
     pub excluded: Option<Exclusion>,
+    /// What that rests on.
+    pub facts: Facts,
     /// Node it runs on, by the BGP next hop.
     pub node: Option<String>,
     /// `dns`, `static`, or `adopted`.
@@ -128,24 +141,6 @@ impl DesiredBackend {
     /// True where it may be given new flows.
     pub fn eligible(&self) -> bool {
         self.excluded.is_none()
-    }
-}
-
-/// Why a member of a pool gets no new flows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Exclusion {
-    /// No BGP route and no connected or static prefix covers it.
-    NoRoute,
-    /// full-nat without a known source address towards it.
-    NoSnatAddress,
-}
-
-impl fmt::Display for Exclusion {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::NoRoute => "no-route",
-            Self::NoSnatAddress => "no-source-address",
-        })
     }
 }
 
@@ -228,6 +223,13 @@ fn build_frontend(config: &Config, inputs: &Inputs<'_>, service: &Service, front
         let known = inputs.adopted.get(frontend).map_or(&[][..], Vec::as_slice);
         allowed.map(|member| build_backend(inputs, service, known, member, source)).collect::<Vec<_>>()
     });
+    let (pool, panic) = match pool {
+        Some(pool) => {
+            let (pool, panic) = ignore_health_in_panic(service, pool);
+            (Some(pool), panic)
+        }
+        None => (None, None),
+    };
     let eligible = pool.iter().flatten().filter(|backend| backend.eligible()).count();
     let announced = match &service.announce {
         Some(announce) if config.bgp.is_some() => {
@@ -253,7 +255,46 @@ fn build_frontend(config: &Config, inputs: &Inputs<'_>, service: &Service, front
         timeouts: Timeouts::of(frontend.protocol),
         pool,
         announced,
+        panic,
     }
+}
+
+/// Where too few of those that could serve are healthy, health is no reason any more.
+fn ignore_health_in_panic(
+    service: &Service,
+    mut pool: Vec<DesiredBackend>,
+) -> (Vec<DesiredBackend>, Option<(usize, usize)>) {
+    let Some(health) = &service.health else { return (pool, None) };
+    let candidates = || pool.iter().filter(|backend| eligibility::judge(&backend.facts.in_panic()).is_none());
+    let (total, healthy) = (candidates().count(), candidates().filter(|backend| backend.eligible()).count());
+    if !panics(healthy, total, health.panic) {
+        return (pool, None);
+    }
+    for backend in &mut pool {
+        backend.facts = backend.facts.in_panic();
+        backend.excluded = eligibility::judge(&backend.facts);
+    }
+    (pool, Some((healthy, total)))
+}
+
+/// Who is to be checked, and how: every member of a pool whose service has `health`.
+pub fn targets(config: &Config, state: &DesiredState) -> Targets {
+    let mut targets = Targets::new();
+    for frontend in state.frontends.values() {
+        let Some(service) = config.services.get(&frontend.service) else { continue };
+        let Some(health) = &service.health else { continue };
+        let health = std::sync::Arc::new(health.clone());
+        for backend in frontend.pool.iter().flatten() {
+            let target = Target {
+                health: std::sync::Arc::clone(&health),
+                source: service.snat.addresses.first().copied().or(backend.snat_address),
+                start: backend.facts.start,
+                reachable: backend.facts.route != Route::Missing,
+            };
+            targets.insert((service.name.clone(), backend.address), target);
+        }
+    }
+    targets
 }
 
 /// The members of a frontend's pool, by address, one entry for each address (the heaviest where a source lists several),
@@ -304,15 +345,49 @@ fn build_backend(
         || (benefit_of_doubt && before.is_some_and(|backend| backend.eligible));
     let snat_address = inputs.snat_sources.get(&address).copied().or(before.and_then(|backend| backend.snat_address));
     let needs_source = service.mode == Mode::FullNat && service.snat.addresses.is_empty();
-    let excluded = if !covered {
-        Some(Exclusion::NoRoute)
-    } else if needs_source && snat_address.is_none() {
-        Some(Exclusion::NoSnatAddress)
-    } else {
-        None
+    let starts_as = match (&service.health, before) {
+        (None, _) => Verdict::Up,
+        // What got no flows before a restart has to show that it may have some.
+        (Some(_), Some(backend)) if !backend.eligible => Verdict::Down,
+        (Some(health), None) if health.mandatory => Verdict::Checking,
+        (Some(_), _) => Verdict::Up,
+    };
+    let key = (service.name.clone(), member.address);
+    let order = inputs.orders.get(&key).copied().unwrap_or_default();
+    let facts = Facts {
+        source,
+        start: starts_as,
+        route: match route {
+            _ if !covered => Route::Missing,
+            Some((prefix, _)) => Route::Bgp(prefix),
+            None if is_covered(inputs.routes, inputs.kernel_prefixes, address) => Route::Kernel,
+            None => Route::BeforeRestart,
+        },
+        source_address: match (needs_source, snat_address) {
+            (true, None) => SourceAddress::Missing,
+            (true, Some(address)) => SourceAddress::Known(address),
+            (false, _) => SourceAddress::NotNeeded,
+        },
+        checks: match &service.health {
+            None => Checks::None,
+            Some(_) => Checks::Say(inputs.verdicts.get(&key).copied().unwrap_or(starts_as)),
+        },
+        admin: match order.state {
+            AdminState::Up => Admin::Up,
+            AdminState::Down => Admin::Down,
+            AdminState::Drain => Admin::Drain,
+        },
     };
     let node = route.and_then(|(_, hops)| hops.iter().find_map(|hop| inputs.nodes.get(hop).cloned()));
-    DesiredBackend { address: member.address, weight: member.weight, excluded, node, source, snat_address }
+    DesiredBackend {
+        address: member.address,
+        weight: order.weight.unwrap_or(member.weight),
+        excluded: eligibility::judge(&facts),
+        facts,
+        node,
+        source,
+        snat_address,
+    }
 }
 
 #[cfg(test)]
@@ -343,6 +418,7 @@ mod tests {
             balance: Balance::Maglev,
             snat: Snat::default(),
             announce: Some(Announce { min_backends: 1, attributes: PathAttributes::default() }),
+            health: None,
             protection: Protection::default(),
         };
         Config {
@@ -382,6 +458,8 @@ mod tests {
         ready: bool,
         covered_before: BTreeSet<IpAddr>,
         unheld: BTreeSet<IpAddr>,
+        verdicts: Verdicts,
+        orders: AdminOrders,
     }
 
     impl World {
@@ -398,6 +476,8 @@ mod tests {
                 ready: true,
                 covered_before: BTreeSet::new(),
                 unheld: BTreeSet::new(),
+                verdicts: Verdicts::new(),
+                orders: AdminOrders::new(),
             };
             for address in ["10.1.0.4", "10.1.1.5", "192.0.2.1"] {
                 world.snat.insert(address.parse().unwrap(), "172.16.1.88".parse().unwrap());
@@ -430,6 +510,8 @@ mod tests {
                     covered_before: &self.covered_before,
                     datapath_ready: self.ready,
                     unheld: &self.unheld,
+                    verdicts: &self.verdicts,
+                    orders: &self.orders,
                 },
             )
         }
@@ -551,6 +633,84 @@ mod tests {
         let state = world.build();
         assert!(state.announcements.is_empty());
         assert_eq!(only(&state).announced, Announced::NotHeld);
+    }
+
+    fn health(panic: u8, mandatory: bool) -> crate::model::Health {
+        let second = std::time::Duration::from_secs(1);
+        crate::model::Health {
+            check: crate::model::Check::Tcp(crate::model::Exchange::default()),
+            interval: second,
+            fast_interval: second,
+            jitter: 0,
+            timeout: second,
+            fall: 1,
+            rise: 1,
+            port: None,
+            mandatory,
+            panic,
+            passive: None,
+        }
+    }
+
+    fn checked(panic: u8, mandatory: bool) -> World {
+        let mut world = World::new();
+        world.pool(&["10.1.0.4:443", "10.1.1.5:443"], PoolState::Fresh);
+        world.route("10.1.0.0/16", &["172.16.1.80"]);
+        world.config.services.get_mut("ingress").unwrap().health = Some(health(panic, mandatory));
+        world
+    }
+
+    fn say(world: &mut World, backend: &str, verdict: Verdict) {
+        world.verdicts.insert(("ingress".to_owned(), backend.parse().unwrap()), verdict);
+    }
+
+    #[test]
+    fn an_unhealthy_backend_is_excluded_and_the_vip_withdrawn_with_the_last_healthy_one() {
+        let mut world = checked(0, false);
+        say(&mut world, "10.1.0.4:443", Verdict::Down);
+        let state = world.build();
+        assert_eq!(verdicts(&state)[0].1, Some(Exclusion::Unhealthy(Verdict::Down)));
+        assert_eq!((only(&state).eligible(), state.announcements.len()), (1, 1));
+        say(&mut world, "10.1.1.5:443", Verdict::Down);
+        assert!(world.build().announcements.is_empty());
+    }
+
+    #[test]
+    fn in_a_panic_health_is_ignored_but_neither_orders_nor_routes() {
+        let mut world = checked(60, false);
+        say(&mut world, "10.1.0.4:443", Verdict::Down);
+        let state = world.build();
+        assert_eq!((only(&state).eligible(), only(&state).panic), (2, Some((1, 2))), "50 % are below 60 %");
+        let key = ("ingress".to_owned(), "10.1.1.5:443".parse().unwrap());
+        let order = crate::model::AdminOrder { state: AdminState::Down, weight: None };
+        world.orders.insert(key, order);
+        let state = world.build();
+        assert_eq!(verdicts(&state)[1].1, Some(Exclusion::Down));
+        assert_eq!(only(&state).panic, Some((0, 1)), "who is down on purpose does not count");
+    }
+
+    #[test]
+    fn a_new_backend_waits_for_its_first_check_only_where_that_is_mandatory_and_one_of_before_the_restart_does_not() {
+        assert_eq!(only(&checked(0, false).build()).eligible(), 2);
+        let mut world = checked(0, true);
+        assert_eq!(verdicts(&world.build())[0].1, Some(Exclusion::Unhealthy(Verdict::Checking)));
+        world.adopt(true);
+        assert_eq!(verdicts(&world.build())[0].1, None, "it served before the restart");
+        world.adopt(false);
+        assert_eq!(verdicts(&world.build())[0].1, Some(Exclusion::Unhealthy(Verdict::Down)), "it did not");
+    }
+
+    #[test]
+    fn every_backend_of_a_checked_service_is_a_target_and_checks_leave_from_where_traffic_does() {
+        let mut world = checked(0, false);
+        world.route("10.1.0.0/16", &[]);
+        world.route("10.1.0.0/24", &["172.16.1.80"]);
+        let found = targets(&world.config, &world.build());
+        let rows: Vec<_> = found.values().map(|target| (target.reachable, target.source)).collect();
+        let host = Some("172.16.1.88".parse().unwrap());
+        assert_eq!(rows, [(true, host), (false, host)]);
+        world.config.services.get_mut("ingress").unwrap().health = None;
+        assert!(targets(&world.config, &world.build()).is_empty());
     }
 
     #[test]

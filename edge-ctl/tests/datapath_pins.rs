@@ -430,6 +430,7 @@ fn desired(backends: &[&str]) -> DesiredState {
         address: text.parse().unwrap(),
         weight: 1,
         excluded: None,
+        facts: edge_ctl::desired::Facts::favourable("dns"),
         node: None,
         source: "dns",
         snat_address: Some(address),
@@ -441,6 +442,7 @@ fn desired(backends: &[&str]) -> DesiredState {
         snat: Snat::default(),
         protection: Protection::default(),
         timeouts: Timeouts::of(Protocol::Tcp),
+        panic: None,
         pool: Some(backends.iter().map(backend).collect()),
         announced: Announced::Yes,
     };

@@ -4,6 +4,7 @@
 mod bgp;
 pub mod diff;
 mod edge;
+mod health;
 pub mod lint;
 mod log;
 pub mod memory;

@@ -9,6 +9,7 @@ use std::{
 use ipnet::IpNet;
 
 use super::{
+    health,
     protect::protection,
     raw::{Place, Value},
     read::{At, Section, nearest, not_yet},
@@ -112,7 +113,7 @@ fn service(
     context: &Context<'_>,
     taken: &mut BTreeMap<Frontend, (String, Place)>,
 ) -> Option<Service> {
-    section.not_yet(&["health", "affinity", "max_connections", "arp"]);
+    section.not_yet(&["affinity", "max_connections", "arp"]);
     let mode = section.parse("mode", "\"full-nat\" or \"dnat\"", |text| match text {
         "full-nat" => Ok(Mode::FullNat),
         "dnat" => Ok(Mode::Dnat),
@@ -128,6 +129,9 @@ fn service(
     let backends = backends(&section, context);
     let snat = snat(&section, mode, context);
     let announce = announce(&section, context);
+    let protocols: Vec<_> = listen.iter().map(|frontend| frontend.protocol).collect();
+    let health = health::health(&section, &protocols);
+    health::on_down(&section);
     let protection = protection(&section, &listen);
     section.finish();
     Some(Service {
@@ -138,6 +142,7 @@ fn service(
         balance: balance.map_or(Balance::default(), |balance| balance.value),
         snat,
         announce,
+        health,
         protection,
     })
 }

@@ -149,7 +149,8 @@ fn services_by_dns_are_checked() {
 #[test]
 fn what_this_version_cannot_do_is_refused_and_not_ignored() {
     let service = [
-        "health = { tcp = {} }",
+        "health = { tcp = {}, passive = {} }",
+        "on_down = \"reset\"",
         "affinity = \"10m\"",
         "max_connections = 10",
         "balance = \"least-conn\"",
@@ -399,6 +400,52 @@ proptest::proptest! {
         if let Err(error) = parse(&text, Path::new("edge.toml")) {
             proptest::prop_assert!(!error.problems.is_empty());
         }
+    }
+}
+
+#[test]
+fn health_checks_are_read_with_their_defaults() {
+    let health = |text: &str| {
+        let config = ok(&format!("{BASE}health = {{ {text} }}\n"));
+        config.services.into_values().next().unwrap().health.unwrap()
+    };
+    let plain = health("tcp = {}");
+    assert_eq!((plain.interval, plain.fast_interval, plain.timeout), (seconds(5), seconds(5), seconds(2)));
+    assert_eq!((plain.fall, plain.rise, plain.jitter, plain.panic, plain.mandatory), (3, 2, 10, 0, false));
+    let fast = health("http = { path = \"/x\", status = [\"204\", \"300-399\"] }, interval = \"1s\", mandatory = true");
+    assert_eq!((fast.timeout, fast.mandatory), (seconds(1), true));
+    let crate::model::Check::Http(http, None) = fast.check else { panic!("{:?}", fast.check) };
+    assert_eq!((http.path.as_str(), http.status), ("/x", vec![(204, 204), (300, 399)]));
+}
+
+fn seconds(seconds: u64) -> std::time::Duration {
+    std::time::Duration::from_secs(seconds)
+}
+
+#[test]
+fn health_checks_that_cannot_be_meant_are_refused_with_their_line() {
+    for (text, words) in [
+        ("interval = \"5s\"", "no kind of check"),
+        ("tcp = {}, udp = { send = \"x\" }", "exclude each other"),
+        ("udp = {}", "`send` is missing"),
+        ("tcp = {}, interval = \"1ms\"", "shorter than 100 ms"),
+        ("tcp = {}, interval = \"1s\", fast_interval = \"2s\"", "longer than `interval`"),
+        ("tcp = {}, fall = 0", "expected a number from 1"),
+        ("tcp = {}, panic = 101", "expected a number from 0 to 100"),
+        ("tcp = { sent = \"x\" }", "did you mean `send`"),
+        ("http = { path = \"x\" }", "expected a path"),
+        ("http = { status = [\"99\"] }", "100 to 599"),
+        ("http = { status = [] }", "no answer would pass"),
+        ("http = { method = \"HEAD\", body = \"x\" }", "such an answer has none"),
+        ("http = { ca = \"/x\" }", "unknown key `ca`"),
+        ("https = { ca = \"x\" }", "not absolute"),
+        ("grpc = { tls = false, ca = \"/x\" }", "turns off"),
+    ] {
+        let faults = faults(&format!("{BASE}health = {{ {text} }}\n"));
+        let line = BASE.lines().count() + 1;
+        assert_eq!(faults.len(), 1, "{text}: {faults:#?}");
+        assert!(faults[0].starts_with(&format!("edge.toml:{line}: ")), "{text}: {}", faults[0]);
+        assert!(faults[0].contains(words), "{text}: {}", faults[0]);
     }
 }
 

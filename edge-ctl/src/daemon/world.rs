@@ -7,6 +7,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
+    sync::Arc,
 };
 
 use ipnet::IpNet;
@@ -14,7 +15,8 @@ use ipnet::IpNet;
 use crate::{
     config::valid::Config,
     desired::{self, AdoptedBackend, DesiredState, Inputs},
-    model::{BackendSource, Frontend, PoolSnapshot, RouteSet, RouteUpdate},
+    model::{AdminOrders, BackendSource, Frontend, PoolSnapshot, RouteSet, RouteUpdate},
+    sources::health::Verdicts,
 };
 
 /// Inputs of the desired state, owned.
@@ -40,6 +42,10 @@ pub struct World {
     pub kernel_routes: Vec<(IpNet, Option<IpAddr>)>,
     /// Our own address towards each backend address.
     pub snat_sources: BTreeMap<IpAddr, IpAddr>,
+    /// What checks last said.
+    pub verdicts: Arc<Verdicts>,
+    /// What administrators ordered.
+    pub orders: AdminOrders,
     /// The pools in the maps at start, or at the last reload.
     adopted: BTreeMap<Frontend, Vec<AdoptedBackend>>,
 }
@@ -186,6 +192,8 @@ impl World {
                 covered_before: &self.covered,
                 datapath_ready: self.datapath_ready,
                 unheld: &self.unheld,
+                verdicts: &self.verdicts,
+                orders: &self.orders,
             },
         )
     }

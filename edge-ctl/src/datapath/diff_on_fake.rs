@@ -29,6 +29,7 @@ fn backend(host: u8, weight: u16, excluded: Option<Exclusion>) -> DesiredBackend
         address: SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 1, 0, host)), 443),
         weight,
         excluded,
+        facts: crate::desired::Facts::favourable("dns"),
         node: None,
         source: "dns",
         snat_address: Some(IpAddr::V4(Ipv4Addr::new(172, 16, 1, 88))),
@@ -47,6 +48,7 @@ fn service(mode: Mode, pool: Option<Vec<DesiredBackend>>) -> DesiredFrontend {
         snat: Snat::default(),
         protection: Protection::default(),
         timeouts: Timeouts::of(Protocol::Tcp),
+        panic: None,
         announced: if pool.iter().flatten().any(|b| b.eligible()) { Announced::Yes } else { Announced::Off },
         pool,
     }

@@ -2,12 +2,17 @@
 
 pub mod access;
 pub mod capture;
+mod health;
 mod protect;
 pub mod query;
 mod route;
 mod service;
 pub mod view;
 
+pub use health::{
+    AdminOrder, AdminOrders, AdminState, BackendVerb, Check, Exchange, Health, HealthKey, Http, Passive,
+    PassiveCounters, PassiveSignals, Tls, Verdict,
+};
 pub use protect::{Limits, Protection, RangeAction, Rate, SourceRanges};
 pub use route::{PathAttributes, RouteSet, RouteUpdate};
 pub use service::{

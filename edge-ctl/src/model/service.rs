@@ -202,6 +202,8 @@ pub struct Service {
     pub snat: Snat,
     /// `None`: not announced.
     pub announce: Option<Announce>,
+    /// `None`: backends are not checked.
+    pub health: Option<super::Health>,
     /// What its sources may do.
     pub protection: super::Protection,
 }
