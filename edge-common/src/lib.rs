@@ -11,4 +11,6 @@ pub mod flow;
 pub mod hash;
 pub mod maglev;
 pub mod maps;
+#[cfg(any(feature = "user", test))]
+pub mod schedule;
 pub mod verdict;

@@ -104,6 +104,8 @@ reasons! {
     NotReady = 18, "not-ready";
     /// Dropped: a flow selected a backend that has no SNAT address yet.
     NoSnatAddress = 19, "no-snat-address";
+    /// Dropped: every eligible backend has as many connections as it may have.
+    BackendsFull = 36, "backends-full";
 }
 
 impl Reason {

@@ -2,6 +2,7 @@
 //! up to date, and publishes the desired state that follows from it; the reconciler does the rest.
 
 mod announcer;
+mod slow_start;
 mod start;
 mod throttle;
 mod views;
@@ -25,7 +26,7 @@ use tracing::{error, info, warn};
 
 pub use start::{StartError, run};
 
-use self::{throttle::Throttle, world::World};
+use self::{slow_start::SlowStart, throttle::Throttle, world::World};
 use crate::{
     bgp::{BgpEvent, BgpHandle},
     config::{
@@ -106,6 +107,8 @@ struct Daemon {
     desired: watch::Sender<Option<DesiredState>>,
     next_hops: NextHops,
     sweeper: Sweeper,
+    slow_start: SlowStart,
+    next_share: Option<Instant>,
     program_log: ProgramLog,
     fib: FibHandle,
     bgp: Option<BgpHandle>,
@@ -134,7 +137,7 @@ impl Daemon {
         self.publish();
         let speaks = self.bgp.is_some();
         loop {
-            let bump_at = self.route_generation.due();
+            let (bump_at, share_at) = (self.route_generation.due(), self.next_share);
             tokio::select! {
                 event = inbox.bgp.recv(), if speaks => self.on_bgp(event.ok_or_else(|| ended("BGP"))?).await,
                 event = inbox.fib.recv() => self.on_fib(event.ok_or_else(|| ended("the kernel's routes"))?).await,
@@ -151,6 +154,7 @@ impl Daemon {
                 () = sleep_until(bump_at.unwrap_or_else(Instant::now).into()), if bump_at.is_some() => {
                     self.bump_route_generation();
                 }
+                () = sleep_until(share_at.unwrap_or_else(Instant::now).into()), if share_at.is_some() => self.publish(),
                 _ = housekeeping.tick() => self.housekeeping().await,
                 _ = sweep.tick() => self.sweep(),
                 _ = watchdog.tick() => notify::alive(),
@@ -263,7 +267,8 @@ impl Daemon {
     fn publish(&mut self) {
         let mut shared = lock(&self.shared);
         self.world.datapath_ready = shared.datapath.is_ready();
-        let desired = self.world.desired(&self.config);
+        let mut desired = self.world.desired(&self.config);
+        self.next_share = self.slow_start.apply(Instant::now(), self.world.adopted(), &mut desired);
         self.desired.send_if_modified(|published| {
             let changed = published.as_ref() != Some(&desired);
             if changed {

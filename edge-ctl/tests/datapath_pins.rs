@@ -38,7 +38,7 @@ use edge_ctl::{
         pins, sys,
     },
     desired::{Announced, DesiredBackend, DesiredFrontend, DesiredState, Timeouts},
-    model::{Balance, Frontend, Mode, PathAttributes, PoolMember, Protocol, Snat},
+    model::{Balance, Frontend, Mode, PathAttributes, PoolMember, Selection, TableShape, Tier, Protocol, Snat},
     reconcile::{
         actor::{Intervals, Reconciler},
         ports::{AnnouncementPort, DatapathPort, PortError, wire},
@@ -428,6 +428,8 @@ fn desired(backends: &[&str]) -> DesiredState {
     let backend = |text: &&str| DesiredBackend {
         address: text.parse().unwrap(),
         weight: 1,
+        share: 100,
+        tier: Tier::Primary,
         excluded: None,
         node: None,
         source: "dns",
@@ -437,6 +439,7 @@ fn desired(backends: &[&str]) -> DesiredState {
         service: "ingress-https".to_owned(),
         mode: Mode::FullNat,
         balance: Balance::Maglev,
+        selection: Selection::default(),
         snat: Snat::default(),
         timeouts: Timeouts::of(Protocol::Tcp),
         pool: Some(backends.iter().map(backend).collect()),
@@ -449,7 +452,7 @@ fn desired(backends: &[&str]) -> DesiredState {
     }
 }
 
-fn fill(members: &[PoolMember]) -> Vec<u16> {
+fn fill(members: &[PoolMember], _: TableShape) -> Vec<u16> {
     (0..1021).map(|slot: u16| slot % u16::try_from(members.len()).unwrap()).collect()
 }
 

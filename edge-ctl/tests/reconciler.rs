@@ -16,7 +16,7 @@ use std::{
 use edge_ctl::{
     datapath::fake::FakeDatapath,
     desired::{Announced, DesiredBackend, DesiredFrontend, DesiredState, Timeouts},
-    model::{Balance, Frontend, Mode, PathAttributes, PoolMember, Protocol, Snat},
+    model::{Balance, Frontend, Mode, PathAttributes, PoolMember, Selection, TableShape, Tier, Protocol, Snat},
     reconcile::{
         actor::{Intervals, Reconciler, ReconcilerStatus},
         ports::{Action, AnnouncementPort, DatapathPort, DatapathState, FlowCounts, PortError},
@@ -67,6 +67,8 @@ fn desired(backends: &[&str]) -> DesiredState {
     let backend = |text: &&str| DesiredBackend {
         address: text.parse().unwrap(),
         weight: 1,
+        share: 100,
+        tier: Tier::Primary,
         excluded: None,
         node: None,
         source: "dns",
@@ -76,6 +78,7 @@ fn desired(backends: &[&str]) -> DesiredState {
         service: "ingress".to_owned(),
         mode: Mode::FullNat,
         balance: Balance::Maglev,
+        selection: Selection::default(),
         snat: Snat::default(),
         timeouts: Timeouts::of(Protocol::Tcp),
         pool: Some(backends.iter().map(backend).collect()),
@@ -89,7 +92,7 @@ fn desired(backends: &[&str]) -> DesiredState {
     }
 }
 
-fn fill(members: &[PoolMember]) -> Vec<u16> {
+fn fill(members: &[PoolMember], _: TableShape) -> Vec<u16> {
     (0..131).map(|slot: u16| slot % u16::try_from(members.len()).unwrap()).collect()
 }
 

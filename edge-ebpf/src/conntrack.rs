@@ -12,6 +12,7 @@ use crate::{
     maps::{self, EEXIST, Table},
     packet::Packet,
     parse::Parsed,
+    select,
     stats::{because, count_closed, count_opened},
 };
 
@@ -73,10 +74,12 @@ pub fn track<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, tabl
             forward::any(packet, parsed, flow)
         }
         Step::Promote(flags) => {
+            let (number, backend) = (flow.service, flow.backend);
             let verdict = promote(parsed, flow, flags, service.established_timeout);
             if verdict != MOVED {
                 return verdict;
             }
+            select::promoted(number, service.affinity_timeout, parsed.key.src, backend);
             forward_from(packet, parsed, Table::Established)
         }
         Step::Close(flags) => {
@@ -220,11 +223,18 @@ fn close(parsed: &Parsed, flow: &mut FlowV4, flags: u16, table: Table) -> bool {
     if refused != 0 || put_closing(flow) != 0 {
         return false;
     }
-    maps::remove_flow(table, &twin_key);
-    if maps::remove_flow(table, &parsed.key) && table == Table::Established {
+    // The client's half stands for the flow: however many CPUs close it at once, it is removed, and counted, once.
+    let of_client = flow_of_client(flow);
+    let (twin, own) = (maps::remove_flow(table, &twin_key), maps::remove_flow(table, &parsed.key));
+    if table == Table::Established && (if of_client { own } else { twin }) {
         count_closed(service, backend);
     }
     true
+}
+
+#[inline(always)]
+fn flow_of_client(flow: &FlowV4) -> bool {
+    flow.direction == Direction::Forward as u8
 }
 
 /// Copies an entry into the closing table; 0, or 1 where that refuses.
@@ -253,15 +263,17 @@ fn put_closing_twin(flow: &FlowV4) -> u32 {
 /// same tuple.
 #[inline(never)]
 fn reopen(parsed: &Parsed, flow: &FlowV4, table: Table) {
-    if table == Table::Established {
-        count_closed(flow.service, flow.backend);
-    }
+    let (service, backend, of_client) = (flow.service, flow.backend, flow_of_client(flow));
+    let mut twin = false;
     if table != Table::Closing {
         let twin_key = flow.twin();
         put_closing_twin(flow);
-        maps::remove_flow(table, &twin_key);
+        twin = maps::remove_flow(table, &twin_key);
     }
-    maps::remove_flow(table, &parsed.key);
+    let own = maps::remove_flow(table, &parsed.key);
+    if table == Table::Established && (if of_client { own } else { twin }) {
+        count_closed(service, backend);
+    }
 }
 
 /// What [`touch`] did; a number, so that a BPF function can return it.
@@ -302,6 +314,10 @@ fn rebuild_twin(flow: &FlowV4, now: u64) -> bool {
     let mut twin = *flow;
     turn(&mut twin);
     twin.last_seen = now;
+    let added = insert(Table::Established, &twin);
+    if added == 0 && flow_of_client(&twin) {
+        count_opened(twin.service, twin.backend);
+    }
     // A full table is no reason to drop this packet: the next touch tries again.
-    insert(Table::Established, &twin) != EEXIST
+    added != EEXIST
 }

@@ -8,6 +8,7 @@ pub mod lint;
 pub mod memory;
 mod raw;
 mod read;
+mod selection;
 mod service;
 pub mod valid;
 mod values;

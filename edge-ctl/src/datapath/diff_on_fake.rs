@@ -11,14 +11,14 @@ use proptest::prelude::*;
 use super::fake::FakeDatapath;
 use crate::{
     desired::{Announced, DesiredBackend, DesiredFrontend, DesiredState, Exclusion, Timeouts},
-    model::{Balance, Frontend, Mode, PathAttributes, PoolMember, Protocol, Snat},
+    model::{Balance, Frontend, Mode, PathAttributes, PoolMember, Selection, TableShape, Tier, Protocol, Snat},
     reconcile::{
         diff::{Plan, Reserved, diff},
         ports::{self, Action, DatapathPort, DatapathState, service_key},
     },
 };
 
-fn fill(members: &[PoolMember]) -> Vec<u16> {
+fn fill(members: &[PoolMember], _: TableShape) -> Vec<u16> {
     let slots = members.iter().zip(0_u16..).flat_map(|(member, index)| vec![index; usize::from(member.weight)]);
     slots.cycle().take(131).collect()
 }
@@ -27,6 +27,8 @@ fn backend(host: u8, weight: u16, excluded: Option<Exclusion>) -> DesiredBackend
     DesiredBackend {
         address: SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 1, 0, host)), 443),
         weight,
+        share: 100,
+        tier: Tier::Primary,
         excluded,
         node: None,
         source: "dns",
@@ -43,6 +45,7 @@ fn service(mode: Mode, pool: Option<Vec<DesiredBackend>>) -> DesiredFrontend {
         service: "ingress".to_owned(),
         mode,
         balance: Balance::Maglev,
+        selection: Selection::default(),
         snat: Snat::default(),
         timeouts: Timeouts::of(Protocol::Tcp),
         announced: if pool.iter().flatten().any(|b| b.eligible()) { Announced::Yes } else { Announced::Off },

@@ -7,7 +7,7 @@ use edge_common::{
     flow::FlowKeyV4,
     maps::{
         AddressFilter, BackendEntry, Control, FlowV4, NeighbourKey, NextHop, PortSet, ServiceEntry, ServiceKeyV4,
-        ServiceStats, mode, name,
+        ServiceStats, balance, mode, name,
     },
     verdict::{REASONS, Reason},
 };
@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     model::{
-        Protocol,
+        Balance, Protocol,
         view::{BackendRow, FlowRow, MapRow, ServiceRow, XdpRow},
     },
     reconcile::ports::{PortError, socket_address, weight_of},
@@ -94,7 +94,7 @@ impl KernelView {
                 vip: socket_address(key.address, key.port).to_string(),
                 proto: protocol_name(key.protocol),
                 mode: mode_name(slot.entry.mode).to_owned(),
-                balance: "maglev".to_owned(),
+                balance: balance_name(slot.entry.balance),
                 backends: format!("{}/{used}", backends().filter(|backend| backend.eligible()).count()),
                 active: slot.active,
                 announced: "-".to_owned(),
@@ -288,6 +288,16 @@ impl KernelView {
     pub fn programs(&self) -> Vec<&'static str> {
         [XDP_PROGRAM, TC_PROGRAM].into_iter().filter(|program| self.pins.program(program).exists()).collect()
     }
+}
+
+fn balance_name(number: u8) -> String {
+    let balance = match number {
+        balance::MAGLEV => Balance::Maglev,
+        balance::ROUND_ROBIN => Balance::RoundRobin,
+        balance::LEAST_CONNECTIONS => Balance::LeastConnections,
+        other => return other.to_string(),
+    };
+    balance.to_string()
 }
 
 /// Connections, bytes in and bytes out per second.
