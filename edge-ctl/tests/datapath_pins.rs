@@ -38,7 +38,7 @@ use edge_ctl::{
         pins, sys,
     },
     desired::{Announced, DesiredBackend, DesiredFrontend, DesiredState, Timeouts},
-    model::{Balance, Frontend, Mode, PathAttributes, PoolMember, Selection, TableShape, Tier, Protocol, Snat},
+    model::{Balance, Frontend, Mode, PathAttributes, PoolMember, Protocol, Selection, Snat, TableShape, Tier},
     reconcile::{
         actor::{Intervals, Reconciler},
         ports::{AnnouncementPort, DatapathPort, PortError, wire},

@@ -16,7 +16,7 @@ use std::{
 use edge_ctl::{
     datapath::fake::FakeDatapath,
     desired::{Announced, DesiredBackend, DesiredFrontend, DesiredState, Timeouts},
-    model::{Balance, Frontend, Mode, PathAttributes, PoolMember, Selection, TableShape, Tier, Protocol, Snat},
+    model::{Balance, Frontend, Mode, PathAttributes, PoolMember, Protocol, Selection, Snat, TableShape, Tier},
     reconcile::{
         actor::{Intervals, Reconciler, ReconcilerStatus},
         ports::{Action, AnnouncementPort, DatapathPort, DatapathState, FlowCounts, PortError},

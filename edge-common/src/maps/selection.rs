@@ -142,7 +142,11 @@ mod tests {
         assert_eq!(pending.promoted(8).at(8), 4);
         assert_eq!(pending.counted(100, 7), 10);
         assert_eq!(pending.counted(12, 7), 3);
-        assert_eq!(pending.counted(3, 7), 0, "a backend for few flows is never locked out by what did not prove itself");
+        assert_eq!(
+            pending.counted(3, 7),
+            0,
+            "a backend for few flows is never locked out by what did not prove itself"
+        );
     }
 
     #[test]

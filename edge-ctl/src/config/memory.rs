@@ -48,7 +48,9 @@ fn one(name: &str, tables: &Tables, cpus: u32) -> (u32, u64) {
         name::SERVICES => (maps::SERVICES, array::<maps::ServiceEntry>(maps::SERVICES)),
         name::SERVICE_LABELS => (maps::SERVICES, array::<maps::Label>(maps::SERVICES)),
         name::BACKENDS => (maps::BACKENDS, array::<maps::BackendEntry>(maps::BACKENDS)),
-        name::BACKEND_STATE | name::BACKEND_CURSOR | name::BACKEND_LIVE => (maps::BACKENDS, array::<u32>(maps::BACKENDS)),
+        name::BACKEND_STATE | name::BACKEND_CURSOR | name::BACKEND_LIVE => {
+            (maps::BACKENDS, array::<u32>(maps::BACKENDS))
+        }
         name::BACKEND_PENDING => (maps::BACKENDS, array::<maps::Pending>(maps::BACKENDS)),
         name::BACKEND_EXPIRED => (maps::BACKENDS, array::<u64>(maps::BACKENDS)),
         name::SERVICE_CURSOR => (maps::SERVICES, array::<u32>(maps::SERVICES)),

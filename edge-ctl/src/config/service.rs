@@ -117,16 +117,7 @@ fn service(
     let snat = snat(&section, mode, context);
     let announce = announce(&section, context);
     section.finish();
-    Some(Service {
-        name: name.to_owned(),
-        listen,
-        backends: backends?,
-        mode,
-        balance,
-        selection,
-        snat,
-        announce,
-    })
+    Some(Service { name: name.to_owned(), listen, backends: backends?, mode, balance, selection, snat, announce })
 }
 
 fn listen(

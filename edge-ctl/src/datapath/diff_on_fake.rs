@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use super::fake::FakeDatapath;
 use crate::{
     desired::{Announced, DesiredBackend, DesiredFrontend, DesiredState, Exclusion, Timeouts},
-    model::{Balance, Frontend, Mode, PathAttributes, PoolMember, Selection, TableShape, Tier, Protocol, Snat},
+    model::{Balance, Frontend, Mode, PathAttributes, PoolMember, Protocol, Selection, Snat, TableShape, Tier},
     reconcile::{
         diff::{Plan, Reserved, diff},
         ports::{self, Action, DatapathPort, DatapathState, service_key},

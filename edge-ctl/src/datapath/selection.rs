@@ -68,13 +68,7 @@ fn decode_tier(first_chunk: u32, read: &mut impl FnMut(u32) -> Option<Chunk>) ->
 fn header(chunk: &Chunk) -> SelectionHeader {
     let mut words = chunk.0.as_chunks::<4>().0.iter().map(|bytes| u32::from_ne_bytes(*bytes));
     let mut word = || words.next().unwrap_or_default();
-    SelectionHeader {
-        pool_len: word(),
-        table_len: word(),
-        pool_chunk: word(),
-        table_chunk: word(),
-        backup: word(),
-    }
+    SelectionHeader { pool_len: word(), table_len: word(), pool_chunk: word(), table_chunk: word(), backup: word() }
 }
 
 fn chunk(bytes: &[u8]) -> Chunk {

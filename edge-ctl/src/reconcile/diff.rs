@@ -372,9 +372,8 @@ impl<'a> Planner<'a> {
     /// The eligible backends of one tier and their table; `None` where there are none.
     fn region(&self, service: u32, tier: Tier, shape: TableShape) -> Option<Region> {
         let slots = self.state.backends.iter();
-        let mine = slots.filter(|(_, slot)| {
-            slot.entry.service == service && slot.eligible() && tier_of(slot.state) == tier
-        });
+        let mine =
+            slots.filter(|(_, slot)| slot.entry.service == service && slot.eligible() && tier_of(slot.state) == tier);
         let mut members: Vec<(PoolMember, u8, u32)> = mine
             .map(|(number, slot)| {
                 let member = PoolMember { address: slot.address(), weight: weight_of(slot.state), tier };
@@ -427,8 +426,7 @@ impl<'a> Planner<'a> {
 
     fn free(&mut self) {
         let (wanted, kept) = (self.wanted(), self.kept());
-        let referenced: BTreeSet<u32> =
-            self.state.regions.values().flat_map(Region::numbers).collect();
+        let referenced: BTreeSet<u32> = self.state.regions.values().flat_map(Region::numbers).collect();
         let mut idle = Vec::new();
         for (number, slot) in &self.state.backends {
             let is_wanted = wanted.contains_key(&(slot.entry.service, slot.address(), slot.entry.protocol));
