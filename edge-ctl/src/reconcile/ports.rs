@@ -109,10 +109,8 @@ pub fn weight_of(state: u32) -> u16 {
 
 /// The share of its weight in a state word, percent.
 pub fn share_of(state: u32) -> u8 {
-    match u8::try_from(state >> backend_state::SHARE_SHIFT & backend_state::SHARE_MASK) {
-        Ok(share @ 1..=99) => share,
-        _ => 100,
-    }
+    let share = u8::try_from(state >> backend_state::SHARE_SHIFT & backend_state::SHARE_MASK);
+    share.ok().filter(|share| (1..=99).contains(share)).unwrap_or(100)
 }
 
 /// The tier in a state word.
