@@ -6,6 +6,7 @@ mod acl;
 mod announcer;
 mod orders;
 mod recorder;
+mod slow_start;
 mod start;
 mod throttle;
 mod views;
@@ -29,7 +30,7 @@ use tracing::{error, info, warn};
 
 pub use start::{StartError, run};
 
-use self::{acl::Acl, orders::Orders, recorder::Recorder, throttle::Throttle, world::World};
+use self::{acl::Acl, orders::Orders, recorder::Recorder, slow_start::SlowStart, throttle::Throttle, world::World};
 use crate::{
     bgp::{BgpEvent, BgpHandle},
     config::{
@@ -132,6 +133,8 @@ struct Daemon {
     desired: watch::Sender<Option<DesiredState>>,
     next_hops: NextHops,
     sweeper: Sweeper,
+    slow_start: SlowStart,
+    next_share: Option<Instant>,
     program_log: ProgramLog,
     recorder: Recorder,
     fib: FibHandle,
@@ -164,7 +167,7 @@ impl Daemon {
         self.publish();
         let speaks = self.bgp.is_some();
         loop {
-            let bump_at = self.route_generation.due();
+            let (bump_at, share_at) = (self.route_generation.due(), self.next_share);
             tokio::select! {
                 event = inbox.bgp.recv(), if speaks => self.on_bgp(event.ok_or_else(|| ended("BGP"))?).await,
                 event = inbox.fib.recv() => self.on_fib(event.ok_or_else(|| ended("the kernel's routes"))?).await,
@@ -183,6 +186,7 @@ impl Daemon {
                 () = sleep_until(bump_at.unwrap_or_else(Instant::now).into()), if bump_at.is_some() => {
                     self.bump_route_generation();
                 }
+                () = sleep_until(share_at.unwrap_or_else(Instant::now).into()), if share_at.is_some() => self.publish(),
                 _ = housekeeping.tick() => self.housekeeping().await,
                 _ = sweep.tick() => self.sweep(),
                 _ = watchdog.tick() => notify::alive(),
@@ -313,6 +317,7 @@ impl Daemon {
         self.world.datapath_ready = shared.datapath.is_ready();
         let mut desired = self.world.desired(&self.config);
         shared.acl.overlay(&mut desired, acl::now());
+        self.next_share = self.slow_start.apply(Instant::now(), self.world.adopted(), &mut desired);
         self.desired.send_if_modified(|published| {
             let changed = published.as_ref() != Some(&desired);
             if changed {

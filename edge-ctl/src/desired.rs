@@ -24,7 +24,7 @@ use crate::{
     config::valid::Config,
     model::{
         AdminOrders, AdminState, BackendSource, Balance, Frontend, Mode, PathAttributes, PoolMember, PoolSnapshot,
-        PoolState, Protection, Protocol, RouteSet, Service, Snat, Verdict, within,
+        PoolState, Protection, Protocol, RouteSet, Selection, Service, Snat, StaticBackend, Tier, Verdict, within,
     },
     sources::health::{Target, Targets, Verdicts, panic::panics},
 };
@@ -68,6 +68,10 @@ pub struct AdoptedBackend {
     pub address: SocketAddr,
     /// Weight it was selected with.
     pub weight: u16,
+    /// Share of that weight, percent; less than 100 while it started slowly.
+    pub share: u8,
+    /// When it was used.
+    pub tier: Tier,
     /// Whether it was given new flows.
     pub eligible: bool,
     /// SNAT source address it had, if one was known.
@@ -97,6 +101,8 @@ pub struct DesiredFrontend {
     pub mode: Mode,
     /// How backends are chosen.
     pub balance: Balance,
+    /// What else decides about it.
+    pub selection: Selection,
     /// SNAT settings.
     pub snat: Snat,
     /// What its sources may do.
@@ -125,6 +131,10 @@ pub struct DesiredBackend {
     pub address: SocketAddr,
     /// Relative weight, at least 1.
     pub weight: u16,
+    /// Share of its weight that it has by now, percent; 100 but while it starts slowly.
+    pub share: u8,
+    /// When it is used.
+    pub tier: Tier,
     /// `None`: eligible; else why it gets no new flows: what [`eligibility::judge`] says of `facts`.
     pub excluded: Option<Exclusion>,
     /// What that rests on.
@@ -250,6 +260,7 @@ fn build_frontend(config: &Config, inputs: &Inputs<'_>, service: &Service, front
         service: service.name.clone(),
         mode: service.mode,
         balance: service.balance,
+        selection: service.selection,
         snat: service.snat.clone(),
         protection: service.protection.clone(),
         timeouts: Timeouts::of(frontend.protocol),
@@ -307,21 +318,25 @@ fn members(inputs: &Inputs<'_>, service: &Service, frontend: &Frontend) -> Optio
         (BackendSource::Static(_), Some(snapshot)) if snapshot.state != PoolState::Unknown => {
             (snapshot.members.iter().copied().collect(), "static")
         }
-        (BackendSource::Static(addresses), _) => {
-            (addresses.iter().map(|&address| PoolMember { address, weight: 1 }).collect(), "static")
+        (BackendSource::Static(backends), _) => {
+            let member = |b: &StaticBackend| PoolMember { address: b.address, weight: b.weight, tier: b.tier };
+            (backends.iter().map(member).collect(), "static")
         }
         (BackendSource::Dns { .. }, _) => {
             let adopted = inputs.adopted.get(frontend)?;
             let eligible = adopted.iter().filter(|backend| backend.eligible);
-            (eligible.map(|b| PoolMember { address: b.address, weight: b.weight }).collect(), "adopted")
+            let member = |b: &AdoptedBackend| PoolMember { address: b.address, weight: b.weight, tier: b.tier };
+            (eligible.map(member).collect(), "adopted")
         }
     };
-    let mut weights = BTreeMap::new();
+    let mut known: BTreeMap<SocketAddr, PoolMember> = BTreeMap::new();
     for member in members {
-        let weight = weights.entry(member.address).or_insert(1);
-        *weight = member.weight.max(*weight);
+        let weight = member.weight.max(1);
+        let known = known.entry(member.address).or_insert(PoolMember { weight, ..member });
+        known.weight = weight.max(known.weight);
+        known.tier = member.tier.min(known.tier);
     }
-    Some((weights.into_iter().map(|(address, weight)| PoolMember { address, weight }).collect(), source))
+    Some((known.into_values().collect(), source))
 }
 
 /// True where a BGP route or a connected or static prefix covers the address; default routes do not count.
@@ -379,9 +394,12 @@ fn build_backend(
         },
     };
     let node = route.and_then(|(_, hops)| hops.iter().find_map(|hop| inputs.nodes.get(hop).cloned()));
+    let PoolMember { address, weight, tier } = member;
     DesiredBackend {
-        address: member.address,
-        weight: order.weight.unwrap_or(member.weight),
+        address,
+        weight: order.weight.unwrap_or(weight),
+        share: 100,
+        tier,
         excluded: eligibility::judge(&facts),
         facts,
         node,
@@ -416,6 +434,7 @@ mod tests {
             backends: source(),
             mode: Mode::FullNat,
             balance: Balance::Maglev,
+            selection: Selection::default(),
             snat: Snat::default(),
             announce: Some(Announce { min_backends: 1, attributes: PathAttributes::default() }),
             health: None,
@@ -486,7 +505,7 @@ mod tests {
         }
 
         fn pool(&mut self, members: &[&str], state: PoolState) {
-            let member = |text: &&str| PoolMember { address: text.parse().unwrap(), weight: 1 };
+            let member = |text: &&str| PoolMember::new(text.parse().unwrap(), 1);
             let snapshot = PoolSnapshot { source: source(), members: members.iter().map(member).collect(), state };
             self.pools.insert(source(), snapshot);
         }
@@ -520,6 +539,8 @@ mod tests {
             let backend = AdoptedBackend {
                 address: "10.1.0.4:443".parse().unwrap(),
                 weight: 7,
+                share: 100,
+                tier: Tier::Primary,
                 eligible,
                 snat_address: Some("172.16.1.88".parse().unwrap()),
             };
@@ -721,7 +742,7 @@ mod tests {
         let mut other = world.config.services["ingress"].clone();
         other.name = "other".to_owned();
         other.listen = vec!["172.16.1.88:8080/tcp".parse().unwrap()];
-        other.backends = BackendSource::Static(vec!["10.1.9.9:80".parse().unwrap()]);
+        other.backends = BackendSource::Static(vec![StaticBackend::new("10.1.9.9:80".parse().unwrap())]);
         world.config.services.insert("other".to_owned(), other);
         let state = world.build();
         assert_eq!(state.frontends.values().map(DesiredFrontend::eligible).collect::<Vec<_>>(), [0, 1]);

@@ -39,7 +39,9 @@ use edge_ctl::{
         pins, sys,
     },
     desired::{Announced, DesiredBackend, DesiredFrontend, DesiredState, Timeouts},
-    model::{Balance, Frontend, Mode, PathAttributes, PoolMember, Protection, Protocol, Snat},
+    model::{
+        Balance, Frontend, Mode, PathAttributes, PoolMember, Protection, Protocol, Selection, Snat, TableShape, Tier,
+    },
     reconcile::{
         actor::{Intervals, Reconciler},
         ports::{AnnouncementPort, DatapathPort, PortError, wire},
@@ -429,6 +431,8 @@ fn desired(backends: &[&str]) -> DesiredState {
     let backend = |text: &&str| DesiredBackend {
         address: text.parse().unwrap(),
         weight: 1,
+        share: 100,
+        tier: Tier::Primary,
         excluded: None,
         facts: edge_ctl::desired::Facts::favourable("dns"),
         node: None,
@@ -439,6 +443,7 @@ fn desired(backends: &[&str]) -> DesiredState {
         service: "ingress-https".to_owned(),
         mode: Mode::FullNat,
         balance: Balance::Maglev,
+        selection: Selection::default(),
         snat: Snat::default(),
         protection: Protection::default(),
         timeouts: Timeouts::of(Protocol::Tcp),
@@ -454,7 +459,7 @@ fn desired(backends: &[&str]) -> DesiredState {
     }
 }
 
-fn fill(members: &[PoolMember]) -> Vec<u16> {
+fn fill(members: &[PoolMember], _: TableShape) -> Vec<u16> {
     (0..1021).map(|slot: u16| slot % u16::try_from(members.len()).unwrap()).collect()
 }
 

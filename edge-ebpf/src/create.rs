@@ -43,10 +43,11 @@ pub fn flow(parsed: &Parsed, past: &Past) -> Verdict {
     let Some(service) = maps::service(service_number) else {
         return because(Reason::NotReady, service_number);
     };
-    let Some(backend_number) = select::backend(service.selection, &parsed.key) else {
-        return because(Reason::NoBackend, service_number);
-    };
-    let backend_number = backend_number.get();
+    let backend_number = select::backend(service_number, service, &parsed.key);
+    if backend_number == select::NONE || backend_number == select::FULL {
+        let reason = if backend_number == select::NONE { Reason::NoBackend } else { Reason::BackendsFull };
+        return because(reason, service_number);
+    }
     let Some(backend) = maps::backend(backend_number) else {
         return because(Reason::NotReady, service_number);
     };
@@ -74,6 +75,7 @@ pub fn flow(parsed: &Parsed, past: &Past) -> Verdict {
     if failed == OPENED {
         count_half_opened(service_number, backend_number);
         protect::half_opened(parsed.key.src, service_number);
+        select::begun(backend_number, backend.limit, plan.now);
     }
     CREATED
 }

@@ -49,7 +49,17 @@ fn one(name: &str, tables: &Tables, cpus: u32) -> (u32, u64) {
         name::SERVICES => (maps::SERVICES, array::<maps::ServiceEntry>(maps::SERVICES)),
         name::SERVICE_LABELS => (maps::SERVICES, array::<maps::Label>(maps::SERVICES)),
         name::BACKENDS => (maps::BACKENDS, array::<maps::BackendEntry>(maps::BACKENDS)),
-        name::BACKEND_STATE | name::BACKEND_CURSOR => (maps::BACKENDS, array::<u32>(maps::BACKENDS)),
+        name::BACKEND_STATE | name::BACKEND_CURSOR | name::BACKEND_LIVE => {
+            (maps::BACKENDS, array::<u32>(maps::BACKENDS))
+        }
+        name::BACKEND_PENDING => (maps::BACKENDS, array::<maps::Pending>(maps::BACKENDS)),
+        name::BACKEND_EXPIRED => (maps::BACKENDS, array::<u64>(maps::BACKENDS)),
+        name::SERVICE_CURSOR => (maps::SERVICES, array::<u32>(maps::SERVICES)),
+        name::SELECTION_MET_FULL => (1, per_cpu::<u32>(1, cpus)),
+        name::AFFINITY => {
+            let entries = maps::AFFINITY_ENTRIES;
+            (entries, hash::<maps::AffinityKey, maps::AffinityEntry>(entries, cpus))
+        }
         name::SELECTION => (maps::SELECTION_CHUNKS, array::<maps::Chunk>(maps::SELECTION_CHUNKS)),
         name::NEXT_HOPS => (maps::NEXT_HOPS, array::<maps::NextHop>(maps::NEXT_HOPS)),
         name::NEXT_HOP_CURSOR | name::NOTICES => (1, array::<u32>(1)),

@@ -11,6 +11,7 @@ pub mod memory;
 mod protect;
 mod raw;
 mod read;
+mod selection;
 mod service;
 pub mod valid;
 pub use protect::range as source_range;

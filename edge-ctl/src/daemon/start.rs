@@ -7,7 +7,10 @@ use std::{
     time::Instant,
 };
 
-use edge_common::maglev::{self, Candidate};
+use edge_common::{
+    maglev::{self, Candidate},
+    schedule,
+};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{mpsc, watch},
@@ -16,7 +19,7 @@ use tracing::{info, warn};
 
 use super::{
     Daemon, Inbox, Orders, ROUTE_GENERATION_PAUSE, Shared, acl::Acl, announcer::Announcer, dns_sources, host_problems,
-    lock, recorder::Recorder, throttle::Throttle, views::DaemonViews, world::World,
+    lock, recorder::Recorder, slow_start::SlowStart, throttle::Throttle, views::DaemonViews, world::World,
 };
 use crate::{
     api,
@@ -30,7 +33,7 @@ use crate::{
     },
     desired::DesiredState,
     fib::{self, FibError, FibOptions},
-    model::PoolMember,
+    model::{Balance, PoolMember},
     notify,
     reconcile::{
         actor::{Intervals, OwnedFill, Reconciler, ReconcilerStatus},
@@ -103,7 +106,7 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
     let reconciler = Reconciler::new(
         datapath.port()?,
         Announcer::spawn(bgp.clone()),
-        maglev_filler(datapath.seed()?),
+        table_filler(datapath.seed()?),
         Intervals::default(),
     )?;
     let mut world = World::new(reconciler.adopted(), fib.stale().await);
@@ -157,6 +160,8 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
         desired,
         next_hops,
         sweeper,
+        slow_start: SlowStart::default(),
+        next_share: None,
         program_log,
         recorder,
         held: fib.status().await.held,
@@ -188,11 +193,18 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
     Ok(result?)
 }
 
-/// Fills Maglev tables: the same on every edge that has the seed, whatever numbers it gives its backends.
-fn maglev_filler(seed: [u64; 2]) -> OwnedFill {
-    Box::new(move |pool| {
-        let candidates: Vec<Candidate> = pool.iter().map(candidate).collect();
-        maglev::fill(seed, &candidates, maglev::table_len(candidates.len()))
+/// Fills selection tables. Maglev's is the same on every edge that has the seed, whatever numbers it gives its backends; it
+/// also serves to draw the two of which the less loaded is taken.
+fn table_filler(seed: [u64; 2]) -> OwnedFill {
+    Box::new(move |pool, shape| match shape.balance {
+        Balance::RoundRobin => {
+            let weights: Vec<u32> = pool.iter().map(|member| u32::from(member.weight)).collect();
+            schedule::turns(&weights)
+        }
+        Balance::Maglev | Balance::LeastConnections => {
+            let candidates: Vec<Candidate> = pool.iter().map(candidate).collect();
+            maglev::fill(seed, &candidates, shape.maglev_size.unwrap_or(maglev::table_len(candidates.len())))
+        }
     })
 }
 

@@ -7,7 +7,7 @@ use edge_common::{
     flow::FlowKeyV4,
     maps::{
         AddressFilter, BackendEntry, Control, FlowV4, NeighbourKey, NextHop, PortSet, RANGE_PREFIX, RangeSource,
-        ServiceEntry, ServiceKeyV4, ServiceStats, SourceId, SourceKey, SourceRange, SourceUse, mode, name,
+        ServiceEntry, ServiceKeyV4, ServiceStats, SourceId, SourceKey, SourceRange, SourceUse, balance, mode, name,
         range_action,
     },
     verdict::{REASONS, Reason},
@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     model::{
-        Protocol,
+        Balance, Protocol,
         view::{BackendRow, FlowRow, MapRow, ServiceRow, XdpRow},
     },
     reconcile::{
@@ -98,7 +98,7 @@ impl KernelView {
                 vip: socket_address(key.address, key.port).to_string(),
                 proto: protocol_name(key.protocol),
                 mode: mode_name(slot.entry.mode).to_owned(),
-                balance: "maglev".to_owned(),
+                balance: balance_name(slot.entry.balance),
                 backends: format!("{}/{used}", backends().filter(|backend| backend.eligible()).count()),
                 active: slot.active,
                 announced: "-".to_owned(),
@@ -309,6 +309,16 @@ impl KernelView {
 /// The average of `count` times that add up to `micros` microseconds, in milliseconds.
 fn average_ms(micros: u64, count: u64) -> Option<f64> {
     (count != 0).then(|| micros as f64 / count as f64 / 1000.0)
+}
+
+fn balance_name(number: u8) -> String {
+    let balance = match number {
+        balance::MAGLEV => Balance::Maglev,
+        balance::ROUND_ROBIN => Balance::RoundRobin,
+        balance::LEAST_CONNECTIONS => Balance::LeastConnections,
+        other => return other.to_string(),
+    };
+    balance.to_string()
 }
 
 /// Connections, bytes in and bytes out per second.

@@ -6,6 +6,7 @@ mod health;
 mod protect;
 pub mod query;
 mod route;
+mod selection;
 mod service;
 pub mod view;
 
@@ -15,6 +16,7 @@ pub use health::{
 };
 pub use protect::{Limits, Protection, RangeAction, Rate, SourceRanges};
 pub use route::{PathAttributes, RouteSet, RouteUpdate};
+pub use selection::{Selection, StaticBackend, TableShape, Tier};
 pub use service::{
     Announce, BackendSource, Balance, Frontend, Mode, ParseFrontendError, PoolMember, PoolSnapshot, PoolState,
     Protocol, RecordType, Resolver, Service, Snat, within,
