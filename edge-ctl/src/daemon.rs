@@ -8,6 +8,7 @@ mod orders;
 mod recorder;
 mod slow_start;
 mod start;
+mod swept;
 mod throttle;
 mod views;
 mod world;
@@ -30,7 +31,9 @@ use tracing::{error, info, warn};
 
 pub use start::{StartError, run};
 
-use self::{acl::Acl, orders::Orders, recorder::Recorder, slow_start::SlowStart, throttle::Throttle, world::World};
+use self::{
+    acl::Acl, orders::Orders, recorder::Recorder, slow_start::SlowStart, swept::Swept, throttle::Throttle, world::World,
+};
 use crate::{
     bgp::{BgpEvent, BgpHandle},
     config::{
@@ -102,6 +105,7 @@ struct Shared {
     prefixes: usize,
     /// Source ranges given at run time.
     acl: Acl,
+    swept: Swept,
     datapath: Datapath,
 }
 
@@ -487,11 +491,21 @@ impl Daemon {
             return;
         }
         match self.sweeper.step(SWEEP_BUDGET) {
-            Ok(report) if report.finished => self.next_walk = now + SWEEP_WALK,
+            Ok(report) if report.finished => {
+                self.next_walk = now + SWEEP_WALK;
+                self.look_at_pass(now);
+            }
             Ok(_) => {}
             Err(error) => warn!(%error, "idle flows could not be swept"),
         }
         self.recorder.ended(self.sweeper.take_ended());
+    }
+
+    fn look_at_pass(&self, now: Instant) {
+        let Some(pass) = self.sweeper.last_pass() else { return };
+        if let Err(error) = lock(&self.shared).swept.take(pass, self.kernel.tables(), now) {
+            warn!(%error, "the use of SNAT ports cannot be told");
+        }
     }
 
     /// Parses, validates, compares, applies; on any error the running configuration stays.

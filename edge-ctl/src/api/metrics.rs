@@ -12,6 +12,7 @@ use prometheus_client::{
 
 use super::{Answer, Query, Views};
 use crate::model::{
+    SnatRow,
     query::ReasonRow,
     view::{BackendRow, BgpPeerRow, DnsRow, HealthRow, MapRow, RouteRow, ServiceRow, StatusRow, XdpRow},
 };
@@ -216,6 +217,11 @@ static METRICS: &[Metric] = &[
         s.backends.iter().filter_map(|row| Some((backend_labels(row), micros(row.first_byte?)))).collect()
     })
     .microseconds(),
+    gauge("snat_ports_used", "SNAT ports that flows hold, as of the sweep's last walk", |s| of_snat(s, |row| row.used)),
+    gauge("snat_ports_allowed", "SNAT ports that may be used", |s| of_snat(s, |row| row.allowed)),
+    gauge("snat_alarm", "SNAT ports in use: 0 enough free, 1 from 75 % (warning), 2 from 90 % (critical)", |s| {
+        of_snat(s, |row| row.level.number())
+    }),
     counter("access_log_lines", "Access log lines, by what became of them", |s| {
         let both = |row: &StatusRow| [("written", row.access_written), ("lost", row.access_lost)];
         let samples = s.status.iter().flat_map(both);
@@ -314,6 +320,11 @@ fn backend_labels(row: &BackendRow) -> Labels {
 
 fn of_backends(s: &Sampled, value: fn(&BackendRow) -> u64) -> Samples {
     s.backends.iter().map(|row| (backend_labels(row), value(row))).collect()
+}
+
+fn of_snat(s: &Sampled, value: fn(&SnatRow) -> u64) -> Samples {
+    let rows = s.backends.iter().flat_map(|row| row.snat.iter().map(move |snat| (row, snat)));
+    rows.map(|(row, snat)| (with(backend_labels(row), "address", &snat.address), value(snat))).collect()
 }
 
 fn of_checked(s: &Sampled, value: fn(&HealthRow) -> u64) -> Samples {

@@ -8,6 +8,7 @@ use super::{
     table::{Column, age, clock, plain, render},
     views,
 };
+use crate::model::SnatRow;
 
 fn text(row: &Value, key: &str) -> String {
     plain(row.get(key).unwrap_or(&Value::Null))
@@ -139,6 +140,7 @@ pub(super) fn backend(row: &Value) -> String {
             ("Connect", connect),
         ],
     );
+    snat(&mut out, row);
     let conditions = row.get("conditions").and_then(Value::as_array).cloned().unwrap_or_default();
     if !conditions.is_empty() {
         out.push_str("  Conditions for new flows:\n");
@@ -149,6 +151,17 @@ pub(super) fn backend(row: &Value) -> String {
         let _ = writeln!(out, "    {mark:<4}{:<16}{}", text(&condition, "condition"), text(&condition, "reason"));
     }
     out
+}
+
+fn snat(out: &mut String, row: &Value) {
+    let rows: Vec<SnatRow> = serde_json::from_value(row.get("snat").cloned().unwrap_or_default()).unwrap_or_default();
+    if !rows.is_empty() {
+        out.push_str("  SNAT ports in use:\n");
+    }
+    for row in rows {
+        let _ =
+            writeln!(out, "    {:<40}{} of {} ({}%, {})", row.address, row.used, row.allowed, row.percent(), row.level);
+    }
 }
 
 /// Everything about one peer.

@@ -3,6 +3,7 @@
 use serde_json::Value;
 
 use super::table::{Column, Show, clock, column, plain, wide};
+use crate::model::{SnatLevel, SnatRow};
 
 /// A list that can be shown.
 pub(super) struct View {
@@ -71,6 +72,7 @@ pub(super) static BACKENDS: View = View {
         wide("REFUSED", "refused", Show::Number),
         wide("RESET-EARLY", "reset_early", Show::Number),
         wide("LAST-FAILURE", "last_failure", Show::Age),
+        wide("SNAT", "snat", Show::RowRight(snat)),
         wide("RX/S", "rx/s", Show::Bytes),
         wide("TX/S", "tx/s", Show::Bytes),
         wide("VIP", "vip", Show::Text),
@@ -119,6 +121,17 @@ fn limit(row: &Value) -> String {
     match row.get("limit").and_then(Value::as_u64) {
         None | Some(0) => "-".to_owned(),
         Some(limit) => limit.to_string(),
+    }
+}
+
+/// The fill of the source address that has the fewest ports left, with its alarm.
+fn snat(row: &Value) -> String {
+    let rows = row.get("snat").cloned().unwrap_or_default();
+    let rows: Vec<SnatRow> = serde_json::from_value(rows).unwrap_or_default();
+    let Some(worst) = rows.iter().max_by_key(|row| (row.percent(), row.level)) else { return "-".to_owned() };
+    match worst.level {
+        SnatLevel::Ok => format!("{}%", worst.percent()),
+        level => format!("{level}:{}%", worst.percent()),
     }
 }
 
@@ -357,6 +370,8 @@ pub(super) fn is_alarming(cell: &str) -> bool {
             | "error"
             | "drop"
             | "degraded"
+            | "warning"
+            | "critical"
             | "never"
             | "Idle"
             | "Connect"

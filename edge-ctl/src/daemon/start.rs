@@ -19,7 +19,8 @@ use tracing::{info, warn};
 
 use super::{
     Daemon, Inbox, Orders, ROUTE_GENERATION_PAUSE, Shared, acl::Acl, announcer::Announcer, dns_sources, host_problems,
-    lock, recorder::Recorder, slow_start::SlowStart, throttle::Throttle, views::DaemonViews, world::World,
+    lock, recorder::Recorder, slow_start::SlowStart, swept::Swept, throttle::Throttle, views::DaemonViews,
+    world::World,
 };
 use crate::{
     api,
@@ -133,6 +134,7 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
         drained: BTreeSet::new(),
         prefixes: 0,
         acl,
+        swept: Swept::default(),
         datapath,
     }));
     let (requests, request_inbox) = mpsc::channel(4);

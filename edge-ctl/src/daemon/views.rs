@@ -181,6 +181,9 @@ impl DaemonViews {
             if let Some(number) = row_key(row).and_then(|key| numbers.get(&key)) {
                 (row.conn_s, row.rx_s, row.tx_s) = sampled.backend(*number);
             }
+            if let Some(number) = row_key(row).and_then(|key| numbers.get(&key)) {
+                row.snat = lock(&self.shared).swept.snat(*number);
+            }
             let Some(backend) = desired_backend(&desired, row) else { continue };
             backend.source.clone_into(&mut row.source);
             if let Some(node) = &backend.node {
@@ -270,6 +273,7 @@ impl DaemonViews {
         let mut problems = shared.problems.clone();
         problems.extend(reconciler.error.clone());
         problems.extend(reconciler.problems.clone());
+        problems.extend(shared.swept.problems().iter().cloned());
         problems.extend(fib.dump_error.clone());
         problems.extend(fib.errors.iter().map(|(prefix, error)| format!("route {prefix}: {error}")));
         let down = |row: &&crate::model::view::BgpPeerRow| row.state != "Established";

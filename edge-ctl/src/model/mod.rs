@@ -8,6 +8,7 @@ pub mod query;
 mod route;
 mod selection;
 mod service;
+mod snat;
 pub mod view;
 
 pub use health::{
@@ -17,7 +18,9 @@ pub use health::{
 pub use protect::{Limits, Protection, RangeAction, Rate, SourceRanges};
 pub use route::{PathAttributes, RouteSet, RouteUpdate};
 pub use selection::{Selection, StaticBackend, TableShape, Tier};
+
 pub use service::{
     Announce, BackendSource, Balance, Frontend, Mode, ParseFrontendError, PoolMember, PoolSnapshot, PoolState,
     Protocol, RecordType, Resolver, Service, Snat, within,
 };
+pub use snat::{SnatAlarms, SnatLevel, SnatRow};

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::SnatRow;
+
 /// One frontend in `service list`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ServiceRow {
@@ -117,6 +119,9 @@ pub struct BackendRow {
     /// `tcp` or `udp`.
     #[serde(default)]
     pub proto: String,
+    /// SNAT ports towards it, by source address, as of the sweep's last walk; empty where only the maps are read.
+    #[serde(default)]
+    pub snat: Vec<SnatRow>,
     /// What it must fulfil to be given new flows, in the order of the chain; empty where only the maps are read.
     #[serde(default)]
     pub conditions: Vec<ConditionRow>,
