@@ -1,13 +1,12 @@
 //! A new program under traffic: the same maps, and maps of another layout, there and back.
-#![allow(unsafe_code, reason = "unshare(2) and mount(2) have no safe wrapper among our dependencies")]
+#![allow(unsafe_code, reason = "setsockopt(2) has no safe wrapper among our dependencies")]
 
 use std::{
-    ffi::CString,
     fs,
     io::{Read, Write},
     net::{SocketAddrV4, TcpListener, TcpStream, UdpSocket},
     os::fd::AsRawFd as _,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -28,7 +27,7 @@ use edge_ctl::{
 use edge_tests::datapath::{
     OTHER_LAYOUT,
     live::{Host, Live},
-    namespace::in_namespace,
+    namespace::{Folder, in_namespace},
     rig::{HOOKS, Hook, Rig, Settings, VIP},
 };
 
@@ -38,39 +37,6 @@ const PACE: Duration = Duration::from_micros(500);
 
 fn vip() -> SocketAddrV4 {
     SocketAddrV4::new(VIP, 8443)
-}
-
-/// A folder with a bpffs of its own, in a mount namespace of this thread.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new() -> Result<Self> {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("edge-swap-{}-{number}", std::process::id()));
-        fs::create_dir_all(path.join("bpf"))?;
-        let target = CString::new(path.join("bpf").to_string_lossy().into_owned())?;
-        let none = std::ptr::null();
-        // SAFETY: affects the mounts of this thread alone once it has unshared them; the strings outlive the calls.
-        let mounted = unsafe {
-            libc::unshare(libc::CLONE_NEWNS) == 0
-                && libc::mount(none, c"/".as_ptr(), none, libc::MS_REC | libc::MS_PRIVATE, none.cast()) == 0
-                && libc::mount(c"bpf".as_ptr(), target.as_ptr(), c"bpf".as_ptr(), 0, none.cast()) == 0
-        };
-        ensure!(mounted, "mount a bpffs: {}", std::io::Error::last_os_error());
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        if let Ok(target) = CString::new(self.0.join("bpf").to_string_lossy().into_owned()) {
-            // SAFETY: the string outlives the call; the mount is this thread's own.
-            unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) };
-        }
-        // A folder that stays behind is empty and in the temporary folder.
-        let _ = fs::remove_dir_all(&self.0);
-    }
 }
 
 fn edge(folder: &Path, hook: Hook) -> Edge {

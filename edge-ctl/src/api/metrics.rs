@@ -169,6 +169,12 @@ static METRICS: &[Metric] = &[
     }),
     counter("service_connections", "Flows opened", |s| of_services(s, |row| row.connections)),
     gauge("service_active", "Established flows", |s| of_services(s, |row| row.active)),
+    counter("service_attempts", "Flows begun, whatever became of them", |s| of_services(s, |row| row.attempts)),
+    gauge("service_affinity", "How long a client stays with its backend; 0: no affinity", |s| {
+        of_services(s, |row| row.affinity)
+    })
+    .seconds(),
+    gauge("service_slots", "Slots of the selection table in force", |s| of_services(s, |row| row.slots)),
     counter("service", "Bytes from the IP header on; `in` is from clients", |s| {
         directed(s.services.iter().map(|row| (service_labels(row), row.bytes_in, row.bytes_out)))
     })
@@ -198,6 +204,13 @@ static METRICS: &[Metric] = &[
         of_services(s, |row| u64::from(row.panic))
     }),
     gauge("backend_weight", "Relative weight", |s| of_backends(s, |row| u64::from(row.w))),
+    gauge("backend_limit", "Connections it may have at once; 0: no limit", |s| of_backends(s, |row| row.limit)),
+    gauge("backend_share", "Share of its weight while it starts slowly, percent", |s| {
+        of_backends(s, |row| u64::from(row.share))
+    }),
+    gauge("backend_backup", "1 for a backend of the backup tier", |s| {
+        of_backends(s, |row| u64::from(row.tier == "backup"))
+    }),
     counter("backend", "Bytes from the IP header on; `in` is from clients", |s| {
         directed(s.backends.iter().map(|row| (backend_labels(row), row.bytes_in, row.bytes_out)))
     })
@@ -269,9 +282,11 @@ static METRICS: &[Metric] = &[
     gauge("route_missing", "Prefixes that BGP has and the kernel has not", |s| {
         vec![(Vec::new(), s.routes.iter().filter(|row| !row.installed).count() as u64)]
     }),
-    gauge("map_entries", "Entries in use, where they can be counted", |s| {
-        s.maps.iter().filter_map(|row| Some((map_labels(row), row.entries?))).collect()
-    }),
+    gauge(
+        "map_entries",
+        "Entries in use, where they can be counted; of the flow tables as of the sweep's last walk",
+        |s| s.maps.iter().filter_map(|row| Some((map_labels(row), row.entries?))).collect(),
+    ),
     gauge("map_max_entries", "Capacity", |s| of_maps(s, |row| u64::from(row.max_entries))),
     gauge("map_memory", "Kernel memory", |s| of_maps(s, |row| row.memory)).bytes(),
     gauge("xdp_attached", "1 while the program is attached", |s| {

@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::model::capture::{CaptureOrder, CaptureRow};
 use crate::model::{
+    SnatLevel, SnatRow,
     query::{ConfigRow, MapEntryRow, ReasonRow},
     view::*,
 };
@@ -61,6 +62,7 @@ fn rows(query: Query) -> Result<Answer, ViewError> {
             state: text("up"),
             connect: Some(0.3),
             first_byte: Some(0.9),
+            snat: vec![SnatRow { address: text("10.1.0.1"), used: 900, allowed: 1000, level: SnatLevel::Critical }],
             ..BackendRow::default()
         }]),
         Query::Flows { limit, .. } => {

@@ -58,6 +58,8 @@ pub(super) fn status(row: &Value) -> String {
             ("Flows", format!("{} established", text(row, "flows"))),
             ("Attached", format!("{} interfaces", text(row, "attached"))),
             ("Map writes", text(row, "map_writes")),
+            ("Access log", format!("{} lines written, {} lost", text(row, "access_written"), text(row, "access_lost"))),
+            ("Events", format!("{} lost", text(row, "events_lost"))),
         ],
     );
     if !problems.is_empty() {
@@ -83,14 +85,24 @@ pub(super) fn service(detail: &Value) -> String {
             &[
                 ("Mode", text(&frontend, "mode")),
                 ("Balance", text(&frontend, "balance")),
+                ("Affinity", views::affinity(&frontend)),
+                ("Table", table(&frontend)),
                 ("Backends", format!("{} eligible", text(&frontend, "backends"))),
                 ("Announced", text(&frontend, "announced")),
                 (
                     "Connections",
-                    format!("{} active, {} in all", text(&frontend, "active"), text(&frontend, "connections")),
+                    format!(
+                        "{} active, {} in all, {} attempts, {}/s",
+                        text(&frontend, "active"),
+                        text(&frontend, "connections"),
+                        text(&frontend, "attempts"),
+                        rate(&frontend, "conn/s")
+                    ),
                 ),
+                ("Discarded", format!("{} packets", text(&frontend, "discarded"))),
                 ("Packets", both("packets_in", "packets_out")),
                 ("Bytes", both("bytes_in", "bytes_out")),
+                ("Bytes/s", format!("{} in, {} out", rate(&frontend, "rx/s"), rate(&frontend, "tx/s"))),
                 ("Age", seconds(&frontend, "age", age)),
             ],
         );
@@ -115,6 +127,20 @@ pub(super) fn service(detail: &Value) -> String {
     out
 }
 
+/// Slots of the tables by which backends are chosen.
+fn table(frontend: &Value) -> String {
+    let slots = |key| frontend.get(key).and_then(Value::as_u64).unwrap_or(0);
+    match (slots("slots"), slots("backup_slots")) {
+        (0, _) => "-".to_owned(),
+        (slots, 0) => format!("{slots} slots"),
+        (slots, backup) => format!("{slots} slots, {backup} of the backup tier"),
+    }
+}
+
+fn rate(row: &Value, key: &str) -> String {
+    row.get(key).and_then(Value::as_f64).map_or_else(|| "-".to_owned(), |rate| format!("{rate:.1}"))
+}
+
 /// One backend of one frontend, and each condition for being given flows.
 pub(super) fn backend(row: &Value) -> String {
     let mut out = String::new();
@@ -126,18 +152,30 @@ pub(super) fn backend(row: &Value) -> String {
         text(row, "vip"),
         text(row, "proto")
     );
-    let connect = row.get("connect").and_then(Value::as_f64).map_or_else(|| "-".to_owned(), |ms| format!("{ms:.1}ms"));
     fields(
         &mut out,
         "  ",
         &[
             ("State", text(row, "state")),
             ("Node", text(row, "node")),
-            ("Weight", text(row, "w")),
+            ("Weight", format!("{}, {}% of it", text(row, "w"), text(row, "share"))),
+            ("Tier", text(row, "tier")),
+            ("Limit", views::limit(row)),
             ("Flows", format!("{} active, {} in all", text(row, "active"), text(row, "connections"))),
             ("Checks", format!("{} failed, {} times unavailable", text(row, "fails"), text(row, "unavail"))),
             ("Last check", seconds(row, "last-check", age)),
-            ("Connect", connect),
+            ("Connect", views::connect_time(row)),
+            ("First byte", views::first_byte(row)),
+            (
+                "Failures",
+                format!(
+                    "{} unanswered, {} refused, {} reset early, last {}",
+                    text(row, "unanswered"),
+                    text(row, "refused"),
+                    text(row, "reset_early"),
+                    seconds(row, "last_failure", age)
+                ),
+            ),
         ],
     );
     snat(&mut out, row);

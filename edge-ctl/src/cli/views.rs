@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::table::{Column, Show, clock, column, plain, wide};
+use super::table::{Column, Show, age, clock, column, plain, wide};
 use crate::model::{SnatLevel, SnatRow};
 
 /// A list that can be shown.
@@ -33,6 +33,10 @@ pub(super) static SERVICES: View = View {
         wide("CONNECTIONS", "connections", Show::Number),
         wide("RX", "bytes_in", Show::Bytes),
         wide("TX", "bytes_out", Show::Bytes),
+        wide("ATTEMPTS", "attempts", Show::Number),
+        wide("DISCARDED", "discarded", Show::Number),
+        wide("AFFINITY", "affinity", Show::Row(affinity)),
+        wide("SLOTS", "slots", Show::Number),
         wide("DROPS", "drops", Show::Counts),
     ],
 };
@@ -72,6 +76,8 @@ pub(super) static BACKENDS: View = View {
         wide("REFUSED", "refused", Show::Number),
         wide("RESET-EARLY", "reset_early", Show::Number),
         wide("LAST-FAILURE", "last_failure", Show::Age),
+        wide("TIER", "tier", Show::Text),
+        wide("SHARE", "share", Show::RowRight(share)),
         wide("SNAT", "snat", Show::RowRight(snat)),
         wide("RX/S", "rx/s", Show::Bytes),
         wide("TX/S", "tx/s", Show::Bytes),
@@ -117,11 +123,19 @@ pub(super) static HEALTH_HISTORY: View = View {
     ],
 };
 
-fn limit(row: &Value) -> String {
+pub(super) fn limit(row: &Value) -> String {
     match row.get("limit").and_then(Value::as_u64) {
         None | Some(0) => "-".to_owned(),
         Some(limit) => limit.to_string(),
     }
+}
+
+pub(super) fn affinity(row: &Value) -> String {
+    row.get("affinity").and_then(Value::as_u64).filter(|seconds| *seconds != 0).map_or_else(|| "-".to_owned(), age)
+}
+
+fn share(row: &Value) -> String {
+    row.get("share").and_then(Value::as_u64).map_or_else(|| "-".to_owned(), |percent| format!("{percent}%"))
 }
 
 /// The fill of the source address that has the fewest ports left, with its alarm.
@@ -135,11 +149,11 @@ fn snat(row: &Value) -> String {
     }
 }
 
-fn connect_time(row: &Value) -> String {
+pub(super) fn connect_time(row: &Value) -> String {
     milliseconds(row, "connect")
 }
 
-fn first_byte(row: &Value) -> String {
+pub(super) fn first_byte(row: &Value) -> String {
     milliseconds(row, "first_byte")
 }
 
@@ -307,6 +321,7 @@ pub(super) static MAPS: View = View {
         column("ENTRIES", "entries", Show::Number),
         column("MAX", "max_entries", Show::Number),
         column("FILL", "fill", Show::RowRight(fill)),
+        column("COUNTED", "counted", Show::RowRight(counted)),
         column("MEMORY", "memory", Show::Bytes),
         wide("PIN", "pin", Show::Text),
     ],
@@ -317,6 +332,15 @@ fn fill(row: &Value) -> String {
     match (number("entries"), number("max_entries")) {
         (Some(entries), Some(max)) if max > 0.0 => format!("{:.1}%", 100.0 * entries / max),
         _ => "-".to_owned(),
+    }
+}
+
+/// When the entries were counted: the flow tables by the sweep, the others for this view.
+fn counted(row: &Value) -> String {
+    match (row.get("counted").and_then(Value::as_u64), row.get("entries").and_then(Value::as_u64)) {
+        (Some(seconds), _) => format!("{} ago", age(seconds)),
+        (None, Some(_)) => "now".to_owned(),
+        (None, None) => "-".to_owned(),
     }
 }
 

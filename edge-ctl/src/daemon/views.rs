@@ -24,7 +24,8 @@ use crate::{
     datapath::{
         acl_view::acl_rows,
         answer::answer_from_pins,
-        kernel_view::{KernelView, Rates},
+        kernel_view::{Counted, KernelView, Rates},
+        pins::SIZED,
     },
     desired::{DesiredBackend, DesiredState, Exclusion},
     fib::FibHandle,
@@ -32,7 +33,7 @@ use crate::{
         BackendVerb, Frontend, HealthKey, Protocol,
         capture::{CaptureOrder, CaptureRow},
         query::{AclRow, Answer, ConfigRow, Query, ViewError},
-        view::{BackendRow, HealthRow, ServiceRow, StatusRow},
+        view::{BackendRow, HealthRow, MapRow, ServiceRow, StatusRow},
     },
     reconcile::{
         actor::ReconcilerStatus,
@@ -108,9 +109,8 @@ impl DaemonViews {
             Query::Health => Answer::Health(self.health.rows()),
             Query::HealthHistory => Answer::HealthHistory(self.health.history()),
             Query::Order { service, backend, verb } => Answer::Backends(self.order((service, backend), verb).await?),
-            Query::Flows { .. } | Query::Maps | Query::Map { .. } | Query::Reasons => {
-                answer_from_pins(&self.kernel, &query)?
-            }
+            Query::Maps => Answer::Maps(self.maps()?),
+            Query::Flows { .. } | Query::Map { .. } | Query::Reasons => answer_from_pins(&self.kernel, &query)?,
         })
     }
 
@@ -204,6 +204,19 @@ impl DaemonViews {
             }
         }
         Ok(rows)
+    }
+
+    /// The flow tables are not walked for this: the sweep has counted them.
+    fn maps(&self) -> Result<Vec<MapRow>, ViewError> {
+        let counted = lock(&self.shared).swept.counted(Instant::now());
+        let known = |map: &str| {
+            let known = || {
+                let (age, entries) = counted.as_ref()?;
+                Some((*entries.get(map)?, age.as_secs()))
+            };
+            SIZED.contains(&map).then(|| Counted(known()))
+        };
+        Ok(self.kernel.map_rows_with(known)?)
     }
 
     fn config(&self) -> Result<ConfigRow, ViewError> {

@@ -46,6 +46,21 @@ pub struct ServiceRow {
     pub bytes_out: u64,
     /// Dropped packets by reason, non-zero ones.
     pub drops: std::collections::BTreeMap<String, u64>,
+    /// Flows begun (first packets that were given a backend) since the maps exist, whatever became of them.
+    #[serde(default)]
+    pub attempts: u64,
+    /// Packets dropped, for whichever reason.
+    #[serde(default)]
+    pub discarded: u64,
+    /// How long a client stays with its backend, seconds; 0: no affinity.
+    #[serde(default)]
+    pub affinity: u64,
+    /// Slots of the selection table in force, of the backup tier's in `backup_slots`; 0: no pool yet, or no such tier.
+    #[serde(default)]
+    pub slots: u64,
+    /// As `slots`, of the table that serves while no primary backend can.
+    #[serde(default)]
+    pub backup_slots: u64,
     /// True while too few backends are healthy and health is ignored.
     #[serde(default)]
     pub panic: bool,
@@ -119,6 +134,12 @@ pub struct BackendRow {
     /// `tcp` or `udp`.
     #[serde(default)]
     pub proto: String,
+    /// `primary` or `backup`.
+    #[serde(default)]
+    pub tier: String,
+    /// Share of its weight that it has while it starts slowly, percent; 100: all of it.
+    #[serde(default)]
+    pub share: u32,
     /// SNAT ports towards it, by source address, as of the sweep's last walk; empty where only the maps are read.
     #[serde(default)]
     pub snat: Vec<SnatRow>,
@@ -364,6 +385,9 @@ pub struct MapRow {
     pub max_entries: u32,
     /// Entries in use, where they can be counted.
     pub entries: Option<u64>,
+    /// Seconds since `entries` were counted by the sweep; absent: they were counted for this answer.
+    #[serde(default)]
+    pub counted: Option<u64>,
     /// Bytes of kernel memory.
     pub memory: u64,
     /// Pin path.
