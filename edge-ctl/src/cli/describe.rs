@@ -301,4 +301,31 @@ B>  10.96.0.0/12 [20] via 172.16.1.80, ens33
         assert!(text.contains("Problems:\n  peer 172.16.1.80 is down\n"), "{text}");
         assert!(text.contains("up 2m10s"), "{text}");
     }
+
+    #[test]
+    fn a_backend_is_described_with_its_times_its_tier_and_its_ports() {
+        let text = backend(&json!({"backend": "10.1.0.4:80", "w": 3, "share": 40, "tier": "backup", "limit": 0,
+            "connect": 0.25, "first_byte": 1.5, "unanswered": 2, "refused": 1, "reset_early": 0, "last_failure": 60,
+            "snat": [{"address": "10.1.0.1", "used": 800, "allowed": 1000, "level": "warning"}]}));
+        for part in ["3, 40% of it", "backup", "0.25ms", "1.50ms", "2 unanswered, 1 refused, 0 reset early, last 1m"] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        assert!(text.contains("800 of 1000 (80%, warning)"), "{text}");
+    }
+
+    #[test]
+    fn a_service_is_described_with_its_affinity_and_its_tables() {
+        let frontend = json!({"vip": "172.16.1.88:80", "proto": "tcp", "balance": "maglev", "affinity": 600,
+            "slots": 1021, "backup_slots": 0, "attempts": 9, "conn/s": 1.5});
+        let text = service(&json!({"name": "web", "frontends": [frontend], "backends": []}));
+        for part in ["10m", "1021 slots\n", "9 attempts, 1.5/s"] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+    }
+
+    #[test]
+    fn the_status_tells_what_records_were_lost() {
+        let text = status(&json!({"state": "ok", "access_written": 12, "access_lost": 3, "events_lost": 4}));
+        assert!(text.contains("12 lines written, 3 lost") && text.contains("4 lost\n"), "{text}");
+    }
 }
