@@ -307,7 +307,7 @@ B>  10.96.0.0/12 [20] via 172.16.1.80, ens33
         let text = backend(&json!({"backend": "10.1.0.4:80", "w": 3, "share": 40, "tier": "backup", "limit": 0,
             "connect": 0.25, "first_byte": 1.5, "unanswered": 2, "refused": 1, "reset_early": 0, "last_failure": 60,
             "snat": [{"address": "10.1.0.1", "used": 800, "allowed": 1000, "level": "warning"}]}));
-        for part in ["3, 40% of it", "backup", "0.25ms", "1.50ms", "2 unanswered, 1 refused, 0 reset early, last 1m"] {
+        for part in ["3, 40% of it", "backup", "0.25ms", "1.50ms", "2 unanswered, 1 refused, 0 reset early, last 60s"] {
             assert!(text.contains(part), "{part}: {text}");
         }
         assert!(text.contains("800 of 1000 (80%, warning)"), "{text}");
