@@ -20,23 +20,24 @@ pub const NO_FLOW: Verdict = Verdict::UNDECIDED;
 /// The packet is to be sent on its way, by the entry in the table that was noted.
 pub const FORWARD: Verdict = Verdict::FORWARD;
 
-/// A packet that may change its flow's state: [`FORWARD`] with the flow's table, or why not; [`NO_FLOW`] where it has none,
+/// A packet that may change its flow's state: [`FORWARD`] by the entry in `place`, or why not; [`NO_FLOW`] where it has none,
 /// or none any more.
 #[inline(always)]
-pub fn tracked(parsed: &Parsed, table: &mut Table, past: &mut Past) -> Verdict {
+pub fn tracked(parsed: &Parsed, place: &mut Table, past: &mut Past) -> Verdict {
     let key = &parsed.key;
+    // By value as well: of a number read back from `place` the verifier knows nothing.
     if let Some(flow) = maps::flow(Table::Established, key) {
-        *table = Table::Established;
-        return track(parsed, flow, table, past);
+        *place = Table::Established;
+        return track(parsed, flow, Table::Established, place, past);
     }
     if let Some(flow) = maps::flow(Table::HalfOpen, key) {
-        *table = Table::HalfOpen;
-        return track(parsed, flow, table, past);
+        *place = Table::HalfOpen;
+        return track(parsed, flow, Table::HalfOpen, place, past);
     }
     match maps::flow(Table::Closing, key) {
         Some(flow) => {
-            *table = Table::Closing;
-            track(parsed, flow, table, past)
+            *place = Table::Closing;
+            track(parsed, flow, Table::Closing, place, past)
         }
         None => NO_FLOW,
     }
@@ -59,10 +60,9 @@ impl Past {
     pub const NONE: Self = Self { service: 0, backend: 0, address: 0, port: 0 };
 }
 
-/// A packet that hit an entry of `place` and may change its flow's state, or that hit one outside the established table.
+/// A packet that hit an entry of `table` and may change its flow's state, or that hit one outside the established table.
 #[inline(never)]
-fn track(parsed: &Parsed, flow: &mut FlowV4, place: &mut Table, past: &mut Past) -> Verdict {
-    let table = *place;
+fn track(parsed: &Parsed, flow: &mut FlowV4, table: Table, place: &mut Table, past: &mut Past) -> Verdict {
     let Some(service) = maps::service(flow.service) else {
         return because(Reason::NotReady, 0);
     };
