@@ -312,7 +312,8 @@ fn clear_closing(plan: &Plan, reply: &FlowKeyV4, closing_timeout: u32, own: bool
 
 #[inline(always)]
 fn yields(plan: &Plan, table: Table, reply: &FlowKeyV4, timeout: u32) -> bool {
-    maps::flow(table, reply).is_some_and(|flow| leads_back(flow, &plan.key) || expired(flow.last_seen, timeout, plan.now))
+    maps::flow(table, reply)
+        .is_some_and(|flow| leads_back(flow, &plan.key) || expired(flow.last_seen, timeout, plan.now))
 }
 
 #[inline(never)]
