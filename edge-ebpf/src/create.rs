@@ -10,9 +10,7 @@ use edge_common::{
 
 use crate::{
     conntrack::{self, Past},
-    forward,
     maps::{self, EEXIST, ENOENT, Table, scratch},
-    packet::Packet,
     parse::Parsed,
     protect, select,
     stats::{because, count_half_opened},
@@ -30,7 +28,7 @@ const STALLED: u64 = 200_000_000;
 /// Candidates that come from the backend's cursor before the rest are scattered.
 const FROM_CURSOR: u32 = 4;
 
-/// Both entries of the packet's flow are there: [`first`] sends it.
+/// Both entries of the packet's flow are there: the stage `send` sends it.
 pub const CREATED: Verdict = Verdict::UNDECIDED;
 
 /// Starts a flow for the client's packet: [`CREATED`], or why not.
@@ -78,15 +76,6 @@ pub fn flow(parsed: &Parsed, past: &Past) -> Verdict {
         select::begun(backend_number, backend.limit, plan.now);
     }
     CREATED
-}
-
-/// Sends the packet that started a flow on its way.
-#[inline(never)]
-pub fn first<P: Packet>(packet: &mut P, parsed: &Parsed, service: u32) -> Verdict {
-    match maps::flow(Table::HalfOpen, &parsed.key) {
-        Some(flow) => forward::any(packet, parsed, flow),
-        None => because(Reason::HalfOpenFull, service),
-    }
 }
 
 const OPENED: u32 = 0;
@@ -323,7 +312,8 @@ fn clear_closing(plan: &Plan, reply: &FlowKeyV4, closing_timeout: u32, own: bool
 
 #[inline(always)]
 fn yields(plan: &Plan, table: Table, reply: &FlowKeyV4, timeout: u32) -> bool {
-    maps::flow(table, reply).is_some_and(|flow| leads_back(flow, &plan.key) || expired(flow.last_seen, timeout, plan.now))
+    maps::flow(table, reply)
+        .is_some_and(|flow| leads_back(flow, &plan.key) || expired(flow.last_seen, timeout, plan.now))
 }
 
 #[inline(never)]

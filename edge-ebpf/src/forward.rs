@@ -1,7 +1,9 @@
 //! From a flow entry to the wire: next hop, length, TTL, rewrite, counters, egress.
 
 use edge_common::{
-conntrack :: { due, tcp_flag::SYN, ticks }, maps :: { Control, FlowV4, NextHop, flow_flag, capture::side, next_hop_flag }, verdict :: { Action, Reason, Verdict },
+    conntrack::{due, tcp_flag::SYN, ticks},
+    maps::{Control, FlowV4, NextHop, capture::side, flow_flag, next_hop_flag},
+    verdict::{Action, Reason, Verdict},
 };
 use network_types::eth::EthHdr;
 

@@ -20,4 +20,5 @@ pub mod pipeline;
 pub mod protect;
 pub mod rewrite;
 pub mod select;
+pub mod stages;
 pub mod stats;

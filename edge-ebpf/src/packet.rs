@@ -64,6 +64,9 @@ pub trait Packet {
     /// True where every interface can take redirected packets from this hook.
     const REDIRECTS_ANYWHERE: bool;
 
+    /// The hook's element of [`maps::stages::handover`].
+    const HOOK: u32;
+
     /// The interface it came in by.
     fn ingress(&self) -> u32;
 
@@ -90,6 +93,9 @@ pub trait Packet {
 
     /// Asks the kernel's FIB; `query` is given back with the answer.
     fn route(&mut self, query: bpf_fib_lookup) -> Route;
+
+    /// Ends this program and starts a stage; returns only where the stage's slot is empty.
+    fn enter(&mut self, stage: u32);
 }
 
 /// A packet at XDP.
@@ -131,6 +137,7 @@ fn at<'a, T: Header>(data: usize, end: usize, offset: usize) -> Option<&'a mut T
 
 impl Packet for XdpPacket {
     const REDIRECTS_ANYWHERE: bool = false;
+    const HOOK: u32 = maps::stages::XDP;
 
     #[inline(always)]
     fn ingress(&self) -> u32 {
@@ -178,6 +185,11 @@ impl Packet for XdpPacket {
     }
 
     #[inline(always)]
+    fn enter(&mut self, stage: u32) {
+        maps::stages::enter_xdp(&XdpContext::new(self.ctx), stage);
+    }
+
+    #[inline(always)]
     fn capture(&self, header: &CaptureHeader) {
         maps::capture::put(&XdpContext::new(self.ctx), header);
     }
@@ -194,11 +206,17 @@ impl Packet for XdpPacket {
 
 impl Packet for SkbPacket {
     #[inline(always)]
+    fn enter(&mut self, stage: u32) {
+        maps::stages::enter_tc(&TcContext::new(self.ctx), stage);
+    }
+
+    #[inline(always)]
     fn capture(&self, header: &CaptureHeader) {
         maps::capture::put(&TcContext::new(self.ctx), header);
     }
 
     const REDIRECTS_ANYWHERE: bool = true;
+    const HOOK: u32 = maps::stages::TC;
 
     #[inline(always)]
     fn ingress(&self) -> u32 {

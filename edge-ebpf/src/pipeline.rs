@@ -1,4 +1,5 @@
-//! The stages, in order. An established packet takes the first five lines and one hash lookup.
+//! The entry program of each hook. An established packet takes the first five lines and one hash lookup, and leaves from
+//! here; what may change a flow's state, or has none, goes on in `stages`, by a tail call.
 
 use edge_common::{
     conntrack::tcp_flag::{FIN, RST, SYN},
@@ -8,15 +9,12 @@ use edge_common::{
 };
 
 use crate::{
-    classify::{self, NEW_FLOW},
-    conntrack::{self, NO_FLOW, Past},
-create :: { self, CREATED }, events,
+    events,
     forward::{self, TOO_LATE},
-    log,
     maps::{self, Table},
     packet::Packet,
-    parse::{self, Ipv4, Parsed},
-    protect,
+    parse::{self, Ipv4},
+    stages,
     stats::because,
 };
 
@@ -62,30 +60,7 @@ pub fn run<P: Packet>(packet: &mut P) -> Verdict {
             return events::sampled(&parsed, verdict);
         }
     }
-    let verdict = slow(packet, &parsed, side);
-    events::sampled(&parsed, verdict)
-}
-
-/// A packet that may change its flow's state, or that has no flow. The stages follow each other rather than call each
-/// other, which keeps the stack flat.
-#[inline(always)]
-fn slow<P: Packet>(packet: &mut P, parsed: &Parsed, side: Side) -> Verdict {
-    let mut past = Past::NONE;
-    let mut verdict = tracked(packet, parsed, &mut past);
-    if verdict == NO_FLOW {
-        verdict = classify::untracked(packet, parsed, side, &mut past);
-        if verdict == NEW_FLOW {
-            verdict = protect::admit(parsed, past.service);
-        }
-        if verdict == NEW_FLOW {
-            verdict = create::flow(parsed, &past);
-            if verdict == CREATED {
-                verdict = create::first(packet, parsed, past.service);
-            }
-        }
-    }
-    log::notices();
-    verdict
+    stages::begin(packet, parsed, side)
 }
 
 /// The interface a packet came in by.
@@ -104,21 +79,5 @@ fn prefilter(ip: &Ipv4) -> Option<Side> {
         Some(Side::FromBackend)
     } else {
         None
-    }
-}
-
-/// A packet that may change its flow's state; [`NO_FLOW`] where it has none, or none any more.
-#[inline(always)]
-fn tracked<P: Packet>(packet: &mut P, parsed: &Parsed, past: &mut Past) -> Verdict {
-    let key = &parsed.key;
-    if let Some(flow) = maps::flow(Table::Established, key) {
-        return conntrack::track(packet, parsed, flow, Table::Established, past);
-    }
-    if let Some(flow) = maps::flow(Table::HalfOpen, key) {
-        return conntrack::track(packet, parsed, flow, Table::HalfOpen, past);
-    }
-    match maps::flow(Table::Closing, key) {
-        Some(flow) => conntrack::track(packet, parsed, flow, Table::Closing, past),
-        None => NO_FLOW,
     }
 }

@@ -47,8 +47,7 @@ pub fn backend(number: u32, service: &ServiceEntry, key: &FlowKeyV4) -> u32 {
     };
     // With affinity all connections of a client that arrive before one of them is remembered agree, as do all edges.
     let ports = if service.affinity_timeout == 0 { key.src_port } else { 0 };
-    let hash =
-        hash::tuple(control.seed, &FlowKeyV4::new(key.src, key.dst, ports, key.dst_port, key.protocol));
+    let hash = hash::tuple(control.seed, &FlowKeyV4::new(key.src, key.dst, ports, key.dst_port, key.protocol));
     let first = if service.balance == balance::ROUND_ROBIN { u64::from(maps::next_turn(number)) } else { hash };
     let draw = Draw { first, second: hash.rotate_left(32), two: service.balance == balance::LEAST_CONNECTIONS };
     maps::set_met_full(0);

@@ -20,6 +20,7 @@ pub mod pins;
 pub mod program_log;
 pub mod selection;
 pub mod snat;
+pub mod stages;
 pub mod sweep;
 pub mod sys;
 pub mod tables;

@@ -6,10 +6,7 @@ use aya_ebpf::{
     bindings::BPF_NOEXIST,
     helpers::generated::bpf_ktime_get_ns,
     macros::map,
-    maps::{
-        LpmTrie, LruHashMap,
-        lpm_trie::Key,
-    },
+    maps::{LpmTrie, LruHashMap, lpm_trie::Key},
 };
 use edge_common::maps::{self as layout, RANGE_PREFIX, RangeSource, SourceId, SourceUse};
 

@@ -1,0 +1,28 @@
+//! Numbers and names of the stages: programs of their own that a hook's entry program hands a packet to by a tail call.
+//! Each has the verifier's budget and the 512 bytes of stack to itself. Numbers are slots of the two `PROG_ARRAY` maps,
+//! which belong to one object file, so they may change between versions.
+
+/// `PROG_ARRAY` of the XDP stages. A `PROG_ARRAY` takes programs of one type only.
+pub const STAGES_XDP: &str = "STAGES_XDP";
+/// `PROG_ARRAY` of the TC stages.
+pub const STAGES_TC: &str = "STAGES_TC";
+/// Slots of each.
+pub const SLOTS: u32 = 32;
+
+/// A packet that may change its flow's state, or that has no flow.
+pub const TRACK: u32 = 0;
+/// A packet without a flow: classified, and where it may start one, the flow is made.
+pub const CREATE: u32 = 1;
+/// A packet whose flow is known: sent on its way.
+pub const SEND: u32 = 2;
+
+/// Every stage: its number, and its program's name after `edge_xdp_` or `edge_tc_`. The kernel keeps 15 bytes of the whole.
+pub const ALL: &[(u32, &str)] = &[(TRACK, "track"), (CREATE, "create"), (SEND, "send")];
+
+const _: () = {
+    let mut at = 0;
+    while at < ALL.len() {
+        assert!(ALL[at].0 < SLOTS && ALL[at].1.len() <= 6);
+        at += 1;
+    }
+};
