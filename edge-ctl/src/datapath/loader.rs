@@ -22,7 +22,7 @@ use super::{
     host, interfaces,
     kernel_view::KernelView,
     maps::Maps,
-    migrate,
+    migrate, object,
     pins::{self, Pins, chain},
     program_log::ProgramLog,
     stages,
@@ -572,7 +572,7 @@ fn parse(pins: &Pins, tables: &Tables, object: &[u8]) -> Result<Ebpf, LoadError>
 }
 
 fn load_object(loader: &mut EbpfLoader<'_>, object: &[u8]) -> Result<Ebpf, LoadError> {
-    loader.load(object).map_err(|error| object_error("loading the eBPF object", &error))
+    loader.load(&object::for_this_kernel(object)).map_err(|error| object_error("loading the eBPF object", &error))
 }
 
 fn loader(pins: &Pins, tables: &Tables) -> EbpfLoader<'static> {
