@@ -259,6 +259,26 @@ impl Datapath {
     fn attach_one(&mut self, name: &str, known: &[interfaces::Interface]) -> Result<Attachment, LoadError> {
         let interface = known.iter().find(|interface| interface.name == name);
         let interface = interface.ok_or_else(|| LoadError::NoInterface { name: name.to_owned() })?;
+        if let Some(above) = interfaces::seen_twice(interface, &self.edge.interfaces, known) {
+            for xdp in [true, false] {
+                let pin = self.pins.link(name, xdp);
+                if pin.exists() {
+                    attach::detach_pin(&pin);
+                    self.writes += 1;
+                }
+            }
+            if self.attachments.get(name).is_some_and(|before| before.hook == AttachedHook::Clsact) {
+                attach::detach_clsact(name);
+            }
+            return Err(LoadError::Hook {
+                interface: name.to_owned(),
+                reason: format!(
+                    "it is a port of {0}, which is configured too: the program would see each packet twice; take one of \
+                     the two out of edge.interfaces",
+                    above.name
+                ),
+            });
+        }
         let before = self.attachments.get(name).cloned();
         let (pins, object, mut loads) = (self.pins.clone(), self.object, 0);
         let program = |xdp| {
