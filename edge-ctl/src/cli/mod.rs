@@ -2,6 +2,7 @@
 //! `--kernel`, from whoever reads the pinned maps; `main.rs` plugs that and everything else this layer may not import.
 
 mod acl;
+mod dns;
 mod args;
 mod capture;
 mod client;
