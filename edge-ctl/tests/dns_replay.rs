@@ -19,7 +19,7 @@ use std::{
 
 use edge_ctl::{
     model::{BackendSource, PoolSnapshot, PoolState, RecordType, Resolver, ResolverPolicy},
-    sources::dns::{Guard, DnsHandle, DnsOptions, spawn_dns_with},
+    sources::dns::{DnsHandle, DnsOptions, Guard, spawn_dns_with},
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -158,10 +158,7 @@ fn resolver(servers: &[&Server]) -> Resolver {
 }
 
 fn options() -> DnsOptions {
-    DnsOptions {
-        server_timeout: Duration::from_millis(300),
-        retry: Duration::from_millis(50),
-    }
+    DnsOptions { server_timeout: Duration::from_millis(300), retry: Duration::from_millis(50) }
 }
 
 struct Pool {

@@ -128,7 +128,8 @@ fn no_fault_of_dns_changes_the_pool_resets_a_connection_or_fails_a_connect() -> 
     let total = count("running connections", 50, 500);
     let lab = Lab::up(Speaker::Bird, PODS)?;
     // Holds longer than any fault of this test.
-    let configuration = lab.edge_configuration("1s").replace("valid = ", "hold = \"10m\"\nshrink_hold = \"10m\"\nvalid = ");
+    let configuration =
+        lab.edge_configuration("1s").replace("valid = ", "hold = \"10m\"\nshrink_hold = \"10m\"\nvalid = ");
     let mut daemon = lab.start_edge(&configuration)?;
     daemon.wait_ready(&lab, 3, Duration::from_secs(30))?;
     let control = lab.open_many("client", (ingress(1).address, TCP_ECHO).into(), total)?;
@@ -144,12 +145,19 @@ fn no_fault_of_dns_changes_the_pool_resets_a_connection_or_fails_a_connect() -> 
     judged?;
     let (opened, failed) = arrived.map_err(|_| anyhow::anyhow!("the arrivals' thread panicked"))?;
     println!("{opened} connections arrived meanwhile");
-    ensure!(opened > 0 && failed.is_empty(), "{} of {} connects failed: {failed:?}", failed.len(), opened + failed.len());
+    ensure!(
+        opened > 0 && failed.is_empty(),
+        "{} of {} connects failed: {failed:?}",
+        failed.len(),
+        opened + failed.len()
+    );
     let stalls = traffic.stop().context("running connections")?;
     println!("{stalls:?}");
     ensure!(stalls.rounds > 0, "no exchanges");
-    let metrics = lab.within("edge", || edge_tests::lab::pods::http_get_path(([127, 0, 0, 1], 9180).into(), "/metrics", SOON))?;
-    let held = format!("edge_dns_pool_changes_total{{name=\"{SERVICE_NAME}\",type=\"A\",resolver=\"kube-dns\"}} {changes}");
+    let metrics =
+        lab.within("edge", || edge_tests::lab::pods::http_get_path(([127, 0, 0, 1], 9180).into(), "/metrics", SOON))?;
+    let held =
+        format!("edge_dns_pool_changes_total{{name=\"{SERVICE_NAME}\",type=\"A\",resolver=\"kube-dns\"}} {changes}");
     ensure!(metrics.contains(&held), "no line `{held}` in the metrics");
     let stats = lab.edge_ctl(&["dns", "stats"])?;
     for class in ["success", "format_error", "server_failure", "host_not_found", "refused", "unknown", "timed_out"] {
@@ -174,13 +182,19 @@ fn judge(lab: &Lab, (what, kind, state, words): Case, changes: u64) -> Result<()
     ensure!(addresses(&last) == pods(PODS), "{what}: {last}");
     ensure!(number(&last, "changes")? == changes, "{what}: the pool changed: {last}");
     if state == "held" {
-        ensure!(last["held_age"].is_u64() && last["held_addresses"].as_array().is_some_and(|held| !held.is_empty()), "{last}");
+        ensure!(
+            last["held_age"].is_u64() && last["held_addresses"].as_array().is_some_and(|held| !held.is_empty()),
+            "{last}"
+        );
     }
     println!("{what}: {state}, error {}, held {}, refused {}", last["error"], last["held"], last["refused"]);
     fault(lab, "*", None)?;
     wait_for("the right answer again", SOON, || {
         let last = row(lab, SERVICE_NAME)?;
-        ensure!(last["state"] == "fresh" && last["held"].is_null() && last["refused"] == Value::Array(vec![]), "{last}");
+        ensure!(
+            last["state"] == "fresh" && last["held"].is_null() && last["refused"] == Value::Array(vec![]),
+            "{last}"
+        );
         Ok(true)
     })
     .with_context(|| what.to_owned())?;
@@ -212,7 +226,13 @@ fn one_good_server_of_two_is_enough_and_dns_servers_tells_which_fails() -> Resul
     ensure!(records.as_array().is_some_and(|records| records.len() == 2), "{records}");
     let refreshed = lab.edge_ctl(&["dns", "refresh", SERVICE_NAME])?;
     ensure!(refreshed.as_array().is_some_and(|rows| !rows.is_empty()), "{refreshed}");
-    let unknown = lab.edge_ctl_raw(&["dns", "refresh", "nobody.example.com", "--socket", lab.edge_socket().to_str().context("path")?])?;
+    let unknown = lab.edge_ctl_raw(&[
+        "dns",
+        "refresh",
+        "nobody.example.com",
+        "--socket",
+        lab.edge_socket().to_str().context("path")?,
+    ])?;
     ensure!(unknown.status.code() == Some(1), "{unknown:?}");
     daemon.stop()
 }
@@ -243,7 +263,14 @@ fn knot_and_dnsmasq_are_followed_through_changes_and_outages() -> Result<()> {
         Command::new(exec::program("knotd", "knot")?).arg("-c").arg(folder.join("knot.conf")),
     )?;
     let mut masq = Command::new(exec::program("dnsmasq", "dnsmasq-base")?);
-    masq.args(["--keep-in-foreground", "--no-resolv", "--no-hosts", "--bind-interfaces", "--user=root", "--local-ttl=1"]);
+    masq.args([
+        "--keep-in-foreground",
+        "--no-resolv",
+        "--no-hosts",
+        "--bind-interfaces",
+        "--user=root",
+        "--local-ttl=1",
+    ]);
     masq.arg(format!("--port={}", dnsmasq.port())).arg(format!("--listen-address={}", dnsmasq.ip()));
     masq.arg("--pid-file=").arg("--local=/real.test/").arg(format!("--addn-hosts={}", folder.join("hosts").display()));
     let mut masq = lab.spawn("kube-dns-2", "dnsmasq", &mut masq)?;
@@ -271,7 +298,8 @@ fn knot_and_dnsmasq_are_followed_through_changes_and_outages() -> Result<()> {
     follow("web.real.test", pods(3))?;
     let backends = |key: &str| -> Result<Vec<(String, u64)>> {
         let rows = lab.edge_ctl(&["backend", "list", "srv"])?;
-        let field = |row: &Value| (row["state"].as_str().unwrap_or_default().to_owned(), row[key].as_u64().unwrap_or(0));
+        let field =
+            |row: &Value| (row["state"].as_str().unwrap_or_default().to_owned(), row[key].as_u64().unwrap_or(0));
         Ok(rows.as_array().into_iter().flatten().map(field).collect())
     };
     wait_for("SRV weights", SOON, || {
@@ -312,9 +340,15 @@ fn knot_and_dnsmasq_are_followed_through_changes_and_outages() -> Result<()> {
 }
 
 fn write_zone(folder: &Path, serial: u32, pods: usize) -> Result<()> {
-    let mut zone = format!("$ORIGIN real.test.\n$TTL 1\n@ SOA ns hostmaster {serial} 60 60 600 1\n@ NS ns\nns A {}\n", DNS_PODS[0]);
+    let mut zone = format!(
+        "$ORIGIN real.test.\n$TTL 1\n@ SOA ns hostmaster {serial} 60 60 600 1\n@ NS ns\nns A {}\n",
+        DNS_PODS[0]
+    );
     for (number, (priority, weight)) in (1..=pods).zip([(10, 20), (10, 30), (20, 7)]) {
-        zone += &format!("_echo._tcp SRV {priority} {weight} {TCP_ECHO} p{number}\np{number} A {}\n", ingress(number).address);
+        zone += &format!(
+            "_echo._tcp SRV {priority} {weight} {TCP_ECHO} p{number}\np{number} A {}\n",
+            ingress(number).address
+        );
     }
     fs::write(folder.join("real.test.zone"), zone).context("write the zone")
 }

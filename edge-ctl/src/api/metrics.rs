@@ -13,7 +13,10 @@ use prometheus_client::{
 use super::{Answer, Query, Views};
 use crate::model::{
     query::ReasonRow,
-    view::{BackendRow, BgpPeerRow, DnsRow, DnsServerRow, DnsZoneRow, HealthRow, MapRow, RouteRow, ServiceRow, StatusRow, XdpRow},
+    view::{
+        BackendRow, BgpPeerRow, DnsRow, DnsServerRow, DnsZoneRow, HealthRow, MapRow, RouteRow, ServiceRow, StatusRow,
+        XdpRow,
+    },
 };
 
 /// What HTTP calls the format.

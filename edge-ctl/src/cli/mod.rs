@@ -2,12 +2,12 @@
 //! `--kernel`, from whoever reads the pinned maps; `main.rs` plugs that and everything else this layer may not import.
 
 mod acl;
-mod dns;
 mod args;
 mod capture;
 mod client;
 mod commands;
 mod describe;
+mod dns;
 mod orders;
 mod table;
 mod views;

@@ -18,8 +18,9 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    Daemon, Inbox, Orders, ROUTE_GENERATION_PAUSE, Shared, acl::Acl, announcer::Announcer, dns_guard, dns_sources, host_problems,
-    lock, recorder::Recorder, slow_start::SlowStart, throttle::Throttle, views::DaemonViews, world::World,
+    Daemon, Inbox, Orders, ROUTE_GENERATION_PAUSE, Shared, acl::Acl, announcer::Announcer, dns_guard, dns_sources,
+    host_problems, lock, recorder::Recorder, slow_start::SlowStart, throttle::Throttle, views::DaemonViews,
+    world::World,
 };
 use crate::{
     api,

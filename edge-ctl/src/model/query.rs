@@ -12,8 +12,8 @@ use super::capture::{CaptureOrder, CaptureRow};
 use super::{
     BackendVerb, RecordType,
     view::{
-        BackendRow, BgpPeerRow, BgpRouteRow, DnsRecordRow, DnsRow, DnsZoneRow, EventRow, FlowRow, HealthEventRow, HealthRow, MapRow, RouteRow,
-        ServiceRow, StatusRow, XdpRow,
+        BackendRow, BgpPeerRow, BgpRouteRow, DnsRecordRow, DnsRow, DnsZoneRow, EventRow, FlowRow, HealthEventRow,
+        HealthRow, MapRow, RouteRow, ServiceRow, StatusRow, XdpRow,
     },
 };
 

@@ -247,7 +247,8 @@ impl DnsHandle {
         book.zones.retain(|name, _| asked.keys().any(|question| question.resolver == *name));
         for (question, (resolver, sources)) in asked {
             let timeout = self.options.server_timeout;
-            let zone = book.zones.entry(resolver.name.clone()).or_insert_with(|| Arc::new(Zone::new(&resolver, timeout)));
+            let zone =
+                book.zones.entry(resolver.name.clone()).or_insert_with(|| Arc::new(Zone::new(&resolver, timeout)));
             zone.reconfigure(&resolver, timeout);
             let zone = Arc::clone(zone);
             match book.tasks.get(&question) {
@@ -466,7 +467,8 @@ mod tests {
     #[test]
     fn search_domains_are_tried_in_order_before_the_name_itself_and_a_final_dot_rules_them_out() {
         let search = ["svc.cluster.local".to_owned(), "cluster.local".to_owned()];
-        let names = |name| candidates(name, &search).into_iter().map(|name| name.unwrap().to_ascii()).collect::<Vec<_>>();
+        let names =
+            |name| candidates(name, &search).into_iter().map(|name| name.unwrap().to_ascii()).collect::<Vec<_>>();
         assert_eq!(names("web.prod"), ["web.prod.svc.cluster.local.", "web.prod.cluster.local.", "web.prod."]);
         assert_eq!(names("web.example.com."), ["web.example.com."]);
         assert_eq!(candidates("web.prod", &[]).len(), 1);

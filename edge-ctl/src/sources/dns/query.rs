@@ -484,12 +484,10 @@ fn gather(records: &[Record], owner: &Name) -> Option<(BTreeSet<IpAddr>, u32)> {
 
 fn addresses<'a>(records: &'a [Record], owner: &Name) -> impl Iterator<Item = (IpAddr, &'a Record)> {
     // Names are equal whatever their case (RFC 4343).
-    records.iter().filter(move |record| record.name == *owner).filter_map(|record| {
-        match &record.data {
-            RData::A(address) => Some((IpAddr::V4(address.0), record)),
-            RData::AAAA(address) => Some((IpAddr::V6(address.0), record)),
-            _ => None,
-        }
+    records.iter().filter(move |record| record.name == *owner).filter_map(|record| match &record.data {
+        RData::A(address) => Some((IpAddr::V4(address.0), record)),
+        RData::AAAA(address) => Some((IpAddr::V6(address.0), record)),
+        _ => None,
     })
 }
 

@@ -326,7 +326,7 @@ proptest! {
         let mut pool = tracker(valid);
         let (mut now, mut evidence) = (Duration::ZERO, Evidence::default());
         // Since when every answer has been empty, and since when every answer has been too small for the pool.
-        let (mut empty_since, mut small_since) = (None, None);
+        let (mut empty_since, mut small_since): (Option<Duration>, Option<(Duration, usize)>) = (None, None);
         let hold = HOLD.max(Duration::from_secs(valid.unwrap_or(0)));
         for (event, pause) in steps {
             now += Duration::from_secs(pause);
@@ -370,8 +370,10 @@ proptest! {
                     empty_since = None;
                     prop_assert!(named.is_subset(&is), "what is named counts at once");
                     prop_assert!(is.is_subset(&(&named | &was)));
-                    if named.len() * 2 < was.len() {
-                        let since = *small_since.get_or_insert(now);
+                    // Half is counted from the pool that the first small answer found.
+                    let (since, base) = small_since.unwrap_or((now, was.len()));
+                    if named.len() * 2 < base {
+                        small_since = Some((since, base));
                         let left: BTreeSet<SocketAddr> = &was - &is;
                         if now - since < SHRINK_HOLD {
                             prop_assert!(left.is_subset(&evidence.dead), "{left:?} left within the hold");
