@@ -390,3 +390,29 @@ async fn a_server_that_cannot_be_reached_counts_as_timed_out_and_is_passed_over(
     assert_eq!(pool.handle.rows()[0].responses["timed_out"], 2);
     assert_eq!(pool.handle.rows()[0].requests, 3);
 }
+
+#[tokio::test]
+async fn a_thousand_services_on_one_name_ask_once_and_each_has_its_own_port() {
+    let server = Server::start().await;
+    server.says("ready-3");
+    let (out, mut snapshots) = mpsc::channel(1024);
+    let on_port = |port| BackendSource::Dns {
+        name: SERVICE.into(),
+        port: Some(port),
+        resolver: "kube-dns".into(),
+        record: RecordType::A,
+    };
+    let sources: Vec<_> = (1..=1000).map(|port| (on_port(port), resolver(&[&server]))).collect();
+    let handle = spawn_dns_with(options(), sources, networks("10.1.0.0/16"), out);
+    let mut told = BTreeSet::new();
+    while told.len() < 1000 {
+        let snapshot = tokio::time::timeout(PATIENCE, snapshots.recv()).await.expect("a snapshot").unwrap();
+        let BackendSource::Dns { port: Some(port), .. } = snapshot.source else { panic!("{:?}", snapshot.source) };
+        assert_eq!(snapshot.members.len(), 3);
+        assert!(snapshot.members.iter().all(|member| member.address.port() == port));
+        told.insert(port);
+    }
+    assert_eq!(server.asked(), 1);
+    let rows = handle.rows();
+    assert_eq!((rows.len(), rows[0].requests), (1, 1));
+}
