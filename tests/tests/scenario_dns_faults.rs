@@ -276,7 +276,7 @@ fn knot_and_dnsmasq_are_followed_through_changes_and_outages() -> Result<()> {
     let mut masq = lab.spawn("kube-dns-2", "dnsmasq", &mut masq)?;
     let configuration = lab.edge_configuration("1s")
         + &format!(
-            "\n[resolver.knot]\nservers = [\"{knot}\"]\nvalid = \"1s\"\nsearch = [\"none.test\", \"real.test\"]\n\
+            "\n[resolver.knot]\nservers = [\"{knot}\"]\nvalid = \"1s\"\nsearch = [\"none.real.test\", \"real.test\"]\n\
              [resolver.dnsmasq]\nservers = [\"{dnsmasq}\"]\nvalid = \"1s\"\n\
              [service.srv]\nlisten = [\"{EDGE}:7001/tcp\"]\n\
              backends = {{ dns = \"_echo._tcp\", resolver = \"knot\", record = \"srv\" }}\nmode = \"full-nat\"\n\
