@@ -14,7 +14,10 @@ use super::{Answer, Query, Views};
 use crate::model::{
     SnatRow,
     query::ReasonRow,
-    view::{BackendRow, BgpPeerRow, DnsRow, HealthRow, MapRow, RouteRow, ServiceRow, StatusRow, XdpRow},
+    view::{
+        BackendRow, BgpPeerRow, DnsRow, DnsServerRow, DnsZoneRow, HealthRow, MapRow, RouteRow, ServiceRow, StatusRow,
+        XdpRow,
+    },
 };
 
 /// What HTTP calls the format.
@@ -42,6 +45,7 @@ struct Sampled {
     services: Vec<ServiceRow>,
     backends: Vec<BackendRow>,
     dns: Vec<DnsRow>,
+    dns_zones: Vec<DnsZoneRow>,
     peers: Vec<BgpPeerRow>,
     routes: Vec<RouteRow>,
     maps: Vec<MapRow>,
@@ -59,6 +63,7 @@ impl Sampled {
             ("services", Query::Services),
             ("backends", Query::Backends),
             ("dns", Query::Dns),
+            ("dns_stats", Query::DnsZones),
             ("bgp_peers", Query::BgpPeers),
             ("routes", Query::Routes),
             ("maps", Query::Maps),
@@ -74,6 +79,7 @@ impl Sampled {
                 Ok(Answer::Services(rows)) => sampled.services = rows,
                 Ok(Answer::Backends(rows)) => sampled.backends = rows,
                 Ok(Answer::Dns(rows)) => sampled.dns = rows,
+                Ok(Answer::DnsZones(rows)) => sampled.dns_zones = rows,
                 Ok(Answer::BgpPeers(rows)) => sampled.peers = rows,
                 Ok(Answer::Routes(rows)) => sampled.routes = rows,
                 Ok(Answer::Maps(rows)) => sampled.maps = rows,
@@ -261,7 +267,25 @@ static METRICS: &[Metric] = &[
         s.dns.iter().filter_map(|row| Some((name_labels(row), row.age?))).collect()
     })
     .seconds(),
-    counter("dns_refused_addresses", "Addresses refused because they lie outside pod_networks", |s| {
+    counter("dns_pool_changes", "Changes of the addresses in use", |s| of_names(s, |row| row.changes)),
+    counter("dns_holds", "Changes that were held", |s| of_names(s, |row| row.holds)),
+    gauge("dns_held", "1 while a change is held", |s| of_names(s, |row| u64::from(row.held.is_some()))),
+    gauge("dns_held_age", "Time since a change is held", |s| {
+        s.dns.iter().filter_map(|row| Some((name_labels(row), row.held_age?))).collect()
+    })
+    .seconds(),
+    gauge("dns_held_addresses", "Addresses in use that the answer left out", |s| {
+        of_names(s, |row| row.held_addresses.len() as u64)
+    }),
+    counter("dns_resolver_requests", "Requests by type, as NGINX Plus counts them: name, srv, addr", |s| {
+        of_zones(s, "type", |row| &row.requests)
+    }),
+    counter("dns_resolver_responses", "Answers by class", |s| of_zones(s, "class", |row| &row.responses)),
+    gauge("dns_server_up", "1 while the newest query brought an answer that can be used", |s| {
+        of_dns_servers(s, |server| u64::from(server.state == "up"))
+    }),
+    counter("dns_server_requests", "Queries asked", |s| of_dns_servers(s, |server| server.requests)),
+    counter("dns_refused_addresses", "Addresses refused: outside pod_networks, special, or our own", |s| {
         of_names(s, |row| row.refused_addresses)
     }),
     gauge("bgp_peer_up", "1 while the session is established", |s| {
@@ -353,6 +377,19 @@ fn name_labels(row: &DnsRow) -> Labels {
 
 fn of_names(s: &Sampled, value: fn(&DnsRow) -> u64) -> Samples {
     s.dns.iter().map(|row| (name_labels(row), value(row))).collect()
+}
+
+fn of_zones(s: &Sampled, label: &'static str, counts: fn(&DnsZoneRow) -> &BTreeMap<String, u64>) -> Samples {
+    let all = s.dns_zones.iter().flat_map(|row| counts(row).iter().map(move |count| (row, count)));
+    all.map(|(row, (kind, count))| (with(vec![("resolver", row.resolver.clone())], label, kind), *count)).collect()
+}
+
+fn of_dns_servers(s: &Sampled, value: fn(&DnsServerRow) -> u64) -> Samples {
+    let all = s.dns_zones.iter().flat_map(|row| row.servers.iter().map(move |server| (row, server)));
+    let labels = |row: &DnsZoneRow, server: &DnsServerRow| {
+        vec![("resolver", row.resolver.clone()), ("server", server.server.clone())]
+    };
+    all.map(|(row, server)| (labels(row, server), value(server))).collect()
 }
 
 fn peer_labels(row: &BgpPeerRow) -> Labels {

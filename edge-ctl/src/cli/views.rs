@@ -208,9 +208,63 @@ pub(super) static DNS: View = View {
         column("AGE", "age", Show::Age),
         column("NEXT", "next", Show::Age),
         column("REQUESTS", "requests", Show::Number),
-        wide("REFUSED", "refused_addresses", Show::Number),
+        wide("CHANGES", "changes", Show::Number),
+        wide("HOLDS", "holds", Show::Number),
+        wide("REFUSALS", "refused_addresses", Show::Number),
+        wide("RESPONSES", "responses", Show::Counts),
+        column("HELD-FOR", "held_age", Show::Age),
+        column("HELD", "held", Show::Text),
+        wide("HELD-ADDRESSES", "held_addresses", Show::Text),
+        column("REFUSED", "refused", Show::Text),
+        column("ERROR", "error", Show::Text),
+    ],
+};
+
+/// NGINX Plus's columns of the dashboard's Resolvers tab.
+pub(super) static DNS_STATS: View = View {
+    kind: "resolver",
+    names: &["resolver"],
+    columns: &[
+        column("RESOLVER", "resolver", Show::Text),
+        column("NAME", "name", Show::Number),
+        column("SRV", "srv", Show::Number),
+        column("ADDR", "addr", Show::Number),
+        column("SUCCESS", "success", Show::Number),
+        column("FORMAT-ERROR", "format_error", Show::Number),
+        column("SERVER-FAILURE", "server_failure", Show::Number),
+        column("NOT-FOUND", "host_not_found", Show::Number),
+        column("UNIMPLEMENTED", "unimplemented", Show::Number),
+        column("REFUSED", "refused", Show::Number),
+        column("UNKNOWN", "unknown", Show::Number),
+        column("TIMED-OUT", "timed_out", Show::Number),
+    ],
+};
+
+pub(super) static DNS_SERVERS: View = View {
+    kind: "dns-server",
+    names: &["resolver", "server"],
+    columns: &[
+        column("RESOLVER", "resolver", Show::Text),
+        column("SERVER", "server", Show::Text),
+        column("STATE", "state", Show::Text),
+        column("FAILURES", "failures", Show::Number),
+        column("AGE", "age", Show::Age),
+        column("MS", "took_ms", Show::Number),
+        column("REQUESTS", "requests", Show::Number),
         wide("RESPONSES", "responses", Show::Counts),
         column("ERROR", "error", Show::Text),
+    ],
+};
+
+pub(super) static DNS_RECORDS: View = View {
+    kind: "record",
+    names: &["name", "type"],
+    columns: &[
+        column("NAME", "name", Show::Text),
+        column("TYPE", "type", Show::Text),
+        column("TTL", "ttl", Show::Number),
+        column("DATA", "data", Show::Text),
+        column("RESOLVER", "resolver", Show::Text),
     ],
 };
 

@@ -91,6 +91,17 @@ impl DaemonViews {
             Query::Services => Answer::Services(self.services()?),
             Query::Backends => Answer::Backends(self.backends()?),
             Query::Dns => Answer::Dns(self.dns.rows()),
+            Query::DnsZones => Answer::DnsZones(self.dns.zones()),
+            Query::DnsQuery { name, record, resolver } => {
+                Answer::DnsRecords(self.dns.look_up(&name, record, resolver.as_deref()).await?)
+            }
+            Query::DnsRefresh { name } => {
+                if self.dns.refresh(name.as_deref()) == 0 {
+                    let what = name.as_deref().unwrap_or("anything");
+                    return Err(ViewError::NotFound(format!("no service asks DNS for {what}")));
+                }
+                Answer::Dns(self.dns.rows())
+            }
             Query::BgpPeers => Answer::BgpPeers(match &self.bgp {
                 Some(bgp) => bgp.summary().await,
                 None => Vec::new(),

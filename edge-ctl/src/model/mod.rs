@@ -5,6 +5,7 @@ pub mod capture;
 mod health;
 mod protect;
 pub mod query;
+mod resolver;
 mod route;
 mod selection;
 mod service;
@@ -16,6 +17,7 @@ pub use health::{
     PassiveCounters, PassiveSignals, Tls, Verdict,
 };
 pub use protect::{Limits, Protection, RangeAction, Rate, SourceRanges};
+pub use resolver::ResolverPolicy;
 pub use route::{PathAttributes, RouteSet, RouteUpdate};
 pub use selection::{Selection, StaticBackend, TableShape, Tier};
 

@@ -253,7 +253,7 @@ pub struct DnsRow {
     pub resolver: String,
     /// Addresses in use.
     pub addresses: Vec<String>,
-    /// `fresh`, `last-good`, `unknown`.
+    /// `fresh`, `held`, `last-good`, `unknown`.
     pub state: String,
     /// Seconds since the last good answer.
     pub age: Option<u64>,
@@ -265,8 +265,76 @@ pub struct DnsRow {
     pub requests: u64,
     /// Answers by class: success, format_error, server_failure, host_not_found, unimplemented, refused, unknown, timed_out.
     pub responses: std::collections::BTreeMap<String, u64>,
-    /// Addresses refused because they lie outside `pod_networks`.
+    /// Addresses refused so far, in every answer.
     pub refused_addresses: u64,
+    /// The change that is held, and what it waits for.
+    #[serde(default)]
+    pub held: Option<String>,
+    /// Seconds since it is held.
+    #[serde(default)]
+    pub held_age: Option<u64>,
+    /// Addresses in use that the answer left out.
+    #[serde(default)]
+    pub held_addresses: Vec<String>,
+    /// Addresses of the last answer that are refused: why, and for how long.
+    #[serde(default)]
+    pub refused: Vec<String>,
+    /// Times that the addresses in use changed.
+    #[serde(default)]
+    pub changes: u64,
+    /// Times that a change was held.
+    #[serde(default)]
+    pub holds: u64,
+}
+
+/// One resolver in `dns stats`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct DnsZoneRow {
+    /// Resolver name.
+    pub resolver: String,
+    /// Requests by type: name (A, AAAA), srv, addr (PTR).
+    pub requests: std::collections::BTreeMap<String, u64>,
+    /// Answers by class, as in [`DnsRow::responses`].
+    pub responses: std::collections::BTreeMap<String, u64>,
+    /// Its servers, in the order of the configuration.
+    pub servers: Vec<DnsServerRow>,
+}
+
+/// One server in `dns servers`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct DnsServerRow {
+    /// Address and port.
+    pub server: String,
+    /// `up`, `failing`, `not asked`.
+    pub state: String,
+    /// Queries in a row without an answer that can be used.
+    pub failures: u32,
+    /// Seconds since the last answer that could be used.
+    pub age: Option<u64>,
+    /// How long that took, milliseconds.
+    pub took_ms: Option<f64>,
+    /// Why the last query failed, if it did.
+    pub error: Option<String>,
+    /// Queries asked.
+    pub requests: u64,
+    /// Answers by class.
+    pub responses: std::collections::BTreeMap<String, u64>,
+}
+
+/// One record in `dns query`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct DnsRecordRow {
+    /// Owner.
+    pub name: String,
+    /// Record type.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Seconds that it may be kept.
+    pub ttl: u32,
+    /// What it says.
+    pub data: String,
+    /// Resolver that was asked.
+    pub resolver: String,
 }
 
 /// One peer in `bgp summary` and `bgp peers`. The first fields are FRR's columns.

@@ -7,6 +7,7 @@
 
 pub mod client;
 pub mod dns;
+pub mod dns_faults;
 pub mod dns_server;
 pub mod echo;
 pub mod edge;
