@@ -9,6 +9,7 @@ mod recorder;
 mod slow_start;
 mod start;
 mod throttle;
+mod traffic;
 mod views;
 mod world;
 

@@ -431,7 +431,8 @@ fn desired(backends: &[&str]) -> DesiredState {
     let backend = |text: &&str| DesiredBackend {
         address: text.parse().unwrap(),
         weight: 1,
-        share: 100,
+        limit: None,
+            share: 100,
         tier: Tier::Primary,
         excluded: None,
         facts: edge_ctl::desired::Facts::favourable("dns"),

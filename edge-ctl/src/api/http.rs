@@ -17,7 +17,7 @@ use serde::Deserialize;
 use super::{Answer, Query, ViewError, Views, metrics};
 use crate::model::capture::CaptureOrder;
 use crate::model::{
-    BackendVerb,
+    BackendVerb, MOST_CONNECTIONS,
     query::{DEFAULT_LIMIT, Refusal, ServiceDetail},
 };
 
@@ -222,33 +222,43 @@ fn mismatch(what: &str) -> Response {
 #[serde(deny_unknown_fields)]
 struct OrderParameters {
     weight: Option<u16>,
+    limit: Option<u32>,
 }
 
 type Ordered = Result<Parameters<OrderParameters>, QueryRejection>;
 type Addressed = Result<Path<(String, String, String)>, PathRejection>;
 
 async fn order(State(views): State<Shared>, path: Addressed, parameters: Ordered) -> Response {
-    let (service, backend, verb, weight) = match (path, parameters) {
-        (Ok(Path((service, backend, verb))), Ok(Parameters(parameters))) => (service, backend, verb, parameters.weight),
+    let (service, backend, verb, parameters) = match (path, parameters) {
+        (Ok(Path((service, backend, verb))), Ok(Parameters(parameters))) => (service, backend, verb, parameters),
         (Err(rejection), _) => return bad_request(rejection.body_text()),
         (_, Err(rejection)) => return bad_request(rejection.body_text()),
     };
     let Ok(backend) = backend.parse() else {
         return bad_request(format!("`{backend}` is not ADDRESS:PORT of a backend"));
     };
-    let verb = match (verb.as_str(), weight) {
-        ("weight", Some(0)) => {
-            return bad_request("a weight is from 1 to 65535; `down` takes a backend out".to_owned());
+    match backend_verb(&verb, &parameters) {
+        Ok(verb) => ask(views, Query::Order { service, backend, verb }).await,
+        Err(why) => bad_request(why),
+    }
+}
+
+fn backend_verb(verb: &str, parameters: &OrderParameters) -> Result<BackendVerb, String> {
+    Ok(match (verb, parameters.weight, parameters.limit) {
+        ("weight", Some(0), None) => return Err("a weight is from 1 to 65535; `down` takes a backend out".to_owned()),
+        ("weight", weight, None) => BackendVerb::Weight(weight),
+        ("limit", None, limit) if limit.is_none_or(|limit| (1..=MOST_CONNECTIONS).contains(&limit)) => {
+            BackendVerb::Limit(limit)
         }
-        ("weight", weight) => BackendVerb::Weight(weight),
-        (_, Some(_)) => return bad_request(format!("`{verb}` takes no weight")),
-        ("down", None) => BackendVerb::Down,
-        ("up", None) => BackendVerb::Up,
-        ("drain", None) => BackendVerb::Drain,
-        ("undrain", None) => BackendVerb::Undrain,
-        _ => return bad_request(format!("`{verb}` is not down, up, drain, undrain or weight")),
-    };
-    ask(views, Query::Order { service, backend, verb }).await
+        ("limit", None, _) => return Err(format!("a limit is from 1 to {MOST_CONNECTIONS}")),
+        (_, Some(_), _) => return Err(format!("`{verb}` takes no weight")),
+        (_, _, Some(_)) => return Err(format!("`{verb}` takes no limit")),
+        ("down", None, None) => BackendVerb::Down,
+        ("up", None, None) => BackendVerb::Up,
+        ("drain", None, None) => BackendVerb::Drain,
+        ("undrain", None, None) => BackendVerb::Undrain,
+        _ => return Err(format!("`{verb}` is not down, up, drain, undrain, weight or limit")),
+    })
 }
 
 async fn received(State(views): State<Shared>, peer: Named) -> Response {

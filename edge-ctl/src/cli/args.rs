@@ -464,6 +464,7 @@ mod tests {
             "backend drain web 10.1.0.4:443 --wait",
             "backend undrain web 10.1.0.4:443",
             "backend weight web 10.1.0.4:443 default",
+            "backend limit web 10.1.0.4:443 100",
             "health list web",
             "health history",
             "flow list",

@@ -19,7 +19,7 @@ use tracing::{info, warn};
 
 use super::{
     Daemon, Inbox, Orders, ROUTE_GENERATION_PAUSE, Shared, acl::Acl, announcer::Announcer, dns_sources, host_problems,
-    lock, recorder::Recorder, slow_start::SlowStart, throttle::Throttle, views::DaemonViews, world::World,
+    lock, recorder::Recorder, slow_start::SlowStart, throttle::Throttle, traffic, views::DaemonViews, world::World,
 };
 use crate::{
     api,
@@ -148,6 +148,8 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
     )?;
     let kernel = lock(&shared).datapath.view()?;
     let verdicts = health.verdicts();
+    let counters = Arc::new(lock(&shared).datapath.view()?);
+    tokio::spawn(traffic::watch(Arc::clone(&shared), counters, reconciler_status.clone(), health.clone()));
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = tokio::spawn(api::serve_bound(bound, Arc::new(views), async move {
         let _ = stopped.await;

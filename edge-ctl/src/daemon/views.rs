@@ -32,7 +32,7 @@ use crate::{
         BackendVerb, Frontend, HealthKey, Protocol,
         capture::{CaptureOrder, CaptureRow},
         query::{AclRow, Answer, ConfigRow, Query, ViewError},
-        view::{BackendRow, HealthRow, ServiceRow, StatusRow},
+        view::{BackendRow, ConditionRow, HealthRow, ServiceRow, StatusRow},
     },
     reconcile::{
         actor::ReconcilerStatus,
@@ -195,6 +195,10 @@ impl DaemonViews {
                 "drained".clone_into(&mut row.state);
             }
             row.conditions = backend.facts.conditions();
+            row.conditions.push(limit_condition(row));
+            if row.state == "up" && row.limit > 0 && row.active >= row.limit {
+                "full".clone_into(&mut row.state);
+            }
             if let Some(checked) = checked.get(&(row.service.clone(), row.backend.clone())) {
                 (row.fails, row.unavail) = (checked.fails, checked.unavail);
                 (row.last_check, row.connect) = (checked.last_check, checked.connect);
@@ -291,7 +295,7 @@ impl DaemonViews {
             uptime: shared.started.elapsed().as_secs(),
             config: shared.file.display().to_string(),
             services: services.len() as u64,
-            backends_eligible: backends.iter().filter(|row| row.state == "up").count() as u64,
+            backends_eligible: backends.iter().filter(|row| row.state == "up" || row.state == "full").count() as u64,
             backends: backends.len() as u64,
             peers_established: peers.iter().filter(|row| row.state == "Established").count() as u64,
             peers: peers.len() as u64,
@@ -311,6 +315,17 @@ impl Views for DaemonViews {
     fn answer(&self, query: Query) -> BoxFuture<'_, Result<Answer, ViewError>> {
         Box::pin(self.answer_one(query))
     }
+}
+
+/// The link of the chain that the program judges, for each new flow, as of now.
+fn limit_condition(row: &BackendRow) -> ConditionRow {
+    let (active, limit) = (row.active, row.limit);
+    let (holds, reason) = match limit {
+        0 => (true, "no limit".to_owned()),
+        _ if active >= limit => (false, format!("full: {active} of {limit} connections")),
+        _ => (true, format!("{active} of {limit} connections")),
+    };
+    ConditionRow { condition: "limit".to_owned(), holds, reason }
 }
 
 /// The frontend that a row is about.

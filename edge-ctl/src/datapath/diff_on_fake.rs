@@ -31,7 +31,8 @@ fn backend(host: u8, weight: u16, excluded: Option<Exclusion>) -> DesiredBackend
     DesiredBackend {
         address: SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 1, 0, host)), 443),
         weight,
-        share: 100,
+        limit: None,
+            share: 100,
         tier: Tier::Primary,
         excluded,
         facts: crate::desired::Facts::favourable("dns"),

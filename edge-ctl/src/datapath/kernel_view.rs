@@ -138,6 +138,7 @@ impl KernelView {
                 state: if slot.eligible() { "up" } else { "draining" }.to_owned(),
                 w: u32::from(weight_of(slot.state)),
                 active: slot.active,
+                limit: u64::from(slot.entry.limit),
                 fails: signals.unanswered + signals.refused + signals.reset_early,
                 connect: average_ms(signals.answered_us, signals.answered),
                 first_byte: average_ms(signals.first_byte_us, signals.first_bytes),

@@ -157,6 +157,8 @@ impl Query {
                     BackendVerb::Undrain => format!("{path}/undrain"),
                     BackendVerb::Weight(Some(weight)) => format!("{path}/weight?weight={weight}"),
                     BackendVerb::Weight(None) => format!("{path}/weight"),
+                    BackendVerb::Limit(Some(limit)) => format!("{path}/limit?limit={limit}"),
+                    BackendVerb::Limit(None) => format!("{path}/limit"),
                 };
                 return ("POST", path);
             }

@@ -196,6 +196,19 @@ pub struct Announce {
     pub attributes: super::PathAttributes,
 }
 
+/// What becomes of a backend's flows when checks fail, its route is lost, or an administrator takes it down.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnDown {
+    /// They go on.
+    #[default]
+    Keep,
+    /// They are forgotten: a TCP connection's next packet finds no flow, a datagram selects anew.
+    Reset,
+    /// UDP flows are forgotten, so that the next datagram selects anew; a TCP connection goes on, since no other backend
+    /// knows it.
+    Reselect,
+}
+
 /// A service, validated.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Service {
@@ -217,6 +230,8 @@ pub struct Service {
     pub announce: Option<Announce>,
     /// `None`: backends are not checked.
     pub health: Option<super::Health>,
+    /// What becomes of the flows of a backend that goes down.
+    pub on_down: OnDown,
     /// What its sources may do.
     pub protection: super::Protection,
 }
