@@ -1,6 +1,10 @@
 //! Routes, and how questions and answers look in HTTP.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{
+    path::PathBuf,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use axum::{
     Json, Router,
@@ -17,8 +21,8 @@ use serde::Deserialize;
 use super::{Answer, Query, ViewError, Views, metrics};
 use crate::model::capture::CaptureOrder;
 use crate::model::{
-    BackendVerb, MOST_CONNECTIONS,
-    query::{DEFAULT_LIMIT, Refusal, ServiceDetail},
+    BackendVerb, FlowSelector, MOST_CONNECTIONS, Protocol,
+    query::{ConfigChange, ConfigVerb, DEFAULT_LIMIT, Refusal, ServiceDetail},
 };
 
 /// Rows that one answer may have; more would hold up the daemon.
@@ -38,6 +42,7 @@ pub(super) fn api(views: Shared) -> Router {
         ("/v1/routes", Query::Routes),
         ("/v1/maps", Query::Maps),
         ("/v1/xdp", Query::Xdp),
+        ("/v1/audit", Query::Audit),
         ("/v1/reasons", Query::Reasons),
         ("/v1/acl", Query::Acl),
         ("/v1/events", Query::Events),
@@ -51,12 +56,14 @@ pub(super) fn api(views: Shared) -> Router {
     router
         .route("/v1/services/{name}", get(service))
         .route("/v1/flows", get(flows))
+        .route("/v1/flows/kill", post(kill_flows))
         .route("/v1/maps/{name}", get(map))
         .route("/v1/bgp/peers/{peer}/received", get(received))
         .route("/v1/bgp/peers/{peer}/advertised", get(advertised))
         .route("/v1/acl/add", post(acl_add))
         .route("/v1/acl/remove", post(acl_remove))
         .route("/v1/capture", post(capture))
+        .route("/v1/config/{verb}", post(change))
         .route("/v1/reload", post(|State(views): State<Shared>| ask(views, Query::Reload)))
         .route("/v1/backends/{service}/{backend}/{verb}", post(order))
         .route("/metrics", get(scrape))
@@ -102,7 +109,7 @@ async fn not_found(uri: Uri) -> Response {
 
 async fn wrong_method(uri: Uri) -> Response {
     let error = format!(
-        "{} does not take that method (GET everywhere, POST for /v1/reload, /v1/capture, /v1/acl/add, /v1/acl/remove \
+        "{} does not take that method (GET everywhere, POST for /v1/reload, /v1/flows/kill, /v1/config/VERB, /v1/capture, /v1/acl/add, /v1/acl/remove \
          and /v1/backends/SERVICE/ADDRESS:PORT/VERB)",
         uri.path()
     );
@@ -130,6 +137,65 @@ async fn flows(State(views): State<Shared>, parameters: Listed) -> Response {
         Ok(Parameters(parameters)) => {
             let limit = parameters.limit();
             ask(views, Query::Flows { service: parameters.service, limit }).await
+        }
+        Err(rejection) => bad_request(rejection.body_text()),
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ChangeParameters {
+    /// Seconds.
+    confirm: Option<u64>,
+}
+
+async fn change(
+    State(views): State<Shared>,
+    verb: Named,
+    parameters: Result<Parameters<ChangeParameters>, QueryRejection>,
+    body: String,
+) -> Response {
+    let (verb, confirm) = match (verb, parameters) {
+        (Ok(Path(verb)), Ok(Parameters(ChangeParameters { confirm }))) => (verb, confirm),
+        (Err(rejection), _) => return bad_request(rejection.body_text()),
+        (_, Err(rejection)) => return bad_request(rejection.body_text()),
+    };
+    let files = match serde_json::from_str::<Vec<(PathBuf, String)>>(&body) {
+        _ if body.is_empty() => None,
+        Ok(files) if !files.is_empty() => Some(files),
+        Ok(_) => return bad_request("the body holds no file".to_owned()),
+        Err(error) => return bad_request(format!("the body is not [[FILE, TEXT], ...]: {error}")),
+    };
+    let verb = match (verb.as_str(), confirm) {
+        ("commit", Some(0)) => return bad_request("`confirm` is at least 1 s".to_owned()),
+        ("commit", confirm) => ConfigVerb::Commit(confirm),
+        (_, Some(_)) => return bad_request(format!("`{verb}` takes no `confirm`")),
+        ("diff", None) => ConfigVerb::Diff,
+        ("confirm", None) => ConfigVerb::Confirm,
+        ("rollback", None) => ConfigVerb::Rollback,
+        _ => return bad_request(format!("`{verb}` is not diff, commit, confirm or rollback")),
+    };
+    ask(views, Query::Change(ConfigChange { verb, files })).await
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct KillParameters {
+    service: String,
+    backend: Option<SocketAddr>,
+    client: Option<IpAddr>,
+    port: Option<u16>,
+    protocol: Option<Protocol>,
+}
+
+async fn kill_flows(State(views): State<Shared>, meant: Result<Parameters<KillParameters>, QueryRejection>) -> Response {
+    match meant {
+        Ok(Parameters(KillParameters { client: None, port: Some(_), .. })) => {
+            bad_request("`port` is the client's: it needs `client`".to_owned())
+        }
+        Ok(Parameters(KillParameters { service, backend, client, port, protocol })) => {
+            let client = client.map(|address| (address, port));
+            ask(views, Query::FlowKill(FlowSelector { service, backend, client, protocol })).await
         }
         Err(rejection) => bad_request(rejection.body_text()),
     }

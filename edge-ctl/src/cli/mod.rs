@@ -4,9 +4,11 @@
 mod acl;
 mod args;
 mod capture;
+mod change;
 mod client;
 mod commands;
 mod describe;
+mod flows;
 mod orders;
 mod table;
 mod views;

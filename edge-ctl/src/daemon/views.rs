@@ -14,13 +14,12 @@ use tokio::{
 use tracing::warn;
 
 use super::{
-    Request, SharedState, acl, lock,
+    Request, SharedState, acl, audit, lock,
     recorder::{self, Told},
 };
 use crate::{
     api::{BoxFuture, Views},
     bgp::BgpHandle,
-    config,
     datapath::{
         acl_view::acl_rows,
         answer::answer_from_pins,
@@ -29,9 +28,9 @@ use crate::{
     desired::{DesiredBackend, DesiredState, Exclusion},
     fib::FibHandle,
     model::{
-        BackendVerb, Frontend, HealthKey, Protocol,
+        BackendVerb, FlowSelector, Frontend, HealthKey, Protocol,
         capture::{CaptureOrder, CaptureRow},
-        query::{AclRow, Answer, ConfigRow, Query, ViewError},
+        query::{AclRow, Answer, ConfigChange, ConfigRow, Query, ViewError},
         view::{BackendRow, ConditionRow, HealthRow, ServiceRow, StatusRow},
     },
     reconcile::{
@@ -104,10 +103,13 @@ impl DaemonViews {
             Query::Events => Answer::Events(recorder::lock(&self.told).events.iter().cloned().collect()),
             Query::Config => Answer::Config(self.config()?),
             Query::Capture(order) => Answer::Capturing(self.capture(&order)?),
+            Query::Audit => Answer::Audit(audit::audit(&self.shared, &self.kernel)?),
             Query::Reload => return self.reload().await,
+            Query::Change(change) => return self.change(change).await,
             Query::Health => Answer::Health(self.health.rows()),
             Query::HealthHistory => Answer::HealthHistory(self.health.history()),
             Query::Order { service, backend, verb } => Answer::Backends(self.order((service, backend), verb).await?),
+            Query::FlowKill(selector) => return self.kill_flows(selector).await,
             Query::Flows { .. } | Query::Maps | Query::Map { .. } | Query::Reasons => {
                 answer_from_pins(&self.kernel, &query)?
             }
@@ -208,13 +210,10 @@ impl DaemonViews {
     }
 
     fn config(&self) -> Result<ConfigRow, ViewError> {
-        let (file, age) = {
-            let shared = lock(&self.shared);
-            (shared.file.clone(), shared.config.1.elapsed().as_secs())
-        };
-        let texts = config::read_texts(&file).map_err(|error| ViewError::Invalid(error.lines()))?;
-        let text = texts.into_iter().map(|(_, text)| text).collect::<Vec<_>>().join("\n");
-        Ok(ConfigRow { file: file.display().to_string(), age, text })
+        let shared = lock(&self.shared);
+        let text = shared.texts.iter().map(|(_, text)| text.as_str()).collect::<Vec<_>>().join("\n");
+        let file = shared.texts.first().map_or(&shared.file, |(file, _)| file).display().to_string();
+        Ok(ConfigRow { file, age: shared.config.1.elapsed().as_secs(), text })
     }
 
     fn capture(&self, order: &CaptureOrder) -> Result<CaptureRow, ViewError> {
@@ -245,6 +244,25 @@ impl DaemonViews {
         let (reply, answer) = oneshot::channel();
         self.requests.send(Request::Reload(reply)).await.map_err(|_| gone())?;
         answer.await.map_err(|_| gone())?.map(Answer::Reloaded)
+    }
+
+    async fn change(&self, change: ConfigChange) -> Result<Answer, ViewError> {
+        let gone = || ViewError::Unavailable("the daemon is stopping".into());
+        let (reply, answer) = oneshot::channel();
+        self.requests.send(Request::Change(change, reply)).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?.map(Answer::Reloaded)
+    }
+
+    async fn kill_flows(&self, selector: FlowSelector) -> Result<Answer, ViewError> {
+        let gone = || ViewError::Unavailable("the daemon is stopping".into());
+        // A service that is gone from the configuration may have flows still.
+        let known = self.reconciler.borrow().state.services.values().any(|slot| slot.label == selector.service);
+        if !known {
+            return Err(ViewError::NotFound(format!("there is no service `{}`", selector.service)));
+        }
+        let (reply, answer) = oneshot::channel();
+        self.requests.send(Request::KillFlows(selector, reply)).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?.map(Answer::Killed)
     }
 
     async fn order(&self, key: HealthKey, verb: BackendVerb) -> Result<Vec<BackendRow>, ViewError> {

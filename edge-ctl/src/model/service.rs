@@ -209,6 +209,19 @@ pub enum OnDown {
     Reselect,
 }
 
+/// Flows that an order is about.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FlowSelector {
+    /// Of this service.
+    pub service: String,
+    /// With this backend only.
+    pub backend: Option<SocketAddr>,
+    /// Of this client only, with this port where one is given.
+    pub client: Option<(IpAddr, Option<u16>)>,
+    /// Of this protocol only.
+    pub protocol: Option<Protocol>,
+}
+
 /// A service, validated.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Service {
