@@ -35,7 +35,16 @@ use tracing::{error, info, warn};
 
 pub use start::{StartError, run};
 
-use self::{acl::Acl, commit::{Commits, Texts}, flow_ends::FlowEnds, orders::Orders, recorder::Recorder, slow_start::SlowStart, throttle::Throttle, world::World};
+use self::{
+    acl::Acl,
+    commit::{Commits, Texts},
+    flow_ends::FlowEnds,
+    orders::Orders,
+    recorder::Recorder,
+    slow_start::SlowStart,
+    throttle::Throttle,
+    world::World,
+};
 use crate::{
     bgp::{BgpEvent, BgpHandle},
     config::{

@@ -23,8 +23,9 @@ pub use self::eligibility::{Exclusion, Facts};
 use crate::{
     config::valid::Config,
     model::{
-        AdminOrders, AdminState, BackendSource, Balance, Check, Frontend, Mode, PathAttributes, PoolMember, PoolSnapshot,
-        PoolState, Protection, Protocol, RouteSet, Selection, Service, Snat, StaticBackend, Tier, Verdict, within,
+        AdminOrders, AdminState, BackendSource, Balance, Check, Frontend, Mode, PathAttributes, PoolMember,
+        PoolSnapshot, PoolState, Protection, Protocol, RouteSet, Selection, Service, Snat, StaticBackend, Tier,
+        Verdict, within,
     },
     sources::health::{Target, Targets, Verdicts, panic::panics},
 };

@@ -70,7 +70,7 @@ fn desired(backends: &[&str]) -> DesiredState {
         address: text.parse().unwrap(),
         weight: 1,
         limit: None,
-            share: 100,
+        share: 100,
         tier: Tier::Primary,
         excluded: None,
         facts: edge_ctl::desired::Facts::favourable("dns"),

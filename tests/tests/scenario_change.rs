@@ -96,9 +96,7 @@ fn a_pod_that_answers_no_syn_is_ejected_by_what_clients_see_and_comes_back() -> 
     }
     silence("del")?;
     wait_state(&lab, "seen", 2, "up")?;
-    wait_for("the pod to be given flows again", SOON, || {
-        Ok(on_pod(&lab.open_many("client", vip(7101), 12)?, 2) > 0)
-    })?;
+    wait_for("the pod to be given flows again", SOON, || Ok(on_pod(&lab.open_many("client", vip(7101), 12)?, 2) > 0))?;
     daemon.stop()
 }
 
@@ -171,7 +169,9 @@ fn a_commit_rolls_back_by_itself_even_across_a_crash_and_one_that_was_confirmed_
     fs::write(&file, text + &service("coming", 7103, ""))?;
     let path = file.to_str().context("the path is no text")?;
     let serves = |wanted: bool| {
-        wait_for(&format!("the new service to serve: {wanted}"), SOON, || Ok(lab.open("client", vip(7103)).is_ok() == wanted))
+        wait_for(&format!("the new service to serve: {wanted}"), SOON, || {
+            Ok(lab.open("client", vip(7103)).is_ok() == wanted)
+        })
     };
 
     let told = lab.edge_ctl_text(&["config", "diff", path])?;

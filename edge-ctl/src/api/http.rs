@@ -1,8 +1,8 @@
 //! Routes, and how questions and answers look in HTTP.
 
 use std::{
-    path::PathBuf,
     net::{IpAddr, SocketAddr},
+    path::PathBuf,
     sync::Arc,
 };
 
@@ -188,7 +188,10 @@ struct KillParameters {
     protocol: Option<Protocol>,
 }
 
-async fn kill_flows(State(views): State<Shared>, meant: Result<Parameters<KillParameters>, QueryRejection>) -> Response {
+async fn kill_flows(
+    State(views): State<Shared>,
+    meant: Result<Parameters<KillParameters>, QueryRejection>,
+) -> Response {
     match meant {
         Ok(Parameters(KillParameters { client: None, port: Some(_), .. })) => {
             bad_request("`port` is the client's: it needs `client`".to_owned())

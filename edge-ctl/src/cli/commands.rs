@@ -67,7 +67,9 @@ pub(super) fn execute(cli: Cli, wiring: &Wiring<'_>) -> Exit {
             print(crate::config::SCHEMA);
             return Exit::Ok;
         }
-        Command::Config { verb: ref verb @ (ConfigVerb::Diff { .. } | ConfigVerb::Commit { .. } | ConfigVerb::Rollback) } => {
+        Command::Config {
+            verb: ref verb @ (ConfigVerb::Diff { .. } | ConfigVerb::Commit { .. } | ConfigVerb::Rollback),
+        } => {
             return with_source(global, wiring, |source| change::change(source, verb));
         }
         Command::Reload => return with_source(global, wiring, |source| change::ask(source, &Query::Reload, "applied")),

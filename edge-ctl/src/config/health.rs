@@ -2,11 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use super::{
-    raw::Value,
-    read::Section,
-    values,
-};
+use super::{raw::Value, read::Section, values};
 use crate::model::{Check, Exchange, Health, Http, OnDown, Passive, Protocol, Tls};
 
 const KINDS: &str = "one of tcp, tls, http, https, udp, grpc, such as { tcp = {} }, or `passive` alone";
@@ -27,7 +23,10 @@ pub(super) fn health(service: &Section<'_>, protocols: &[Protocol]) -> Option<He
     }
     let timeout = within(&section, "timeout", Duration::from_millis(10), LONGEST);
     let port = section.port("port", 1);
-    if port.is_none() && protocols.contains(&Protocol::Udp) && !matches!(check, Some(Check::Udp(_) | Check::None) | None) {
+    if port.is_none()
+        && protocols.contains(&Protocol::Udp)
+        && !matches!(check, Some(Check::Udp(_) | Check::None) | None)
+    {
         let message = "a udp service's port speaks no TCP: check it by `udp`, or name the TCP `port` to be checked";
         section.fault(section.place(), message.into());
     }
@@ -35,7 +34,8 @@ pub(super) fn health(service: &Section<'_>, protocols: &[Protocol]) -> Option<He
     if check == Some(Check::None) {
         for key in ["interval", "fast_interval", "jitter", "timeout", "fall", "rise", "port", "mandatory"] {
             if section.has(key) {
-                section.fault(section.place(), format!("`{key}` is for checks, of which none is given; expected {KINDS}"));
+                section
+                    .fault(section.place(), format!("`{key}` is for checks, of which none is given; expected {KINDS}"));
             }
         }
     }

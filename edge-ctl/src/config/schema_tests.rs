@@ -150,7 +150,8 @@ fn the_schema_accepts_what_the_parser_accepts_and_refuses_unknown_keys_and_wrong
         ("failures = 3", "failures = 0"),
         ("asn = 64512", "asn = 0"),
     ] {
-        let text = [include_str!("../../../deploy/edge.toml"), EVERYTHING[0]].into_iter().find(|text| text.contains(good));
+        let text =
+            [include_str!("../../../deploy/edge.toml"), EVERYTHING[0]].into_iter().find(|text| text.contains(good));
         let text = text.unwrap().replacen(good, bad, 1);
         assert!(schemas.validate(&instance(&text), schema).is_err(), "{bad}");
     }

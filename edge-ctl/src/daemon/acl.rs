@@ -82,7 +82,13 @@ impl Acl {
     ///
     /// # Errors
     /// Where the file cannot be written; nothing has changed then.
-    pub fn add(&mut self, service: &str, prefix: IpNet, action: RangeAction, expires: Option<u64>) -> Result<(), StateFileError> {
+    pub fn add(
+        &mut self,
+        service: &str,
+        prefix: IpNet,
+        action: RangeAction,
+        expires: Option<u64>,
+    ) -> Result<(), StateFileError> {
         let mut entries = self.entries.clone();
         entries.insert((service.to_owned(), prefix), Given { action, expires });
         self.replace(entries)

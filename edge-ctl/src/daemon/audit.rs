@@ -24,7 +24,8 @@ pub(super) fn audit(shared: &SharedState, kernel: &KernelView) -> Result<Vec<Aud
     // What only waits for its last flow, or rests, is as it should be; so are filter bits that go with it.
     let differs = |action: &&Action| !matches!(action, Action::FreeBackend { .. } | Action::FreeService { .. });
     let frees = plan.actions.iter().any(|action| !differs(&action));
-    let actions = plan.actions.iter().filter(differs).filter(|action| !(frees && matches!(action, Action::SetFilter { .. })));
+    let actions =
+        plan.actions.iter().filter(differs).filter(|action| !(frees && matches!(action, Action::SetFilter { .. })));
     let row = |action: &Action| AuditRow { write: action.kind().to_owned(), detail: format!("{action:?}") };
     let problem = |text: String| AuditRow { write: "problem".to_owned(), detail: text };
     Ok(actions.map(row).chain(plan.problems.into_iter().map(problem)).collect())

@@ -96,7 +96,13 @@ impl Commits {
     ///
     /// # Errors
     /// Where it cannot be written; nothing has changed then.
-    pub fn begin(&mut self, new: &Texts, running: &Texts, files: &Texts, until: Option<u64>) -> Result<(), StateFileError> {
+    pub fn begin(
+        &mut self,
+        new: &Texts,
+        running: &Texts,
+        files: &Texts,
+        until: Option<u64>,
+    ) -> Result<(), StateFileError> {
         let before = self.before().unwrap_or(running).clone();
         let pending = until.map(|until| Pending { until, before });
         self.keep(Kept { files: new.clone(), pending }, files)

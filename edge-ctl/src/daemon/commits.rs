@@ -100,7 +100,9 @@ impl Daemon {
         let files = self.files().unwrap_or_default();
         let before = self.commits.roll_back(&files).map_err(|error| unwritten(&error))?;
         let Some(before) = before else {
-            return Err(ViewError::Invalid(vec!["nothing waits to be confirmed, so there is nothing to take back".into()]));
+            return Err(ViewError::Invalid(vec![
+                "nothing waits to be confirmed, so there is nothing to take back".into(),
+            ]));
         };
         self.apply_texts(&before).await
     }

@@ -18,8 +18,19 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    Daemon, Inbox, Orders, ROUTE_GENERATION_PAUSE, Shared, acl::{self, Acl}, commit::{Commits, Texts}, announcer::Announcer, dns_sources, flow_ends::FlowEnds,
-    host_problems, lock, recorder::Recorder, slow_start::SlowStart, throttle::Throttle, traffic, views::DaemonViews, world::World,
+    Daemon, Inbox, Orders, ROUTE_GENERATION_PAUSE, Shared,
+    acl::{self, Acl},
+    announcer::Announcer,
+    commit::{Commits, Texts},
+    dns_sources,
+    flow_ends::FlowEnds,
+    host_problems, lock,
+    recorder::Recorder,
+    slow_start::SlowStart,
+    throttle::Throttle,
+    traffic,
+    views::DaemonViews,
+    world::World,
 };
 use crate::{
     api,

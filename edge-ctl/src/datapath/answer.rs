@@ -52,7 +52,9 @@ pub fn answer_from_pins(view: &KernelView, query: &Query) -> Result<Answer, View
         Query::Order { .. } => {
             return Err(ViewError::Unavailable("an order for a backend needs the running daemon".to_owned()));
         }
-        Query::Reload | Query::Change(_) => return Err(ViewError::Unavailable("a reload needs the running daemon".to_owned())),
+        Query::Reload | Query::Change(_) => {
+            return Err(ViewError::Unavailable("a reload needs the running daemon".to_owned()));
+        }
     })
 }
 

@@ -18,6 +18,6 @@ pub use protect::{Limits, Protection, RangeAction, Rate, SourceRanges};
 pub use route::{PathAttributes, RouteSet, RouteUpdate};
 pub use selection::{MOST_CONNECTIONS, Selection, StaticBackend, TableShape, Tier};
 pub use service::{
-    Announce, BackendSource, Balance, FlowSelector, Frontend, Mode, OnDown, ParseFrontendError, PoolMember, PoolSnapshot, PoolState,
-    Protocol, RecordType, Resolver, Service, Snat, within,
+    Announce, BackendSource, Balance, FlowSelector, Frontend, Mode, OnDown, ParseFrontendError, PoolMember,
+    PoolSnapshot, PoolState, Protocol, RecordType, Resolver, Service, Snat, within,
 };

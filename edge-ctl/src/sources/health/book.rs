@@ -111,7 +111,8 @@ impl Book {
         self.passive.retain(|service, _| targets.keys().any(|(name, _)| name == service));
         let mut first = Vec::new();
         for (key, target) in targets {
-            if let Some((number, entry)) = numbers.get(key).and_then(|number| Some((number, entries.get_mut(number)?))) {
+            if let Some((number, entry)) = numbers.get(key).and_then(|number| Some((number, entries.get_mut(number)?)))
+            {
                 if entry.target != *target {
                     entry.change(now, target);
                 }
