@@ -181,7 +181,7 @@ fn a_commit_rolls_back_by_itself_even_across_a_crash_and_one_that_was_confirmed_
     ensure!(told.contains("rolls back in 3 s"), "{told}");
     serves(true)?;
     serves(false)?;
-    ensure!(daemon.log().contains("nobody confirmed"), "the rollback was not told");
+    wait_for("the rollback to be told", SOON, || Ok(daemon.log().contains("nobody confirmed")))?;
 
     lab.edge_ctl(&["config", "commit", "--confirm", "6s", path])?;
     serves(true)?;

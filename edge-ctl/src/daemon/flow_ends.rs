@@ -2,7 +2,10 @@
 //! names. One order at a time, in bounded steps, from the daemon's loop, which also owns the sweep: both write the counts
 //! of expired flows.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    time::{Duration, Instant},
+};
 
 use tokio::sync::oneshot;
 use tracing::{info, warn};
@@ -20,6 +23,8 @@ use crate::{
 
 /// Entries looked at in one step.
 const BUDGET: usize = 8192;
+/// Until the maps are asked again whether they exclude a backend.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// Whoever asked for an order.
 pub type Reply = oneshot::Sender<Result<KilledRow, ViewError>>;
@@ -38,12 +43,14 @@ pub struct FlowEnds {
     orders: VecDeque<Order>,
     /// Backends whose flows were ended, or are about to be.
     down: BTreeSet<HealthKey>,
+    /// Nothing is done before: the maps are read for each look.
+    rests_until: Option<Instant>,
 }
 
 impl FlowEnds {
     /// Nothing is to be ended.
     pub fn new(ender: FlowEnder) -> Self {
-        Self { ender, orders: VecDeque::new(), down: BTreeSet::new() }
+        Self { ender, orders: VecDeque::new(), down: BTreeSet::new(), rests_until: None }
     }
 
     /// True where there is something to do.
@@ -77,12 +84,18 @@ impl FlowEnds {
 
     /// One bounded step of the first order. One whose backend is not excluded yet lets the others pass.
     pub fn step(&mut self, recorder: &Recorder) {
+        if self.rests_until.is_some_and(|until| Instant::now() < until) {
+            return;
+        }
         let Some(mut order) = self.orders.pop_front() else { return };
         let progress = self.ender.step(&order.selector, order.down.is_some(), &mut order.walk, BUDGET);
         recorder.ended(self.ender.take_ended());
         let FlowSelector { service, backend, .. } = &order.selector;
         match progress {
-            Ok(Progress::Waits) => self.orders.push_back(order),
+            Ok(Progress::Waits) => {
+                self.rests_until = Some(Instant::now() + LOOK_AGAIN);
+                self.orders.push_back(order);
+            }
             Ok(Progress::Goes) => self.orders.push_front(order),
             Ok(Progress::Done) => {
                 let flows = order.walk.ended;
@@ -105,8 +118,8 @@ impl FlowEnds {
 }
 
 /// Who is down where that ends flows, and of which protocol only.
-fn down(config: &Config, desired: &DesiredState) -> std::collections::BTreeMap<HealthKey, Option<Protocol>> {
-    let mut down = std::collections::BTreeMap::new();
+fn down(config: &Config, desired: &DesiredState) -> BTreeMap<HealthKey, Option<Protocol>> {
+    let mut down = BTreeMap::new();
     for frontend in desired.frontends.values() {
         let on_down = config.services.get(&frontend.service).map_or(OnDown::Keep, |service| service.on_down);
         let protocol = match on_down {
