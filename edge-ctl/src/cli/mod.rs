@@ -4,10 +4,12 @@
 mod acl;
 mod args;
 mod capture;
+mod change;
 mod client;
 mod commands;
 mod describe;
 mod dns;
+mod flows;
 mod orders;
 mod table;
 mod views;

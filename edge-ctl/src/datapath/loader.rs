@@ -19,6 +19,7 @@ use edge_common::{
 
 use super::{
     attach::{self, AttachedHook, Attachment, How},
+    flow_ends::FlowEnder,
     host, interfaces,
     kernel_view::KernelView,
     maps::Maps,
@@ -186,6 +187,14 @@ impl Datapath {
     /// Where a map cannot be opened.
     pub fn port(&self) -> Result<Maps, PortError> {
         Maps::open(&self.pins)
+    }
+
+    /// What ends flows on order.
+    ///
+    /// # Errors
+    /// Where a map cannot be opened.
+    pub fn flow_ender(&self) -> Result<FlowEnder, PortError> {
+        FlowEnder::open(&self.pins)
     }
 
     /// The sweep over established flows.

@@ -8,6 +8,7 @@ pub mod btf;
 pub mod capture;
 pub mod events;
 pub mod fake;
+pub mod flow_ends;
 pub mod host;
 pub mod interfaces;
 pub mod kernel_view;

@@ -28,7 +28,7 @@ const SECOND: u64 = 1_000_000_000;
 /// Fill, in thousandths, from which idle timeouts shrink.
 const CROWDED: u64 = 900;
 /// `conntrack::Direction` of packets from the client.
-const FORWARD: u8 = 0;
+pub(super) const FORWARD: u8 = 0;
 /// Idle timeout of a flow whose service is gone, seconds.
 const NO_SERVICE_TIMEOUT: u32 = 300;
 
@@ -239,7 +239,7 @@ fn shortened(timeout: u32, fill: u64) -> u32 {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Ended {
+pub(super) enum Ended {
     /// A half is still in use.
     Nothing,
     /// No flow to count: it was gone, or only a reply half was left of it.
@@ -249,7 +249,7 @@ enum Ended {
 }
 
 /// Removes both halves of a flow if both are idle, and writes what they were into `record`.
-fn end(
+pub(super) fn end(
     established: &mut HashMap<MapData, FlowKeyV4, FlowV4>,
     flow: &FlowV4,
     is_idle: impl Fn(&FlowV4) -> bool,
@@ -298,7 +298,7 @@ fn describe(record: &mut FlowEnd, own: &FlowV4, twin: Option<&FlowV4>) {
     record.ended = twin.map_or(own.last_seen, |twin| twin.last_seen.max(own.last_seen));
 }
 
-fn add(map: &mut Array<MapData, u64>, counts: &BTreeMap<u32, u64>) -> Result<(), PortError> {
+pub(super) fn add(map: &mut Array<MapData, u64>, counts: &BTreeMap<u32, u64>) -> Result<(), PortError> {
     for (number, count) in counts {
         let error = |error: MapError| PortError::new("counting expired flows", chain(&error));
         let before = map.get(number, 0).map_err(error)?;
