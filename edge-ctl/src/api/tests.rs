@@ -73,6 +73,8 @@ fn rows(query: Query) -> Result<Answer, ViewError> {
             kind: text("A"),
             state: text("fresh"),
             age: Some(4),
+            held: Some(text("NXDOMAIN")),
+            held_age: Some(2),
             responses: map(&[("success", 9)]),
             ..DnsRow::default()
         }]),
