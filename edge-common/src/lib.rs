@@ -9,6 +9,7 @@ pub mod conntrack;
 pub mod filter;
 pub mod flow;
 pub mod hash;
+pub mod icmp;
 pub mod maglev;
 pub mod maps;
 pub mod verdict;

@@ -7,6 +7,9 @@
 
 use crate::{checksum, conntrack::Direction, filter, flow::FlowKeyV4, verdict};
 
+mod icmp;
+pub use icmp::*;
+
 /// Map names as in the object file and under the pin folder.
 pub mod name {
     /// `HashMap<FlowKeyV4, FlowV4>`, preallocated: flows that proved themselves.
@@ -55,6 +58,14 @@ pub mod name {
     /// `Array<u32>`, one element: [`super::notice`] bits that the program raised, and which of them it has logged.
     pub const NOTICES: &str = "NOTICES";
 
+    /// `HashMap<u32, OwnAddresses>`: ifindex to the addresses that this edge signs its ICMP messages with there.
+    pub const OWN_ADDRESSES: &str = "OWN_ADDRESSES";
+    /// `PerCpuArray<u64>`, one element: when the next ICMP message is due at the full rate, ns of CLOCK_MONOTONIC.
+    pub const ICMP_PACE: &str = "ICMP_PACE";
+
+    /// `PerCpuArray<FlowV4>`, one element: the flow that an ICMP error is assumed to be about, while it is translated.
+    pub const ASSUMED_FLOW: &str = "ASSUMED_FLOW";
+
     /// Every map of the pipeline, in the order in which they are listed to users.
     pub const ALL: &[&str] = &[
         ESTABLISHED,
@@ -79,6 +90,9 @@ pub mod name {
         BACKEND_STATS,
         REASONS,
         NOTICES,
+        OWN_ADDRESSES,
+        ICMP_PACE,
+        ASSUMED_FLOW,
     ];
 
     /// aya-log's ring buffer, named by aya-log. Pinned like the others, so that a new daemon goes on reading it; not a
@@ -541,5 +555,6 @@ mod pod {
         Control,
         Label,
         ServiceStats,
+        OwnAddresses,
     );
 }

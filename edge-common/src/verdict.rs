@@ -13,6 +13,16 @@ pub enum Action {
     Drop,
 }
 
+/// What an ICMP message of our own is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Question {
+    /// The TTL or hop limit ended here.
+    TimeExceeded = 5,
+    /// Longer than the next hop's MTU, and not to be fragmented.
+    TooBig = 6,
+}
+
 /// An [`Action`] in one register, which is all a BPF function can return.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(transparent)]
@@ -28,6 +38,24 @@ impl Verdict {
 
     /// No decision yet: for a stage that leaves the packet to the next one. Dropped where nothing decides.
     pub const UNDECIDED: Self = Self(4);
+
+    /// The sender is to be told by ICMP, and the packet dropped, which is what [`Verdict::action`] says of it: `question`
+    /// and `service` below 256 and 65,536. Leaves the packet as it came.
+    #[inline(always)]
+    pub const fn answer(question: Question, service: u32, mtu: u32) -> Self {
+        Self((mtu as u64) << 32 | (service as u64 & 0xffff) << 16 | question as u64)
+    }
+
+    /// What the sender is to be told, for which service, and the MTU (bytes) it is told.
+    #[inline(always)]
+    pub const fn question(self) -> Option<(Question, u32, u32)> {
+        let (service, mtu) = ((self.0 >> 16) as u32 & 0xffff, (self.0 >> 32) as u32);
+        match self.0 as u32 & 0xff {
+            5 => Some((Question::TimeExceeded, service, mtu)),
+            6 => Some((Question::TooBig, service, mtu)),
+            _ => None,
+        }
+    }
 
     /// [`Action::Redirect`].
     #[inline(always)]
@@ -82,7 +110,7 @@ reasons! {
     Fragment = 4, "fragment";
     /// Dropped: headers cut short or inconsistent.
     Malformed = 8, "malformed";
-    /// Dropped: TTL expired.
+    /// Dropped: TTL expired; the sender was told.
     TtlExpired = 9, "ttl-expired";
     /// Dropped: no eligible backend in the pool.
     NoBackend = 10, "no-backend";
@@ -92,7 +120,7 @@ reasons! {
     EstablishedFull = 12, "established-full";
     /// Dropped: no route towards the rewritten destination.
     NoRoute = 13, "no-route";
-    /// Dropped: longer than the egress MTU and must not be fragmented.
+    /// Dropped: longer than the egress MTU and must not be fragmented; the sender was told.
     TooBig = 14, "too-big";
     /// Dropped: from a dnat backend, without a flow; passing it would leak the pod's address.
     ReplyWithoutFlow = 15, "reply-without-flow";
@@ -104,6 +132,17 @@ reasons! {
     NotReady = 18, "not-ready";
     /// Dropped: a flow selected a backend that has no SNAT address yet.
     NoSnatAddress = 19, "no-snat-address";
+    /// Dropped as expired or too big, and the sender not told: too many messages were sent this moment.
+    IcmpLimited = 20, "icmp-limited";
+    /// Dropped as expired or too big, and the sender not told: nobody may be told about this packet (RFC 1812, 4.3.2.7),
+    /// or no address to tell it from is known.
+    IcmpUnanswered = 21, "icmp-unanswered";
+    /// Dropped: an ICMP error that expired or is too big itself; nobody is told about errors.
+    IcmpUndeliverable = 22, "icmp-undeliverable";
+    /// Sent on: an ICMP error about a flow's packet, translated.
+    IcmpTranslated = 48, "icmp-translated";
+    /// Passed: an ICMP error about one of our addresses whose quote matches no flow.
+    IcmpUnmatched = 49, "icmp-unmatched";
 }
 
 impl Reason {

@@ -3,7 +3,7 @@
 use edge_common::{
     conntrack::{due, ticks},
     maps::{FlowV4, NextHop, next_hop_flag},
-    verdict::{Reason, Verdict},
+    verdict::{Question, Reason, Verdict},
 };
 use network_types::eth::EthHdr;
 
@@ -43,7 +43,7 @@ pub fn any<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4) -> Ver
 #[inline(always)]
 fn send<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: u64) -> Verdict {
     if parsed.ttl <= 1 {
-        return because(Reason::TtlExpired, flow.service);
+        return Verdict::answer(Question::TimeExceeded, flow.service, 0);
     }
     let Some(control) = maps::control() else {
         return because(Reason::NotReady, flow.service);
@@ -58,7 +58,7 @@ fn send<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: u64)
         return because(Reason::NotReady, flow.service);
     };
     if fib::length(packet, parsed) > hop.mtu as usize {
-        return too_long(packet, parsed, flow, now);
+        return too_long(packet, parsed, flow, now, hop.mtu);
     }
     let same = hop.ifindex == packet.ingress();
     if !P::REDIRECTS_ANYWHERE && !same && hop.flags & next_hop_flag::VIA_STACK != 0 {
@@ -93,7 +93,7 @@ fn unlisted<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: 
     match resolved as u32 {
         resolution::NO_NEIGHBOUR => to_stack(packet, parsed, flow, now, Reason::NeighbourUnresolved),
         resolution::STACK => to_stack(packet, parsed, flow, now, Reason::ViaStack),
-        resolution::TOO_LONG => too_long(packet, parsed, flow, now),
+        resolution::TOO_LONG => too_long(packet, parsed, flow, now, (resolved >> 32) as u32),
         resolution::DIRECT if translate(packet, parsed, flow, now) => {
             let ifindex = (resolved >> 32) as u32;
             if ifindex == packet.ingress() { Verdict::TRANSMIT } else { Verdict::redirect(ifindex) }
@@ -105,9 +105,9 @@ fn unlisted<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: 
 
 /// The stack fragments what may be fragmented.
 #[inline(always)]
-fn too_long<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: u64) -> Verdict {
+fn too_long<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: u64, mtu: u32) -> Verdict {
     if parsed.must_not_fragment {
-        because(Reason::TooBig, flow.service)
+        Verdict::answer(Question::TooBig, flow.service, mtu)
     } else {
         to_stack(packet, parsed, flow, now, Reason::ViaStack)
     }

@@ -21,6 +21,9 @@ use edge_common::{
     },
 };
 
+mod icmp;
+pub use icmp::*;
+
 #[map]
 static ESTABLISHED: HashMap<FlowKeyV4, FlowV4> = HashMap::with_max_entries(layout::ESTABLISHED_ENTRIES, 0);
 #[map]

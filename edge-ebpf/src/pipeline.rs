@@ -4,6 +4,7 @@ use edge_common::{
     conntrack::tcp_flag::{FIN, RST, SYN},
     filter,
     flow::{TCP, UDP},
+    icmp::ICMP,
     verdict::{Reason, Verdict},
 };
 
@@ -12,10 +13,10 @@ use crate::{
     conntrack::{self, NO_FLOW, Past},
     create,
     forward::{self, TOO_LATE},
-    log,
+    icmp, log,
     maps::{self, Table},
     packet::Packet,
-    parse::{self, Ipv4, Parsed},
+    parse::{self, Parsed},
     stats::because,
 };
 
@@ -28,9 +29,16 @@ pub enum Side {
     FromBackend,
 }
 
-/// Decides about a packet, and rewrites it where the verdict is not to pass it untouched.
+/// Decides about a packet, and rewrites it where the verdict is not to pass it untouched, or turns it into an ICMP message
+/// to its sender.
 #[inline(always)]
 pub fn run<P: Packet>(packet: &mut P) -> Verdict {
+    let verdict = decide(packet);
+    if verdict.question().is_some() { icmp::answer::send(packet, verdict) } else { verdict }
+}
+
+#[inline(always)]
+fn decide<P: Packet>(packet: &mut P) -> Verdict {
     if packet.has_hidden_tag() {
         return Verdict::PASS;
     }
@@ -38,11 +46,11 @@ pub fn run<P: Packet>(packet: &mut P) -> Verdict {
     let Some(ip) = parse::ipv4(packet) else {
         return Verdict::PASS;
     };
-    let Some(side) = prefilter(&ip) else {
-        return Verdict::PASS;
+    let Some(side) = prefilter(ip.src, ip.dst) else {
+        return if ip.protocol == ICMP { icmp::other(packet, &ip) } else { Verdict::PASS };
     };
     if ip.protocol != TCP && ip.protocol != UDP {
-        return Verdict::PASS;
+        return icmp::other(packet, &ip);
     }
     if ip.is_fragment() {
         return because(Reason::Fragment, 0);
@@ -83,10 +91,11 @@ pub fn ingress<P: Packet>(packet: &P) -> u32 {
     packet.ingress()
 }
 
+/// The side of a packet with these addresses (network order); `None` where neither can be ours.
 #[inline(always)]
-fn prefilter(ip: &Ipv4) -> Option<Side> {
+pub fn prefilter(src: u32, dst: u32) -> Option<Side> {
     let filter = maps::address_filter()?;
-    let (destination, source) = (filter::bit(ip.dst), filter::bit(ip.src));
+    let (destination, source) = (filter::bit(dst), filter::bit(src));
     if filter.destinations[(destination >> 6) as usize] >> (destination & 63) & 1 != 0 {
         Some(Side::ToUs)
     } else if filter.sources[(source >> 6) as usize] >> (source & 63) & 1 != 0 {
