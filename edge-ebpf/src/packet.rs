@@ -205,7 +205,9 @@ impl Packet for XdpPacket {
 
     #[inline(always)]
     fn quote(&mut self, front: usize, keep: usize) -> bool {
-        let cut = (EthHdr::LEN + keep) as i64 - self.frame_len() as i64;
+        // Hidden from the compiler, which would subtract the two pointers as the 32 bits that are needed of the result.
+        let len = core::hint::black_box(self.frame_len());
+        let cut = (EthHdr::LEN + keep) as i64 - len as i64;
         // SAFETY: valid context; the kernel checks both amounts.
         unsafe {
             generated::bpf_xdp_adjust_tail(self.ctx, cut as i32) == 0

@@ -37,14 +37,8 @@ const OFFSET: u16 = 0x1fff;
 
 impl Quote {
     /// To be filled by [`read`].
-    pub const NOTHING: Self = Self {
-        outer: parse::NOTHING,
-        key: FlowKeyV4::new(0, 0, 0, 0, 0),
-        icmp: 0,
-        ip: 0,
-        l4: 0,
-        has_check: false,
-    };
+    pub const NOTHING: Self =
+        Self { outer: parse::NOTHING, key: FlowKeyV4::new(0, 0, 0, 0, 0), icmp: 0, ip: 0, l4: 0, has_check: false };
 }
 
 /// Reads an unfragmented ICMP packet; false where it is no error, or does not quote the ports of a TCP or UDP packet, as

@@ -63,7 +63,8 @@ fn outside<P: Packet>(packet: &mut P, quote: &Quote, flow: &FlowV4) -> bool {
 #[inline(never)]
 fn fix_quoted<P: Packet>(packet: &mut P, quote: &Quote, delta: u16) -> bool {
     let udp = quote.key.protocol == UDP;
-    let Some(field) = packet.header_anew::<[u8; 2]>(usize::from(quote.l4) + if udp { UDP_CHECK } else { TCP_CHECK }) else {
+    let Some(field) = packet.header_anew::<[u8; 2]>(usize::from(quote.l4) + if udp { UDP_CHECK } else { TCP_CHECK })
+    else {
         return false;
     };
     let check = u16::from_ne_bytes(*field);
