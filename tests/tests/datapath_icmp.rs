@@ -76,30 +76,24 @@ fn quoted(frame: &Frame, l4: usize) -> Vec<u8> {
 /// Minimal, with TCP's checksum cut off, with it, odd, and whole.
 const QUOTES: [usize; 6] = [8, 16, 18, 20, 129, 320];
 
-type Case = (u8, u8, usize);
-
-fn cases() -> Vec<Case> {
-    let mut cases = Vec::new();
-    for mode in MODES {
-        for protocol in [TCP, UDP] {
-            cases.extend(QUOTES.map(|quote| (mode, protocol, quote)));
-        }
-    }
-    cases
+/// Hooks, modes and protocols.
+fn cases() -> impl Iterator<Item = (Hook, u8, u8)> {
+    let modes = || MODES.into_iter().flat_map(|mode| [TCP, UDP].map(|protocol| (mode, protocol)));
+    HOOKS.into_iter().flat_map(move |hook| modes().map(move |(mode, protocol)| (hook, mode, protocol)))
 }
 
 #[test]
 fn an_error_about_a_client_s_packet_reaches_the_client_as_if_about_the_vip() -> Result<()> {
-    for (hook, (mode, protocol, quote)) in
-        HOOKS.into_iter().flat_map(|hook| cases().into_iter().map(move |c| (hook, c)))
-    {
+    for (hook, mode, protocol) in cases() {
         in_namespace(|| {
             let (mut rig, source) = opened(hook, mode, protocol)?;
             let flows = rig.flows(name::HALF_OPEN)?;
             let mut told = 0;
             // From the backend itself, whose address no client may see, and from a router, which traceroute is to show.
             for (from, shown) in [(pod(0), VIP), (INSIDE_ROUTER, INSIDE_ROUTER)] {
-                for (message, kind, code, rest) in MESSAGES {
+                for (quote, (message, kind, code, rest)) in
+                    QUOTES.into_iter().flat_map(|quote| MESSAGES.map(|m| (quote, m)))
+                {
                     let about = packet(protocol, source, backend());
                     let error =
                         IcmpError { rest, ..IcmpError::new(from, *source.ip(), kind, code, &quoted(&about, quote)) };
@@ -138,16 +132,16 @@ fn unchanged(before: &[edge_common::maps::FlowV4], after: &[edge_common::maps::F
 
 #[test]
 fn an_error_about_a_reply_reaches_the_backend_that_sent_it() -> Result<()> {
-    for (hook, (mode, protocol, quote)) in
-        HOOKS.into_iter().flat_map(|hook| cases().into_iter().map(move |c| (hook, c)))
-    {
+    for (hook, mode, protocol) in cases() {
         in_namespace(|| {
             let (mut rig, source) = opened(hook, mode, protocol)?;
             let flows = rig.flows(name::HALF_OPEN)?;
             // What a full-nat backend sees is the edge, always.
             let router = if mode == mode::FULL_NAT { SNAT } else { OUTSIDE_ROUTER };
             for (from, shown) in [(CLIENT, *source.ip()), (OUTSIDE_ROUTER, router)] {
-                for (message, kind, code, rest) in MESSAGES {
+                for (quote, (message, kind, code, rest)) in
+                    QUOTES.into_iter().flat_map(|quote| MESSAGES.map(|m| (quote, m)))
+                {
                     let about = packet(protocol, vip(), client());
                     let error = IcmpError { rest, ..IcmpError::new(from, VIP, kind, code, &quoted(&about, quote)) };
                     let outcome = rig.run(&error.bytes(), rig.uplink)?;

@@ -11,6 +11,7 @@ pub mod loader;
 pub mod maps;
 pub mod next_hops;
 pub mod object;
+pub mod own_addresses;
 pub mod pins;
 pub mod program_log;
 pub mod selection;
