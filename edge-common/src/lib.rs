@@ -8,6 +8,7 @@ pub mod checksum;
 pub mod conntrack;
 pub mod filter;
 pub mod flow;
+pub mod fragment;
 pub mod hash;
 pub mod icmp;
 pub mod maglev;

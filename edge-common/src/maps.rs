@@ -7,7 +7,9 @@
 
 use crate::{checksum, conntrack::Direction, filter, flow::FlowKeyV4, verdict};
 
+mod fragment;
 mod icmp;
+pub use fragment::*;
 pub use icmp::*;
 
 /// Map names as in the object file and under the pin folder.
@@ -66,6 +68,11 @@ pub mod name {
     /// `PerCpuArray<FlowV4>`, one element: the flow that an ICMP error is assumed to be about, while it is translated.
     pub const ASSUMED_FLOW: &str = "ASSUMED_FLOW";
 
+    /// `LruHashMap<FragmentKey, Fragment>`: first fragments, by which the rest follow.
+    pub const FRAGMENTS: &str = "FRAGMENTS";
+    /// `Array<u32>`: counters of the IDs that fragmented packets get, by a hash of the address pair.
+    pub const FRAGMENT_IDS: &str = "FRAGMENT_IDS";
+
     /// Every map of the pipeline, in the order in which they are listed to users.
     pub const ALL: &[&str] = &[
         ESTABLISHED,
@@ -93,6 +100,8 @@ pub mod name {
         OWN_ADDRESSES,
         ICMP_PACE,
         ASSUMED_FLOW,
+        FRAGMENTS,
+        FRAGMENT_IDS,
     ];
 
     /// aya-log's ring buffer, named by aya-log. Pinned like the others, so that a new daemon goes on reading it; not a
@@ -556,5 +565,7 @@ mod pod {
         Label,
         ServiceStats,
         OwnAddresses,
+        FragmentKey,
+        Fragment,
     );
 }

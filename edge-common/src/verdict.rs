@@ -106,7 +106,7 @@ reasons! {
     NeighbourUnresolved = 2, "neighbour-unresolved";
     /// Passed rewritten: egress interface cannot take redirected packets.
     ViaStack = 3, "via-stack";
-    /// Passed: a fragment to one of our addresses (fragments are not translated yet).
+    /// Passed: a later fragment to or from one of our addresses whose first one has not been seen, or is nobody's of ours.
     Fragment = 4, "fragment";
     /// Dropped: headers cut short or inconsistent.
     Malformed = 8, "malformed";
@@ -139,6 +139,8 @@ reasons! {
     IcmpUnanswered = 21, "icmp-unanswered";
     /// Dropped: an ICMP error that expired or is too big itself; nobody is told about errors.
     IcmpUndeliverable = 22, "icmp-undeliverable";
+    /// Dropped: a later fragment of a packet whose flow has gone meanwhile.
+    FragmentWithoutFlow = 23, "fragment-without-flow";
     /// Sent on: an ICMP error about a flow's packet, translated.
     IcmpTranslated = 48, "icmp-translated";
     /// Passed: an ICMP error about one of our addresses whose quote matches no flow.

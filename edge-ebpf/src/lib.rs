@@ -9,6 +9,7 @@ pub mod conntrack;
 pub mod create;
 pub mod fib;
 pub mod forward;
+pub mod fragment;
 pub mod icmp;
 pub mod log;
 pub mod maps;

@@ -21,7 +21,9 @@ use edge_common::{
     },
 };
 
+mod fragment;
 mod icmp;
+pub use fragment::*;
 pub use icmp::*;
 
 #[map]

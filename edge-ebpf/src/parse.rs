@@ -50,6 +50,12 @@ impl Ipv4 {
         self.fragment & (MORE_FRAGMENTS | FRAGMENT_OFFSET) != 0
     }
 
+    /// Part of a fragmented packet, without its ports.
+    #[inline(always)]
+    pub fn is_later_fragment(&self) -> bool {
+        self.fragment & FRAGMENT_OFFSET != 0
+    }
+
     /// Routers must not fragment it.
     #[inline(always)]
     pub fn must_not_fragment(&self) -> bool {

@@ -13,10 +13,10 @@ use crate::{
     conntrack::{self, NO_FLOW, Past},
     create,
     forward::{self, TOO_LATE},
-    icmp, log,
+    fragment, icmp, log,
     maps::{self, Table},
     packet::Packet,
-    parse::{self, Parsed},
+    parse::{self, Ipv4, Parsed},
     stats::because,
 };
 
@@ -53,7 +53,7 @@ fn decide<P: Packet>(packet: &mut P) -> Verdict {
         return icmp::other(packet, &ip);
     }
     if ip.is_fragment() {
-        return because(Reason::Fragment, 0);
+        return fragmented(packet, ip, side);
     }
     let Some(parsed) = parse::transport(packet, ip) else {
         return because(Reason::Malformed, 0);
@@ -67,6 +67,21 @@ fn decide<P: Packet>(packet: &mut P) -> Verdict {
         }
     }
     slow(packet, &parsed, side)
+}
+
+/// As [`decide`] for fragments, whose entries and IDs cost what other packets need not pay.
+#[inline(always)]
+fn fragmented<P: Packet>(packet: &mut P, ip: Ipv4, side: Side) -> Verdict {
+    if ip.is_later_fragment() {
+        return fragment::follow(packet, &ip);
+    }
+    let Some(parsed) = parse::transport(packet, ip) else {
+        return because(Reason::Malformed, 0);
+    };
+    fragment::touch(&parsed);
+    let verdict = slow(packet, &parsed, side);
+    fragment::remember(packet, &parsed);
+    verdict
 }
 
 /// A packet that may change its flow's state, or that has no flow. The stages follow each other rather than call each

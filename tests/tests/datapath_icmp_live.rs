@@ -15,7 +15,7 @@ use edge_common::{
 };
 use edge_tests::datapath::{
     live::Live,
-    namespace::{in_namespace, ip, run},
+    namespace::{in_namespace, ip},
     rig::{HOOKS, Hook, OWN, Rig, SNAT, Settings, VIP},
 };
 
@@ -166,6 +166,17 @@ fn a_traceroute_shows_the_edge_and_then_the_vip() -> Result<()> {
     })
 }
 
+/// Sends an echo request and waits for the reply.
+const PING: &str = r#"
+import socket, sys
+icmp = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)
+icmp.settimeout(10)
+# Type 8, code 0, checksum, identifier 1, sequence 1.
+icmp.sendto(bytes.fromhex("0800f7fd00010001"), (sys.argv[1], 0))
+message, (address, _) = icmp.recvfrom(2048)
+assert address == sys.argv[1] and message[20] == 0, (address, message)
+"#;
+
 #[test]
 fn a_ping_to_the_vip_is_answered_by_the_kernel() -> Result<()> {
     for hook in HOOKS {
@@ -173,10 +184,52 @@ fn a_ping_to_the_vip_is_answered_by_the_kernel() -> Result<()> {
             let mut rig = Rig::new(hook, Settings::default())?;
             rig.service(1, 8443, UDP, mode::FULL_NAT, 1, 443)?;
             let live = Live::new(&mut rig, hook, true)?;
-            live.client.run(|| run("ping", &format!("-c 1 -W 10 {VIP}")))?;
+            live.client.run(|| {
+                let output = Command::new("python3").args(["-c", PING, &VIP.to_string()]).output()?;
+                ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+                Ok(())
+            })?;
             assert_eq!(rig.reasons()?, []);
             Ok(())
         })?;
     }
     Ok(())
+}
+
+#[test]
+fn datagrams_longer_than_the_links_come_back_whole() -> Result<()> {
+    each(|hook, mode| {
+        in_namespace(|| {
+            let mut rig = Rig::new(hook, Settings::default())?;
+            rig.service(1, 8443, UDP, mode, 1, 443)?;
+            let live = Live::new(&mut rig, hook, true)?;
+            live.pod.run(|| {
+                let socket = UdpSocket::bind("0.0.0.0:443")?;
+                socket.set_read_timeout(Some(PATIENCE))?;
+                thread::spawn(move || -> Result<()> {
+                    let mut buffer = [0; 65536];
+                    loop {
+                        let (n, from) = socket.recv_from(&mut buffer)?;
+                        socket.send_to(&buffer[..n], from)?;
+                    }
+                });
+                Ok(())
+            })?;
+            let echoed = live.client.run(|| {
+                let socket = UdpSocket::bind("0.0.0.0:0")?;
+                socket.connect(vip())?;
+                socket.set_read_timeout(Some(PATIENCE))?;
+                for len in [4000, 1473, 4096, 20_000, 4001] {
+                    let sent: Vec<u8> = (0..len).map(|i| (i % 251) as u8).collect();
+                    socket.send(&sent)?;
+                    let mut buffer = [0; 65536];
+                    let n = socket.recv(&mut buffer)?;
+                    ensure!(buffer[..n] == sent, "{len} bytes came back as {n} other ones");
+                }
+                Ok(())
+            });
+            let reasons = rig.reasons()?;
+            echoed.with_context(|| format!("{hook:?} mode {mode}: {reasons:?}"))
+        })
+    })
 }
