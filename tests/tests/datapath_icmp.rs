@@ -122,7 +122,9 @@ fn an_error_about_a_client_s_packet_reaches_the_client_as_if_about_the_vip() -> 
 fn unchanged(before: &[edge_common::maps::FlowV4], after: &[edge_common::maps::FlowV4]) {
     assert_eq!(before.len(), after.len());
     for flow in after {
-        let then = before.iter().find(|then| then.key == flow.key).expect("another flow");
+        let Some(then) = before.iter().find(|then| then.key == flow.key) else {
+            unreachable!("an error made a flow: {flow:?}");
+        };
         assert_eq!(
             (flow.last_seen, flow.packets, flow.state, flow.flags),
             (then.last_seen, then.packets, then.state, then.flags)
