@@ -16,7 +16,7 @@ pub mod pods;
 pub mod smoke;
 pub mod speaker;
 pub mod topology;
-mod xdp_pass;
+pub mod xdp_pass;
 
 use std::{
     collections::BTreeSet,

@@ -67,6 +67,32 @@ fn load() -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
+/// `union bpf_attr` as far as linking a program to an interface reads it.
+#[repr(C)]
+struct Link {
+    program: u32,
+    interface: u32,
+    attach_type: u32,
+    flags: u32,
+}
+
+const BPF_LINK_CREATE: libc::c_int = 28;
+const BPF_XDP: u32 = 37;
+const XDP_FLAGS_DRV_MODE: u32 = 1 << 2;
+
+/// Attaches the program to an interface of this thread's namespace until the descriptor is closed.
+///
+/// # Errors
+/// Where the kernel refuses.
+pub fn hold(interface: u32) -> Result<OwnedFd> {
+    let program = load().context("load an XDP program")?;
+    let program_number = program.as_raw_fd().cast_unsigned();
+    let attributes = Link { program: program_number, interface, attach_type: BPF_XDP, flags: XDP_FLAGS_DRV_MODE };
+    let descriptor = bpf(BPF_LINK_CREATE, &attributes).context("attach an XDP program")?;
+    // SAFETY: the kernel has just given this descriptor to us, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+}
+
 /// Attaches the program to an interface. `pin` is a path on bpffs that is used for the handing over and free again
 /// afterwards.
 ///
