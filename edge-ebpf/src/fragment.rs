@@ -26,7 +26,7 @@ use crate::{
 #[inline(never)]
 pub fn remember<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &FlowV4) -> u32 {
     let key = &parsed.key;
-    let Some(ip) = packet.header::<Ipv4Hdr>(IP) else {
+    let Some(ip) = packet.header_anew::<Ipv4Hdr>(IP) else {
         return 0;
     };
     // Not sent on: nothing for the rest to follow.
@@ -51,7 +51,7 @@ pub fn follow<P: Packet>(packet: &mut P, ip: &Ipv4, parsed: &mut Parsed) -> Verd
     parsed.header_len = ip.header_len;
     parsed.tos = ip.tos;
     parsed.must_not_fragment = ip.must_not_fragment();
-    let Some(header) = packet.header::<Ipv4Hdr>(IP) else {
+    let Some(header) = packet.header_anew::<Ipv4Hdr>(IP) else {
         return because(Reason::Malformed, 0);
     };
     let old = u16::from_ne_bytes(header.id);
@@ -67,7 +67,7 @@ pub fn follow<P: Packet>(packet: &mut P, ip: &Ipv4, parsed: &mut Parsed) -> Verd
         // Nobody is told about a later fragment (RFC 1812, 4.3.2.7).
         return because(Reason::IcmpUnanswered, flow.service);
     }
-    let Some(header) = packet.header::<Ipv4Hdr>(IP) else {
+    let Some(header) = packet.header_anew::<Ipv4Hdr>(IP) else {
         return because(Reason::Malformed, flow.service);
     };
     let new = first.id as u16;

@@ -47,7 +47,7 @@ pub fn send<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4) -> Ve
     if !P::REDIRECTS_ANYWHERE && !same && hop.flags & next_hop_flag::VIA_STACK != 0 {
         return because(Reason::ViaStack, service);
     }
-    let Some(eth) = packet.header::<EthHdr>(0) else {
+    let Some(eth) = packet.header_anew::<EthHdr>(0) else {
         return because(Reason::Malformed, service);
     };
     eth.dst_addr = hop.dst_mac;

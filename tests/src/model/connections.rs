@@ -57,7 +57,10 @@ pub fn opens(flags: u8) -> bool {
 /// Asks the tables for the packet's flow.
 pub fn track(state: &mut State, input: &Input, segment: &Segment) -> Tracked {
     let key = &segment.key;
-    if segment.flags & (SYN | FIN | RST) == 0 && state.flow(Table::Established, key).is_some() {
+    if segment.ip.fragment {
+        // Not by the shortest way, since it is to be remembered; a touch changes what it changes all the same.
+        touch(state, key, input.now);
+    } else if segment.flags & (SYN | FIN | RST) == 0 && state.flow(Table::Established, key).is_some() {
         state.hit(Point::EstablishedHit);
         match touch(state, key, input.now) {
             Touch::Fine => return Tracked::Decided(send(state, input, segment, Table::Established)),
