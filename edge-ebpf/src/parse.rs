@@ -149,7 +149,7 @@ pub fn ipv4<P: Packet>(packet: &mut P) -> Option<Ipv4> {
 #[inline(always)]
 pub fn transport<P: Packet>(packet: &mut P, ip: Ipv4) -> Option<Parsed> {
     let (header_len, total_len) = (usize::from(ip.header_len), usize::from(ip.total_len));
-    if header_len < Ipv4Hdr::LEN || IP + total_len > packet.frame_len() {
+    if header_len < Ipv4Hdr::LEN || !packet.holds(IP + total_len) {
         return None;
     }
     let payload = total_len.checked_sub(header_len)?;

@@ -37,7 +37,7 @@ pub fn at_tc(packet: &SkbPacket, verdict: Verdict) -> i32 {
 macro_rules! stage {
     ($($stage:ident: $at_xdp:ident, $at_tc:ident;)*) => {
         $(
-            #[xdp]
+            #[xdp(frags)]
             pub fn $at_xdp(ctx: XdpContext) -> u32 {
                 at_xdp(stages::$stage(&mut XdpPacket::new(&ctx)))
             }

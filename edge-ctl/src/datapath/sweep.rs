@@ -5,6 +5,8 @@
 //! and then. What was ended is counted in maps of its own, since the per-CPU counters belong to the program. At the end of
 //! a walk during which nothing opened or closed, the counters are set right by what was seen: a daemon killed between
 //! removing a flow and counting it would otherwise leave a backend draining for ever.
+//!
+//! On its way the walk counts what each flow table holds, and the SNAT ports in use ([`super::snat`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,6 +18,7 @@ use edge_common::{
 
 use super::{
     pins::{Pins, chain, open},
+    snat::{Census as Ports, SnatUse},
     sys::{Cursor, from_bytes, monotonic_ns},
     tables::Tables,
 };
@@ -42,6 +45,17 @@ pub struct SweepReport {
     pub fill: u64,
 }
 
+/// What a whole walk found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pass {
+    /// When it ended, ns of CLOCK_MONOTONIC.
+    pub at: u64,
+    /// Entries of each flow table, by name.
+    pub entries: BTreeMap<&'static str, u64>,
+    /// SNAT ports in use.
+    pub snat: Vec<SnatUse>,
+}
+
 /// See the module.
 pub struct Sweeper {
     tables: Tables,
@@ -51,7 +65,10 @@ pub struct Sweeper {
     capacity: u64,
     cursor: Cursor,
     walk: Walk,
+    /// Where the established table of this walk has been read, and the others have not.
+    waiting: bool,
     last_entries: u64,
+    last: Option<Pass>,
     ended: Vec<FlowEnd>,
 }
 
@@ -64,6 +81,7 @@ struct Walk {
     recorded: BTreeSet<u32>,
     services: Census,
     backends: Census,
+    ports: Ports,
 }
 
 /// Counters as they were when the walk began, and the flows seen since.
@@ -90,12 +108,14 @@ impl Sweeper {
             capacity: u64::from(capacity.max(1)),
             cursor: Cursor::default(),
             walk: Walk::default(),
+            waiting: false,
             last_entries: 0,
+            last: None,
             ended: Vec::new(),
         })
     }
 
-    /// Looks at about `budget` entries.
+    /// Looks at about `budget` entries of the established table, and at half as many of the others.
     ///
     /// # Errors
     /// Where a map cannot be read or written; the next step goes on from there.
@@ -108,12 +128,37 @@ impl Sweeper {
         std::mem::take(&mut self.ended)
     }
 
+    /// What the last whole walk found; `None` before the first has ended.
+    pub fn last_pass(&self) -> Option<&Pass> {
+        self.last.as_ref()
+    }
+
     fn step_at(&mut self, now: u64, budget: usize) -> Result<SweepReport, PortError> {
+        let mut report = if self.waiting { SweepReport::default() } else { self.established(now, budget)? };
+        self.walk.ports.step(&self.tables, now, budget / 2)?;
+        if self.waiting && self.walk.ports.is_finished() {
+            report.finished = true;
+            self.waiting = false;
+            let ports = std::mem::take(&mut self.walk.ports);
+            let mut entries = ports.entries().clone();
+            entries.insert(name::ESTABLISHED, self.last_entries);
+            self.last = Some(Pass { at: now, entries, snat: ports.finish(&self.tables)? });
+        }
+        report.fill = self.fill();
+        Ok(report)
+    }
+
+    fn fill(&self) -> u64 {
+        self.last_entries.max(self.walk.entries).saturating_mul(1000) / self.capacity
+    }
+
+    /// A step in the established table.
+    fn established(&mut self, now: u64, budget: usize) -> Result<SweepReport, PortError> {
         if self.walk.entries == 0 {
             self.begin()?;
         }
-        let fill = self.last_entries.max(self.walk.entries).saturating_mul(1000) / self.capacity;
-        let mut report = SweepReport { fill, ..SweepReport::default() };
+        let fill = self.fill();
+        let mut report = SweepReport::default();
         let (mut services, mut backends) = (BTreeMap::new(), BTreeMap::new());
         let reader = self.tables.reader(name::ESTABLISHED)?;
         let page = reader.page(&mut self.cursor, budget)?;
@@ -135,7 +180,12 @@ impl Sweeper {
                 *services.entry(flow.service).or_insert(0_u64) += 1;
                 *backends.entry(flow.backend).or_insert(0_u64) += 1;
                 report.expired += 1;
-            } else if ended == Ended::Nothing && flow.direction == FORWARD {
+                continue;
+            }
+            if ended == Ended::Nothing {
+                self.walk.ports.see(&flow);
+            }
+            if ended == Ended::Nothing && flow.direction == FORWARD {
                 *self.walk.services.seen.entry(flow.service).or_default() += 1;
                 *self.walk.backends.seen.entry(flow.backend).or_default() += 1;
             }
@@ -144,7 +194,7 @@ impl Sweeper {
         add(&mut self.service_expired, &services)?;
         add(&mut self.backend_expired, &backends)?;
         if self.cursor.is_finished() {
-            report.finished = true;
+            self.waiting = true;
             self.finish()?;
         }
         Ok(report)
@@ -157,6 +207,7 @@ impl Sweeper {
         let recorded = state.iter().filter(|(_, entry)| is_recorded(entry)).map(|(number, _)| *number).collect();
         self.walk = Walk {
             entries: 0,
+            ports: Ports::begin(&state),
             recorded,
             timeouts: state.into_iter().map(|(number, entry)| (number, entry.established_timeout)).collect(),
             services: Census { before: self.tables.service_stats(services)?, seen: BTreeMap::new() },
@@ -166,7 +217,8 @@ impl Sweeper {
     }
 
     fn finish(&mut self) -> Result<(), PortError> {
-        let walk = std::mem::take(&mut self.walk);
+        let mut walk = std::mem::take(&mut self.walk);
+        self.walk.ports = std::mem::take(&mut walk.ports);
         self.cursor = Cursor::default();
         self.last_entries = walk.entries;
         let (services, backends) = self.tables.numbers()?;

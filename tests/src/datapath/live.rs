@@ -121,7 +121,7 @@ impl Live {
                 ip(&format!("route add default via {gateway}"))
             })?;
             if hook == Hook::Xdp {
-                awake.push(host.run(move || xdp_pass::hold(ifindex(link)?))?);
+                awake.push(host.run(move || xdp_pass::listen(ifindex(link)?))?);
             }
         }
         live._awake = awake;

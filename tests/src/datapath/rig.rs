@@ -18,7 +18,11 @@ use edge_common::{
     },
     verdict::{REASONS, Reason},
 };
-use edge_ctl::datapath::{object::EBPF_OBJECT, pins::Pins, stages};
+use edge_ctl::datapath::{
+    object::{EBPF_OBJECT, for_this_kernel},
+    pins::Pins,
+    stages,
+};
 
 use super::namespace::{ifindex, ip, sysctl};
 
@@ -158,7 +162,7 @@ impl Rig {
             .map_max_entries(name::HALF_OPEN, settings.lru)
             .map_max_entries(name::CLOSING, settings.lru)
             .map_max_entries(name::SELECTION, 256)
-            .load(object)?;
+            .load(&for_this_kernel(object))?;
         Self::over(ebpf, hook, settings)
     }
 
@@ -172,7 +176,7 @@ impl Rig {
         for map in name::ALL.iter().copied().chain([name::LOG]) {
             loader.map_pin_path(map, pins.map(map));
         }
-        Self::over(loader.load(EBPF_OBJECT)?, hook, settings)
+        Self::over(loader.load(&for_this_kernel(EBPF_OBJECT))?, hook, settings)
     }
 
     fn over(ebpf: Ebpf, hook: Hook, settings: Settings) -> Result<Self> {
