@@ -5,7 +5,7 @@ use edge_common::{
     flow::FlowKeyV4,
     hash::{scatter, spread},
     maps::{BackendEntry, FlowV4, SNAT_ADDRESSES, ServiceEntry, flow_flag, mode},
-    verdict::{Reason, Verdict},
+    verdict::{Question, Reason, Verdict},
 };
 
 use crate::{
@@ -36,7 +36,7 @@ pub const CREATED: Verdict = Verdict::UNDECIDED;
 pub fn flow(parsed: &Parsed, past: &Past) -> Verdict {
     let service_number = past.service;
     if parsed.ttl <= 1 {
-        return because(Reason::TtlExpired, service_number);
+        return Verdict::answer(Question::TimeExceeded, service_number, 0);
     }
     let Some(service) = maps::service(service_number) else {
         return because(Reason::NotReady, service_number);

@@ -49,6 +49,18 @@ impl Ipv4 {
     pub fn is_fragment(&self) -> bool {
         self.fragment & (MORE_FRAGMENTS | FRAGMENT_OFFSET) != 0
     }
+
+    /// Part of a fragmented packet, without its ports.
+    #[inline(always)]
+    pub fn is_later_fragment(&self) -> bool {
+        self.fragment & FRAGMENT_OFFSET != 0
+    }
+
+    /// Routers must not fragment it.
+    #[inline(always)]
+    pub fn must_not_fragment(&self) -> bool {
+        self.fragment & DONT_FRAGMENT != 0
+    }
 }
 
 /// A TCP or UDP packet over IPv4.
@@ -74,6 +86,20 @@ pub struct Parsed {
     /// Routers must not fragment it.
     pub must_not_fragment: bool,
 }
+
+/// No packet, to be filled.
+pub const NOTHING: Parsed = Parsed {
+    key: FlowKeyV4::new(0, 0, 0, 0, 0),
+    seq: 0,
+    ack: 0,
+    total_len: 0,
+    flags: 0,
+    ttl: 0,
+    tos: 0,
+    header_len: 0,
+    l4_len: 0,
+    must_not_fragment: false,
+};
 
 impl Parsed {
     /// Offset of the layer-4 header.
@@ -137,7 +163,7 @@ pub fn transport<P: Packet>(packet: &mut P, ip: Ipv4) -> Option<Parsed> {
         tos: ip.tos,
         header_len: ip.header_len,
         l4_len: UdpHdr::LEN as u8,
-        must_not_fragment: ip.fragment & DONT_FRAGMENT != 0,
+        must_not_fragment: ip.must_not_fragment(),
     };
     if ip.protocol == TCP {
         let tcp = packet.header::<[u8; TcpHdr::LEN]>(IP + header_len)?;

@@ -5,6 +5,7 @@ use edge_common::{
     conntrack::tcp_flag::{FIN, RST, SYN},
     filter,
     flow::{TCP, UDP},
+    icmp::ICMP,
     verdict::{Reason, Verdict},
 };
 
@@ -13,7 +14,7 @@ use crate::{
     forward::{self, TOO_LATE},
     maps::{self, Table},
     packet::Packet,
-    parse::{self, Ipv4},
+    parse,
     stages,
     stats::because,
 };
@@ -27,7 +28,8 @@ pub enum Side {
     FromBackend,
 }
 
-/// Decides about a packet, and rewrites it where the verdict is not to pass it untouched.
+/// Decides about a packet, and rewrites it where the verdict is not to pass it untouched, or turns it into an ICMP message
+/// to its sender.
 #[inline(always)]
 pub fn run<P: Packet>(packet: &mut P) -> Verdict {
     if packet.has_hidden_tag() {
@@ -37,14 +39,14 @@ pub fn run<P: Packet>(packet: &mut P) -> Verdict {
     let Some(ip) = parse::ipv4(packet) else {
         return Verdict::PASS;
     };
-    let Some(side) = prefilter(&ip) else {
-        return Verdict::PASS;
+    let Some(side) = prefilter(ip.src, ip.dst) else {
+        return if ip.protocol == ICMP { stages::icmp(packet) } else { Verdict::PASS };
     };
     if ip.protocol != TCP && ip.protocol != UDP {
-        return Verdict::PASS;
+        return if ip.protocol == ICMP { stages::icmp(packet) } else { Verdict::PASS };
     }
     if ip.is_fragment() {
-        return because(Reason::Fragment, 0);
+        return stages::fragment(packet);
     }
     let Some(parsed) = parse::transport(packet, ip) else {
         return because(Reason::Malformed, 0);
@@ -55,6 +57,9 @@ pub fn run<P: Packet>(packet: &mut P) -> Verdict {
         let verdict = forward::established(packet, &parsed, flow);
         if verdict.is_sent() {
             return verdict;
+        }
+        if verdict.question().is_some() {
+            return stages::question(packet, parsed, side, verdict);
         }
         if verdict != TOO_LATE {
             return events::sampled(&parsed, verdict);
@@ -69,10 +74,11 @@ pub fn ingress<P: Packet>(packet: &P) -> u32 {
     packet.ingress()
 }
 
+/// The side of a packet with these addresses (network order); `None` where neither can be ours.
 #[inline(always)]
-fn prefilter(ip: &Ipv4) -> Option<Side> {
+pub fn prefilter(src: u32, dst: u32) -> Option<Side> {
     let filter = maps::address_filter()?;
-    let (destination, source) = (filter::bit(ip.dst), filter::bit(ip.src));
+    let (destination, source) = (filter::bit(dst), filter::bit(src));
     if filter.destinations[(destination >> 6) as usize] >> (destination & 63) & 1 != 0 {
         Some(Side::ToUs)
     } else if filter.sources[(source >> 6) as usize] >> (source & 63) & 1 != 0 {

@@ -56,4 +56,7 @@ stage! {
     track: edge_xdp_track, edge_tc_track;
     create: edge_xdp_create, edge_tc_create;
     send: edge_xdp_send, edge_tc_send;
+    relay: edge_xdp_relay, edge_tc_relay;
+    answer: edge_xdp_answer, edge_tc_answer;
+    frag: edge_xdp_frag, edge_tc_frag;
 }

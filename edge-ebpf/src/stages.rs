@@ -3,7 +3,8 @@
 //! first frame.
 
 use edge_common::{
-    maps::stages::{CREATE, SEND, TRACK},
+    icmp::ICMP,
+    maps::stages::{ANSWER, CREATE, FRAG, RELAY, SEND, TRACK},
     verdict::{Reason, Verdict},
 };
 
@@ -11,11 +12,11 @@ use crate::{
     classify::{self, NEW_FLOW},
     conntrack::{self, FORWARD, NO_FLOW, Past},
     create::{self, CREATED},
-    events, forward, log,
+    events, forward, fragment, icmp, log,
     maps::{self, Table},
     packet::Packet,
-    parse::Parsed,
-    pipeline::Side,
+    parse::{self, Parsed},
+    pipeline::{Side, prefilter},
     protect,
     stats::because,
 };
@@ -30,17 +31,51 @@ pub struct Handover {
     pub table: Table,
     /// The flow it takes the place of, and its service.
     pub past: Past,
+    /// It is the first fragment of a packet, which the rest are to follow: [`send`] remembers it.
+    pub fragment: bool,
+    /// For [`answer`]: what the sender is told.
+    pub question: Verdict,
 }
 
 /// From the entry program to [`track`].
 #[inline(always)]
 pub fn begin<P: Packet>(packet: &mut P, parsed: Parsed, side: Side) -> Verdict {
+    if !hand_over(packet, parsed, side, false, Verdict::UNDECIDED) {
+        return because(Reason::NotReady, 0);
+    }
+    enter(packet, TRACK)
+}
+
+/// From the entry program to [`answer`]; the packet is as it came.
+#[inline(always)]
+pub fn question<P: Packet>(packet: &mut P, parsed: Parsed, side: Side, verdict: Verdict) -> Verdict {
+    if !hand_over(packet, parsed, side, false, verdict) {
+        return because(Reason::NotReady, 0);
+    }
+    enter(packet, ANSWER)
+}
+
+/// From the entry program to [`relay`], which needs nothing but the packet. Without it ICMP is the stack's.
+#[inline(always)]
+pub fn icmp<P: Packet>(packet: &mut P) -> Verdict {
+    packet.enter(RELAY);
+    Verdict::PASS
+}
+
+/// From the entry program to [`frag`], which needs nothing but the packet.
+#[inline(always)]
+pub fn fragment<P: Packet>(packet: &mut P) -> Verdict {
+    enter(packet, FRAG)
+}
+
+#[inline(always)]
+fn hand_over<P: Packet>(_packet: &P, parsed: Parsed, side: Side, fragment: bool, question: Verdict) -> bool {
     match maps::stages::handover(P::HOOK) {
         Some(room) => {
-            *room = Handover { parsed, side, table: Table::Established, past: Past::NONE };
-            enter(packet, TRACK)
+            *room = Handover { parsed, side, table: Table::Established, past: Past::NONE, fragment, question };
+            true
         }
-        None => because(Reason::NotReady, 0),
+        None => false,
     }
 }
 
@@ -63,7 +98,7 @@ pub fn track<P: Packet>(packet: &mut P) -> Verdict {
 /// A packet without a flow.
 #[inline(always)]
 pub fn create<P: Packet>(packet: &mut P) -> Verdict {
-    let Some(Handover { parsed, side, table, past }) = maps::stages::handover(P::HOOK) else {
+    let Some(Handover { parsed, side, table, past, question, .. }) = maps::stages::handover(P::HOOK) else {
         return because(Reason::NotReady, 0);
     };
     let mut verdict = classify::untracked(packet, parsed, *side, past);
@@ -77,21 +112,85 @@ pub fn create<P: Packet>(packet: &mut P) -> Verdict {
             return enter(packet, SEND);
         }
     }
+    if verdict.question().is_some() {
+        *question = verdict;
+        return enter(packet, ANSWER);
+    }
     end(parsed, verdict)
 }
 
 /// A packet that the stages before decided to forward.
 #[inline(always)]
 pub fn send<P: Packet>(packet: &mut P) -> Verdict {
-    let Some(Handover { parsed, table, past, .. }) = maps::stages::handover(P::HOOK) else {
+    let Some(Handover { parsed, table, past, fragment, question, .. }) = maps::stages::handover(P::HOOK) else {
         return because(Reason::NotReady, 0);
     };
     let verdict = match maps::flow(*table, &parsed.key) {
-        Some(flow) => forward::any(packet, parsed, flow),
+        Some(flow) => {
+            let verdict = forward::any(packet, parsed, flow);
+            if verdict.question().is_some() {
+                *question = verdict;
+                return enter(packet, ANSWER);
+            }
+            if *fragment {
+                fragment::remember(packet, parsed, flow);
+            }
+            verdict
+        }
         // Evicted between two lookups: passing it now would show the wrong addresses. The sender repeats it.
         None => because(Reason::HalfOpenFull, past.service),
     };
     end(parsed, verdict)
+}
+
+/// An ICMP packet, to whomever.
+#[inline(always)]
+pub fn relay<P: Packet>(packet: &mut P) -> Verdict {
+    let Some(ip) = parse::ipv4(packet) else {
+        return Verdict::PASS;
+    };
+    if ip.protocol != ICMP || ip.is_fragment() {
+        return Verdict::PASS;
+    }
+    let mut quote = icmp::quote::Quote::NOTHING;
+    let verdict = icmp::error(packet, &ip, &mut quote);
+    end(&quote.outer, verdict)
+}
+
+/// A packet whose sender is to be told what became of it.
+#[inline(always)]
+pub fn answer<P: Packet>(packet: &mut P) -> Verdict {
+    let Some(Handover { parsed, question, .. }) = maps::stages::handover(P::HOOK) else {
+        return because(Reason::NotReady, 0);
+    };
+    let verdict = icmp::answer::send(packet, *question);
+    end(parsed, verdict)
+}
+
+/// A fragment of a packet of ours.
+#[inline(always)]
+pub fn frag<P: Packet>(packet: &mut P) -> Verdict {
+    let Some(ip) = parse::ipv4(packet) else {
+        return because(Reason::Malformed, 0);
+    };
+    let Some(side) = prefilter(ip.src, ip.dst) else {
+        return Verdict::PASS;
+    };
+    if ip.is_later_fragment() {
+        let Some(Handover { parsed, .. }) = maps::stages::handover(P::HOOK) else {
+            return because(Reason::NotReady, 0);
+        };
+        let verdict = fragment::follow(packet, &ip, parsed);
+        return end(parsed, verdict);
+    }
+    let Some(parsed) = parse::transport(packet, ip) else {
+        return because(Reason::Malformed, 0);
+    };
+    fragment::touch(&parsed);
+    if !hand_over(packet, parsed, side, true, Verdict::UNDECIDED) {
+        return because(Reason::NotReady, 0);
+    }
+    enter(packet, TRACK)
 }
 
 /// The tail call; the verdict is of a slot that is empty.

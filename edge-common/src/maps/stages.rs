@@ -16,8 +16,16 @@ pub const CREATE: u32 = 1;
 /// A packet whose flow is known: sent on its way.
 pub const SEND: u32 = 2;
 
+/// An ICMP packet: where it is an error about a flow's packet, it is translated.
+pub const RELAY: u32 = 3;
+/// A packet whose sender is told by ICMP what became of it.
+pub const ANSWER: u32 = 4;
+/// A fragment: the first goes on to [`TRACK`], the rest follow it.
+pub const FRAG: u32 = 5;
+
 /// Every stage: its number, and its program's name after `edge_xdp_` or `edge_tc_`. The kernel keeps 15 bytes of the whole.
-pub const ALL: &[(u32, &str)] = &[(TRACK, "track"), (CREATE, "create"), (SEND, "send")];
+pub const ALL: &[(u32, &str)] =
+    &[(TRACK, "track"), (CREATE, "create"), (SEND, "send"), (RELAY, "relay"), (ANSWER, "answer"), (FRAG, "frag")];
 
 const _: () = {
     let mut at = 0;

@@ -17,6 +17,7 @@ pub mod maps;
 pub mod migrate;
 pub mod next_hops;
 pub mod object;
+pub mod own_addresses;
 pub mod pins;
 pub mod program_log;
 pub mod selection;

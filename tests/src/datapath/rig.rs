@@ -13,8 +13,8 @@ use edge_common::{
     flow::FlowKeyV4,
     maglev::{self, Candidate},
     maps::{
-        self, AddressFilter, BackendEntry, CHUNK_BYTES, Chunk, Control, FlowV4, PortSet, ServiceEntry, ServiceKeyV4,
-        ServiceStats, backend_state, interface_flag, mode, name,
+        self, AddressFilter, BackendEntry, CHUNK_BYTES, Chunk, Control, FlowV4, OwnAddresses, PortSet, ServiceEntry,
+        ServiceKeyV4, ServiceStats, backend_state, interface_flag, mode, name,
     },
     verdict::{REASONS, Reason},
 };
@@ -64,6 +64,8 @@ pub struct Outcome {
 pub const VIP: Ipv4Addr = Ipv4Addr::new(172, 16, 1, 88);
 /// The edge's address towards pods: what full-nat uses as source.
 pub const SNAT: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 1);
+/// What the edge signs its ICMP messages with: towards clients, and towards pods.
+pub const OWN: [Ipv4Addr; 2] = [Ipv4Addr::new(172, 16, 1, 2), Ipv4Addr::new(10, 1, 0, 2)];
 /// A client on the edge's own network.
 pub const CLIENT: Ipv4Addr = Ipv4Addr::new(172, 16, 1, 10);
 /// Its MAC.
@@ -194,6 +196,11 @@ impl Rig {
         let mut interfaces: HashMap<_, u32, u32> = rig.hash(name::INTERFACES)?;
         for index in [uplink, pods] {
             interfaces.insert(index, interface_flag::ATTACHED | interface_flag::XDP_REDIRECT, 0)?;
+        }
+        let mut own: HashMap<_, u32, OwnAddresses> = rig.hash(name::OWN_ADDRESSES)?;
+        for (index, address) in [uplink, pods].into_iter().zip(OWN) {
+            let v4 = [0, 0, 0xffffu32.to_be(), wire(address)];
+            own.insert(index, OwnAddresses { v4, ..OwnAddresses::default() }, 0)?;
         }
         rig.array(name::SNAT_PORTS)?.set(0, PortSet([u64::MAX; 1024]), 0)?;
         rig.filter_destination(VIP)?;

@@ -11,7 +11,7 @@ use edge_common::{
 use super::{
     connections::{expired, opens, unknown},
     coverage::Point,
-    decide::{Choices, Decision, Input, refuse, send},
+    decide::{Choices, Decision, Input, answer, refuse, send},
     hash::{self, Found},
     state::{Route, State, Table, twin_key},
     wire::{Segment, UDP},
@@ -84,7 +84,7 @@ fn new_flow(
 ) -> Result<Decision, String> {
     if segment.ip.ttl <= 1 {
         state.hit(Point::CreateTtl);
-        return Ok(refuse(state, Reason::TtlExpired, number));
+        return Ok(answer(state, input, Reason::TtlExpired, number));
     }
     let Some((service, pool)) = state.config.services.get(&number) else {
         state.hit(Point::CreateNoService);

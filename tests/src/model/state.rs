@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use edge_common::{
     flow::FlowKeyV4,
-    maps::{BackendEntry, FlowV4, NextHop, ServiceEntry, ServiceKeyV4, ServiceStats},
+    maps::{BackendEntry, FlowV4, NextHop, OwnAddresses, ServiceEntry, ServiceKeyV4, ServiceStats},
     verdict::Reason,
 };
 
@@ -87,6 +87,8 @@ pub struct Config {
     pub redirectable: Vec<u32>,
     /// Routes: network (host order), prefix length, answer.
     pub routes: Vec<(u32, u8, Route)>,
+    /// The addresses that messages are signed with, by interface.
+    pub own: BTreeMap<u32, OwnAddresses>,
     /// Entries the established table holds.
     pub established: usize,
     /// Highest next-hop number.
@@ -125,6 +127,8 @@ pub struct State {
     /// What the daemon wrote.
     pub config: Config,
     tables: [BTreeMap<FlowKeyV4, FlowV4>; 3],
+    /// Ports and the ID after rewriting of first fragments, by source, destination, ID and protocol.
+    pub fragments: BTreeMap<(u32, u32, u16, u8), (u16, u16, u16)>,
     /// Next hops by number.
     pub next_hops: BTreeMap<u32, NextHop>,
     /// Next-hop numbers by interface and neighbour.
