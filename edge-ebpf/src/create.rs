@@ -284,12 +284,17 @@ fn end_stalled(plan: &Plan, reply: &FlowKeyV4) -> bool {
     let Some(flow) = maps::flow(Table::HalfOpen, reply) else {
         return true;
     };
-    let client = flow.twin();
-    if maps::flow(Table::HalfOpen, &client).is_some_and(|client| plan.now.saturating_sub(client.last_seen) < STALLED) {
-        return false;
+    let client_key = flow.twin();
+    // A client's half that leads elsewhere is another flow's: this reply's has been evicted.
+    if let Some(client) = maps::flow(Table::HalfOpen, &client_key)
+        && leads_back(client, reply)
+    {
+        if plan.now.saturating_sub(client.last_seen) < STALLED {
+            return false;
+        }
+        maps::remove_flow(Table::HalfOpen, &client_key);
     }
     protect::half_open_ended(flow);
-    maps::remove_flow(Table::HalfOpen, &client);
     true
 }
 

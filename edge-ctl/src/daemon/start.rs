@@ -30,7 +30,7 @@ use super::{
     swept::Swept,
     throttle::Throttle,
     traffic,
-    views::DaemonViews,
+    views::{DaemonViews, Parts},
     world::World,
 };
 use crate::{
@@ -160,10 +160,7 @@ async fn start(file: &Path, config: Config, texts: Texts, commits: Commits) -> R
     let (requests, request_inbox) = mpsc::channel(4);
     let views = DaemonViews::new(
         Arc::clone(&shared),
-        fib.clone(),
-        bgp.clone(),
-        dns.clone(),
-        health.clone(),
+        Parts { fib: fib.clone(), bgp: bgp.clone(), dns: dns.clone(), health: health.clone() },
         reconciler_status.clone(),
         requests,
         recorder.told(),

@@ -47,6 +47,18 @@ const SAMPLE: Duration = Duration::from_secs(1);
 /// Rates of the newest sample.
 type Sampled = Arc<Mutex<Rates>>;
 
+/// The parts of the daemon that answer for themselves.
+pub struct Parts {
+    /// Routes.
+    pub fib: FibHandle,
+    /// Peers, where BGP is configured.
+    pub bgp: Option<BgpHandle>,
+    /// Names.
+    pub dns: DnsHandle,
+    /// Checks.
+    pub health: HealthHandle,
+}
+
 /// Answers the API's questions.
 pub struct DaemonViews {
     shared: SharedState,
@@ -68,14 +80,12 @@ impl DaemonViews {
     /// Where a map cannot be opened.
     pub fn new(
         shared: SharedState,
-        fib: FibHandle,
-        bgp: Option<BgpHandle>,
-        dns: DnsHandle,
-        health: HealthHandle,
+        parts: Parts,
         reconciler: watch::Receiver<ReconcilerStatus>,
         requests: mpsc::Sender<Request>,
         told: Arc<Mutex<Told>>,
     ) -> Result<Self, PortError> {
+        let Parts { fib, bgp, dns, health } = parts;
         let kernel = Arc::new(lock(&shared).datapath.view()?);
         let sampled = Sampled::default();
         tokio::spawn(sample(Arc::clone(&kernel), reconciler.clone(), Arc::clone(&sampled)));

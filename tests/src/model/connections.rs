@@ -275,7 +275,7 @@ fn transition(segment: &Segment, table: Table, flow: &FlowV4, late: bool) -> Cha
     let acknowledges = from_client && flags & ACK != 0 && flags & SYN == 0;
     if table == Table::HalfOpen && acknowledges && flow.flags & flow_flag::SYN_ACK_SEEN != 0 {
         // [isn + 1, isn + 2^20], modulo 2^32: the floor is isn + 1.
-        if segment.ack.wrapping_sub(flow.ack_floor) <= (1 << 20) - 1 {
+        if segment.ack.wrapping_sub(flow.ack_floor) < 1 << 20 {
             return Change::Promote(fin);
         }
     }

@@ -130,6 +130,8 @@ points! {
     CreateFullNat,
     /// full-nat: a source that a closed flow has rested on.
     CreateRestedPort,
+    /// A half-open flow whose client gave up lost its port to another.
+    CreateStalledPort,
     /// An entry that timed out gave way to the client's own port.
     Yielded,
     /// The tuple has a half-open flow beside the one that ended.

@@ -121,6 +121,9 @@ pub struct Counters {
     pub backends: BTreeMap<u32, ServiceStats>,
 }
 
+/// Source, destination, ID and protocol of a fragment.
+pub type FragmentKey = (u32, u32, u16, u8);
+
 /// Everything.
 #[derive(Clone, Debug, Default)]
 pub struct State {
@@ -128,7 +131,7 @@ pub struct State {
     pub config: Config,
     tables: [BTreeMap<FlowKeyV4, FlowV4>; 3],
     /// Ports and the ID after rewriting of first fragments, by source, destination, ID and protocol.
-    pub fragments: BTreeMap<(u32, u32, u16, u8), (u16, u16, u16)>,
+    pub fragments: BTreeMap<FragmentKey, (u16, u16, u16)>,
     /// Next hops by number.
     pub next_hops: BTreeMap<u32, NextHop>,
     /// Next-hop numbers by interface and neighbour.
