@@ -390,8 +390,8 @@ fn rebuild_twin(flow: &FlowV4, now: u64) -> bool {
     };
     turn(twin);
     twin.last_seen = now;
-    let added = insert(Table::Established, &twin);
-    if added == 0 && flow_of_client(&twin) {
+    let added = insert(Table::Established, twin);
+    if added == 0 && flow_of_client(twin) {
         count_opened(twin.service, twin.backend);
     }
     // A full table is no reason to drop this packet: the next touch tries again.

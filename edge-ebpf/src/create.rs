@@ -253,7 +253,7 @@ fn claim(plan: &Plan, service: &ServiceEntry, own: bool, pressed: bool) -> u32 {
             // Where the tuple leaves no choice of port, an entry that timed out is no conflict, nor is one whose
             // client half has been evicted.
             let own = own && yields(plan, Table::HalfOpen, &reply, service.half_open_timeout);
-            if !own && !(pressed && end_stalled(plan, &reply)) {
+            if !(own || pressed && end_stalled(plan, &reply)) {
                 return TAKEN;
             }
             maps::remove_flow(Table::HalfOpen, &reply);

@@ -14,8 +14,7 @@ use crate::{
     forward::{self, TOO_LATE},
     maps::{self, Table},
     packet::Packet,
-    parse,
-    stages,
+    parse, stages,
     stats::because,
 };
 
