@@ -2,10 +2,19 @@
 //! alignments and the offsets that matter are asserted at compile time, because a pinned map outlives the
 //! program that made it.
 //!
+//! Addresses that one map holds for both families are [`Wide`]: 16 bytes, IPv4 as v4-mapped.
+//!
 //! Numbers: services, backends and next hops are array indices from 1; 0 means "none" (and counts what
 //! belongs to no service).
 
-use crate::{checksum, conntrack::Direction, filter, flow::FlowKeyV4, verdict};
+use crate::{
+    address::{Address, Wide},
+    checksum,
+    conntrack::Direction,
+    filter,
+    flow::FlowKey,
+    verdict,
+};
 
 /// Map names as in the object file and under the pin folder.
 pub mod name {
@@ -15,7 +24,13 @@ pub mod name {
     pub const HALF_OPEN: &str = "HALF_OPEN";
     /// `LruHashMap<FlowKeyV4, FlowV4>`: flows after FIN or RST, and resting SNAT ports.
     pub const CLOSING: &str = "CLOSING";
-    /// `HashMap<ServiceKeyV4, u32>`: frontend to service number.
+    /// As [`ESTABLISHED`], `HashMap<FlowKeyV6, FlowV6>`.
+    pub const ESTABLISHED_V6: &str = "ESTABLISHED_V6";
+    /// As [`HALF_OPEN`], `LruHashMap<FlowKeyV6, FlowV6>`.
+    pub const HALF_OPEN_V6: &str = "HALF_OPEN_V6";
+    /// As [`CLOSING`], `LruHashMap<FlowKeyV6, FlowV6>`.
+    pub const CLOSING_V6: &str = "CLOSING_V6";
+    /// `HashMap<ServiceKey, u32>`: frontend to service number.
     pub const SERVICE_INDEX: &str = "SERVICE_INDEX";
     /// `Array<ServiceEntry>` by service number.
     pub const SERVICES: &str = "SERVICES";
@@ -27,7 +42,7 @@ pub mod name {
     pub const BACKEND_STATE: &str = "BACKEND_STATE";
     /// `Array<u32>` by backend number: SNAT candidate cursor, advanced by the program.
     pub const BACKEND_CURSOR: &str = "BACKEND_CURSOR";
-    /// `HashMap<ServiceKeyV4, u32>`: a dnat backend's address, port, protocol to its number.
+    /// `HashMap<ServiceKey, u32>`: a dnat backend's address, port, protocol to its number.
     pub const BACKEND_INDEX: &str = "BACKEND_INDEX";
     /// `Array<Chunk>`: selection regions, see [`super::SelectionHeader`].
     pub const SELECTION: &str = "SELECTION";
@@ -55,11 +70,17 @@ pub mod name {
     /// `Array<u32>`, one element: [`super::notice`] bits that the program raised, and which of them it has logged.
     pub const NOTICES: &str = "NOTICES";
 
+    /// `PerCpuArray<Scratch>`, one element: where the program builds what its stack does not hold.
+    pub const SCRATCH: &str = "SCRATCH";
+
     /// Every map of the pipeline, in the order in which they are listed to users.
     pub const ALL: &[&str] = &[
         ESTABLISHED,
         HALF_OPEN,
         CLOSING,
+        ESTABLISHED_V6,
+        HALF_OPEN_V6,
+        CLOSING_V6,
         SERVICE_INDEX,
         SERVICES,
         SERVICE_LABELS,
@@ -79,6 +100,7 @@ pub mod name {
         BACKEND_STATS,
         REASONS,
         NOTICES,
+        SCRATCH,
     ];
 
     /// aya-log's ring buffer, named by aya-log. Pinned like the others, so that a new daemon goes on reading it; not a
@@ -97,7 +119,7 @@ pub mod name {
 
 /// Version of the meaning of fields, part of every pin's layout hash. To be raised where a field changes its meaning and
 /// no size changes with it.
-pub const LAYOUT: u32 = 2;
+pub const LAYOUT: u32 = 3;
 
 /// Default entries of [`name::ESTABLISHED`]: two per flow.
 pub const ESTABLISHED_ENTRIES: u32 = 1 << 19;
@@ -105,6 +127,12 @@ pub const ESTABLISHED_ENTRIES: u32 = 1 << 19;
 pub const HALF_OPEN_ENTRIES: u32 = 1 << 18;
 /// Default entries of [`name::CLOSING`].
 pub const CLOSING_ENTRIES: u32 = 1 << 18;
+/// Default entries of [`name::ESTABLISHED_V6`].
+pub const ESTABLISHED_V6_ENTRIES: u32 = 1 << 17;
+/// Default entries of [`name::HALF_OPEN_V6`].
+pub const HALF_OPEN_V6_ENTRIES: u32 = 1 << 16;
+/// Default entries of [`name::CLOSING_V6`].
+pub const CLOSING_V6_ENTRIES: u32 = 1 << 16;
 /// Frontends, number 0 included.
 pub const SERVICES: u32 = 1024;
 /// Backends, number 0 included.
@@ -118,12 +146,12 @@ pub const SELECTION_CHUNKS: u32 = 1 << 16;
 /// Source addresses a service may have for SNAT.
 pub const SNAT_ADDRESSES: usize = 4;
 
-/// Key of [`name::SERVICE_INDEX`] and [`name::BACKEND_INDEX`]: address and port in network order. 8 bytes.
+/// Key of [`name::SERVICE_INDEX`] and [`name::BACKEND_INDEX`]: address and port in network order. 20 bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ServiceKeyV4 {
+pub struct ServiceKey {
     /// Address, network order.
-    pub address: u32,
+    pub address: Wide,
     /// Port, network order.
     pub port: u16,
     /// IP protocol number.
@@ -132,25 +160,25 @@ pub struct ServiceKeyV4 {
     pub _pad: u8,
 }
 
-/// A direction of a flow, and all that a packet of it needs. 104 bytes, alignment 8.
+/// A direction of a flow, and all that a packet of it needs. 104 bytes for IPv4, 152 for IPv6, alignment 8.
 ///
 /// Changed in place, never re-inserted; `key` and `sequence` tell a reader whether a copy is of one flow.
-/// The key of the other direction's entry (the twin) is the reversed rewritten tuple: [`FlowV4::twin`].
+/// The key of the other direction's entry (the twin) is the reversed rewritten tuple: [`Flow::twin`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct FlowV4 {
+pub struct Flow<A> {
     /// This entry's own key.
-    pub key: FlowKeyV4,
+    pub key: FlowKey<A>,
     /// Source address after rewriting, network order.
-    pub new_src: u32,
+    pub new_src: A,
     /// Destination address after rewriting, network order.
-    pub new_dst: u32,
+    pub new_dst: A,
     /// Source port after rewriting, network order.
     pub new_src_port: u16,
     /// Destination port after rewriting, network order.
     pub new_dst_port: u16,
     /// Ones'-complement difference of both addresses (new minus old), as 16-bit words in network order; the
-    /// pseudo-header's part of the L4 checksum and all of the IPv4 header's.
+    /// pseudo-header's part of the L4 checksum and all of the IPv4 header's (IPv6 has none).
     pub address_delta: u16,
     /// Ones'-complement difference of both ports, as above; not part of a CHECKSUM_PARTIAL.
     pub port_delta: u16,
@@ -190,11 +218,16 @@ pub struct FlowV4 {
     pub bytes: u64,
 }
 
-impl FlowV4 {
+/// A direction of an IPv4 flow.
+pub type FlowV4 = Flow<u32>;
+/// A direction of an IPv6 flow.
+pub type FlowV6 = Flow<[u32; 4]>;
+
+impl<A: Address> Flow<A> {
     /// The key of the other direction's entry.
     #[inline(always)]
-    pub const fn twin(&self) -> FlowKeyV4 {
-        FlowKeyV4::new(self.new_dst, self.new_src, self.new_dst_port, self.new_src_port, self.key.protocol)
+    pub const fn twin(&self) -> FlowKey<A> {
+        FlowKey::new(self.new_dst, self.new_src, self.new_dst_port, self.new_src_port, self.key.protocol)
     }
 
     /// Makes this entry the other direction's: reversed tuple, complemented deltas, no next hop, no packets.
@@ -217,14 +250,14 @@ impl FlowV4 {
 
     /// Writes both checksum deltas from the tuple and its rewritten form.
     #[inline(always)]
-    pub const fn set_deltas(&mut self) {
+    pub fn set_deltas(&mut self) {
         self.address_delta = checksum::address_delta(self.key.src, self.key.dst, self.new_src, self.new_dst);
         self.port_delta =
             checksum::port_delta(self.key.src_port, self.key.dst_port, self.new_src_port, self.new_dst_port);
     }
 }
 
-/// Bits of [`FlowV4::flags`].
+/// Bits of [`Flow::flags`].
 pub mod flow_flag {
     /// The backend's SYN-ACK was seen; `ack_floor` is valid.
     pub const SYN_ACK_SEEN: u16 = 1 << 0;
@@ -238,12 +271,12 @@ pub mod flow_flag {
     pub const BACKEND_CLOSED_FIRST: u16 = 1 << 4;
 }
 
-/// A frontend: one listen address of one service. 80 bytes, alignment 4.
+/// A frontend: one listen address of one service. 140 bytes, alignment 4.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ServiceEntry {
     /// VIP, network order.
-    pub address: u32,
+    pub address: Wide,
     /// Listen port, network order.
     pub port: u16,
     /// IP protocol number; 0: this number is free.
@@ -255,8 +288,8 @@ pub struct ServiceEntry {
     pub selection: u32,
     /// How many of `snat_addresses` are set; 0: the backend's own `snat_address` serves.
     pub snat_count: u32,
-    /// SNAT source addresses, network order.
-    pub snat_addresses: [u32; SNAT_ADDRESSES],
+    /// SNAT source addresses, network order, of the VIP's family.
+    pub snat_addresses: [Wide; SNAT_ADDRESSES],
     /// Lowest SNAT port, host order.
     pub snat_port_min: u16,
     /// Highest SNAT port, inclusive, host order.
@@ -321,12 +354,12 @@ pub mod mode {
     pub const DNAT: u8 = 1;
 }
 
-/// A backend of one service. 20 bytes, alignment 4.
+/// A backend of one service, of its VIP's family. 44 bytes, alignment 4.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BackendEntry {
     /// Address, network order.
-    pub address: u32,
+    pub address: Wide,
     /// Port, network order.
     pub port: u16,
     /// IP protocol number; 0: this number is free.
@@ -335,8 +368,8 @@ pub struct BackendEntry {
     pub _pad: u8,
     /// The service number it belongs to.
     pub service: u32,
-    /// The host's address that the kernel would use towards this backend, network order; 0: not known yet.
-    pub snat_address: u32,
+    /// The host's address that the kernel would use towards this backend, network order; all zero: not known yet.
+    pub snat_address: Wide,
     /// Connections it may have at once; 0: no limit.
     pub limit: u32,
 }
@@ -375,14 +408,15 @@ pub struct SelectionHeader {
     pub table_chunk: u32,
 }
 
-/// Where packets leave. 32 bytes, alignment 4. A neighbour's new MAC is one write here.
+/// Where packets leave. 44 bytes, alignment 4. A neighbour's new MAC is one write here.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct NextHop {
     /// Egress interface.
     pub ifindex: u32,
     /// The neighbour's address, network order: the gateway, or the destination itself on a connected network.
-    pub neighbour: u32,
+    /// Of either family, whatever the packets' is (RFC 8950: an IPv4 route may have an IPv6 gateway).
+    pub neighbour: Wide,
     /// Destination MAC.
     pub dst_mac: [u8; 6],
     /// Source MAC.
@@ -429,14 +463,14 @@ pub mod notice {
     }
 }
 
-/// Key of [`name::NEXT_HOP_INDEX`]. 8 bytes.
+/// Key of [`name::NEXT_HOP_INDEX`]. 20 bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NeighbourKey {
     /// Egress interface.
     pub ifindex: u32,
     /// Neighbour address, network order.
-    pub address: u32,
+    pub address: Wide,
 }
 
 /// The prefilter of [`crate::filter`]: which addresses make a packet worth a lookup. 16 KiB.
@@ -495,24 +529,31 @@ pub struct ServiceStats {
 /// Per-CPU counters of a backend, as [`ServiceStats`].
 pub type BackendStats = ServiceStats;
 
+/// Memory of one CPU for the length of one program run; nothing in it outlives that.
+pub type Scratch = [u64; 64];
+
 /// Elements of [`name::REASONS`].
 pub const REASON_SLOTS: u32 = SERVICES * verdict::REASONS;
 
 const _: () = {
-    assert!(size_of::<ServiceKeyV4>() == 8);
+    assert!(size_of::<ServiceKey>() == 20);
     assert!(size_of::<FlowV4>() == 104 && align_of::<FlowV4>() == 8);
     assert!(core::mem::offset_of!(FlowV4, new_src) == 16);
     assert!(core::mem::offset_of!(FlowV4, address_delta) == 28);
     assert!(core::mem::offset_of!(FlowV4, next_hop) == 32);
     assert!(core::mem::offset_of!(FlowV4, state) == 52);
     assert!(core::mem::offset_of!(FlowV4, created) == 72);
-    assert!(size_of::<ServiceEntry>() == 80 && align_of::<ServiceEntry>() == 4);
-    assert!(core::mem::offset_of!(ServiceEntry, selection) == 8);
-    assert!(size_of::<BackendEntry>() == 20);
+    assert!(size_of::<FlowV6>() == 152 && align_of::<FlowV6>() == 8);
+    assert!(core::mem::offset_of!(FlowV6, new_src) == 40);
+    assert!(core::mem::offset_of!(FlowV6, address_delta) == 76);
+    assert!(core::mem::offset_of!(FlowV6, created) == 120);
+    assert!(size_of::<ServiceEntry>() == 140 && align_of::<ServiceEntry>() == 4);
+    assert!(core::mem::offset_of!(ServiceEntry, selection) == 20);
+    assert!(size_of::<BackendEntry>() == 44);
     assert!(size_of::<Chunk>() == CHUNK_BYTES);
     assert!(size_of::<SelectionHeader>() == 16);
-    assert!(size_of::<NextHop>() == 32);
-    assert!(size_of::<NeighbourKey>() == 8);
+    assert!(size_of::<NextHop>() == 44);
+    assert!(size_of::<NeighbourKey>() == 20);
     assert!(size_of::<Control>() == 32);
     assert!(size_of::<ServiceStats>() == 56);
 };
@@ -521,6 +562,7 @@ const _: () = {
 mod pod {
     #![allow(unsafe_code, reason = "aya::Pod is an unsafe marker; this is the one place that asserts it")]
     use super::*;
+    use crate::flow::{FlowKeyV4, FlowKeyV6};
     macro_rules! pod {
         ($($t:ty),* $(,)?) => {$(
             // SAFETY: repr(C), integers only, explicit padding (asserted above), Copy and 'static.
@@ -530,7 +572,9 @@ mod pod {
     pod!(
         FlowKeyV4,
         FlowV4,
-        ServiceKeyV4,
+        FlowKeyV6,
+        FlowV6,
+        ServiceKey,
         ServiceEntry,
         BackendEntry,
         Chunk,

@@ -80,6 +80,8 @@ reasons! {
     ViaStack = 3, "via-stack";
     /// Passed: a fragment to one of our addresses (fragments are not translated yet).
     Fragment = 4, "fragment";
+    /// Passed: IPv6 extension headers that only the stack can judge: too many, or a routing header not done with.
+    ExtensionHeaders = 54, "extension-headers";
     /// Dropped: headers cut short or inconsistent.
     Malformed = 8, "malformed";
     /// Dropped: TTL expired.

@@ -130,6 +130,8 @@ impl DesiredBackend {
 /// Why a member of a pool gets no new flows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exclusion {
+    /// Its address is of another family than the VIP: nothing translates between IPv4 and IPv6.
+    OtherFamily,
     /// No BGP route and no connected or static prefix covers it.
     NoRoute,
     /// full-nat without a known source address towards it.
@@ -139,6 +141,7 @@ pub enum Exclusion {
 impl fmt::Display for Exclusion {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::OtherFamily => "other-family",
             Self::NoRoute => "no-route",
             Self::NoSnatAddress => "no-source-address",
         })
@@ -222,7 +225,8 @@ fn build_frontend(config: &Config, inputs: &Inputs<'_>, service: &Service, front
     let pool = members(inputs, service, frontend).map(|(members, source)| {
         let allowed = members.into_iter().filter(|member| within(&config.edge.pod_networks, member.address.ip()));
         let known = inputs.adopted.get(frontend).map_or(&[][..], Vec::as_slice);
-        allowed.map(|member| build_backend(inputs, service, known, member, source)).collect::<Vec<_>>()
+        let vip = frontend.address.ip();
+        allowed.map(|member| build_backend(inputs, service, vip, known, member, source)).collect::<Vec<_>>()
     });
     let eligible = pool.iter().flatten().filter(|backend| backend.eligible()).count();
     let announced = match &service.announce {
@@ -287,19 +291,23 @@ pub fn is_covered(routes: &RouteSet, kernel_prefixes: &[IpNet], address: IpAddr)
 fn build_backend(
     inputs: &Inputs<'_>,
     service: &Service,
+    vip: IpAddr,
     adopted: &[AdoptedBackend],
     member: PoolMember,
     source: &'static str,
 ) -> DesiredBackend {
     let address = member.address.ip();
+    let same_family = |other: &IpAddr| other.is_ipv4() == address.is_ipv4();
     let before = adopted.iter().find(|backend| backend.address == member.address);
     let route = inputs.routes.lookup(address).filter(|(prefix, _)| prefix.prefix_len() > 0);
     let benefit_of_doubt = !inputs.routes_settled && !inputs.covered_before.contains(&address);
     let covered = is_covered(inputs.routes, inputs.kernel_prefixes, address)
         || (benefit_of_doubt && before.is_some_and(|backend| backend.eligible));
     let snat_address = inputs.snat_sources.get(&address).copied().or(before.and_then(|backend| backend.snat_address));
-    let needs_source = service.mode == Mode::FullNat && service.snat.addresses.is_empty();
-    let excluded = if !covered {
+    let needs_source = service.mode == Mode::FullNat && !service.snat.addresses.iter().any(same_family);
+    let excluded = if !same_family(&vip) {
+        Some(Exclusion::OtherFamily)
+    } else if !covered {
         Some(Exclusion::NoRoute)
     } else if needs_source && snat_address.is_none() {
         Some(Exclusion::NoSnatAddress)

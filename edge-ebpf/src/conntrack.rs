@@ -2,14 +2,15 @@
 
 use edge_common::{
     conntrack::{self, Direction, State, Step, next_touch},
-    flow::{FlowKeyV4, UDP},
-    maps::{FlowV4, ServiceEntry, flow_flag},
+    flow::{FlowKey, UDP},
+    maps::{Flow, ServiceEntry, flow_flag},
     verdict::{Reason, Verdict},
 };
 
 use crate::{
+    family::Family,
     forward,
-    maps::{self, EEXIST, Table},
+    maps::{self, EEXIST, EFAULT, Table},
     packet::Packet,
     parse::Parsed,
     stats::{because, count_closed, count_opened},
@@ -19,28 +20,34 @@ use crate::{
 pub const NO_FLOW: Verdict = Verdict::UNDECIDED;
 
 /// The flow that the same client tuple had before, whose SNAT port the new one should have.
-pub struct Past {
+pub struct Past<A> {
     /// The service of the new flow, once known.
     pub service: u32,
     /// Its backend; 0: there was none.
     pub backend: u32,
     /// Its SNAT address, network order.
-    pub address: u32,
+    pub address: A,
     /// Its SNAT port, network order.
     pub port: u16,
 }
 
-impl Past {
+impl<A: Family> Past<A> {
     /// A tuple seen for the first time.
-    pub const NONE: Self = Self { service: 0, backend: 0, address: 0, port: 0 };
+    #[inline(always)]
+    pub fn none() -> Self {
+        Self { service: 0, backend: 0, address: A::default(), port: 0 }
+    }
 }
 
 /// A packet that hit an entry and may change its flow's state, or that hit one outside the established table.
 #[inline(never)]
-pub fn track<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, table: Table, past: &mut Past) -> Verdict {
+pub fn track<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut Flow<A>, table: Table, past: &mut Past<A>) -> Verdict {
     let Some(service) = maps::service(flow.service) else {
         return because(Reason::NotReady, 0);
     };
+    if parsed.lacks_checksum {
+        return because(Reason::Malformed, flow.service);
+    }
     let now = maps::now();
     let expired = conntrack::expired(flow.last_seen, timeout(service, table), now);
     if expired && table == Table::Closing {
@@ -97,9 +104,9 @@ pub fn track<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, tabl
 
 /// True where the client's tuple has a new flow, to which a late packet of the old backend does not belong.
 #[inline(never)]
-fn superseded(parsed: &Parsed, closing: &FlowV4) -> bool {
+fn superseded<A: Family>(parsed: &Parsed<A>, closing: &Flow<A>) -> bool {
     let client = closing.twin();
-    let other = |flow: &mut FlowV4| flow.twin() != parsed.key;
+    let other = |flow: &mut Flow<A>| flow.twin() != parsed.key;
     maps::flow(Table::Established, &client).is_some_and(other)
         || maps::flow(Table::HalfOpen, &client).is_some_and(other)
 }
@@ -108,7 +115,7 @@ fn superseded(parsed: &Parsed, closing: &FlowV4) -> bool {
 const MOVED: Verdict = Verdict::UNDECIDED;
 
 #[inline(always)]
-fn forward_from<P: Packet>(packet: &mut P, parsed: &Parsed, table: Table) -> Verdict {
+fn forward_from<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, table: Table) -> Verdict {
     match maps::flow(table, &parsed.key) {
         Some(flow) => forward::any(packet, parsed, flow),
         // Evicted between two lookups: passing it now would show the wrong addresses. The sender repeats it.
@@ -127,7 +134,7 @@ fn timeout(service: &ServiceEntry, table: Table) -> u32 {
 
 /// Half-open to established: both halves in, then both out. The client's half is hit.
 #[inline(never)]
-fn promote(parsed: &Parsed, flow: &mut FlowV4, flags: u16, established_timeout: u32) -> Verdict {
+fn promote<A: Family>(parsed: &Parsed<A>, flow: &mut Flow<A>, flags: u16, established_timeout: u32) -> Verdict {
     let (service, backend) = (flow.service, flow.backend);
     let twin_key = flow.twin();
     flow.flags |= flags;
@@ -158,35 +165,40 @@ fn promote(parsed: &Parsed, flow: &mut FlowV4, flags: u16, established_timeout: 
 
 /// A copy of a half-open entry into the established table; 0 or an errno.
 #[inline(never)]
-fn add_established(half_open: &FlowV4, flags: u16, touch_due: u32) -> i32 {
-    let mut flow = *half_open;
+fn add_established<A: Family>(half_open: &Flow<A>, flags: u16, touch_due: u32) -> i32 {
+    let Some(flow) = copy(half_open) else {
+        return EFAULT;
+    };
     flow.state = State::Established as u8;
     flow.sequence = flow.sequence.wrapping_add(1);
     flow.flags |= flags;
     flow.touch_due = touch_due;
-    insert(Table::Established, &flow)
+    insert(Table::Established, flow)
 }
 
 /// As [`add_established`], for a twin that the half-open table has evicted.
 #[inline(never)]
-fn add_missing_twin(flow: &FlowV4, touch_due: u32) -> i32 {
-    let mut twin = *flow;
-    turn(&mut twin);
+fn add_missing_twin<A: Family>(flow: &Flow<A>, touch_due: u32) -> i32 {
+    let Some(twin) = copy(flow) else {
+        return EFAULT;
+    };
+    twin.turn();
     twin.state = State::Established as u8;
     twin.sequence = twin.sequence.wrapping_add(1);
     twin.touch_due = touch_due;
-    insert(Table::Established, &twin)
+    insert(Table::Established, twin)
 }
 
-/// Makes a copy of an entry the other direction's; a function of its own, so that only the copy takes stack where it
-/// is inserted.
-#[inline(never)]
-pub fn turn(flow: &mut FlowV4) {
-    flow.turn();
+/// A copy of an entry in the scratch memory, to be changed and inserted.
+#[inline(always)]
+fn copy<A: Family>(flow: &Flow<A>) -> Option<&'static mut Flow<A>> {
+    let copy = maps::scratch::<Flow<A>>()?;
+    *copy = *flow;
+    Some(copy)
 }
 
 #[inline(always)]
-fn insert(table: Table, flow: &FlowV4) -> i32 {
+fn insert<A: Family>(table: Table, flow: &Flow<A>) -> i32 {
     match maps::add_flow(table, flow) {
         Ok(()) => 0,
         Err(errno) => errno,
@@ -194,19 +206,19 @@ fn insert(table: Table, flow: &FlowV4) -> i32 {
 }
 
 #[inline(always)]
-fn belongs_to(table: Table, key: &FlowKeyV4, twin: &FlowKeyV4) -> bool {
+fn belongs_to<A: Family>(table: Table, key: &FlowKey<A>, twin: &FlowKey<A>) -> bool {
     maps::flow(table, key).is_some_and(|entry| entry.twin() == *twin)
 }
 
 #[inline(always)]
-fn jitter(key: &FlowKeyV4) -> u32 {
-    (key.src ^ u32::from(key.src_port) ^ u32::from(key.dst_port)).wrapping_mul(0x9e37_79b1) >> 24
+fn jitter<A: Family>(key: &FlowKey<A>) -> u32 {
+    (key.src.mixed() ^ u32::from(key.src_port) ^ u32::from(key.dst_port)).wrapping_mul(0x9e37_79b1) >> 24
 }
 
 /// To the closing table: both halves in, then both out. False where the closing table refused: the flow then stays,
 /// and expires where it is.
 #[inline(never)]
-fn close(parsed: &Parsed, flow: &mut FlowV4, flags: u16, table: Table) -> bool {
+fn close<A: Family>(parsed: &Parsed<A>, flow: &mut Flow<A>, flags: u16, table: Table) -> bool {
     let (service, backend) = (flow.service, flow.backend);
     let twin_key = flow.twin();
     flow.flags |= flags;
@@ -229,30 +241,34 @@ fn close(parsed: &Parsed, flow: &mut FlowV4, flags: u16, table: Table) -> bool {
 
 /// Copies an entry into the closing table; 0, or 1 where that refuses.
 #[inline(never)]
-fn put_closing(flow: &FlowV4) -> u32 {
-    let mut closing = *flow;
+fn put_closing<A: Family>(flow: &Flow<A>) -> u32 {
+    let Some(closing) = copy(flow) else {
+        return 1;
+    };
     closing.state = State::Closing as u8;
     closing.sequence = closing.sequence.wrapping_add(1);
     closing.last_seen = maps::now();
-    u32::from(!maps::put_closing(&closing))
+    u32::from(!maps::put_closing(closing))
 }
 
 /// As [`put_closing`], the other direction's entry.
 #[inline(never)]
-fn put_closing_twin(flow: &FlowV4) -> u32 {
-    let mut closing = *flow;
-    turn(&mut closing);
+fn put_closing_twin<A: Family>(flow: &Flow<A>) -> u32 {
+    let Some(closing) = copy(flow) else {
+        return 1;
+    };
+    closing.turn();
     closing.state = State::Closing as u8;
     closing.sequence = closing.sequence.wrapping_add(1);
     closing.last_seen = maps::now();
-    u32::from(!maps::put_closing(&closing))
+    u32::from(!maps::put_closing(closing))
 }
 
 /// Takes a flow of the past out, so that its client's SYN can start a new one. Its SNAT port rests for everybody
 /// else; the same client may have it again, since a TIME_WAIT takes a larger timestamp or sequence number of the
 /// same tuple.
 #[inline(never)]
-fn reopen(parsed: &Parsed, flow: &FlowV4, table: Table) {
+fn reopen<A: Family>(parsed: &Parsed<A>, flow: &Flow<A>, table: Table) {
     if table == Table::Established {
         count_closed(flow.service, flow.backend);
     }
@@ -278,7 +294,7 @@ pub mod touched {
 /// Changes nothing where a client's datagram comes after the idle timeout: that starts a new flow. A packet that is not
 /// late needs no such check, since a touch is due long before a timeout has passed.
 #[inline(never)]
-pub fn touch(parsed: &Parsed, flow: &mut FlowV4, now: u64) -> u32 {
+pub fn touch<A: Family>(parsed: &Parsed<A>, flow: &mut Flow<A>, now: u64) -> u32 {
     let seconds = maps::service(flow.service).map_or(conntrack::TOUCH_SECONDS, |service| service.established_timeout);
     let from_client = flow.direction == Direction::Forward as u8;
     if parsed.key.protocol == UDP && from_client && seconds != 0 && conntrack::expired(flow.last_seen, seconds, now) {
@@ -298,10 +314,12 @@ pub fn touch(parsed: &Parsed, flow: &mut FlowV4, now: u64) -> u32 {
 }
 
 #[inline(never)]
-fn rebuild_twin(flow: &FlowV4, now: u64) -> bool {
-    let mut twin = *flow;
-    turn(&mut twin);
+fn rebuild_twin<A: Family>(flow: &Flow<A>, now: u64) -> bool {
+    let Some(twin) = copy(flow) else {
+        return true;
+    };
+    twin.turn();
     twin.last_seen = now;
     // A full table is no reason to drop this packet: the next touch tries again.
-    insert(Table::Established, &twin) != EEXIST
+    insert(Table::Established, twin) != EEXIST
 }

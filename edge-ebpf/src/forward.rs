@@ -2,12 +2,13 @@
 
 use edge_common::{
     conntrack::{due, ticks},
-    maps::{FlowV4, NextHop, next_hop_flag},
+    maps::{Flow, NextHop, next_hop_flag},
     verdict::{Reason, Verdict},
 };
 use network_types::eth::EthHdr;
 
 use crate::{
+    family::Family,
     conntrack::{self, touched},
     fib::{self, resolution},
     maps,
@@ -22,7 +23,7 @@ pub const TOO_LATE: Verdict = Verdict::UNDECIDED;
 
 /// Sends a packet of an established flow on its way, or answers [`TOO_LATE`].
 #[inline(always)]
-pub fn established<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4) -> Verdict {
+pub fn established<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut Flow<A>) -> Verdict {
     let now = maps::now();
     if due(flow.touch_due, ticks(now)) {
         match conntrack::touch(parsed, flow, now) {
@@ -36,12 +37,12 @@ pub fn established<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4
 
 /// As [`established`], for entries of every table, without the touch; a function of its own off the hot path.
 #[inline(never)]
-pub fn any<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4) -> Verdict {
+pub fn any<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut Flow<A>) -> Verdict {
     send(packet, parsed, flow, maps::now())
 }
 
 #[inline(always)]
-fn send<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: u64) -> Verdict {
+fn send<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut Flow<A>, now: u64) -> Verdict {
     if parsed.ttl <= 1 {
         return because(Reason::TtlExpired, flow.service);
     }
@@ -68,10 +69,10 @@ fn send<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: u64)
 }
 
 #[inline(always)]
-fn egress<P: Packet>(
+fn egress<A: Family, P: Packet>(
     packet: &mut P,
-    parsed: &Parsed,
-    flow: &mut FlowV4,
+    parsed: &Parsed<A>,
+    flow: &mut Flow<A>,
     now: u64,
     hop: &NextHop,
     same: bool,
@@ -89,7 +90,7 @@ fn egress<P: Packet>(
 
 /// A packet whose route gave no next-hop number.
 #[inline(never)]
-fn unlisted<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: u64, resolved: u64) -> Verdict {
+fn unlisted<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut Flow<A>, now: u64, resolved: u64) -> Verdict {
     match resolved as u32 {
         resolution::NO_NEIGHBOUR => to_stack(packet, parsed, flow, now, Reason::NeighbourUnresolved),
         resolution::STACK => to_stack(packet, parsed, flow, now, Reason::ViaStack),
@@ -105,7 +106,7 @@ fn unlisted<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: 
 
 /// The stack fragments what may be fragmented.
 #[inline(always)]
-fn too_long<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: u64) -> Verdict {
+fn too_long<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut Flow<A>, now: u64) -> Verdict {
     if parsed.must_not_fragment {
         because(Reason::TooBig, flow.service)
     } else {
@@ -114,7 +115,7 @@ fn too_long<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: 
 }
 
 #[inline(never)]
-fn to_stack<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: u64, reason: Reason) -> Verdict {
+fn to_stack<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut Flow<A>, now: u64, reason: Reason) -> Verdict {
     if !translate(packet, parsed, flow, now) {
         return because(Reason::Malformed, flow.service);
     }
@@ -122,7 +123,7 @@ fn to_stack<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: 
 }
 
 #[inline(always)]
-fn translate<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: u64) -> bool {
+fn translate<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut Flow<A>, now: u64) -> bool {
     if !rewrite::apply(packet, parsed, flow) {
         return false;
     }

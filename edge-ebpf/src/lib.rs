@@ -7,6 +7,7 @@
 pub mod classify;
 pub mod conntrack;
 pub mod create;
+pub mod family;
 pub mod fib;
 pub mod forward;
 pub mod log;

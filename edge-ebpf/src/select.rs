@@ -2,12 +2,12 @@
 //! that backend is excluded.
 
 use edge_common::{
-    flow::FlowKeyV4,
+    flow::FlowKey,
     hash, maglev,
     maps::{POOL_PER_CHUNK, SLOTS_PER_CHUNK, SelectionHeader, backend_state},
 };
 
-use crate::maps;
+use crate::{family::Family, maps};
 
 /// Table slots tried after the first: spreads an excluded backend's share over the others.
 const NEXT_SLOTS: u32 = 16;
@@ -16,7 +16,7 @@ const POOL_SCAN: u32 = 256;
 
 /// An eligible backend of the region at chunk `region`, or `None`.
 #[inline(never)]
-pub fn backend(region: u32, key: &FlowKeyV4) -> Option<core::num::NonZeroU32> {
+pub fn backend<A: Family>(region: u32, key: &FlowKey<A>) -> Option<core::num::NonZeroU32> {
     let control = maps::control()?;
     let header = header(region)?;
     if header.pool_len == 0 || header.table_len == 0 {

@@ -2,11 +2,11 @@
 
 use edge_common::{
     conntrack::Direction,
-    maps::{FlowV4, ServiceStats, notice},
+    maps::{Flow, ServiceStats, notice},
     verdict::{REASONS, Reason, Verdict},
 };
 
-use crate::maps;
+use crate::{family::Family, maps};
 
 /// Counts `reason` for a service (0: none) and gives the verdict that goes with it.
 #[inline(always)]
@@ -22,7 +22,7 @@ pub fn because(reason: Reason, service: u32) -> Verdict {
 
 /// Counts a packet of `bytes` (from the IP header on) of a flow.
 #[inline(always)]
-pub fn count_packet(flow: &mut FlowV4, bytes: u64) {
+pub fn count_packet<A: Family>(flow: &mut Flow<A>, bytes: u64) {
     flow.packets += 1;
     flow.bytes += bytes;
     let (service, backend) = (flow.service, flow.backend);

@@ -3,7 +3,7 @@
 use aya::maps::{Array, HashMap, MapData, MapError, PerCpuArray, PerCpuValues};
 use edge_common::{
     filter,
-    maps::{AddressFilter, BackendEntry, Chunk, Label, ServiceEntry, ServiceKeyV4, ServiceStats, name},
+    maps::{AddressFilter, BackendEntry, Chunk, Label, ServiceEntry, ServiceKey, ServiceStats, name},
     verdict::REASONS,
 };
 
@@ -17,12 +17,12 @@ use crate::reconcile::ports::{Action, DatapathPort, DatapathState, FilterBits, F
 /// The maps that the reconciler writes. One owner: nothing else writes them.
 pub struct Maps {
     tables: Tables,
-    index: HashMap<MapData, ServiceKeyV4, u32>,
+    index: HashMap<MapData, ServiceKey, u32>,
     services: Array<MapData, ServiceEntry>,
     labels: Array<MapData, Label>,
     backends: Array<MapData, BackendEntry>,
     states: Array<MapData, u32>,
-    backend_index: HashMap<MapData, ServiceKeyV4, u32>,
+    backend_index: HashMap<MapData, ServiceKey, u32>,
     selection: Array<MapData, Chunk>,
     filter: Array<MapData, AddressFilter>,
     service_stats: PerCpuArray<MapData, ServiceStats>,

@@ -37,7 +37,8 @@ pub struct Layout {
 }
 
 /// Maps whose capacity is the operator's choice, and so no part of their layout.
-pub const SIZED: [&str; 3] = [name::ESTABLISHED, name::HALF_OPEN, name::CLOSING];
+pub const SIZED: [&str; 6] =
+    [name::ESTABLISHED, name::HALF_OPEN, name::CLOSING, name::ESTABLISHED_V6, name::HALF_OPEN_V6, name::CLOSING_V6];
 
 impl Layout {
     /// The hash in the pin's name.

@@ -10,8 +10,9 @@ use std::collections::BTreeMap;
 
 use aya::maps::{Array, HashMap, MapData, MapError};
 use edge_common::{
-    flow::FlowKeyV4,
-    maps::{FlowV4, ServiceStats, name},
+    address::{Address, Wide},
+    flow::FlowKey,
+    maps::{Flow, ServiceStats, name},
 };
 
 use super::{
@@ -38,26 +39,41 @@ pub struct SweepReport {
     pub expired: u64,
     /// True where the walk has reached the end of the table; the next step starts anew.
     pub finished: bool,
-    /// Entries of the whole table of its capacity, in thousandths, as of the last full walk or what this one has seen.
+    /// Entries of its capacity, in thousandths, of the fuller family's table, as of the last full walk or what this one
+    /// has seen.
     pub fill: u64,
 }
 
-/// See the module.
+/// See the module. Both families' tables are walked one after the other: a step is in one of them.
 pub struct Sweeper {
     tables: Tables,
-    established: HashMap<MapData, FlowKeyV4, FlowV4>,
+    v4: FlowTable<u32>,
+    v6: FlowTable<Wide>,
     service_expired: Array<MapData, u64>,
     backend_expired: Array<MapData, u64>,
+    walk: Walk,
+}
+
+/// One family's established table, and how far the walk over it has come.
+struct FlowTable<A: Address>
+where
+    FlowKey<A>: aya::Pod,
+    Flow<A>: aya::Pod,
+{
+    name: &'static str,
+    flows: HashMap<MapData, FlowKey<A>, Flow<A>>,
     capacity: u64,
     cursor: Cursor,
-    walk: Walk,
+    /// Entries seen by this walk.
+    entries: u64,
+    /// Entries seen by the last one.
     last_entries: u64,
 }
 
-/// One walk over the table.
+/// One walk over both tables.
 #[derive(Debug, Default)]
 struct Walk {
-    entries: u64,
+    begun: bool,
     timeouts: BTreeMap<u32, u32>,
     services: Census,
     backends: Census,
@@ -70,6 +86,13 @@ struct Census {
     seen: BTreeMap<u32, u64>,
 }
 
+/// Flows ended by one step, by number.
+#[derive(Debug, Default)]
+struct Expired {
+    services: BTreeMap<u32, u64>,
+    backends: BTreeMap<u32, u64>,
+}
+
 impl Sweeper {
     /// Opens the pins.
     ///
@@ -77,17 +100,13 @@ impl Sweeper {
     /// Where one is missing.
     pub fn open(pins: &Pins) -> Result<Self, PortError> {
         let tables = Tables::open(pins)?;
-        let info = tables.reader(name::ESTABLISHED)?.data().info();
-        let capacity = info.map_err(|error| PortError::new("the established table", error))?.max_entries();
         Ok(Self {
+            v4: FlowTable::open(pins, &tables, name::ESTABLISHED)?,
+            v6: FlowTable::open(pins, &tables, name::ESTABLISHED_V6)?,
             tables,
-            established: open(pins, name::ESTABLISHED)?,
             service_expired: open(pins, name::SERVICE_EXPIRED)?,
             backend_expired: open(pins, name::BACKEND_EXPIRED)?,
-            capacity: u64::from(capacity.max(1)),
-            cursor: Cursor::default(),
             walk: Walk::default(),
-            last_entries: 0,
         })
     }
 
@@ -100,34 +119,22 @@ impl Sweeper {
     }
 
     fn step_at(&mut self, now: u64, budget: usize) -> Result<SweepReport, PortError> {
-        if self.walk.entries == 0 {
+        if !self.walk.begun {
             self.begin()?;
         }
-        let fill = self.last_entries.max(self.walk.entries).saturating_mul(1000) / self.capacity;
+        let mut expired = Expired::default();
+        let fill = self.v4.fill().max(self.v6.fill());
         let mut report = SweepReport { fill, ..SweepReport::default() };
-        let (mut services, mut backends) = (BTreeMap::new(), BTreeMap::new());
-        let reader = self.tables.reader(name::ESTABLISHED)?;
-        let page = reader.page(&mut self.cursor, budget)?;
-        for (_, value) in page.iter(reader.shape) {
-            let Some(flow) = from_bytes::<FlowV4>(value) else { continue };
-            report.scanned += 1;
-            let timeout = self.walk.timeouts.get(&flow.service).copied().unwrap_or(NO_SERVICE_TIMEOUT);
-            let limit = u64::from(shortened(timeout, fill)).saturating_mul(SECOND);
-            let is_idle = |flow: &FlowV4| now.saturating_sub(flow.last_seen) > limit;
-            let ended = if is_idle(&flow) { end(&mut self.established, &flow, is_idle)? } else { Ended::Nothing };
-            if ended == Ended::Flow {
-                *services.entry(flow.service).or_insert(0_u64) += 1;
-                *backends.entry(flow.backend).or_insert(0_u64) += 1;
-                report.expired += 1;
-            } else if ended == Ended::Nothing && flow.direction == FORWARD {
-                *self.walk.services.seen.entry(flow.service).or_default() += 1;
-                *self.walk.backends.seen.entry(flow.backend).or_default() += 1;
-            }
-        }
-        self.walk.entries += report.scanned;
-        add(&mut self.service_expired, &services)?;
-        add(&mut self.backend_expired, &backends)?;
-        if self.cursor.is_finished() {
+        let walked = if self.v4.cursor.is_finished() {
+            self.v6.step(&self.tables, &mut self.walk, now, budget, &mut report, &mut expired)
+        } else {
+            self.v4.step(&self.tables, &mut self.walk, now, budget, &mut report, &mut expired)
+        };
+        // What was ended before a failure is counted, too.
+        add(&mut self.service_expired, &expired.services)?;
+        add(&mut self.backend_expired, &expired.backends)?;
+        walked?;
+        if self.v4.cursor.is_finished() && self.v6.cursor.is_finished() {
             report.finished = true;
             self.finish()?;
         }
@@ -138,7 +145,7 @@ impl Sweeper {
         let state = self.tables.services()?;
         let (services, backends) = self.tables.numbers()?;
         self.walk = Walk {
-            entries: 0,
+            begun: true,
             timeouts: state.into_iter().map(|(number, entry)| (number, entry.established_timeout)).collect(),
             services: Census { before: self.tables.service_stats(services)?, seen: BTreeMap::new() },
             backends: Census { before: self.tables.backend_stats(backends)?, seen: BTreeMap::new() },
@@ -148,11 +155,72 @@ impl Sweeper {
 
     fn finish(&mut self) -> Result<(), PortError> {
         let walk = std::mem::take(&mut self.walk);
-        self.cursor = Cursor::default();
-        self.last_entries = walk.entries;
+        self.v4.rewind();
+        self.v6.rewind();
         let (services, backends) = self.tables.numbers()?;
         correct(&mut self.service_expired, &walk.services, &self.tables.service_stats(services)?)?;
         correct(&mut self.backend_expired, &walk.backends, &self.tables.backend_stats(backends)?)
+    }
+}
+
+impl<A: Address> FlowTable<A>
+where
+    FlowKey<A>: aya::Pod,
+    Flow<A>: aya::Pod,
+{
+    fn open(pins: &Pins, tables: &Tables, name: &'static str) -> Result<Self, PortError> {
+        let info = tables.reader(name)?.data().info();
+        let capacity = info.map_err(|error| PortError::new(format!("the map {name}"), error))?.max_entries();
+        Ok(Self {
+            name,
+            flows: open(pins, name)?,
+            capacity: u64::from(capacity.max(1)),
+            cursor: Cursor::default(),
+            entries: 0,
+            last_entries: 0,
+        })
+    }
+
+    /// Entries of the capacity, in thousandths, as of the last full walk or what this one has seen.
+    fn fill(&self) -> u64 {
+        self.last_entries.max(self.entries).saturating_mul(1000) / self.capacity
+    }
+
+    fn rewind(&mut self) {
+        self.cursor = Cursor::default();
+        self.last_entries = std::mem::take(&mut self.entries);
+    }
+
+    fn step(
+        &mut self,
+        tables: &Tables,
+        walk: &mut Walk,
+        now: u64,
+        budget: usize,
+        report: &mut SweepReport,
+        expired: &mut Expired,
+    ) -> Result<(), PortError> {
+        let fill = self.fill();
+        let reader = tables.reader(self.name)?;
+        let page = reader.page(&mut self.cursor, budget)?;
+        for (_, value) in page.iter(reader.shape) {
+            let Some(flow) = from_bytes::<Flow<A>>(value) else { continue };
+            report.scanned += 1;
+            self.entries += 1;
+            let timeout = walk.timeouts.get(&flow.service).copied().unwrap_or(NO_SERVICE_TIMEOUT);
+            let limit = u64::from(shortened(timeout, fill)).saturating_mul(SECOND);
+            let is_idle = |flow: &Flow<A>| now.saturating_sub(flow.last_seen) > limit;
+            let ended = if is_idle(&flow) { end(&mut self.flows, &flow, is_idle)? } else { Ended::Nothing };
+            if ended == Ended::Flow {
+                *expired.services.entry(flow.service).or_default() += 1;
+                *expired.backends.entry(flow.backend).or_default() += 1;
+                report.expired += 1;
+            } else if ended == Ended::Nothing && flow.direction == FORWARD {
+                *walk.services.seen.entry(flow.service).or_default() += 1;
+                *walk.backends.seen.entry(flow.backend).or_default() += 1;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -178,13 +246,17 @@ enum Ended {
 }
 
 /// Removes both halves of a flow if both are idle.
-fn end(
-    established: &mut HashMap<MapData, FlowKeyV4, FlowV4>,
-    flow: &FlowV4,
-    is_idle: impl Fn(&FlowV4) -> bool,
-) -> Result<Ended, PortError> {
+fn end<A: Address>(
+    established: &mut HashMap<MapData, FlowKey<A>, Flow<A>>,
+    flow: &Flow<A>,
+    is_idle: impl Fn(&Flow<A>) -> bool,
+) -> Result<Ended, PortError>
+where
+    FlowKey<A>: aya::Pod,
+    Flow<A>: aya::Pod,
+{
     let error = |error: &MapError| PortError::new("ending an idle flow", chain(error));
-    let get = |established: &HashMap<MapData, FlowKeyV4, FlowV4>, key: &FlowKeyV4| match established.get(key, 0) {
+    let get = |established: &HashMap<MapData, FlowKey<A>, Flow<A>>, key: &FlowKey<A>| match established.get(key, 0) {
         Ok(flow) => Ok(Some(flow)),
         Err(MapError::KeyNotFound) => Ok(None),
         Err(cause) => Err(error(&cause)),
@@ -195,7 +267,7 @@ fn end(
     if !is_idle(&own) || own.sequence != flow.sequence || twin.is_some_and(|twin| !is_idle(&twin)) {
         return Ok(Ended::Nothing);
     }
-    let mut remove = |key: &FlowKeyV4| match established.remove(key) {
+    let mut remove = |key: &FlowKey<A>| match established.remove(key) {
         Ok(()) => Ok(true),
         Err(MapError::KeyNotFound) => Ok(false),
         Err(MapError::SyscallError(cause)) if cause.io_error.kind() == std::io::ErrorKind::NotFound => Ok(false),

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use edge_common::{
     filter,
-    maps::{BackendEntry, Chunk, Control, ServiceEntry, ServiceKeyV4, ServiceStats, name},
+    maps::{BackendEntry, Chunk, Control, ServiceEntry, ServiceStats, name},
     verdict::REASONS,
 };
 
@@ -277,11 +277,6 @@ impl Tables {
 
 fn length(end: u32) -> usize {
     usize::try_from(end).unwrap_or(usize::MAX)
-}
-
-/// The key of the frontend or backend that a services or backends element is about.
-pub fn key_of(address: u32, port: u16, protocol: u8) -> ServiceKeyV4 {
-    ServiceKeyV4 { address, port, protocol, _pad: 0 }
 }
 
 /// The values of all CPUs in a per-CPU map's element.
