@@ -178,7 +178,7 @@ fn what_the_program_says_with_no_daemon_waits_for_the_next_one() {
 
         let all = AddressFilter { destinations: [u64::MAX; filter::WORDS], sources: [0; filter::WORDS] };
         pins::open::<Array<MapData, AddressFilter>>(&pins, name::ADDRESS_FILTER).unwrap().set(0, all, 0).unwrap();
-        let frontend = ServiceKey { address: [0; 4], port: 0, protocol: TCP, _pad: 0 };
+        let frontend = ServiceKey { address: edge_common::address::mapped(0), port: 0, protocol: TCP, _pad: 0 };
         let mut index: HashMap<MapData, ServiceKey, u32> = pins::open(&pins, name::SERVICE_INDEX).unwrap();
         index.insert(frontend, SERVICES, 0).unwrap();
         // A SYN from and to zeroes.

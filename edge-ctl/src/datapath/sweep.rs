@@ -44,7 +44,7 @@ pub struct SweepReport {
     pub fill: u64,
 }
 
-/// See the module. Both families' tables are walked one after the other: a step is in one of them.
+/// See the module. Both families' tables are walked one after the other.
 pub struct Sweeper {
     tables: Tables,
     v4: FlowTable<u32>,
@@ -125,11 +125,14 @@ impl Sweeper {
         let mut expired = Expired::default();
         let fill = self.v4.fill().max(self.v6.fill());
         let mut report = SweepReport { fill, ..SweepReport::default() };
-        let walked = if self.v4.cursor.is_finished() {
-            self.v6.step(&self.tables, &mut self.walk, now, budget, &mut report, &mut expired)
-        } else {
-            self.v4.step(&self.tables, &mut self.walk, now, budget, &mut report, &mut expired)
-        };
+        let mut walked = Ok(());
+        if !self.v4.cursor.is_finished() {
+            walked = self.v4.step(&self.tables, &mut self.walk, now, budget, &mut report, &mut expired);
+        }
+        let left = budget.saturating_sub(usize::try_from(report.scanned).unwrap_or(budget));
+        if walked.is_ok() && self.v4.cursor.is_finished() && left > 0 {
+            walked = self.v6.step(&self.tables, &mut self.walk, now, left, &mut report, &mut expired);
+        }
         // What was ended before a failure is counted, too.
         add(&mut self.service_expired, &expired.services)?;
         add(&mut self.backend_expired, &expired.backends)?;
