@@ -10,6 +10,7 @@ pub mod conntrack;
 pub mod filter;
 pub mod flow;
 pub mod hash;
+pub mod limit;
 pub mod maglev;
 pub mod maps;
 pub mod verdict;

@@ -16,6 +16,18 @@ use crate::{
     verdict,
 };
 
+pub use crate::address::mapped;
+
+mod protect;
+pub use protect::{
+    RANGE_PREFIX, RangeSource, SOURCE_RANGES, SOURCES, SourceId, SourceKey, SourceRange, SourceUse, range_action,
+};
+
+pub mod capture;
+pub mod events;
+
+pub use events::{BackendSignals, DropSample, FlowEnd};
+
 /// Map names as in the object file and under the pin folder.
 pub mod name {
     /// `HashMap<FlowKeyV4, FlowV4>`, preallocated: flows that proved themselves.
@@ -70,8 +82,15 @@ pub mod name {
     /// `Array<u32>`, one element: [`super::notice`] bits that the program raised, and which of them it has logged.
     pub const NOTICES: &str = "NOTICES";
 
-    /// `PerCpuArray<Scratch>`, one element: where the program builds what its stack does not hold.
-    pub const SCRATCH: &str = "SCRATCH";
+    /// `LpmTrie<SourceKey, SourceRange>`: who may start flows of which service.
+    pub const SOURCE_RANGES: &str = "SOURCE_RANGES";
+    /// `LruHashMap<SourceId, SourceUse>`: what a source has used up of its service's limits.
+    pub const SOURCES: &str = "SOURCES";
+
+    /// `PerCpuArray<BackendSignals>` by backend number.
+    pub const BACKEND_SIGNALS: &str = "BACKEND_SIGNALS";
+    /// `PerCpuArray<u64>`, one element: records that the full [`EVENTS`] ring buffer refused.
+    pub const EVENTS_LOST: &str = "EVENTS_LOST";
 
     /// Every map of the pipeline, in the order in which they are listed to users.
     pub const ALL: &[&str] = &[
@@ -100,12 +119,22 @@ pub mod name {
         BACKEND_STATS,
         REASONS,
         NOTICES,
-        SCRATCH,
+        SOURCE_RANGES,
+        SOURCES,
+        BACKEND_SIGNALS,
+        EVENTS_LOST,
     ];
 
     /// aya-log's ring buffer, named by aya-log. Pinned like the others, so that a new daemon goes on reading it; not a
     /// table that can be listed.
     pub const LOG: &str = "AYA_LOGS";
+
+    /// Ring buffer of [`super::FlowEnd`] and [`super::DropSample`] records.
+    pub const EVENTS: &str = "EVENTS";
+    /// Perf buffers of captured packets: a [`super::capture::CaptureHeader`] and bytes of the frame.
+    pub const CAPTURE: &str = "CAPTURE";
+    /// Pinned, but not tables that can be listed.
+    pub const STREAMS: [&str; 3] = [LOG, EVENTS, CAPTURE];
 
     /// `Array<u64>` by service number: established flows that the daemon ended as idle. Written by the daemon only, which
     /// creates and pins it; `active = opened - closed - expired`.
@@ -182,6 +211,9 @@ pub struct Flow<A> {
     pub address_delta: u16,
     /// Ones'-complement difference of both ports, as above; not part of a CHECKSUM_PARTIAL.
     pub port_delta: u16,
+    /// What another version might have added here.
+    #[cfg(feature = "layout-test")]
+    pub inserted: [u32; 2],
     /// Next-hop number; 0: look the route up for every packet until it resolves.
     pub next_hop: u32,
     /// [`Control::route_generation`] at which `next_hop` was looked up.
@@ -269,6 +301,10 @@ pub mod flow_flag {
     pub const REPLIED: u16 = 1 << 3;
     /// The backend closed first, so its TIME_WAIT may still hold the port.
     pub const BACKEND_CLOSED_FIRST: u16 = 1 << 4;
+    /// The service limits the packets of each source: the client's are counted.
+    pub const PACKET_LIMIT: u16 = 1 << 8;
+    /// The client has repeated its SYN with nothing from the backend, and that has been counted.
+    pub const UNANSWERED: u16 = 1 << 5;
 }
 
 /// A frontend: one listen address of one service. 140 bytes, alignment 4.
@@ -497,8 +533,14 @@ pub struct Control {
     /// Moves when a link, a used neighbour, or a route that covers a backend changed: entries then look their
     /// route up again.
     pub route_generation: u32,
-    /// Zero.
-    pub _pad: [u32; 3],
+    /// Until when forwarded packets are captured, in the ticks of [`crate::conntrack::ticks`]; 0: not at all.
+    pub capture_until: u32,
+    /// Service number whose packets are captured.
+    pub capture_service: u16,
+    /// Bytes of each that are copied at most.
+    pub capture_length: u16,
+    /// Backend number whose packets are captured; 0: all of the service's.
+    pub capture_backend: u32,
 }
 
 /// An operator's name, UTF-8, zero-padded, cut at 64 bytes.
@@ -529,24 +571,24 @@ pub struct ServiceStats {
 /// Per-CPU counters of a backend, as [`ServiceStats`].
 pub type BackendStats = ServiceStats;
 
-/// Memory of one CPU for the length of one program run; nothing in it outlives that.
-pub type Scratch = [u64; 64];
-
 /// Elements of [`name::REASONS`].
 pub const REASON_SLOTS: u32 = SERVICES * verdict::REASONS;
 
+/// Bytes that the `layout-test` feature adds in the middle of a flow.
+const INSERTED: usize = if cfg!(feature = "layout-test") { 8 } else { 0 };
+
 const _: () = {
     assert!(size_of::<ServiceKey>() == 20);
-    assert!(size_of::<FlowV4>() == 104 && align_of::<FlowV4>() == 8);
+    assert!(size_of::<FlowV4>() == 104 + INSERTED && align_of::<FlowV4>() == 8);
     assert!(core::mem::offset_of!(FlowV4, new_src) == 16);
     assert!(core::mem::offset_of!(FlowV4, address_delta) == 28);
-    assert!(core::mem::offset_of!(FlowV4, next_hop) == 32);
-    assert!(core::mem::offset_of!(FlowV4, state) == 52);
-    assert!(core::mem::offset_of!(FlowV4, created) == 72);
-    assert!(size_of::<FlowV6>() == 152 && align_of::<FlowV6>() == 8);
+    assert!(core::mem::offset_of!(FlowV4, next_hop) == 32 + INSERTED);
+    assert!(core::mem::offset_of!(FlowV4, state) == 52 + INSERTED);
+    assert!(core::mem::offset_of!(FlowV4, created) == 72 + INSERTED);
+    assert!(size_of::<FlowV6>() == 152 + INSERTED && align_of::<FlowV6>() == 8);
     assert!(core::mem::offset_of!(FlowV6, new_src) == 40);
     assert!(core::mem::offset_of!(FlowV6, address_delta) == 76);
-    assert!(core::mem::offset_of!(FlowV6, created) == 120);
+    assert!(core::mem::offset_of!(FlowV6, created) == 120 + INSERTED);
     assert!(size_of::<ServiceEntry>() == 140 && align_of::<ServiceEntry>() == 4);
     assert!(core::mem::offset_of!(ServiceEntry, selection) == 20);
     assert!(size_of::<BackendEntry>() == 44);
@@ -585,5 +627,10 @@ mod pod {
         Control,
         Label,
         ServiceStats,
+        SourceKey,
+        RangeSource,
+        SourceRange,
+        SourceId,
+        SourceUse,
     );
 }

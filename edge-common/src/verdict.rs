@@ -26,6 +26,28 @@ impl Verdict {
     /// [`Action::Drop`].
     pub const DROP: Self = Self(2);
 
+    /// [`Action::Drop`], with its reason's number, the service's, and whether it is one to report.
+    #[inline(always)]
+    pub const fn dropped(reason: Reason, service: u32, report: bool) -> Self {
+        let report = if report { 1_u64 << 63 } else { 0 };
+        Self(report | ((service & 0xffff) as u64) << 40 | (reason as u64) << 32 | 2)
+    }
+
+    /// The reason's and the service's number of a drop that is to be reported.
+    #[inline(always)]
+    pub const fn reported(self) -> Option<(u8, u32)> {
+        if self.0 >> 63 == 0 || self.0 as u32 != 2 {
+            return None;
+        }
+        Some(((self.0 >> 32) as u8, (self.0 >> 40) as u32 & 0xffff))
+    }
+
+    /// True where the packet leaves from here: the one question of the hot path.
+    #[inline(always)]
+    pub const fn is_sent(self) -> bool {
+        self.0 & 1 != 0
+    }
+
     /// No decision yet: for a stage that leaves the packet to the next one. Dropped where nothing decides.
     pub const UNDECIDED: Self = Self(4);
 
@@ -106,11 +128,39 @@ reasons! {
     NotReady = 18, "not-ready";
     /// Dropped: a flow selected a backend that has no SNAT address yet.
     NoSnatAddress = 19, "no-snat-address";
+    /// Dropped: the source ranges of the service do not let this source in.
+    SourceDenied = 26, "source-denied";
+    /// Dropped: the source starts flows faster than the service allows.
+    SourceFlowRate = 27, "source-flow-rate";
+    /// Dropped: the source sends packets faster than the service allows.
+    SourcePacketRate = 28, "source-packet-rate";
+    /// Dropped: the source has as many half-open flows as the service allows.
+    SourceHalfOpen = 29, "source-half-open";
 }
 
 impl Reason {
     /// True where the packet is dropped rather than passed: numbers 8 to 47.
     pub const fn is_drop(self) -> bool {
         self as u32 >= 8 && (self as u32) < 48
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_drop_carries_its_reason_and_service_and_stays_a_drop() {
+        let drop = Verdict::dropped(Reason::NoBackend, 1023, true);
+        assert_eq!((drop.action(), drop.reported()), (Action::Drop, Some((Reason::NoBackend as u8, 1023))));
+        assert_eq!(Verdict::dropped(Reason::NoBackend, 1, false).reported(), None);
+        assert!(!drop.is_sent() && drop != Verdict::UNDECIDED);
+    }
+
+    #[test]
+    fn an_interface_number_is_never_taken_for_a_reported_drop() {
+        let redirect = Verdict::redirect(u32::MAX);
+        assert_eq!((redirect.reported(), redirect.action()), (None, Action::Redirect(u32::MAX)));
+        assert!(redirect.is_sent() && Verdict::TRANSMIT.is_sent() && !Verdict::PASS.is_sent());
     }
 }

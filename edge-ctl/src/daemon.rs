@@ -1,7 +1,10 @@
 //! The daemon: the one place where the layers are wired together. One loop receives every event, keeps the [`World`]
 //! up to date, and publishes the desired state that follows from it; the reconciler does the rest.
 
+mod access_log;
+mod acl;
 mod announcer;
+mod recorder;
 mod start;
 mod throttle;
 mod views;
@@ -25,7 +28,7 @@ use tracing::{error, info, warn};
 
 pub use start::{StartError, run};
 
-use self::{throttle::Throttle, world::World};
+use self::{acl::Acl, recorder::Recorder, throttle::Throttle, world::World};
 use crate::{
     bgp::{BgpEvent, BgpHandle},
     config::{
@@ -38,7 +41,7 @@ use crate::{
     fib::{FibEvent, FibHandle, sysctl},
     model::{
         BackendSource, Mode, PoolSnapshot, Resolver, RouteUpdate,
-        query::{ReloadRow, ViewError},
+        query::{Query, ReloadRow, ViewError},
     },
     notify,
     sources::{dns::DnsHandle, fixed},
@@ -62,6 +65,8 @@ const ROUTE_CHUNK: usize = 512;
 enum Request {
     /// Read the configuration again and apply it.
     Reload(oneshot::Sender<Result<ReloadRow, ViewError>>),
+    /// Give or take back a source range; the answer is the service's name.
+    Acl(Query, oneshot::Sender<Result<String, ViewError>>),
 }
 
 /// State that the loop writes and the views read.
@@ -76,6 +81,8 @@ struct Shared {
     problems: Vec<String>,
     /// Prefixes learnt by BGP that the kernel was told of.
     prefixes: usize,
+    /// Source ranges given at run time.
+    acl: Acl,
     datapath: Datapath,
 }
 
@@ -107,6 +114,7 @@ struct Daemon {
     next_hops: NextHops,
     sweeper: Sweeper,
     program_log: ProgramLog,
+    recorder: Recorder,
     fib: FibHandle,
     bgp: Option<BgpHandle>,
     dns: DnsHandle,
@@ -139,9 +147,7 @@ impl Daemon {
                 event = inbox.bgp.recv(), if speaks => self.on_bgp(event.ok_or_else(|| ended("BGP"))?).await,
                 event = inbox.fib.recv() => self.on_fib(event.ok_or_else(|| ended("the kernel's routes"))?).await,
                 Some(pool) = inbox.pools.recv() => self.on_pool(pool).await,
-                Some(Request::Reload(reply)) = inbox.requests.recv() => {
-                    let _ = reply.send(self.reload().await);
-                }
+                Some(request) = inbox.requests.recv() => self.on_request(request).await,
                 _ = inbox.hangup.recv() => {
                     if let Err(error) = self.reload().await {
                         error!(%error, "the configuration was not reloaded; the running one stays");
@@ -165,6 +171,21 @@ impl Daemon {
             bgp.shutdown().await;
         }
         Ok(())
+    }
+
+    async fn on_request(&mut self, request: Request) {
+        // Whoever asked may have gone.
+        match request {
+            Request::Reload(reply) => drop(reply.send(self.reload().await)),
+            Request::Acl(change, reply) => drop(reply.send(self.change_acl(&change))),
+        }
+    }
+
+    fn change_acl(&mut self, change: &Query) -> Result<String, ViewError> {
+        let now = acl::now();
+        let changed = acl::change(&mut lock(&self.shared).acl, &self.config, change, now)?;
+        self.publish();
+        Ok(changed)
     }
 
     async fn on_bgp(&mut self, event: BgpEvent) {
@@ -263,7 +284,8 @@ impl Daemon {
     fn publish(&mut self) {
         let mut shared = lock(&self.shared);
         self.world.datapath_ready = shared.datapath.is_ready();
-        let desired = self.world.desired(&self.config);
+        let mut desired = self.world.desired(&self.config);
+        shared.acl.overlay(&mut desired, acl::now());
         self.desired.send_if_modified(|published| {
             let changed = published.as_ref() != Some(&desired);
             if changed {
@@ -336,8 +358,12 @@ impl Daemon {
             let failures = shared.datapath.attach_missing();
             problems.extend(failures.iter().map(|(interface, error)| format!("{interface}: {error}")));
             problems.extend(shared.datapath.notes().iter().cloned());
+            problems.extend(self.recorder.problem());
             for problem in problems.iter().filter(|problem| !before.contains(*problem)) {
                 warn!(%problem, "degraded");
+            }
+            if let Err(error) = shared.datapath.end_stale_capture() {
+                warn!(%error, "a capture that nobody reads goes on");
             }
             if let Err(error) = shared.datapath.refresh_snat_ports() {
                 warn!(%error, "the host's own ports are not known");
@@ -345,7 +371,8 @@ impl Daemon {
             shared.problems = problems;
             shared.datapath.is_ready()
         };
-        if ready != self.world.datapath_ready {
+        let expired = lock(&self.shared).acl.expire(acl::now());
+        if expired || ready != self.world.datapath_ready {
             self.publish();
         }
         let unheld = self.world.unheld.clone();
@@ -406,6 +433,7 @@ impl Daemon {
             Ok(_) => {}
             Err(error) => warn!(%error, "idle flows could not be swept"),
         }
+        self.recorder.ended(self.sweeper.take_ended());
     }
 
     /// Parses, validates, compares, applies; on any error the running configuration stays.
@@ -432,6 +460,7 @@ impl Daemon {
             _ => {}
         }
         self.config = new;
+        self.recorder.reload(&self.config.access_log);
         let current = lock(&self.shared).desired.clone();
         self.world.reconfigure(&self.config, &current);
         self.dns.reconfigure(dns_sources(&self.config), self.config.edge.pod_networks.clone());

@@ -19,8 +19,8 @@ use ipnet::IpNet;
 use crate::{
     config::valid::Config,
     model::{
-        BackendSource, Balance, Frontend, Mode, PathAttributes, PoolMember, PoolSnapshot, PoolState, Protocol,
-        RouteSet, Service, Snat, within,
+        BackendSource, Balance, Frontend, Mode, PathAttributes, PoolMember, PoolSnapshot, PoolState, Protection,
+        Protocol, RouteSet, Service, Snat, within,
     },
 };
 
@@ -75,6 +75,8 @@ pub struct DesiredState {
     pub announcements: BTreeMap<IpNet, PathAttributes>,
     /// Addresses of all frontends: what the host must hold so that the kernel answers for their other ports.
     pub addresses: BTreeSet<IpAddr>,
+    /// The program reports every flow that ends.
+    pub record_ends: bool,
 }
 
 /// One listen address.
@@ -88,6 +90,8 @@ pub struct DesiredFrontend {
     pub balance: Balance,
     /// SNAT settings.
     pub snat: Snat,
+    /// What its sources may do.
+    pub protection: Protection,
     /// Idle timeouts.
     pub timeouts: Timeouts,
     /// Backends by address; `None`: nothing was ever learnt, so the maps keep what they have for this frontend.
@@ -204,7 +208,7 @@ impl Timeouts {
 
 /// Builds the desired state.
 pub fn build(config: &Config, inputs: &Inputs<'_>) -> DesiredState {
-    let mut state = DesiredState::default();
+    let mut state = DesiredState { record_ends: config.access_log.is_some(), ..DesiredState::default() };
     for service in config.services.values() {
         for frontend in &service.listen {
             let desired = build_frontend(config, inputs, service, frontend);
@@ -249,6 +253,7 @@ fn build_frontend(config: &Config, inputs: &Inputs<'_>, service: &Service, front
         mode: service.mode,
         balance: service.balance,
         snat: service.snat.clone(),
+        protection: service.protection.clone(),
         timeouts: Timeouts::of(frontend.protocol),
         pool,
         announced,
@@ -346,8 +351,10 @@ mod tests {
             balance: Balance::Maglev,
             snat: Snat::default(),
             announce: Some(Announce { min_backends: 1, attributes: PathAttributes::default() }),
+            protection: Protection::default(),
         };
         Config {
+            access_log: None,
             edge: Edge {
                 interfaces: vec!["eth0".to_owned()],
                 hook: Hook::Auto,

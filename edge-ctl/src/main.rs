@@ -6,14 +6,17 @@ use edge_ctl::{
     cli::{self, CheckedConfig, Exit, KernelViews, Wiring},
     config::{self, lint, memory},
     daemon,
-    datapath::{answer::answer_from_pins, kernel_view::KernelView, object::EBPF_OBJECT},
-    model::query::{Answer, Query, ViewError},
+    datapath::{answer::answer_from_pins, capture::PerfTap, kernel_view::KernelView, object::EBPF_OBJECT, pins},
+    model::{
+        capture::Tap,
+        query::{Answer, Query, ViewError},
+    },
     reconcile::ports::PortError,
 };
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
-    let wiring = Wiring { run: &run, check: &check, kernel: &Pins };
+    let wiring = Wiring { run: &run, check: &check, kernel: &Pins, tap: &tap };
     cli::main(std::env::args_os(), &wiring).into()
 }
 
@@ -73,6 +76,12 @@ fn possible_cpus() -> u32 {
     let last = text.trim().rsplit([',', '-']).next().and_then(|last| last.parse::<u32>().ok());
     let online = || available_parallelism().map_or(1, |count| u32::try_from(count.get()).unwrap_or(1));
     last.map_or_else(online, |last| last.saturating_add(1))
+}
+
+/// The capture of the datapath pinned under `root`.
+fn tap(root: &Path) -> Result<Box<dyn Tap>, String> {
+    let pins = pins::Pins::new(root, EBPF_OBJECT).map_err(|error| error.to_string())?;
+    Ok(Box::new(PerfTap::open(&pins).map_err(|error| error.to_string())?))
 }
 
 /// Answers from the pinned maps.

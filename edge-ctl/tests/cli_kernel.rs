@@ -39,7 +39,7 @@ fn run(pins: &Pins, line: &str) -> Exit {
     let check = |_: &Path| {
         Ok(CheckedConfig { socket: "/nonexistent".into(), pin_path: "/from/config".into(), ..CheckedConfig::default() })
     };
-    let wiring = Wiring { run: &|_| Exit::Error, check: &check, kernel: pins };
+    let wiring = Wiring { run: &|_| Exit::Error, check: &check, kernel: pins, tap: &|_| Err(String::new()) };
     cli::main(std::iter::once("edge-ctl").chain(line.split(' ')).map(OsString::from), &wiring)
 }
 
@@ -78,7 +78,7 @@ fn the_daemon_runs_with_the_file_given_or_the_default() {
             *seen.borrow_mut() = Some(path.to_owned());
             Exit::Degraded
         };
-        let wiring = Wiring { run: &start, check: &|_| Err(Vec::new()), kernel: &pins };
+        let wiring = Wiring { run: &start, check: &|_| Err(Vec::new()), kernel: &pins, tap: &|_| Err(String::new()) };
         let arguments = std::iter::once("edge-ctl").chain(line.split(' ')).map(OsString::from);
         assert_eq!(cli::main(arguments, &wiring), Exit::Degraded);
         assert_eq!(seen.take(), Some(PathBuf::from(file)));

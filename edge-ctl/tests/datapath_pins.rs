@@ -31,6 +31,7 @@ use edge_common::{
 use edge_ctl::{
     config::valid::{Edge, Hook, Tables},
     datapath::{
+        attach,
         kernel_view::KernelView,
         loader::{Datapath, LoadError},
         maps::Maps,
@@ -38,7 +39,7 @@ use edge_ctl::{
         pins, sys,
     },
     desired::{Announced, DesiredBackend, DesiredFrontend, DesiredState, Timeouts},
-    model::{Balance, Frontend, Mode, PathAttributes, PoolMember, Protocol, Snat},
+    model::{Balance, Frontend, Mode, PathAttributes, PoolMember, Protection, Protocol, Snat},
     reconcile::{
         actor::{Intervals, Reconciler},
         ports::{AnnouncementPort, DatapathPort, PortError},
@@ -112,7 +113,7 @@ fn open(edge: &Edge) -> Datapath {
     Datapath::open(edge, EBPF_OBJECT).unwrap()
 }
 
-fn attach(datapath: &mut Datapath) {
+fn attach_all(datapath: &mut Datapath) {
     let failed = datapath.attach_missing();
     assert!(failed.is_empty(), "{failed:?}");
     assert!(datapath.is_ready());
@@ -131,7 +132,7 @@ fn a_second_start_adopts_maps_programs_and_links_and_writes_nothing() {
     in_namespaces("second start", |folder| {
         let edge = edge(folder, Hook::XdpNative, &["in", "out"]);
         let mut first = open(&edge);
-        attach(&mut first);
+        attach_all(&mut first);
         assert!(first.writes() > 0);
         assert_eq!(states(&first), [row("xdp-native", "attached"), row("xdp-native", "attached")]);
         let links = |datapath: &Datapath| {
@@ -141,7 +142,7 @@ fn a_second_start_adopts_maps_programs_and_links_and_writes_nothing() {
         drop(first);
 
         let mut second = open(&edge);
-        attach(&mut second);
+        attach_all(&mut second);
         assert_eq!(second.writes(), 0);
         assert_eq!(states(&second), [row("xdp-native", "adopted"), row("xdp-native", "adopted")]);
         assert_eq!(links(&second), before);
@@ -171,7 +172,7 @@ fn what_the_program_says_with_no_daemon_waits_for_the_next_one() {
         log::set_logger(&LINES).unwrap();
         let edge = edge(folder, Hook::XdpNative, &["in", "out"]);
         let mut first = open(&edge);
-        attach(&mut first);
+        attach_all(&mut first);
         drop(first.program_log().unwrap());
         let pins = first.pins().clone();
         drop(first);
@@ -209,7 +210,7 @@ fn a_new_version_takes_over_by_link_update_with_the_maps_as_they_are() {
         for hook in [Hook::XdpNative, Hook::Tc] {
             let edge = edge(folder, hook, &["in"]);
             let mut first = open(&edge);
-            attach(&mut first);
+            attach_all(&mut first);
             let before = first.xdp_rows();
             let seed = first.seed().unwrap();
             let mut established = table::<FlowKeyV4>(&first);
@@ -217,7 +218,7 @@ fn a_new_version_takes_over_by_link_update_with_the_maps_as_they_are() {
             drop(first);
 
             let mut second = Datapath::open(&edge, newer).unwrap();
-            attach(&mut second);
+            attach_all(&mut second);
             let after = second.xdp_rows();
             assert_eq!(after[0].link, before[0].link, "updated, not attached anew");
             assert_ne!(after[0].program, before[0].program);
@@ -235,8 +236,8 @@ fn links_outlive_the_process_that_made_them_and_detach_all_leaves_nothing() {
     in_namespaces("detach", |folder| {
         let edge = edge(folder, Hook::Auto, &["in"]);
         let mut datapath = open(&edge);
-        attach(&mut datapath);
-        assert_eq!(states(&datapath), [row("tcx", "attached")], "veth gets TC");
+        attach_all(&mut datapath);
+        assert_eq!(states(&datapath), [row(attach::tc_hook().name(), "attached")], "veth gets TC");
         let link = datapath.pins().link("in", false);
         drop(datapath);
         assert_ne!(sys::link_target(&link).unwrap().ifindex, 0, "still attached with nobody there");
@@ -254,15 +255,15 @@ fn a_changed_hook_moves_the_program_and_never_leaves_both() {
     in_namespaces("hook change", |folder| {
         let mut edge = edge(folder, Hook::XdpNative, &["in"]);
         let mut datapath = open(&edge);
-        attach(&mut datapath);
+        attach_all(&mut datapath);
         edge.hook = Hook::Tc;
         let mut datapath = open(&edge);
-        attach(&mut datapath);
-        assert_eq!(states(&datapath), [row("tcx", "attached")]);
+        attach_all(&mut datapath);
+        assert_eq!(states(&datapath), [row(attach::tc_hook().name(), "attached")]);
         assert_eq!(datapath.pins().linked().unwrap(), [("in".to_owned(), false)]);
         edge.hook = Hook::XdpGeneric;
         datapath.reconfigure(&edge);
-        attach(&mut datapath);
+        attach_all(&mut datapath);
         assert_eq!(states(&datapath), [row("xdp-generic", "attached")]);
         assert_eq!(datapath.pins().linked().unwrap(), [("in".to_owned(), true)]);
     });
@@ -273,10 +274,10 @@ fn an_interface_taken_out_of_the_configuration_is_let_go() {
     in_namespaces("interface removed", |folder| {
         let mut edge = edge(folder, Hook::Tc, &["in", "out"]);
         let mut datapath = open(&edge);
-        attach(&mut datapath);
+        attach_all(&mut datapath);
         edge.interfaces.pop();
         datapath.reconfigure(&edge);
-        attach(&mut datapath);
+        attach_all(&mut datapath);
         assert_eq!(datapath.pins().linked().unwrap(), [("in".to_owned(), false)]);
     });
 }
@@ -291,12 +292,12 @@ fn a_missing_interface_is_named_and_attached_once_it_appears() {
         assert!(failed[0].1.is_retryable() && !datapath.is_ready());
         assert_eq!(states(&datapath)[1], row("-", "missing"));
         ip("link add late.100 type veth peer name late-peer");
-        attach(&mut datapath);
+        attach_all(&mut datapath);
         // The name goes to another interface: the old link is of no use.
         ip("link del late.100");
         ip("link add late.100 type veth peer name late-peer");
-        attach(&mut datapath);
-        assert_eq!(states(&datapath)[1], row("tcx", "attached"));
+        attach_all(&mut datapath);
+        assert_eq!(states(&datapath)[1], row(attach::tc_hook().name(), "attached"));
     });
 }
 
@@ -345,7 +346,7 @@ fn an_ordinary_user_with_the_units_capabilities_loads_attaches_writes_and_reads(
         become_ordinary(folder, 1 << 12 | 1 << 38 | 1 << 39);
         let edge = edge(folder, Hook::XdpNative, &["in", "out"]);
         let mut datapath = open(&edge);
-        attach(&mut datapath);
+        attach_all(&mut datapath);
         let mut reconciler = reconciler(&datapath);
         reconciler.round(&desired(&["10.1.0.4:443"]));
         assert_eq!(reconciler.status().error, None);
@@ -356,7 +357,7 @@ fn an_ordinary_user_with_the_units_capabilities_loads_attaches_writes_and_reads(
         assert!(view.xdp_rows().unwrap().iter().all(|row| row.tag.is_some()));
         drop(datapath);
         let mut again = open(&edge);
-        attach(&mut again);
+        attach_all(&mut again);
         assert_eq!(again.writes(), 0);
     });
 }
@@ -445,6 +446,7 @@ fn desired(backends: &[&str]) -> DesiredState {
         mode: Mode::FullNat,
         balance: Balance::Maglev,
         snat: Snat::default(),
+        protection: Protection::default(),
         timeouts: Timeouts::of(Protocol::Tcp),
         pool: Some(backends.iter().map(backend).collect()),
         announced: Announced::Yes,
@@ -453,6 +455,7 @@ fn desired(backends: &[&str]) -> DesiredState {
         frontends: BTreeMap::from([(frontend, service)]),
         announcements: BTreeMap::from([(address.into(), PathAttributes::default())]),
         addresses: [address].into(),
+        ..DesiredState::default()
     }
 }
 
@@ -500,7 +503,12 @@ fn what_the_reconciler_wrote_is_found_again_by_the_next_one_which_writes_nothing
         assert_eq!(rows.len(), name::ALL.len() + name::DAEMON.len());
         let index = rows.iter().find(|row| row.name == "SERVICE_INDEX").unwrap();
         assert_eq!((index.entries, index.key), (Some(1), 20));
-        assert!(rows.iter().all(|row| row.memory > 0 && PathBuf::from(&row.pin).exists()));
+        let odd: Vec<_> = rows
+            .iter()
+            .filter(|row| row.memory == 0 || !PathBuf::from(&row.pin).exists())
+            .map(|row| row.name.as_str())
+            .collect();
+        assert_eq!(odd, ["SOURCE_RANGES"], "an empty trie has no memory");
     });
 }
 

@@ -16,7 +16,7 @@ use std::{
 use edge_ctl::{
     datapath::fake::FakeDatapath,
     desired::{Announced, DesiredBackend, DesiredFrontend, DesiredState, Timeouts},
-    model::{Balance, Frontend, Mode, PathAttributes, PoolMember, Protocol, Snat},
+    model::{Balance, Frontend, Mode, PathAttributes, PoolMember, Protection, Protocol, Snat},
     reconcile::{
         actor::{Intervals, Reconciler, ReconcilerStatus},
         ports::{Action, AnnouncementPort, DatapathPort, DatapathState, FlowCounts, PortError},
@@ -77,6 +77,7 @@ fn desired(backends: &[&str]) -> DesiredState {
         mode: Mode::FullNat,
         balance: Balance::Maglev,
         snat: Snat::default(),
+        protection: Protection::default(),
         timeouts: Timeouts::of(Protocol::Tcp),
         pool: Some(backends.iter().map(backend).collect()),
         announced: Announced::Yes,
@@ -86,6 +87,7 @@ fn desired(backends: &[&str]) -> DesiredState {
         frontends: BTreeMap::from([(frontend, service)]),
         announcements: BTreeMap::from([(address.into(), PathAttributes::default())]),
         addresses: [address].into(),
+        ..DesiredState::default()
     }
 }
 

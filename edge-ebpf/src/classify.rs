@@ -8,7 +8,9 @@ use edge_common::{
     verdict::{Reason, Verdict},
 };
 
-use crate::{conntrack::Past, family::Family, fib, maps, packet::Packet, parse::Parsed, pipeline::Side, stats::because};
+use crate::{
+    conntrack::Past, family::Family, fib, maps, packet::Packet, parse::Parsed, pipeline::Side, stats::because,
+};
 
 /// The packet starts a flow of the service noted in [`Past`].
 pub const NEW_FLOW: Verdict = Verdict::UNDECIDED;
@@ -40,12 +42,7 @@ pub fn untracked<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, side:
 /// The number of an address and port in a map that holds both families. A v4-mapped address in an IPv6 packet stands for
 /// nothing there: it would meet an IPv4 entry.
 #[inline(always)]
-fn lookup<A: Family>(
-    address: A,
-    port: u16,
-    protocol: u8,
-    number: impl Fn(&ServiceKey) -> Option<u32>,
-) -> Option<u32> {
+fn lookup<A: Family>(address: A, port: u16, protocol: u8, number: impl Fn(&ServiceKey) -> Option<u32>) -> Option<u32> {
     let address = address.wide();
     if A::V6 && unmapped(&address).is_some() {
         return None;

@@ -1,18 +1,20 @@
 //! Carries out what `edge_common::conntrack` decides: moves between the tables, flags on both halves, touch.
 
 use edge_common::{
-    conntrack::{self, Direction, State, Step, next_touch},
+    conntrack::{self, Direction, State, Step, next_touch, opens, tcp_flag::RST},
     flow::{FlowKey, UDP},
     maps::{Flow, ServiceEntry, flow_flag},
     verdict::{Reason, Verdict},
 };
 
 use crate::{
+    events,
     family::Family,
     forward,
-    maps::{self, EEXIST, EFAULT, Table},
+    maps::{self, EEXIST, ENOENT, Table, scratch::scratch},
     packet::Packet,
     parse::Parsed,
+    protect,
     stats::{because, count_closed, count_opened},
 };
 
@@ -41,7 +43,13 @@ impl<A: Family> Past<A> {
 
 /// A packet that hit an entry and may change its flow's state, or that hit one outside the established table.
 #[inline(never)]
-pub fn track<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut Flow<A>, table: Table, past: &mut Past<A>) -> Verdict {
+pub fn track<A: Family, P: Packet>(
+    packet: &mut P,
+    parsed: &Parsed<A>,
+    flow: &mut Flow<A>,
+    table: Table,
+    past: &mut Past<A>,
+) -> Verdict {
     let Some(service) = maps::service(flow.service) else {
         return because(Reason::NotReady, 0);
     };
@@ -54,6 +62,9 @@ pub fn track<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mu
         maps::remove_flow(Table::Closing, &parsed.key);
         return NO_FLOW;
     }
+    if flow.flags & flow_flag::PACKET_LIMIT != 0 && !protect::packet_admitted(parsed.key.src, flow) {
+        return because(Reason::SourcePacketRate, flow.service);
+    }
     let direction = Direction::from_number(flow.direction);
     let state = match table {
         Table::Established => State::Established,
@@ -64,19 +75,28 @@ pub fn track<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mu
         return because(Reason::TwinTaken, flow.service);
     }
     match conntrack::step(state, direction, flow.flags, flow.ack_floor, expired, &parsed.segment()) {
-        Step::Stay => forward::any(packet, parsed, flow),
+        Step::Stay => {
+            if table == Table::HalfOpen && opens(parsed.flags) {
+                events::repeated(flow);
+            }
+            forward::any(packet, parsed, flow)
+        }
         Step::Flag(flags) => {
             flow.flags |= flags;
-            if let Some(twin) = maps::flow(table, &flow.twin()) {
+            if let Some(twin) = own_twin(table, flow) {
                 twin.flags |= flags;
+            }
+            if flags & flow_flag::REPLIED != 0 {
+                events::answered(flow);
             }
             forward::any(packet, parsed, flow)
         }
         Step::Expect(floor) => {
-            if let Some(client) = maps::flow(table, &flow.twin()) {
+            if let Some(client) = own_twin(table, flow) {
                 client.ack_floor = floor;
                 client.flags |= flow_flag::SYN_ACK_SEEN;
             }
+            events::answered(flow);
             forward::any(packet, parsed, flow)
         }
         Step::Promote(flags) => {
@@ -87,6 +107,9 @@ pub fn track<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mu
             forward_from(packet, parsed, Table::Established)
         }
         Step::Close(flags) => {
+            if direction == Direction::Reply && parsed.flags & RST != 0 {
+                events::reset_by_backend(flow);
+            }
             if close(parsed, flow, flags, table) {
                 forward_from(packet, parsed, Table::Closing)
             } else {
@@ -100,6 +123,13 @@ pub fn track<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mu
             NO_FLOW
         }
     }
+}
+
+/// A flow's other half. An LRU table may have evicted it, and its key may belong to another flow since, which is not to be
+/// touched.
+#[inline(always)]
+fn own_twin<A: Family>(table: Table, flow: &Flow<A>) -> Option<&'static mut Flow<A>> {
+    maps::flow(table, &flow.twin()).filter(|twin| twin.twin() == flow.key)
 }
 
 /// True where the client's tuple has a new flow, to which a late packet of the old backend does not belong.
@@ -140,7 +170,8 @@ fn promote<A: Family>(parsed: &Parsed<A>, flow: &mut Flow<A>, flags: u16, establ
     flow.flags |= flags;
     let touch_due = next_touch(maps::now(), established_timeout, jitter(&flow.key));
     let added = match maps::flow(Table::HalfOpen, &twin_key) {
-        Some(twin) => add_established(twin, flags, touch_due),
+        Some(twin) if twin.twin() == parsed.key => add_established(twin, flags, touch_due),
+        Some(_) => return because(Reason::TwinTaken, service),
         None => add_missing_twin(flow, touch_due),
     };
     if added != 0 && added != EEXIST {
@@ -150,7 +181,10 @@ fn promote<A: Family>(parsed: &Parsed<A>, flow: &mut Flow<A>, flags: u16, establ
         return because(Reason::TwinTaken, service);
     }
     match add_established(flow, 0, touch_due) {
-        0 => count_opened(service, backend),
+        0 => {
+            count_opened(service, backend);
+            protect::half_open_ended(flow);
+        }
         // Another CPU promoted it just now.
         EEXIST => {}
         _ => {
@@ -166,8 +200,8 @@ fn promote<A: Family>(parsed: &Parsed<A>, flow: &mut Flow<A>, flags: u16, establ
 /// A copy of a half-open entry into the established table; 0 or an errno.
 #[inline(never)]
 fn add_established<A: Family>(half_open: &Flow<A>, flags: u16, touch_due: u32) -> i32 {
-    let Some(flow) = copy(half_open) else {
-        return EFAULT;
+    let Some(flow) = scratch(half_open) else {
+        return ENOENT;
     };
     flow.state = State::Established as u8;
     flow.sequence = flow.sequence.wrapping_add(1);
@@ -179,22 +213,20 @@ fn add_established<A: Family>(half_open: &Flow<A>, flags: u16, touch_due: u32) -
 /// As [`add_established`], for a twin that the half-open table has evicted.
 #[inline(never)]
 fn add_missing_twin<A: Family>(flow: &Flow<A>, touch_due: u32) -> i32 {
-    let Some(twin) = copy(flow) else {
-        return EFAULT;
+    let Some(twin) = scratch(flow) else {
+        return ENOENT;
     };
-    twin.turn();
+    turn(twin);
     twin.state = State::Established as u8;
     twin.sequence = twin.sequence.wrapping_add(1);
     twin.touch_due = touch_due;
     insert(Table::Established, twin)
 }
 
-/// A copy of an entry in the scratch memory, to be changed and inserted.
+/// Makes a copy of an entry the other direction's.
 #[inline(always)]
-fn copy<A: Family>(flow: &Flow<A>) -> Option<&'static mut Flow<A>> {
-    let copy = maps::scratch::<Flow<A>>()?;
-    *copy = *flow;
-    Some(copy)
+pub fn turn<A: Family>(flow: &mut Flow<A>) {
+    flow.turn();
 }
 
 #[inline(always)]
@@ -222,18 +254,31 @@ fn close<A: Family>(parsed: &Parsed<A>, flow: &mut Flow<A>, flags: u16, table: T
     let (service, backend) = (flow.service, flow.backend);
     let twin_key = flow.twin();
     flow.flags |= flags;
+    let mut alone = false;
     let refused = match maps::flow(table, &twin_key) {
-        Some(twin) => {
+        Some(twin) if twin.twin() == parsed.key => {
             twin.flags |= flags;
             put_closing(twin)
+        }
+        // Another flow's by now: only this half closes.
+        Some(_) => {
+            alone = true;
+            0
         }
         None => put_closing_twin(flow),
     };
     if refused != 0 || put_closing(flow) != 0 {
         return false;
     }
-    maps::remove_flow(table, &twin_key);
-    if maps::remove_flow(table, &parsed.key) && table == Table::Established {
+    let record = events::begin(flow, table, Some(parsed));
+    let from_client = flow.direction == Direction::Forward as u8;
+    let twin_removed = !alone && maps::remove_flow(table, &twin_key);
+    let removed = maps::remove_flow(table, &parsed.key);
+    events::finish(record, if from_client { removed } else { twin_removed });
+    if table == Table::HalfOpen {
+        protect::half_open_ended(flow);
+    }
+    if removed && table == Table::Established {
         count_closed(service, backend);
     }
     true
@@ -242,7 +287,7 @@ fn close<A: Family>(parsed: &Parsed<A>, flow: &mut Flow<A>, flags: u16, table: T
 /// Copies an entry into the closing table; 0, or 1 where that refuses.
 #[inline(never)]
 fn put_closing<A: Family>(flow: &Flow<A>) -> u32 {
-    let Some(closing) = copy(flow) else {
+    let Some(closing) = scratch(flow) else {
         return 1;
     };
     closing.state = State::Closing as u8;
@@ -254,10 +299,10 @@ fn put_closing<A: Family>(flow: &Flow<A>) -> u32 {
 /// As [`put_closing`], the other direction's entry.
 #[inline(never)]
 fn put_closing_twin<A: Family>(flow: &Flow<A>) -> u32 {
-    let Some(closing) = copy(flow) else {
+    let Some(closing) = scratch(flow) else {
         return 1;
     };
-    closing.turn();
+    turn(closing);
     closing.state = State::Closing as u8;
     closing.sequence = closing.sequence.wrapping_add(1);
     closing.last_seen = maps::now();
@@ -272,12 +317,20 @@ fn reopen<A: Family>(parsed: &Parsed<A>, flow: &Flow<A>, table: Table) {
     if table == Table::Established {
         count_closed(flow.service, flow.backend);
     }
+    if table == Table::HalfOpen {
+        protect::half_open_ended(flow);
+    }
+    let record = if table == Table::Established { events::begin(flow, table, None) } else { None };
     if table != Table::Closing {
         let twin_key = flow.twin();
-        put_closing_twin(flow);
-        maps::remove_flow(table, &twin_key);
+        // Where that is another flow's by now, there is no port to rest.
+        if maps::flow(table, &twin_key).is_none_or(|twin| twin.twin() == parsed.key) {
+            put_closing_twin(flow);
+            maps::remove_flow(table, &twin_key);
+        }
     }
-    maps::remove_flow(table, &parsed.key);
+    let removed = maps::remove_flow(table, &parsed.key);
+    events::finish(record, removed);
 }
 
 /// What [`touch`] did; a number, so that a BPF function can return it.
@@ -301,6 +354,10 @@ pub fn touch<A: Family>(parsed: &Parsed<A>, flow: &mut Flow<A>, now: u64) -> u32
         return touched::TOO_LATE;
     }
     flow.touch_due = next_touch(now, seconds, jitter(&flow.key));
+    if maps::service(flow.service).is_some_and(|service| service.source_packet_rate != 0) {
+        // A limit that came with a reload counts for the flows that it found.
+        flow.flags |= flow_flag::PACKET_LIMIT;
+    }
     flow.next_hop = 0;
     let twin_key = flow.twin();
     match maps::flow(Table::Established, &twin_key) {
@@ -315,10 +372,10 @@ pub fn touch<A: Family>(parsed: &Parsed<A>, flow: &mut Flow<A>, now: u64) -> u32
 
 #[inline(never)]
 fn rebuild_twin<A: Family>(flow: &Flow<A>, now: u64) -> bool {
-    let Some(twin) = copy(flow) else {
-        return true;
+    let Some(twin) = scratch(flow) else {
+        return false;
     };
-    twin.turn();
+    turn(twin);
     twin.last_seen = now;
     // A full table is no reason to drop this packet: the next touch tries again.
     insert(Table::Established, twin) != EEXIST

@@ -5,18 +5,18 @@ use edge_common::{
     conntrack::{Direction, State, expired, rest_seconds},
     flow::FlowKey,
     hash::{scatter, spread},
-    maps::{BackendEntry, Flow, SNAT_ADDRESSES, ServiceEntry, mode},
+    maps::{BackendEntry, Flow, SNAT_ADDRESSES, ServiceEntry, flow_flag, mode},
     verdict::{Reason, Verdict},
 };
 
 use crate::{
+    conntrack::{self, Past},
     family::Family,
-    conntrack::Past,
     forward,
-    maps::{self, EEXIST, EFAULT, Table},
+    maps::{self, EEXIST, ENOENT, Table, scratch},
     packet::Packet,
     parse::Parsed,
-    select,
+    protect, select,
     stats::{because, count_half_opened},
 };
 
@@ -24,12 +24,20 @@ use crate::{
 /// `p^n` for `n` usable candidates. Where every port may be used, `n` is 16: 50 % full 0.0015 %, 75 % full 1 %, 90 % full
 /// 19 %. Beside the kernel's default ephemeral range it is 9: 0.2 %, 8 %, 39 %.
 const PROBES: u32 = 16;
+/// From this probe on a half-open flow that has stalled gives its port up. A flood of forged SYNs takes every port within
+/// a second, and each would rest for as long as a half-open flow lives; an honest client answers within a round trip.
+const PRESSED: u32 = 8;
+/// How long a client may take to answer before it counts as stalled, ns.
+const STALLED: u64 = 200_000_000;
 /// Candidates that come from the backend's cursor before the rest are scattered.
 const FROM_CURSOR: u32 = 4;
 
-/// Starts a flow for the client's packet and sends it on its way.
+/// Both entries of the packet's flow are there: [`first`] sends it.
+pub const CREATED: Verdict = Verdict::UNDECIDED;
+
+/// Starts a flow for the client's packet: [`CREATED`], or why not.
 #[inline(never)]
-pub fn flow<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, past: &Past<A>) -> Verdict {
+pub fn flow<A: Family>(parsed: &Parsed<A>, past: &Past<A>) -> Verdict {
     let service_number = past.service;
     if parsed.ttl <= 1 {
         return because(Reason::TtlExpired, service_number);
@@ -52,10 +60,12 @@ pub fn flow<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, past: &Pas
         new_dst_port: backend.port,
         service: service_number,
         backend: backend_number,
-        now: maps::now(),
+        flags: if service.source_packet_rate == 0 { 0 } else { flow_flag::PACKET_LIMIT },
+        // Connect times are measured from here.
+        now: maps::events::precise_now(),
     };
     let failed = open(&mut plan, service, backend, past);
-    if failed != OPENED {
+    if failed != OPENED && failed != JOINED {
         return match failed {
             NO_SNAT_ADDRESS => because(Reason::NoSnatAddress, service_number),
             TAKEN => because(Reason::TwinTaken, service_number),
@@ -63,10 +73,19 @@ pub fn flow<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, past: &Pas
             _ => because(Reason::HalfOpenFull, service_number),
         };
     }
-    count_half_opened(service_number, backend_number);
+    if failed == OPENED {
+        count_half_opened(service_number, backend_number);
+        protect::half_opened(parsed.key.src, service_number);
+    }
+    CREATED
+}
+
+/// Sends the packet that started a flow on its way.
+#[inline(never)]
+pub fn first<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, service: u32) -> Verdict {
     match maps::flow(Table::HalfOpen, &parsed.key) {
         Some(flow) => forward::any(packet, parsed, flow),
-        None => because(Reason::HalfOpenFull, service_number),
+        None => because(Reason::HalfOpenFull, service),
     }
 }
 
@@ -75,8 +94,10 @@ const NO_SNAT_ADDRESS: u32 = 1;
 const TAKEN: u32 = 2;
 const EXHAUSTED: u32 = 3;
 const FULL: u32 = 4;
+/// The flow was there already.
+const JOINED: u32 = 5;
 
-/// What both entries are made of; they are built where they are inserted.
+/// What both entries are made of; they are built in the scratch element, one after the other.
 struct Plan<A> {
     key: FlowKey<A>,
     new_src: A,
@@ -85,6 +106,7 @@ struct Plan<A> {
     new_dst_port: u16,
     service: u32,
     backend: u32,
+    flags: u16,
     now: u64,
 }
 
@@ -98,13 +120,13 @@ impl<A: Family> Plan<A> {
 /// Writes the forward entry.
 #[inline(always)]
 fn write_forward<A: Family>(plan: &Plan<A>, flow: &mut Flow<A>) {
-    *flow = Flow::default();
     flow.key = plan.key;
     flow.new_src = plan.new_src;
     flow.new_dst = plan.new_dst;
     flow.new_src_port = plan.new_src_port;
     flow.new_dst_port = plan.new_dst_port;
     flow.set_deltas();
+    flow.flags = plan.flags;
     flow.service = plan.service;
     flow.backend = plan.backend;
     flow.sequence = 1;
@@ -117,8 +139,8 @@ fn write_forward<A: Family>(plan: &Plan<A>, flow: &mut Flow<A>) {
 /// Adds the forward entry; 0 or an errno.
 #[inline(never)]
 fn add_forward<A: Family>(plan: &Plan<A>) -> i32 {
-    let Some(flow) = maps::scratch::<Flow<A>>() else {
-        return EFAULT;
+    let Some(flow) = scratch::empty() else {
+        return ENOENT;
     };
     write_forward(plan, flow);
     maps::add_flow(Table::HalfOpen, flow).err().unwrap_or(0)
@@ -127,11 +149,11 @@ fn add_forward<A: Family>(plan: &Plan<A>) -> i32 {
 /// Adds the reply's entry; 0 or an errno.
 #[inline(never)]
 fn add_reply<A: Family>(plan: &Plan<A>) -> i32 {
-    let Some(flow) = maps::scratch::<Flow<A>>() else {
-        return EFAULT;
+    let Some(flow) = scratch::empty() else {
+        return ENOENT;
     };
     write_forward(plan, flow);
-    flow.turn();
+    conntrack::turn(flow);
     maps::add_flow(Table::HalfOpen, flow).err().unwrap_or(0)
 }
 
@@ -145,13 +167,13 @@ fn open<A: Family>(plan: &mut Plan<A>, service: &ServiceEntry, backend: &Backend
     match add_forward(plan) {
         0 => OPENED,
         errno => {
-            // Another CPU opened this flow just now: its entry serves this packet too, and the reply's key is
-            // this CPU's to take back only where the other chose another one.
+            // Another CPU opened this flow just now, or it was half-open beside a flow that ended: its entry serves this
+            // packet too, and the reply's key is this packet's to take back only where the other chose another one.
             let reply = plan.reply_key();
             if !belongs_to(Table::HalfOpen, &plan.key, &reply) {
                 maps::remove_flow(Table::HalfOpen, &reply);
             }
-            if errno == EEXIST { OPENED } else { FULL }
+            if errno == EEXIST { JOINED } else { FULL }
         }
     }
 }
@@ -178,7 +200,7 @@ fn choose_source<A: Family>(plan: &mut Plan<A>, service: &ServiceEntry, backend:
         } else if !next_source(plan, service, backend, probe - 1) {
             continue;
         }
-        match claim(plan, service, own) {
+        match claim(plan, service, own, probe >= PRESSED) {
             OPENED => return OPENED,
             FULL => return FULL,
             _ if dnat => return TAKEN,
@@ -231,16 +253,18 @@ fn snat_address<A: Family>(service: &ServiceEntry, which: u32) -> A {
 }
 
 /// Puts the reply's entry into the half-open table, then makes sure that no other table knows its key, and takes it
-/// out again where one does. `own`: a closing entry of the same client tuple is no conflict.
+/// out again where one does. `own`: a closing entry of the same client tuple is no conflict. `pressed`: nor is a stalled
+/// half-open flow.
 #[inline(never)]
-fn claim<A: Family>(plan: &Plan<A>, service: &ServiceEntry, own: bool) -> u32 {
+fn claim<A: Family>(plan: &Plan<A>, service: &ServiceEntry, own: bool, pressed: bool) -> u32 {
     let reply = plan.reply_key();
     match add_reply(plan) {
         0 => {}
         EEXIST => {
             // Where the tuple leaves no choice of port, an entry that timed out is no conflict, nor is one whose
             // client half has been evicted.
-            if !own || !yields(plan, Table::HalfOpen, &reply, service.half_open_timeout) {
+            let own = own && yields(plan, Table::HalfOpen, &reply, service.half_open_timeout);
+            if !own && !(pressed && end_stalled(plan, &reply)) {
                 return TAKEN;
             }
             maps::remove_flow(Table::HalfOpen, &reply);
@@ -264,6 +288,22 @@ fn claim<A: Family>(plan: &Plan<A>, service: &ServiceEntry, own: bool) -> u32 {
     OPENED
 }
 
+/// Ends the half-open flow whose reply has this key, up to the key itself, where its client has been silent for too long
+/// or is unknown by now; else answers false.
+#[inline(never)]
+fn end_stalled<A: Family>(plan: &Plan<A>, reply: &FlowKey<A>) -> bool {
+    let Some(flow) = maps::flow(Table::HalfOpen, reply) else {
+        return true;
+    };
+    let client = flow.twin();
+    if maps::flow(Table::HalfOpen, &client).is_some_and(|client| plan.now.saturating_sub(client.last_seen) < STALLED) {
+        return false;
+    }
+    protect::half_open_ended(flow);
+    maps::remove_flow(Table::HalfOpen, &client);
+    true
+}
+
 /// Takes a closing flow out whose SNAT port has rested, or whose client has come back; false where it stays.
 #[inline(never)]
 fn clear_closing<A: Family>(plan: &Plan<A>, reply: &FlowKey<A>, closing_timeout: u32, own: bool) -> bool {
@@ -271,11 +311,11 @@ fn clear_closing<A: Family>(plan: &Plan<A>, reply: &FlowKey<A>, closing_timeout:
         return true;
     };
     let rest = rest_seconds(reply.protocol, flow.flags, closing_timeout);
-    let client = flow.twin();
     let rested = expired(flow.last_seen, rest, plan.now);
-    if !(rested || own && client == plan.key) {
+    if !(rested || own && leads_back(flow, &plan.key)) {
         return false;
     }
+    let client = flow.twin();
     maps::remove_flow(Table::Closing, reply);
     maps::remove_flow(Table::Closing, &client);
     true
@@ -283,10 +323,21 @@ fn clear_closing<A: Family>(plan: &Plan<A>, reply: &FlowKey<A>, closing_timeout:
 
 #[inline(always)]
 fn yields<A: Family>(plan: &Plan<A>, table: Table, reply: &FlowKey<A>, timeout: u32) -> bool {
-    maps::flow(table, reply).is_some_and(|flow| flow.twin() == plan.key || expired(flow.last_seen, timeout, plan.now))
+    maps::flow(table, reply)
+        .is_some_and(|flow| leads_back(flow, &plan.key) || expired(flow.last_seen, timeout, plan.now))
 }
 
 #[inline(never)]
 fn belongs_to<A: Family>(table: Table, key: &FlowKey<A>, twin: &FlowKey<A>) -> bool {
-    maps::flow(table, key).is_some_and(|flow| flow.twin() == *twin)
+    maps::flow(table, key).is_some_and(|flow| leads_back(flow, twin))
+}
+
+/// True where `key` is the flow's twin's, field by field: comparing whole keys calls `memcmp`, which takes a frame.
+#[inline(always)]
+fn leads_back<A: Family>(flow: &Flow<A>, key: &FlowKey<A>) -> bool {
+    flow.new_src == key.dst
+        && flow.new_dst == key.src
+        && flow.new_src_port == key.dst_port
+        && flow.new_dst_port == key.src_port
+        && flow.key.protocol == key.protocol
 }

@@ -54,7 +54,7 @@ pub fn resolve<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &
         tos: parsed.tos,
         ingress: packet.ingress(),
     };
-    let Some(Lookup { route, hop, key }) = maps::scratch::<Lookup>() else {
+    let Some(Lookup { route, hop, key }) = maps::scratch::lookup() else {
         return u64::from(resolution::NO_ROUTE);
     };
     query.encode(route);
@@ -166,7 +166,7 @@ pub fn leads_away<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>) -> b
         tos: parsed.tos,
         ingress: packet.ingress(),
     };
-    let Some(Lookup { route, .. }) = maps::scratch::<Lookup>() else {
+    let Some(Lookup { route, .. }) = maps::scratch::lookup() else {
         return false;
     };
     query.encode(route);

@@ -1,20 +1,21 @@
 //! From a flow entry to the wire: next hop, length, TTL, rewrite, counters, egress.
 
 use edge_common::{
-    conntrack::{due, ticks},
-    maps::{Flow, NextHop, next_hop_flag},
-    verdict::{Reason, Verdict},
+    conntrack::{due, tcp_flag::SYN, ticks},
+    maps::{Control, Flow, NextHop, capture::side, flow_flag, next_hop_flag},
+    verdict::{Action, Reason, Verdict},
 };
 use network_types::eth::EthHdr;
 
 use crate::{
-    family::Family,
+    capture,
     conntrack::{self, touched},
+    family::Family,
     fib::{self, resolution},
-    maps,
+    maps, mss,
     packet::Packet,
     parse::Parsed,
-    rewrite,
+    protect, rewrite,
     stats::{because, count_packet},
 };
 
@@ -32,12 +33,18 @@ pub fn established<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flo
             _ => return because(Reason::TwinTaken, flow.service),
         }
     }
+    if flow.flags & flow_flag::PACKET_LIMIT != 0 && !protect::packet_admitted(parsed.key.src, flow) {
+        return because(Reason::SourcePacketRate, flow.service);
+    }
     send(packet, parsed, flow, now)
 }
 
 /// As [`established`], for entries of every table, without the touch; a function of its own off the hot path.
 #[inline(never)]
 pub fn any<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut Flow<A>) -> Verdict {
+    if parsed.flags & SYN != 0 {
+        mss::clamp(packet, parsed, flow.service);
+    }
     send(packet, parsed, flow, maps::now())
 }
 
@@ -49,6 +56,25 @@ fn send<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut Flo
     let Some(control) = maps::control() else {
         return because(Reason::NotReady, flow.service);
     };
+    let capturing = control.capture_until != 0;
+    if capturing {
+        capture::copy(packet, flow, side::BEFORE);
+    }
+    let verdict = deliver(packet, parsed, flow, now, control);
+    if capturing && !matches!(verdict.action(), Action::Drop) {
+        capture::copy(packet, flow, side::AFTER);
+    }
+    verdict
+}
+
+#[inline(always)]
+fn deliver<A: Family, P: Packet>(
+    packet: &mut P,
+    parsed: &Parsed<A>,
+    flow: &mut Flow<A>,
+    now: u64,
+    control: &Control,
+) -> Verdict {
     if flow.next_hop == 0 || flow.route_generation != control.route_generation {
         let resolved = fib::resolve(packet, parsed, flow, control.route_generation);
         if resolved as u32 != resolution::RESOLVED {
@@ -90,7 +116,13 @@ fn egress<A: Family, P: Packet>(
 
 /// A packet whose route gave no next-hop number.
 #[inline(never)]
-fn unlisted<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut Flow<A>, now: u64, resolved: u64) -> Verdict {
+fn unlisted<A: Family, P: Packet>(
+    packet: &mut P,
+    parsed: &Parsed<A>,
+    flow: &mut Flow<A>,
+    now: u64,
+    resolved: u64,
+) -> Verdict {
     match resolved as u32 {
         resolution::NO_NEIGHBOUR => to_stack(packet, parsed, flow, now, Reason::NeighbourUnresolved),
         resolution::STACK => to_stack(packet, parsed, flow, now, Reason::ViaStack),
@@ -115,7 +147,13 @@ fn too_long<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut
 }
 
 #[inline(never)]
-fn to_stack<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut Flow<A>, now: u64, reason: Reason) -> Verdict {
+fn to_stack<A: Family, P: Packet>(
+    packet: &mut P,
+    parsed: &Parsed<A>,
+    flow: &mut Flow<A>,
+    now: u64,
+    reason: Reason,
+) -> Verdict {
     if !translate(packet, parsed, flow, now) {
         return because(Reason::Malformed, flow.service);
     }
@@ -128,6 +166,6 @@ fn translate<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mu
         return false;
     }
     flow.last_seen = now;
-    count_packet(flow, u64::from(parsed.total_len));
+    count_packet(flow, parsed);
     true
 }

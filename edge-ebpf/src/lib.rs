@@ -4,17 +4,21 @@
 #![feature(core_intrinsics)]
 #![allow(internal_features, reason = "32-bit atomic add, which core::sync::atomic does not offer for this target")]
 
+pub mod capture;
 pub mod classify;
 pub mod conntrack;
 pub mod create;
+pub mod events;
 pub mod family;
 pub mod fib;
 pub mod forward;
 pub mod log;
 pub mod maps;
+pub mod mss;
 pub mod packet;
 pub mod parse;
 pub mod pipeline;
+pub mod protect;
 pub mod rewrite;
 pub mod select;
 pub mod stats;

@@ -1,9 +1,12 @@
-//! Map statics and their typed accessors. All map access of the program is in this file.
+//! Map statics and their typed accessors. All map access of the program is in this module.
 //!
 //! Elements of preallocated maps stay mapped while a program runs (RCU), so a reference to one never dangles; another
 //! CPU may write the same element, which can lose a counter's increment but not more, since every field is an integer
 //! that is written whole.
 #![allow(unsafe_code, reason = "this is one of the two modules that may hold it")]
+
+pub mod capture;
+pub mod events;
 
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
@@ -22,7 +25,7 @@ use edge_common::{
     },
 };
 
-use crate::fib::Lookup;
+pub mod scratch;
 
 #[map]
 static ESTABLISHED: HashMap<FlowKeyV4, FlowV4> = HashMap::with_max_entries(layout::ESTABLISHED_ENTRIES, 0);
@@ -73,9 +76,10 @@ static BACKEND_STATS: PerCpuArray<BackendStats> = PerCpuArray::with_max_entries(
 #[map]
 static REASONS: PerCpuArray<u64> = PerCpuArray::with_max_entries(layout::REASON_SLOTS, 0);
 #[map]
-static SCRATCH: PerCpuArray<layout::Scratch> = PerCpuArray::with_max_entries(1, 0);
-#[map]
 static NOTICES: Array<u32> = Array::with_max_entries(1, 0);
+
+mod protect;
+pub use protect::{known_source_use, precise_now, range_action, source_use};
 
 /// One of the flow tables.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -90,8 +94,8 @@ pub enum Table {
 
 /// `-EEXIST` of an insert that may not replace.
 pub const EEXIST: i32 = -17;
-/// `-EFAULT`: there is no scratch memory, which a one-element array excludes.
-pub const EFAULT: i32 = -14;
+/// `-ENOENT`, for a map that lacks an element it always has.
+pub const ENOENT: i32 = -2;
 
 /// An address family's flow tables.
 pub trait FlowTables: Address {
@@ -101,10 +105,12 @@ pub trait FlowTables: Address {
     fn insert(table: Table, flow: &Flow<Self>, flags: u64) -> Result<(), i32>;
     /// Removes the entry of `key`; an errno where there was none.
     fn delete(table: Table, key: &FlowKey<Self>) -> Result<(), i32>;
+    /// This CPU's room for an entry that is being built, see [`scratch`].
+    fn room() -> Option<*mut Flow<Self>>;
 }
 
 macro_rules! flow_tables {
-    ($address:ty, $established:ident, $half_open:ident, $closing:ident) => {
+    ($address:ty, $established:ident, $half_open:ident, $closing:ident, $room:path) => {
         impl FlowTables for $address {
             #[inline(always)]
             fn lookup(table: Table, key: &FlowKey<Self>) -> Option<*mut Flow<Self>> {
@@ -132,12 +138,17 @@ macro_rules! flow_tables {
                     Table::Closing => $closing.remove(key),
                 }
             }
+
+            #[inline(always)]
+            fn room() -> Option<*mut Flow<Self>> {
+                $room()
+            }
         }
     };
 }
 
-flow_tables!(u32, ESTABLISHED, HALF_OPEN, CLOSING);
-flow_tables!(Wide, ESTABLISHED_V6, HALF_OPEN_V6, CLOSING_V6);
+flow_tables!(u32, ESTABLISHED, HALF_OPEN, CLOSING, scratch::room);
+flow_tables!(Wide, ESTABLISHED_V6, HALF_OPEN_V6, CLOSING_V6, scratch::room_v6);
 
 /// The entry of `key`.
 #[inline(always)]
@@ -324,36 +335,6 @@ pub fn raise(notice: u32) {
     {
         *notices |= notice;
     }
-}
-
-/// What may be built in the scratch memory.
-///
-/// # Safety
-/// Every bit pattern is a valid value; the alignment is at most 8; `OFFSET`, a multiple of 8, and the size stay within the
-/// element; and no two types that are in use at the same time overlap.
-pub unsafe trait Scratch: Sized {
-    /// Where it lies, bytes.
-    const OFFSET: usize;
-}
-
-// SAFETY: integers only, 152 bytes at most.
-unsafe impl<A: Address> Scratch for Flow<A> {
-    const OFFSET: usize = 0;
-}
-// SAFETY: integers and byte arrays only, behind the flow.
-unsafe impl Scratch for Lookup {
-    const OFFSET: usize = 160;
-}
-
-const _: () = assert!(size_of::<FlowV6>() <= 160 && 160 + size_of::<Lookup>() <= size_of::<layout::Scratch>());
-
-/// This CPU's scratch memory, as it was left. It takes no stack, of which a program has 512 bytes over all its calls.
-#[inline(always)]
-pub fn scratch<T: Scratch>() -> Option<&'static mut T> {
-    let scratch = SCRATCH.get_ptr_mut(0)?;
-    // SAFETY: in bounds, aligned and valid by the trait's contract; this CPU's own element, and programs of the hooks do not
-    // preempt each other on a CPU.
-    Some(unsafe { &mut *scratch.byte_add(T::OFFSET).cast::<T>() })
 }
 
 /// Nanoseconds of CLOCK_MONOTONIC, as of the last timer tick.

@@ -9,8 +9,13 @@ use aya_ebpf::{
     helpers::generated,
     programs::{TcContext, XdpContext},
 };
-use edge_common::address::{Address, Wide, mapped};
+use edge_common::{
+    address::{Address, Wide, mapped},
+    maps::capture::CaptureHeader,
+};
 use network_types::{eth::EthHdr, ip::Ipv4Hdr, tcp::TcpHdr, udp::UdpHdr};
+
+use crate::maps;
 
 /// Headers that may be read and written in place.
 ///
@@ -80,6 +85,9 @@ pub trait Packet {
 
     /// Applies a difference to a layer-4 checksum; false where the packet is too short.
     fn fix_l4(&mut self, fix: L4Fix) -> bool;
+
+    /// Gives a copy of the packet's beginning to `edge-ctl capture`.
+    fn capture(&self, header: &CaptureHeader);
 
     /// Asks the kernel's FIB; the answer overwrites the question. 0: found; above: why not, as the kernel's
     /// `BPF_FIB_LKUP_RET_*`; below: an errno.
@@ -172,6 +180,11 @@ impl Packet for XdpPacket {
     }
 
     #[inline(always)]
+    fn capture(&self, header: &CaptureHeader) {
+        maps::capture::put(&XdpContext::new(self.ctx), header);
+    }
+
+    #[inline(always)]
     fn route(&mut self, query: &mut Route) -> i64 {
         // SAFETY: valid context; the kernel writes at most the size given.
         unsafe { generated::bpf_fib_lookup(self.ctx.cast(), &raw mut query.0, size_of::<bpf_fib_lookup>() as i32, 0) }
@@ -242,9 +255,12 @@ impl Packet for SkbPacket {
             return false;
         }
         // SAFETY: as above.
-        unsafe {
-            generated::bpf_l4_csum_replace(self.ctx, offset, 0, u64::from(fix.ports), u64::from(mangled)) == 0
-        }
+        unsafe { generated::bpf_l4_csum_replace(self.ctx, offset, 0, u64::from(fix.ports), u64::from(mangled)) == 0 }
+    }
+
+    #[inline(always)]
+    fn capture(&self, header: &CaptureHeader) {
+        maps::capture::put(&TcContext::new(self.ctx), header);
     }
 
     #[inline(always)]

@@ -5,12 +5,7 @@ use edge_common::{
     conntrack::Segment,
     flow::{FlowKey, TCP},
 };
-use network_types::{
-    eth::EthHdr,
-    ip::Ipv4Hdr,
-    tcp::TcpHdr,
-    udp::UdpHdr,
-};
+use network_types::{eth::EthHdr, ip::Ipv4Hdr, tcp::TcpHdr, udp::UdpHdr};
 
 use crate::{family::Family, packet::Packet};
 
@@ -84,6 +79,12 @@ impl<A: Family> Parsed<A> {
     #[inline(always)]
     pub fn l4(&self) -> usize {
         IP + header_len::<A>(self.header_len)
+    }
+
+    /// True where it carries more than headers.
+    #[inline(always)]
+    pub fn has_payload(&self) -> bool {
+        self.total_len > u32::from(self.header_len) + u32::from(self.l4_len)
     }
 
     /// What it says to connection tracking.

@@ -12,13 +12,15 @@ use network_types::eth::EtherType;
 use crate::{
     classify::{self, NEW_FLOW},
     conntrack::{self, NO_FLOW, Past},
-    create,
+    create::{self, CREATED},
+    events,
     family::Family,
     forward::{self, TOO_LATE},
     log,
     maps::{self, Table},
     packet::Packet,
     parse::{self, Ip, Parsed, Upper},
+    protect,
     stats::because,
 };
 
@@ -93,11 +95,15 @@ fn serve<A: Family, P: Packet>(packet: &mut P, ip: &Ip<A>, side: Side) -> Verdic
         && let Some(flow) = maps::flow(Table::Established, &parsed.key)
     {
         let verdict = forward::established(packet, &parsed, flow);
-        if verdict != TOO_LATE {
+        if verdict.is_sent() {
             return verdict;
         }
+        if verdict != TOO_LATE {
+            return events::sampled(&parsed, verdict);
+        }
     }
-    slow(packet, &parsed, side)
+    let verdict = slow(packet, &parsed, side);
+    events::sampled(&parsed, verdict)
 }
 
 /// A packet that may change its flow's state, or that has no flow. The stages follow each other rather than call each
@@ -109,7 +115,13 @@ fn slow<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, side: Side) ->
     if verdict == NO_FLOW {
         verdict = classify::untracked(packet, parsed, side, &mut past);
         if verdict == NEW_FLOW {
-            verdict = create::flow(packet, parsed, &past);
+            verdict = protect::admit(parsed, past.service);
+        }
+        if verdict == NEW_FLOW {
+            verdict = create::flow(parsed, &past);
+            if verdict == CREATED {
+                verdict = create::first(packet, parsed, past.service);
+            }
         }
     }
     log::notices();
@@ -136,7 +148,7 @@ fn prefilter<A: Address>(ip: &Ip<A>) -> Option<Side> {
 }
 
 /// A packet that may change its flow's state; [`NO_FLOW`] where it has none, or none any more.
-#[inline(never)]
+#[inline(always)]
 fn tracked<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, past: &mut Past<A>) -> Verdict {
     let key = &parsed.key;
     if let Some(flow) = maps::flow(Table::Established, key) {

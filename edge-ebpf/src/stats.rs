@@ -2,27 +2,30 @@
 
 use edge_common::{
     conntrack::Direction,
-    maps::{Flow, ServiceStats, notice},
+    maps::{Flow, ServiceStats, events::is_sampled, notice},
     verdict::{REASONS, Reason, Verdict},
 };
 
-use crate::{family::Family, maps};
+use crate::{events, family::Family, maps, parse::Parsed};
 
 /// Counts `reason` for a service (0: none) and gives the verdict that goes with it.
 #[inline(always)]
 pub fn because(reason: Reason, service: u32) -> Verdict {
+    let mut report = false;
     if let Some(count) = maps::reason_counter(service * REASONS + reason as u32) {
         *count += 1;
+        report = is_sampled(*count);
     }
     if reason == Reason::NotReady {
         maps::raise(notice::NOT_READY);
     }
-    if reason.is_drop() { Verdict::DROP } else { Verdict::PASS }
+    if reason.is_drop() { Verdict::dropped(reason, service, report) } else { Verdict::PASS }
 }
 
-/// Counts a packet of `bytes` (from the IP header on) of a flow.
+/// Counts a packet of a flow, and notes the backend's first payload.
 #[inline(always)]
-pub fn count_packet<A: Family>(flow: &mut Flow<A>, bytes: u64) {
+pub fn count_packet<A: Family>(flow: &mut Flow<A>, parsed: &Parsed<A>) {
+    let bytes = u64::from(parsed.total_len);
     flow.packets += 1;
     flow.bytes += bytes;
     let (service, backend) = (flow.service, flow.backend);
@@ -32,6 +35,9 @@ pub fn count_packet<A: Family>(flow: &mut Flow<A>, bytes: u64) {
             stats.bytes_in += bytes;
         });
     } else {
+        if flow.first_byte_after == 0 && parsed.has_payload() {
+            events::first_byte(flow);
+        }
         update(service, backend, |stats| {
             stats.packets_out += 1;
             stats.bytes_out += bytes;

@@ -2,6 +2,8 @@
 
 pub mod bench;
 pub mod datapath;
+pub mod kernel_facts;
 pub mod lab;
+pub mod model;
 pub mod scenario;
 pub mod skip;

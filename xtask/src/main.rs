@@ -5,6 +5,7 @@ use std::{path::PathBuf, process::ExitCode};
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+mod kernel_test;
 mod layers;
 mod setup;
 mod sh;
@@ -55,6 +56,20 @@ enum Command {
         #[arg(long)]
         e2e: bool,
     },
+    /// Random packets through the loaded program, compared with the reference model.
+    FuzzDatapath {
+        /// Packets at each hook.
+        #[arg(long, default_value_t = 10_000_000)]
+        packets: u64,
+        /// Repeat the run of this seed; a fresh one where none is given.
+        #[arg(long)]
+        seed: Option<String>,
+        /// xdp or tc; both where not given.
+        #[arg(long)]
+        hook: Option<String>,
+    },
+    /// Load the eBPF object and run the dataplane tests on another kernel, in QEMU.
+    KernelTest(kernel_test::Options),
     /// Check that imports go one way only.
     CheckLayers,
 }
@@ -93,6 +108,9 @@ fn execute(command: Command) -> Result<ExitCode> {
             command.args(["build", "--release", "--locked", "--bins", "--target-dir"]).arg(root().join("target/ebpf"));
             sh::run(command.current_dir(root().join("edge-ebpf")).env("RUSTC_BOOTSTRAP", "1"))?;
             println!("{}", root().join("target/ebpf/bpfel-unknown-none/release/edge-ebpf").display());
+            step("what this kernel's verifier says of it");
+            sh::run(cargo().args(["build", "--quiet", "--locked", "--package", "edge-tests", "--bin", "edge-lab"]))?;
+            return sh::pass_through(sh::as_root(&root().join("target/debug/edge-lab")).arg("kernel-facts"));
         }
         Command::Lab { arguments } => {
             step("build edge-lab");
@@ -121,6 +139,18 @@ fn execute(command: Command) -> Result<ExitCode> {
             }
             return sh::pass_through(&mut command);
         }
+        Command::FuzzDatapath { packets, seed, hook } => {
+            setup::run()?;
+            build_release()?;
+            step("compare the program with the reference model");
+            let mut command = sh::as_root(&release("edge-fuzz-datapath"));
+            command.arg("--packets").arg(packets.to_string());
+            for (option, value) in [("--seed", seed), ("--hook", hook)] {
+                command.args(value.iter().flat_map(|value| [option, value.as_str()]));
+            }
+            return sh::pass_through(&mut command);
+        }
+        Command::KernelTest(options) => return kernel_test::run(&options),
         Command::CheckLayers => return layers::run(),
     }
     Ok(ExitCode::SUCCESS)

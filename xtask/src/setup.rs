@@ -15,7 +15,7 @@ use crate::sh::{self, as_root, cargo, is_root, output, root, step};
 const BPF_LINKER: &str = "0.10.3";
 
 /// Debian packages, each with a program that shows it is there.
-const PACKAGES: [(&str, &str); 14] = [
+const PACKAGES: [(&str, &str); 15] = [
     ("iproute2", "ip"),
     ("ethtool", "ethtool"),
     ("nftables", "nft"),
@@ -28,6 +28,7 @@ const PACKAGES: [(&str, &str); 14] = [
     ("nginx", "nginx"),
     ("libnginx-mod-stream", "/usr/lib/nginx/modules/ngx_stream_module.so"),
     ("haproxy", "haproxy"),
+    ("hping3", "hping3"),
     ("wrk", "wrk"),
     ("systemd", "systemd-analyze"),
 ];

@@ -15,6 +15,7 @@ use axum::{
 use serde::Deserialize;
 
 use super::{Answer, Query, ViewError, Views, metrics};
+use crate::model::capture::CaptureOrder;
 use crate::model::query::{DEFAULT_LIMIT, Refusal, ServiceDetail};
 
 /// Rows that one answer may have; more would hold up the daemon.
@@ -35,6 +36,8 @@ pub(super) fn api(views: Shared) -> Router {
         ("/v1/maps", Query::Maps),
         ("/v1/xdp", Query::Xdp),
         ("/v1/reasons", Query::Reasons),
+        ("/v1/acl", Query::Acl),
+        ("/v1/events", Query::Events),
         ("/v1/config", Query::Config),
     ];
     let router = plain.into_iter().fold(Router::new(), |router, (path, query)| {
@@ -46,6 +49,9 @@ pub(super) fn api(views: Shared) -> Router {
         .route("/v1/maps/{name}", get(map))
         .route("/v1/bgp/peers/{peer}/received", get(received))
         .route("/v1/bgp/peers/{peer}/advertised", get(advertised))
+        .route("/v1/acl/add", post(acl_add))
+        .route("/v1/acl/remove", post(acl_remove))
+        .route("/v1/capture", post(capture))
         .route("/v1/reload", post(|State(views): State<Shared>| ask(views, Query::Reload)))
         .route("/metrics", get(scrape))
         .fallback(not_found)
@@ -89,7 +95,10 @@ async fn not_found(uri: Uri) -> Response {
 }
 
 async fn wrong_method(uri: Uri) -> Response {
-    let error = format!("{} does not take that method (GET everywhere, POST for /v1/reload)", uri.path());
+    let error = format!(
+        "{} does not take that method (GET everywhere, POST for /v1/reload, /v1/capture, /v1/acl/add, /v1/acl/remove)",
+        uri.path()
+    );
     (StatusCode::METHOD_NOT_ALLOWED, Json(Refusal { error, problems: Vec::new() })).into_response()
 }
 
@@ -119,6 +128,13 @@ async fn flows(State(views): State<Shared>, parameters: Listed) -> Response {
     }
 }
 
+async fn capture(State(views): State<Shared>, order: Result<Parameters<CaptureOrder>, QueryRejection>) -> Response {
+    match order {
+        Ok(Parameters(order)) => ask(views, Query::Capture(order)).await,
+        Err(rejection) => bad_request(rejection.body_text()),
+    }
+}
+
 async fn map(State(views): State<Shared>, name: Named, parameters: Listed) -> Response {
     match (name, parameters) {
         (Ok(Path(name)), Ok(Parameters(parameters))) => {
@@ -127,6 +143,46 @@ async fn map(State(views): State<Shared>, name: Named, parameters: Listed) -> Re
         }
         (Err(rejection), _) => bad_request(rejection.body_text()),
         (_, Err(rejection)) => bad_request(rejection.body_text()),
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AclParameters {
+    service: String,
+    prefix: String,
+    #[serde(default)]
+    deny: bool,
+    #[serde(rename = "for")]
+    lifetime: Option<String>,
+}
+
+async fn acl_add(
+    State(views): State<Shared>,
+    parameters: Result<Parameters<AclParameters>, QueryRejection>,
+) -> Response {
+    match parameters {
+        Ok(Parameters(AclParameters { service, prefix, deny, lifetime })) => {
+            ask(views, Query::AclAdd { service, prefix, deny, lifetime }).await
+        }
+        Err(rejection) => bad_request(rejection.body_text()),
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RangeParameters {
+    service: String,
+    prefix: String,
+}
+
+async fn acl_remove(
+    State(views): State<Shared>,
+    parameters: Result<Parameters<RangeParameters>, QueryRejection>,
+) -> Response {
+    match parameters {
+        Ok(Parameters(RangeParameters { service, prefix })) => ask(views, Query::AclRemove { service, prefix }).await,
+        Err(rejection) => bad_request(rejection.body_text()),
     }
 }
 

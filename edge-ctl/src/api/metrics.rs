@@ -120,6 +120,10 @@ impl Metric {
         Self { unit: "seconds", ..self }
     }
 
+    const fn microseconds(self) -> Self {
+        Self { unit: "microseconds", ..self }
+    }
+
     const fn bytes(self) -> Self {
         Self { unit: "bytes", ..self }
     }
@@ -183,6 +187,27 @@ static METRICS: &[Metric] = &[
         directed(s.backends.iter().map(|row| (backend_labels(row), row.bytes_in, row.bytes_out)))
     })
     .bytes(),
+    counter("backend_failures", "Connections that failed, by what the program saw", |s| {
+        let kinds = |row: &BackendRow| {
+            [("unanswered", row.unanswered), ("refused", row.refused), ("reset_early", row.reset_early)]
+        };
+        let samples = s.backends.iter().flat_map(|row| kinds(row).map(|(kind, count)| (row, kind, count)));
+        samples.map(|(row, kind, count)| (with(backend_labels(row), "kind", kind), count)).collect()
+    }),
+    gauge("backend_connect", "Average time to the SYN-ACK or first datagram", |s| {
+        s.backends.iter().filter_map(|row| Some((backend_labels(row), micros(row.connect?)))).collect()
+    })
+    .microseconds(),
+    gauge("backend_first_byte", "Average time to the first byte of payload", |s| {
+        s.backends.iter().filter_map(|row| Some((backend_labels(row), micros(row.first_byte?)))).collect()
+    })
+    .microseconds(),
+    counter("access_log_lines", "Access log lines, by what became of them", |s| {
+        let both = |row: &StatusRow| [("written", row.access_written), ("lost", row.access_lost)];
+        let samples = s.status.iter().flat_map(both);
+        samples.map(|(result, count)| (vec![("result", result.to_owned())], count)).collect()
+    }),
+    counter("events_lost", "Records that the events ring buffer had no room for", |s| s.status(|row| row.events_lost)),
     counter("backend_packets", "Packets; `in` is from clients", |s| {
         directed(s.backends.iter().map(|row| (backend_labels(row), row.packets_in, row.packets_out)))
     }),
@@ -238,6 +263,10 @@ static METRICS: &[Metric] = &[
         s.errors.iter().map(|(view, failed)| (vec![("view", (*view).to_owned())], *failed)).collect()
     }),
 ];
+
+fn micros(milliseconds: f64) -> u64 {
+    (milliseconds * 1000.0).round() as u64
+}
 
 fn with(mut labels: Labels, name: &'static str, value: &str) -> Labels {
     labels.push((name, value.to_owned()));

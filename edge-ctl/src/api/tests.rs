@@ -11,6 +11,7 @@ use std::{
 use serde_json::{Value, json};
 
 use super::*;
+use crate::model::capture::{CaptureOrder, CaptureRow};
 use crate::model::{
     query::{ConfigRow, MapEntryRow, ReasonRow},
     view::*,
@@ -58,6 +59,8 @@ fn rows(query: Query) -> Result<Answer, ViewError> {
             service: text("web"),
             backend: text("10.1.0.4:80"),
             state: text("up"),
+            connect: Some(0.3),
+            first_byte: Some(0.9),
             ..BackendRow::default()
         }]),
         Query::Flows { limit, .. } => {
@@ -71,6 +74,7 @@ fn rows(query: Query) -> Result<Answer, ViewError> {
             responses: map(&[("success", 9)]),
             ..DnsRow::default()
         }]),
+        Query::Acl | Query::AclAdd { .. } | Query::AclRemove { .. } => Answer::Acl(Vec::new()),
         Query::BgpPeers => Answer::BgpPeers(vec![BgpPeerRow {
             neighbor: text("172.16.1.80"),
             asn: 64512,
@@ -101,7 +105,9 @@ fn rows(query: Query) -> Result<Answer, ViewError> {
             action: text("pass"),
             packets: 4,
         }]),
+        Query::Events => Answer::Events(vec![EventRow { kind: text("drop"), ..EventRow::default() }]),
         Query::Config => Answer::Config(ConfigRow { file: text("edge.toml"), ..ConfigRow::default() }),
+        Query::Capture(order) => Answer::Capturing(CaptureRow { vip: order.vip, ..CaptureRow::default() }),
         Query::Reload => return Err(ViewError::Invalid(vec![text("edge.toml:1: a"), text("edge.toml:2: b")])),
     })
 }
@@ -184,6 +190,13 @@ fn every_question_has_a_path_that_leads_to_it() {
         Query::Map { name: "../CONTROL".into(), limit: 3 },
         Query::Xdp,
         Query::Reasons,
+        Query::Events,
+        Query::Capture(CaptureOrder {
+            vip: "we b&x=1".into(),
+            backend: Some("10.1.0.4:80".into()),
+            length: 96,
+            seconds: 4,
+        }),
         Query::Config,
     ];
     for query in queries {

@@ -5,6 +5,7 @@ use std::{net::IpAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use super::acl::AclVerb;
 use crate::model::query::DEFAULT_LIMIT;
 
 /// Layer-4 load balancer for the edge of on-premises Kubernetes: the daemon, and the views into it.
@@ -112,6 +113,12 @@ pub(super) enum Command {
         #[command(subcommand)]
         verb: Option<FlowVerb>,
     },
+    /// Source ranges: who may use which service
+    #[command(infer_subcommands = true)]
+    Acl {
+        #[command(subcommand)]
+        verb: Option<AclVerb>,
+    },
     /// Names asked of the resolvers
     #[command(infer_subcommands = true)]
     Dns {
@@ -142,6 +149,10 @@ pub(super) enum Command {
         #[command(subcommand)]
         verb: Option<XdpVerb>,
     },
+    /// The newest ends of flows and dropped packets (a sample of those); -w follows
+    Events,
+    /// Copy a service's packets, before and after rewriting, into a pcapng file: XDP traffic that tcpdump does not see
+    Capture(super::capture::CaptureArgs),
     /// The configuration
     #[command(infer_subcommands = true)]
     Config {
@@ -420,6 +431,9 @@ mod tests {
             "backend list",
             "flow list",
             "dns list",
+            "events",
+            "events -w",
+            "capture 172.16.1.88:80 -w /tmp/web.pcapng --count 5",
             "bgp summary",
             "bgp peers",
             "bgp peer 172.16.1.80",

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use super::{
     CheckedConfig, DEFAULT_CONFIG, DEFAULT_PINS, DEFAULT_SOCKET, Exit, Wiring,
+    acl::{self, AclVerb},
     args::{
         BackendVerb, BgpVerb, Cli, Colour, Command, ConfigVerb, DescribeNoun, FlowArgs, FlowVerb, GetNoun, Global,
         MapVerb, Output, ServiceVerb, ShowIp, ShowNoun, Which, XdpVerb,
@@ -31,6 +32,7 @@ enum Show {
     Service(String),
     Backends(Option<String>),
     Flows(FlowArgs),
+    Acl(Option<String>),
     Dns,
     BgpSummary,
     BgpPeers,
@@ -42,6 +44,7 @@ enum Show {
     Maps,
     Map(String, usize),
     Xdp,
+    Events,
     Reasons,
     Config,
 }
@@ -53,6 +56,10 @@ pub(super) fn execute(cli: Cli, wiring: &Wiring<'_>) -> Exit {
         Command::Run => return (wiring.run)(&config),
         Command::Config { verb: ConfigVerb::Check } => return check(&config, wiring, global),
         Command::Reload => return with_source(global, wiring, reload),
+        Command::Acl { verb: Some(ref verb) } if acl::change(verb).is_some() => {
+            return with_source(global, wiring, |source| change_acl(source, verb));
+        }
+        Command::Capture(args) => return with_source(global, wiring, |source| capture(source, &args)),
         Command::Version => return with_source(global, wiring, version),
         Command::Show { noun: ShowNoun::Version } => return with_source(global, wiring, version),
         other => view_of(other),
@@ -64,7 +71,11 @@ pub(super) fn execute(cli: Cli, wiring: &Wiring<'_>) -> Exit {
 /// What a command shows; `None` for those that show nothing, which [`execute`] has dealt with.
 fn view_of(command: Command) -> Option<Show> {
     Some(match command {
-        Command::Run | Command::Reload | Command::Version | Command::Config { verb: ConfigVerb::Check } => return None,
+        Command::Run
+        | Command::Reload
+        | Command::Capture(_)
+        | Command::Version
+        | Command::Config { verb: ConfigVerb::Check } => return None,
         Command::Status => Show::Status,
         Command::Service { verb: Some(ServiceVerb::Describe { service }) } => Show::Service(service),
         Command::Service { verb: Some(ServiceVerb::List { service }) } => Show::Services(service),
@@ -73,6 +84,8 @@ fn view_of(command: Command) -> Option<Show> {
         Command::Backend { verb: None } => Show::Backends(None),
         Command::Flow { verb: Some(FlowVerb::List(args)) } => Show::Flows(args),
         Command::Flow { verb: None } => Show::Flows(all_flows()),
+        Command::Acl { verb: Some(AclVerb::List { service }) } => Show::Acl(service),
+        Command::Acl { .. } => Show::Acl(None),
         Command::Dns { .. } => Show::Dns,
         Command::Bgp { verb } => bgp(verb),
         Command::Route { .. } => Show::Routes,
@@ -80,6 +93,7 @@ fn view_of(command: Command) -> Option<Show> {
         Command::Map { .. } => Show::Maps,
         Command::Xdp { verb: Some(XdpVerb::Stats) } => Show::Reasons,
         Command::Xdp { .. } => Show::Xdp,
+        Command::Events => Show::Events,
         Command::Config { verb: ConfigVerb::Show } => Show::Config,
         Command::Get { noun } => get(noun),
         Command::Describe { noun: DescribeNoun::Service { service } } => Show::Service(service),
@@ -260,6 +274,7 @@ fn shown(source: &Source<'_>, show: &Show) -> Outcome<Shown> {
         Show::Flows(FlowArgs { service, limit }) => {
             list(&views::FLOWS, &Query::Flows { service: service.clone(), limit: *limit })
         }
+        Show::Acl(service) => of_service(&views::ACL, &Query::Acl, "service", service),
         Show::Dns => list(&views::DNS, &Query::Dns),
         Show::BgpSummary => list(&views::BGP_SUMMARY, &Query::BgpPeers),
         Show::BgpPeers => list(&views::BGP_PEERS, &Query::BgpPeers),
@@ -271,6 +286,7 @@ fn shown(source: &Source<'_>, show: &Show) -> Outcome<Shown> {
         Show::Maps => list(&views::MAPS, &Query::Maps),
         Show::Map(name, limit) => list(&views::MAP_ENTRIES, &Query::Map { name: name.clone(), limit: *limit }),
         Show::Xdp => list(&views::XDP, &Query::Xdp),
+        Show::Events => list(&views::EVENTS, &Query::Events),
         Show::Reasons => list(&views::REASONS, &Query::Reasons),
         Show::Config => configuration(source),
     }
@@ -400,6 +416,31 @@ fn reload(source: &Source<'_>) -> Outcome<Exit> {
         text
     };
     print(&single(source, &CONFIG, row, pretty)?);
+    Ok(Exit::Ok)
+}
+
+fn change_acl(source: &Source<'_>, verb: &AclVerb) -> Outcome<Exit> {
+    if source.global.kernel {
+        return Err(Failure {
+            exit: Exit::Usage,
+            message: "`acl` changes are for the daemon; `--kernel` only reads".into(),
+        });
+    }
+    let Some(query) = acl::change(verb) else { return Ok(Exit::Usage) };
+    let (text, exit) = rows(source, &views::ACL, source.rows(&query)?)?;
+    print(&text);
+    Ok(exit)
+}
+
+/// Copies packets until told to stop, and says on standard error how many.
+fn capture(source: &Source<'_>, args: &super::capture::CaptureArgs) -> Outcome<Exit> {
+    if source.global.kernel {
+        return Err(Failure { exit: Exit::Usage, message: "`capture` needs the daemon; `--kernel` only reads".into() });
+    }
+    let tap = (source.wiring.tap)(&source.pins).map_err(Failure::error)?;
+    let ask = |order| source.ask(&Query::Capture(order)).map(drop).map_err(|failure| failure.message);
+    let (packets, lost) = super::capture::run(args, tap, ask).map_err(Failure::error)?;
+    eprintln!("{packets} packets written, {lost} lost");
     Ok(Exit::Ok)
 }
 

@@ -1,7 +1,9 @@
 //! The command line: arguments -> a question -> rows -> a table, JSON or YAML. Rows come from the daemon's socket or, with
 //! `--kernel`, from whoever reads the pinned maps; `main.rs` plugs that and everything else this layer may not import.
 
+mod acl;
 mod args;
+mod capture;
 mod client;
 mod commands;
 mod describe;
@@ -16,7 +18,10 @@ use std::{
 
 use clap::Parser;
 
-use crate::model::query::{Answer, Query, ViewError};
+use crate::model::{
+    capture::Tap,
+    query::{Answer, Query, ViewError},
+};
 
 /// Where the configuration is unless `-c` says otherwise.
 pub const DEFAULT_CONFIG: &str = "/etc/edge/edge.toml";
@@ -81,6 +86,8 @@ pub struct Wiring<'a> {
     pub check: &'a dyn Fn(&Path) -> Result<CheckedConfig, Vec<String>>,
     /// Answers for `--kernel`.
     pub kernel: &'a dyn KernelViews,
+    /// Opens the program's capture below a pin folder.
+    pub tap: &'a dyn Fn(&Path) -> Result<Box<dyn Tap>, String>,
 }
 
 /// Parses `arguments` (the program's name first), does what they say, prints to stdout and stderr.

@@ -36,6 +36,19 @@ pub(super) static SERVICES: View = View {
     ],
 };
 
+pub(super) static ACL: View = View {
+    kind: "acl",
+    names: &["service", "prefix"],
+    columns: &[
+        column("SERVICE", "service", Show::Text),
+        column("PREFIX", "prefix", Show::Text),
+        column("ACTION", "action", Show::Text),
+        column("SOURCE", "source", Show::Text),
+        column("EXPIRES", "expires", Show::Age),
+        column("HITS", "hits", Show::Number),
+    ],
+};
+
 pub(super) static BACKENDS: View = View {
     kind: "backend",
     names: &["service", "backend"],
@@ -53,6 +66,13 @@ pub(super) static BACKENDS: View = View {
         column("LAST-CHECK", "last-check", Show::Age),
         column("CONNECT", "connect", Show::Row(connect_time)),
         column("SOURCE", "source", Show::Text),
+        wide("FIRST-BYTE", "first_byte", Show::Row(first_byte)),
+        wide("UNANSWERED", "unanswered", Show::Number),
+        wide("REFUSED", "refused", Show::Number),
+        wide("RESET-EARLY", "reset_early", Show::Number),
+        wide("LAST-FAILURE", "last_failure", Show::Age),
+        wide("RX/S", "rx/s", Show::Bytes),
+        wide("TX/S", "tx/s", Show::Bytes),
         wide("VIP", "vip", Show::Text),
         wide("PROTO", "proto", Show::Text),
         wide("CONNECTIONS", "connections", Show::Number),
@@ -69,8 +89,31 @@ fn limit(row: &Value) -> String {
 }
 
 fn connect_time(row: &Value) -> String {
-    row.get("connect").and_then(Value::as_f64).map_or_else(|| "-".to_owned(), |ms| format!("{ms:.1}ms"))
+    milliseconds(row, "connect")
 }
+
+fn first_byte(row: &Value) -> String {
+    milliseconds(row, "first_byte")
+}
+
+/// Two digits after the point: on one machine a pod answers within tens of microseconds.
+fn milliseconds(row: &Value, key: &str) -> String {
+    row.get(key).and_then(Value::as_f64).map_or_else(|| "-".to_owned(), |ms| format!("{ms:.2}ms"))
+}
+
+pub(super) static EVENTS: View = View {
+    kind: "event",
+    names: &["time", "source"],
+    columns: &[
+        column("TIME", "time", Show::Text),
+        column("KIND", "kind", Show::Text),
+        column("SERVICE", "service", Show::Text),
+        column("SOURCE", "source", Show::Text),
+        column("DESTINATION", "destination", Show::Text),
+        column("REASON", "reason", Show::Text),
+        column("BYTES", "bytes", Show::Bytes),
+    ],
+};
 
 pub(super) static FLOWS: View = View {
     kind: "flow",

@@ -46,6 +46,9 @@ pub fn changes(old: &Config, new: &Config) -> Changes {
             changes.applied.push(format!("[edge] {key} changed"));
         }
     }
+    if old.access_log != new.access_log {
+        changes.applied.push("[log] changed".to_owned());
+    }
     compare("resolver", &old.resolvers, &new.resolvers, &mut changes.applied);
     compare("service", &old.services, &new.services, &mut changes.applied);
     match (&old.bgp, &new.bgp) {

@@ -1,4 +1,4 @@
-//! `[edge]`, `[edge.tables]`, `[api]`, `[log]`.
+//! `[edge]`, `[edge.tables]`, `[api]`.
 
 use std::{collections::BTreeSet, net::SocketAddr, path::PathBuf};
 
@@ -129,12 +129,4 @@ pub(super) fn http(root: &Section<'_>) -> Option<SocketAddr> {
     let http = section.parse("http", "ADDRESS:PORT such as \"127.0.0.1:9180\", or \"\" to turn it off", parse);
     section.finish();
     http.map_or(default, |http| http.value)
-}
-
-/// `[log]` belongs to the design; this version writes no access log.
-pub(super) fn log(root: &Section<'_>) {
-    if let Some(section) = root.table("log") {
-        section.not_yet(&["access", "format"]);
-        section.finish();
-    }
 }

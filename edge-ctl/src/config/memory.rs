@@ -28,6 +28,7 @@ pub struct MapMemory {
 pub fn estimate(tables: &Tables, cpus: u32) -> Vec<MapMemory> {
     name::ALL
         .iter()
+        .chain([&name::EVENTS])
         .map(|name| {
             let (entries, bytes) = one(name, tables, cpus);
             MapMemory { name, entries, bytes }
@@ -61,8 +62,13 @@ fn one(name: &str, tables: &Tables, cpus: u32) -> (u32, u64) {
         name::CONTROL => (1, array::<maps::Control>(1)),
         name::SERVICE_STATS => (maps::SERVICES, per_cpu::<maps::ServiceStats>(maps::SERVICES, cpus)),
         name::BACKEND_STATS => (maps::BACKENDS, per_cpu::<maps::BackendStats>(maps::BACKENDS, cpus)),
-        name::SCRATCH => (1, per_cpu::<maps::Scratch>(1, cpus)),
         name::REASONS => (maps::REASON_SLOTS, per_cpu::<u64>(maps::REASON_SLOTS, cpus)),
+        name::SOURCE_RANGES => (maps::SOURCE_RANGES, trie::<maps::RangeSource, maps::SourceRange>(maps::SOURCE_RANGES)),
+        name::SOURCES => (maps::SOURCES, hash::<maps::SourceId, maps::SourceUse>(maps::SOURCES, cpus)),
+        name::BACKEND_SIGNALS => (maps::BACKENDS, per_cpu::<maps::BackendSignals>(maps::BACKENDS, cpus)),
+        name::EVENTS_LOST => (1, per_cpu::<u64>(1, cpus)),
+        // Entries are bytes here; the kernel adds three pages of its own (kernel/bpf/ringbuf.c).
+        name::EVENTS => (maps::events::EVENTS_BYTES, u64::from(maps::events::EVENTS_BYTES) + 3 * 4096),
         _ => (0, 0),
     }
 }
@@ -72,6 +78,18 @@ fn hash<K, V>(entries: u32, cpus: u32) -> u64 {
     let element = HASH_ELEMENT + round8(size_of::<K>()) + round8(size_of::<V>());
     let buckets = u64::from(entries).next_power_of_two();
     (u64::from(entries) + u64::from(cpus)) * element + buckets * BUCKET
+}
+
+/// A trie at its fullest, `struct lpm_trie_node`: not preallocated, and as many branches as entries.
+fn trie<K, V>(entries: u32) -> u64 {
+    const NODE: u64 = 40;
+    let key = NODE + size_of::<K>() as u64;
+    u64::from(entries) * (round_slab(key + size_of::<V>() as u64) + round_slab(key))
+}
+
+/// The allocator's sizes between 32 and 192 bytes.
+fn round_slab(bytes: u64) -> u64 {
+    bytes.next_multiple_of(32)
 }
 
 fn array<V>(entries: u32) -> u64 {

@@ -5,11 +5,15 @@ mod bgp;
 pub mod diff;
 mod edge;
 pub mod lint;
+mod log;
 pub mod memory;
+mod protect;
 mod raw;
 mod read;
 mod service;
 pub mod valid;
+pub use protect::range as source_range;
+pub use values::duration;
 mod values;
 
 use std::{
@@ -134,14 +138,14 @@ fn validate(merged: &Merged, at: Place, report: &Report) -> Option<Config> {
     let root = Section::root(report, at, merged.table());
     let edge = edge::edge(&root);
     let http = edge::http(&root);
-    edge::log(&root);
+    let access_log = log::log(&root);
     let resolvers = service::resolvers(&root);
     let bgp = bgp::bgp(&root);
     let pod_networks = edge.as_ref().map_or(&[][..], |edge| &edge.pod_networks);
     let context = service::Context { pod_networks, resolvers: &resolvers, has_bgp: root.has("bgp") };
     let services = service::services(&root, &context);
     root.finish();
-    Some(Config { edge: edge?, http, resolvers: resolvers.into_values(), bgp, services })
+    Some(Config { edge: edge?, http, access_log, resolvers: resolvers.into_values(), bgp, services })
 }
 
 #[cfg(test)]

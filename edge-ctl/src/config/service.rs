@@ -9,6 +9,7 @@ use std::{
 use ipnet::IpNet;
 
 use super::{
+    protect::protection,
     raw::{Place, Value},
     read::{At, Section, nearest, not_yet},
     values,
@@ -21,6 +22,8 @@ const DNS_PORT: u16 = 53;
 /// Service and backend numbers start at 1.
 const MOST_FRONTENDS: usize = edge_common::maps::SERVICES as usize - 1;
 const MOST_BACKENDS: usize = edge_common::maps::BACKENDS as usize - 1;
+/// Source ranges, each counted for every listen address of its service.
+const MOST_RANGES: usize = edge_common::maps::SOURCE_RANGES as usize;
 const BACKENDS: &str = "{ dns = NAME, port = N, resolver = NAME } or { static = [\"ADDRESS:PORT\"] }";
 
 /// Resolvers as configured; a faulty one still has a name that services may refer to.
@@ -77,7 +80,7 @@ pub(super) struct Context<'a> {
 pub(super) fn services(root: &Section<'_>, context: &Context<'_>) -> BTreeMap<String, Service> {
     let mut services = BTreeMap::new();
     let mut taken = BTreeMap::new();
-    let mut backends = 0;
+    let (mut backends, mut ranges) = (0, 0);
     for (name, section) in root.named("service") {
         if let Err(why) = values::table_name(name) {
             section.fault(section.place(), why);
@@ -87,7 +90,13 @@ pub(super) fn services(root: &Section<'_>, context: &Context<'_>) -> BTreeMap<St
             if let BackendSource::Static(addresses) = &service.backends {
                 backends += addresses.len() * service.listen.len();
             }
+            ranges += service.protection.source_ranges.ranges.len() * service.listen.len();
             services.insert(name.to_owned(), service);
+        }
+        if ranges > MOST_RANGES {
+            let message = format!("`source_ranges`: more than {MOST_RANGES} in all, counted for each listen address");
+            root.fault(&place, message);
+            break;
         }
         if taken.len() > MOST_FRONTENDS || backends > MOST_BACKENDS {
             root.fault(&place, format!("more than {MOST_FRONTENDS} listen addresses or {MOST_BACKENDS} backends"));
@@ -103,7 +112,7 @@ fn service(
     context: &Context<'_>,
     taken: &mut BTreeMap<Frontend, (String, Place)>,
 ) -> Option<Service> {
-    section.not_yet(&["health", "affinity", "max_connections", "source_ranges", "arp"]);
+    section.not_yet(&["health", "affinity", "max_connections", "arp"]);
     let mode = section.parse("mode", "\"full-nat\" or \"dnat\"", |text| match text {
         "full-nat" => Ok(Mode::FullNat),
         "dnat" => Ok(Mode::Dnat),
@@ -119,6 +128,7 @@ fn service(
     let backends = backends(&section, context);
     let snat = snat(&section, mode, context);
     let announce = announce(&section, context);
+    let protection = protection(&section, &listen);
     section.finish();
     Some(Service {
         name: name.to_owned(),
@@ -128,6 +138,7 @@ fn service(
         balance: balance.map_or(Balance::default(), |balance| balance.value),
         snat,
         announce,
+        protection,
     })
 }
 

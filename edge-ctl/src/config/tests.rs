@@ -1,7 +1,10 @@
 use std::{net::IpAddr, time::Duration};
 
 use super::*;
-use crate::model::{BackendSource, Mode, RecordType};
+use crate::model::{
+    BackendSource, Mode, RecordType,
+    access::{Format, Target},
+};
 
 /// The example of the documentation, which `deploy/edge.toml` also is.
 const EXAMPLE: &str = include_str!("../../../deploy/edge.toml");
@@ -149,7 +152,6 @@ fn what_this_version_cannot_do_is_refused_and_not_ignored() {
         "health = { tcp = {} }",
         "affinity = \"10m\"",
         "max_connections = 10",
-        "source_ranges = [\"203.0.113.0/24\"]",
         "balance = \"least-conn\"",
         "balance = \"round-robin\"",
         "listen = [\"[2001:db8::1]:80/tcp\"]",
@@ -184,9 +186,26 @@ fn what_this_version_cannot_do_is_refused_and_not_ignored() {
             "{faults:?}"
         );
     }
-    for key in ["access = \"journal\"", "format = \"$time\""] {
-        let faults = faults(&format!("{BASE}[log]\n{key}\n"));
-        assert!(faults[0].starts_with("edge.toml:13: [log]: ") && faults[0].contains("not do it yet"), "{faults:?}");
+}
+
+#[test]
+fn an_access_log_goes_to_a_file_or_the_journal_and_anything_else_is_refused_with_its_line() {
+    let read = |text: &str| ok(&format!("{BASE}[log]\n{text}\n")).access_log;
+    let log = read("access = \"/var/log/edge/access.log\"").unwrap();
+    assert_eq!((log.target, log.format), (Target::File("/var/log/edge/access.log".into()), Format::default()));
+    let log = read("access = \"journal\"\nformat = \"$end $client\"").unwrap();
+    assert_eq!((log.target, log.format), (Target::Journal, Format::parse("$end $client").unwrap()));
+    assert_eq!(ok(BASE).access_log, None);
+    for (text, line, why) in [
+        ("access = \"access.log\"", 13, "not absolute"),
+        ("access = \"/var/log/edge/\"", 13, "folder"),
+        ("access = \"journal\"\nformat = \"$time $nothing\"", 14, "no variable `$nothing`"),
+        ("format = \"$time\"", 13, "no effect without `access`"),
+        ("acess = \"journal\"", 13, "did you mean `access`?"),
+    ] {
+        let faults = faults(&format!("{BASE}[log]\n{text}\n"));
+        assert!(faults[0].starts_with(&format!("edge.toml:{line}: [log]: ")), "{faults:?}");
+        assert!(faults[0].contains(why), "{faults:?}");
     }
 }
 
@@ -381,4 +400,61 @@ proptest::proptest! {
             proptest::prop_assert!(!error.problems.is_empty());
         }
     }
+}
+
+#[test]
+fn a_service_says_who_may_use_it_how_much_and_with_which_segments() {
+    use crate::model::{Limits, RangeAction, Rate};
+    let protection = |keys: &str| ok(&format!("{BASE}{keys}\n")).services["web"].protection.clone();
+    let text = |keys: &str| {
+        let ranges = protection(keys).source_ranges;
+        let list: Vec<_> = ranges.ranges.iter().map(|(prefix, action)| format!("{action} {prefix}")).collect();
+        (list.join(", "), ranges.refuse_others)
+    };
+    let allowed = "allow 203.0.113.0/24, allow 2001:db8::/32";
+    assert_eq!(text("source_ranges = [\"203.0.113.0/24\", \"2001:db8::/32\"]"), (allowed.into(), true));
+    let both = "source_ranges = { allow = [\"10.0.0.0/8\"], deny = [\"10.6.6.6\"] }";
+    assert_eq!(text(both), ("allow 10.0.0.0/8, deny 10.6.6.6/32".into(), true));
+    assert_eq!(text("source_ranges = { deny = [\"10.6.6.6\"] }"), ("deny 10.6.6.6/32".into(), false));
+    assert_eq!(text(""), (String::new(), false));
+    assert_eq!(
+        protection("source_ranges = { deny = [\"10.6.6.6\"] }").source_ranges.ranges.values().next(),
+        Some(&RangeAction::Deny)
+    );
+
+    let limits = "limits = { new_flows_per_source = \"100/s\", new_flows_burst = 200, packets_per_source = \"9000/s\", half_open_per_source = 64 }";
+    let expected = Limits {
+        new_flows: Some(Rate { per_second: 100, burst: 200 }),
+        packets: Some(Rate { per_second: 9000, burst: 9000 }),
+        half_open: Some(64),
+    };
+    assert_eq!(protection(&format!("{limits}\nmss = 1400")).limits, expected);
+    assert_eq!(protection("mss = 1400").mss, Some(1400));
+}
+
+#[test]
+fn protection_that_cannot_be_meant_is_refused_with_its_line() {
+    let cases: &[(&str, &str)] = &[
+        ("source_ranges = []", "is empty"),
+        ("source_ranges = {}", "is empty"),
+        ("source_ranges = \"10.0.0.0/8\"", "an array of prefixes"),
+        ("source_ranges = [\"10.0.0.1/8\"]", "host bits"),
+        ("source_ranges = [\"client\"]", "a prefix or an address"),
+        ("source_ranges = [\"10.0.0.0/8\", \"10.0.0.0/8\"]", "stands there twice"),
+        ("source_ranges = { allow = [\"10.0.0.0/8\"], deny = [\"10.0.0.0/8\"] }", "both allowed and denied"),
+        ("source_ranges = { block = [\"10.0.0.0/8\"] }", "unknown key `block`"),
+        ("limits = { new_flows_per_source = \"100\" }", "for each second"),
+        ("limits = { new_flows_per_source = \"0/s\" }", "from 1 to"),
+        ("limits = { packets_burst = 5 }", "limits nothing"),
+        ("limits = { half_open_per_source = 0 }", "from 1 to"),
+        ("limits = { half_open = 1 }", "unknown key `half_open`"),
+        ("mss = 500", "from 536 to 65495"),
+    ];
+    for (key, words) in cases {
+        let faults = faults(&format!("{BASE}{key}\n"));
+        assert_eq!(faults.len(), 1, "{key}: {faults:#?}");
+        assert!(faults[0].starts_with("edge.toml:12: ") && faults[0].contains(words), "{key}: {}", faults[0]);
+    }
+    let udp = BASE.replace("80/tcp", "80/udp");
+    assert!(faults(&format!("{udp}mss = 1400\n"))[0].contains("`mss` is for TCP"));
 }

@@ -9,7 +9,7 @@ use std::{
 
 use ipnet::IpNet;
 
-use crate::model::{Resolver, Service};
+use crate::model::{Resolver, Service, access::AccessLog};
 
 /// The whole configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,6 +18,8 @@ pub struct Config {
     pub edge: Edge,
     /// `[api] http`; `None`: off.
     pub http: Option<SocketAddr>,
+    /// `[log]`; `None`: finished connections are not logged.
+    pub access_log: Option<AccessLog>,
     /// `[resolver.NAME]`.
     pub resolvers: BTreeMap<String, Resolver>,
     /// `[bgp]`; `None`: no BGP.

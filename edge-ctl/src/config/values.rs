@@ -15,7 +15,7 @@ pub(super) const COMMUNITY: &str =
     "\"N:M\" with both up to 65535, or no-export, no-advertise, graceful-shutdown, blackhole";
 
 /// `10s`, `500ms`, `2h4m`: numbers with units, largest first.
-pub(super) fn duration(text: &str) -> Result<Duration, String> {
+pub fn duration(text: &str) -> Result<Duration, String> {
     let mut rest = text;
     let mut total_ms: u64 = 0;
     let mut last_unit = u64::MAX;

@@ -14,14 +14,15 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    Daemon, Inbox, ROUTE_GENERATION_PAUSE, Shared, announcer::Announcer, dns_sources, host_problems,
-    throttle::Throttle, views::DaemonViews, world::World,
+    Daemon, Inbox, ROUTE_GENERATION_PAUSE, Shared, acl::Acl, announcer::Announcer, dns_sources, host_problems,
+    recorder::Recorder, throttle::Throttle, views::DaemonViews, world::World,
 };
 use crate::{
     api,
     bgp::{BgpError, Speaker},
     config::{self, ConfigError, valid::Config},
     datapath::{
+        events::EventsReader,
         loader::{Datapath, LoadError},
         next_hops::NextHops,
         object::EBPF_OBJECT,
@@ -83,6 +84,7 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
     if !problems.is_empty() {
         return Err(StartError::Host(problems));
     }
+    let acl = Acl::load(&config.edge.state_dir)?;
     let listen = api::Listen { socket: config.edge.socket.clone(), http: config.http };
     let bound = api::bind(&listen).await?;
     // Short: what waits there is old news, while changes that wait in the speaker are one per prefix.
@@ -110,6 +112,7 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
     let (status, reconciler_status) = watch::channel(ReconcilerStatus::default());
     let (next_hops, sweeper) = (NextHops::open(datapath.pins())?, datapath.sweeper()?);
     let program_log = datapath.program_log()?;
+    let recorder = Recorder::start(EventsReader::open(datapath.pins())?, config.access_log.clone())?;
     let shared = Arc::new(Mutex::new(Shared {
         file: file.to_owned(),
         started: Instant::now(),
@@ -117,6 +120,7 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
         desired: DesiredState::default(),
         problems: Vec::new(),
         prefixes: 0,
+        acl,
         datapath,
     }));
     let (requests, request_inbox) = mpsc::channel(4);
@@ -127,6 +131,7 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
         dns.clone(),
         reconciler_status.clone(),
         requests,
+        recorder.told(),
     )?;
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = tokio::spawn(api::serve_bound(bound, Arc::new(views), async move {
@@ -141,6 +146,7 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
         next_hops,
         sweeper,
         program_log,
+        recorder,
         held: fib.status().await.held,
         fib,
         bgp,

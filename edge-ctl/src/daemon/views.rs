@@ -13,12 +13,16 @@ use tokio::{
 };
 use tracing::warn;
 
-use super::{Request, SharedState, lock};
+use super::{
+    Request, SharedState, acl, lock,
+    recorder::{self, Told},
+};
 use crate::{
     api::{BoxFuture, Views},
     bgp::BgpHandle,
     config,
     datapath::{
+        acl_view::acl_rows,
         answer::answer_from_pins,
         kernel_view::{KernelView, Rates},
     },
@@ -26,7 +30,8 @@ use crate::{
     fib::FibHandle,
     model::{
         Frontend, Protocol,
-        query::{Answer, ConfigRow, Query, ViewError},
+        capture::{CaptureOrder, CaptureRow},
+        query::{AclRow, Answer, ConfigRow, Query, ViewError},
         view::{BackendRow, ServiceRow, StatusRow},
     },
     reconcile::{
@@ -52,6 +57,7 @@ pub struct DaemonViews {
     requests: mpsc::Sender<Request>,
     kernel: Arc<KernelView>,
     sampled: Sampled,
+    told: Arc<Mutex<Told>>,
 }
 
 impl DaemonViews {
@@ -66,11 +72,12 @@ impl DaemonViews {
         dns: DnsHandle,
         reconciler: watch::Receiver<ReconcilerStatus>,
         requests: mpsc::Sender<Request>,
+        told: Arc<Mutex<Told>>,
     ) -> Result<Self, PortError> {
         let kernel = Arc::new(lock(&shared).datapath.view()?);
         let sampled = Sampled::default();
         tokio::spawn(sample(Arc::clone(&kernel), reconciler.clone(), Arc::clone(&sampled)));
-        Ok(Self { shared, fib, bgp, dns, reconciler, requests, kernel, sampled })
+        Ok(Self { shared, fib, bgp, dns, reconciler, requests, kernel, sampled, told })
     }
 
     async fn answer_one(&self, query: Query) -> Result<Answer, ViewError> {
@@ -90,7 +97,11 @@ impl DaemonViews {
             Query::BgpAdvertised(peer) => Answer::BgpRoutes(self.peer(peer).await?.advertised(peer).await),
             Query::Routes => Answer::Routes(self.fib.routes().await),
             Query::Xdp => Answer::Xdp(lock(&self.shared).datapath.xdp_rows()),
+            Query::Acl => Answer::Acl(self.acl()?),
+            Query::AclAdd { .. } | Query::AclRemove { .. } => return self.change_acl(query).await,
+            Query::Events => Answer::Events(recorder::lock(&self.told).events.iter().cloned().collect()),
             Query::Config => Answer::Config(self.config()?),
+            Query::Capture(order) => Answer::Capturing(self.capture(&order)?),
             Query::Reload => return self.reload().await,
             Query::Flows { .. } | Query::Maps | Query::Map { .. } | Query::Reasons => {
                 answer_from_pins(&self.kernel, &query)?
@@ -102,6 +113,29 @@ impl DaemonViews {
         let unknown = || ViewError::NotFound(format!("there is no BGP peer {peer}"));
         let known = lock(&self.shared).config.0.bgp.as_ref().is_some_and(|bgp| bgp.peers.contains_key(&peer));
         self.bgp.as_ref().filter(|_| known).ok_or_else(unknown)
+    }
+
+    fn acl(&self) -> Result<Vec<AclRow>, ViewError> {
+        let mut rows = {
+            let shared = lock(&self.shared);
+            shared.acl.rows(&shared.config.0, acl::now())
+        };
+        let counted = acl_rows(self.kernel.tables())?;
+        let hits: BTreeMap<_, u64> = counted.iter().map(|row| ((&row.service, &row.prefix), row.hits)).collect();
+        for row in &mut rows {
+            row.hits = hits.get(&(&row.service, &row.prefix)).copied().unwrap_or(0);
+        }
+        Ok(rows)
+    }
+
+    async fn change_acl(&self, query: Query) -> Result<Answer, ViewError> {
+        let (reply, answer) = oneshot::channel();
+        let stopping = || ViewError::Unavailable("the daemon is stopping".into());
+        self.requests.send(Request::Acl(query, reply)).await.map_err(|_| stopping())?;
+        let service = answer.await.map_err(|_| stopping())??;
+        let mut rows = self.acl()?;
+        rows.retain(|row| row.service == service);
+        Ok(Answer::Acl(rows))
     }
 
     fn services(&self) -> Result<Vec<ServiceRow>, ViewError> {
@@ -134,7 +168,7 @@ impl DaemonViews {
         let sampled = self.sampled.lock().unwrap_or_else(PoisonError::into_inner);
         for row in &mut rows {
             if let Some(number) = row_key(row).and_then(|key| numbers.get(&key)) {
-                row.conn_s = sampled.backend(*number).0;
+                (row.conn_s, row.rx_s, row.tx_s) = sampled.backend(*number);
             }
             let Some(backend) = desired_backend(&desired, row) else { continue };
             backend.source.clone_into(&mut row.source);
@@ -158,6 +192,29 @@ impl DaemonViews {
         Ok(ConfigRow { file: file.display().to_string(), age, text })
     }
 
+    fn capture(&self, order: &CaptureOrder) -> Result<CaptureRow, ViewError> {
+        let state = Arc::clone(&self.reconciler.borrow().state);
+        let unknown = || ViewError::NotFound(format!("there is no frontend or service `{}`", order.vip));
+        let found = state.index.iter().find_map(|(key, number)| {
+            let slot = state.services.get(number)?;
+            let vip = socket_address(key.address, key.port);
+            (slot.label == order.vip || vip.to_string() == order.vip).then(|| (*number, vip, slot.label.clone()))
+        });
+        let (number, vip, service) = found.ok_or_else(unknown)?;
+        let backend = match &order.backend {
+            None => 0,
+            Some(wanted) => {
+                let mine = |slot: &BackendSlot| slot.entry.service == number && slot.address().to_string() == *wanted;
+                let found = state.backends.iter().find(|(_, slot)| mine(slot)).map(|(number, _)| *number);
+                found.ok_or_else(|| ViewError::NotFound(format!("{service} has no backend `{wanted}`")))?
+            }
+        };
+        let mut shared = lock(&self.shared);
+        let ordered = shared.datapath.capture(number, backend, order.length, order.seconds);
+        ordered.map_err(|error| ViewError::Internal(error.to_string()))?;
+        Ok(CaptureRow { service, vip: vip.to_string() })
+    }
+
     async fn reload(&self) -> Result<Answer, ViewError> {
         let gone = || ViewError::Unavailable("the daemon is stopping".into());
         let (reply, answer) = oneshot::channel();
@@ -174,6 +231,10 @@ impl DaemonViews {
         };
         let fib = self.fib.status().await;
         let reconciler = self.reconciler.borrow().clone();
+        let (access, events_lost) = {
+            let told = recorder::lock(&self.told);
+            (told.access, told.lost.saturating_add(told.unqueued))
+        };
         let shared = lock(&self.shared);
         let mut problems = shared.problems.clone();
         problems.extend(reconciler.error.clone());
@@ -201,6 +262,9 @@ impl DaemonViews {
             flows: services.iter().map(|row| row.active).sum(),
             attached: attached as u64,
             map_writes: reconciler.map_writes + shared.datapath.writes(),
+            access_written: access.written,
+            access_lost: access.lost,
+            events_lost,
             actions: reconciler.actions,
         })
     }

@@ -3,7 +3,7 @@
 use edge_common::maps::name;
 use serde_json::Value;
 
-use super::kernel_view::KernelView;
+use super::{acl_view::acl_rows, kernel_view::KernelView};
 use crate::model::query::{Answer, MapEntryRow, Query, ReasonRow, ViewError};
 
 /// Answers a question from the maps alone.
@@ -33,13 +33,19 @@ pub fn answer_from_pins(view: &KernelView, query: &Query) -> Result<Answer, View
             };
             Answer::Reasons(view.reasons()?.into_iter().map(row).collect())
         }
+        Query::Acl => Answer::Acl(acl_rows(view.tables())?),
+        Query::AclAdd { .. } | Query::AclRemove { .. } => {
+            return Err(ViewError::Unavailable("changing source ranges needs the running daemon".to_owned()));
+        }
         Query::Status => return Err(only_daemon("the status")),
         Query::Dns => return Err(only_daemon("what DNS answered")),
         Query::BgpPeers | Query::BgpRoutes | Query::BgpReceived(_) | Query::BgpAdvertised(_) => {
             return Err(only_daemon("the state of BGP"));
         }
         Query::Routes => return Err(only_daemon("which routes are BGP's")),
+        Query::Events => return Err(only_daemon("which events there were")),
         Query::Config => return Err(only_daemon("the configuration in force")),
+        Query::Capture(_) => return Err(ViewError::Unavailable("a capture needs the running daemon".to_owned())),
         Query::Reload => return Err(ViewError::Unavailable("a reload needs the running daemon".to_owned())),
     })
 }

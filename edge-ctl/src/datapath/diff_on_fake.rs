@@ -11,10 +11,11 @@ use proptest::prelude::*;
 use super::fake::FakeDatapath;
 use crate::{
     desired::{Announced, DesiredBackend, DesiredFrontend, DesiredState, Exclusion, Timeouts},
-    model::{Balance, Frontend, Mode, PathAttributes, PoolMember, Protocol, Snat},
+    model::{Balance, Frontend, Mode, PathAttributes, PoolMember, Protection, Protocol, RangeAction, Snat},
     reconcile::{
         diff::{Plan, Reserved, diff},
         ports::{self, Action, DatapathPort, DatapathState, service_key},
+        protect as ranges,
     },
 };
 
@@ -44,6 +45,7 @@ fn service(mode: Mode, pool: Option<Vec<DesiredBackend>>) -> DesiredFrontend {
         mode,
         balance: Balance::Maglev,
         snat: Snat::default(),
+        protection: Protection::default(),
         timeouts: Timeouts::of(Protocol::Tcp),
         announced: if pool.iter().flatten().any(|b| b.eligible()) { Announced::Yes } else { Announced::Off },
         pool,
@@ -392,4 +394,36 @@ fn a_weight_change_is_a_new_table_and_adopted_pools_remember_weights() {
     let adopted = world.snapshot().adopted();
     let pool = &adopted[&frontend(88, 8443, Protocol::Tcp)];
     assert_eq!(pool.iter().map(|backend| backend.weight).collect::<Vec<_>>(), [3, 1]);
+}
+
+#[test]
+fn ranges_are_there_before_the_service_turns_them_on_and_go_after_it_turned_them_off() {
+    use edge_common::maps::service_flag;
+    let allowed = |prefixes: &[&str]| {
+        let mut service = service(Mode::Dnat, Some(vec![backend(4, 1, None)]));
+        let ranges = &mut service.protection.source_ranges;
+        ranges.refuse_others = !prefixes.is_empty();
+        ranges.ranges.extend(prefixes.iter().map(|prefix| (prefix.parse().unwrap(), RangeAction::Allow)));
+        state(vec![(frontend(88, 8443, Protocol::Tcp), service)])
+    };
+    let mut world = World::default();
+    for (wish, count) in [
+        (allowed(&["192.0.2.0/24", "198.51.100.7/32"]), 2),
+        (allowed(&["192.0.2.0/24", "203.0.113.0/24"]), 2),
+        (allowed(&[]), 0),
+        (allowed(&["192.0.2.0/24"]), 1),
+        (DesiredState::default(), 0),
+    ] {
+        for action in world.plan(&wish, &Reserved::default()).actions {
+            world.apply(&action);
+            let state = world.snapshot();
+            for number in state.index.values() {
+                let refuses = state.services[number].entry.flags & service_flag::SOURCES_REFUSED_BY_DEFAULT != 0;
+                let first = ranges::range_key(*number, &"192.0.2.0/24".parse().unwrap());
+                assert!(!refuses || state.ranges.contains_key(&first), "who may stay is shut out after {action:?}");
+            }
+        }
+        assert_eq!(world.snapshot().ranges.len(), count);
+        assert_eq!(world.plan(&wish, &Reserved::default()).actions, []);
+    }
 }

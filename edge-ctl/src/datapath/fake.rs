@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use edge_common::maps::{BackendEntry, Chunk, ServiceEntry, ServiceKey};
+use edge_common::maps::{BackendEntry, Chunk, ServiceEntry, ServiceKey, SourceKey};
 
 use super::selection;
 use crate::reconcile::ports::{
@@ -27,6 +27,8 @@ pub struct FakeDatapath {
     pub backend_index: BTreeMap<ServiceKey, u32>,
     /// Selection chunks.
     pub chunks: BTreeMap<u32, Chunk>,
+    /// Source ranges.
+    pub ranges: BTreeMap<SourceKey, u32>,
     /// The prefilter.
     pub filter: FilterBits,
     /// Flows, set by the test.
@@ -54,6 +56,7 @@ impl DatapathPort for FakeDatapath {
         let mut state = DatapathState {
             index: self.index.clone(),
             backend_index: self.backend_index.clone(),
+            ranges: self.ranges.clone(),
             filter: self.filter.clone(),
             capacity: self.capacity,
             ..DatapathState::default()
@@ -104,6 +107,8 @@ impl DatapathPort for FakeDatapath {
                     Action::SetFilter { bits } => self.filter = bits.clone(),
                     Action::PutBackendIndex { key, number } => drop(self.backend_index.insert(*key, *number)),
                     Action::RemoveBackendIndex { key } => drop(self.backend_index.remove(key)),
+                    Action::PutRange { key, action } => drop(self.ranges.insert(*key, *action)),
+                    Action::RemoveRange { key } => drop(self.ranges.remove(key)),
                     Action::PutLabel { number, label } => drop(self.labels.insert(*number, label.clone())),
                     Action::PutService { number, entry, .. } => drop(self.services.insert(*number, *entry)),
                     Action::FreeService { number } => drop(self.services.remove(number)),

@@ -84,7 +84,8 @@ pub fn prepare_pin_folder(root: &Path) -> Result<(), LoadError> {
     if !is_bpffs(existing) {
         return Err(LoadError::NoBpffs { path: root.to_owned() });
     }
-    for folder in [root.to_owned(), root.join("maps"), root.join("programs"), root.join("links")] {
+    for folder in ["", "maps", "incoming", "layouts", "programs", "links"] {
+        let folder = root.join(folder);
         match fs::create_dir_all(&folder) {
             Ok(()) => {}
             Err(source) => return Err(LoadError::Folder { path: folder, source }),

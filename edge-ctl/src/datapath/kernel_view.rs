@@ -7,8 +7,9 @@ use edge_common::{
     address::{Address, Wide},
     flow::{FlowKey, FlowKeyV4, FlowKeyV6},
     maps::{
-        AddressFilter, BackendEntry, Control, Flow, FlowV4, FlowV6, NeighbourKey, NextHop, PortSet, ServiceEntry,
-        ServiceKey, ServiceStats, mode, name,
+        AddressFilter, BackendEntry, Control, Flow, FlowV4, FlowV6, NeighbourKey, NextHop, PortSet, RANGE_PREFIX,
+        RangeSource, ServiceEntry, ServiceKey, ServiceStats, SourceId, SourceKey, SourceRange, SourceUse, mode, name,
+        range_action,
     },
     verdict::{REASONS, Reason},
 };
@@ -26,7 +27,10 @@ use crate::{
         Protocol,
         view::{BackendRow, FlowRow, MapRow, ServiceRow, XdpRow},
     },
-    reconcile::ports::{PortError, socket_address, weight_of},
+    reconcile::{
+        ports::{PortError, socket_address, weight_of},
+        protect,
+    },
 };
 
 /// Entries read in one call where a list is limited.
@@ -119,10 +123,13 @@ impl KernelView {
     pub fn backend_rows(&self) -> Result<Vec<BackendRow>, PortError> {
         let state = self.tables.state()?;
         let stats = self.tables.backend_stats(state.backends_end())?;
+        let signals = self.tables.backend_signals(state.backends_end())?;
+        let now = monotonic_ns();
         let mut rows = Vec::new();
         for (number, slot) in &state.backends {
             let service = state.services.get(&slot.entry.service);
             let stats = stats.get(number).copied().unwrap_or_default();
+            let signals = signals.get(number).copied().unwrap_or_default();
             let vip = service.map(|service| socket_address(service.entry.address, service.entry.port).to_string());
             rows.push(BackendRow {
                 service: service.map(|service| service.label.clone()).unwrap_or_default(),
@@ -132,6 +139,14 @@ impl KernelView {
                 state: if slot.eligible() { "up" } else { "draining" }.to_owned(),
                 w: u32::from(weight_of(slot.state)),
                 active: slot.active,
+                fails: signals.unanswered + signals.refused + signals.reset_early,
+                connect: average_ms(signals.answered_us, signals.answered),
+                first_byte: average_ms(signals.first_byte_us, signals.first_bytes),
+                unanswered: signals.unanswered,
+                refused: signals.refused,
+                reset_early: signals.reset_early,
+                last_failure: (signals.last_failure != 0)
+                    .then(|| now.saturating_sub(signals.last_failure) / 1_000_000_000),
                 source: "-".to_owned(),
                 connections: stats.opened,
                 packets_in: stats.packets_in,
@@ -221,7 +236,8 @@ impl KernelView {
             let error = |error: aya::maps::MapError| PortError::new(format!("map {map}"), pins::chain(&error));
             let info = data.info().map_err(error)?;
             let kind = info.map_type().map_err(error)?;
-            let hash = matches!(kind, aya::maps::MapType::Hash | aya::maps::MapType::LruHash);
+            let hash =
+                matches!(kind, aya::maps::MapType::Hash | aya::maps::MapType::LruHash | aya::maps::MapType::LpmTrie);
             rows.push(MapRow {
                 name: map.to_owned(),
                 kind: kind_name(kind).to_owned(),
@@ -308,6 +324,11 @@ impl KernelView {
     pub fn programs(&self) -> Vec<&'static str> {
         [XDP_PROGRAM, TC_PROGRAM].into_iter().filter(|program| self.pins.program(program).exists()).collect()
     }
+}
+
+/// The average of `count` times that add up to `micros` microseconds, in milliseconds.
+fn average_ms(micros: u64, count: u64) -> Option<f64> {
+    (count != 0).then(|| micros as f64 / count as f64 / 1000.0)
 }
 
 /// Connections, bytes in and bytes out per second.
@@ -418,6 +439,7 @@ fn kind_name(kind: aya::maps::MapType) -> &'static str {
     match kind {
         aya::maps::MapType::Hash => "hash",
         aya::maps::MapType::LruHash => "lru_hash",
+        aya::maps::MapType::LpmTrie => "lpm_trie",
         aya::maps::MapType::Array => "array",
         aya::maps::MapType::PerCpuArray => "percpu_array",
         _ => "other",
@@ -443,6 +465,8 @@ fn key_text(map: &str, key: &[u8]) -> String {
             .map(|key| format!("{}/{}", socket_address(key.address, key.port), protocol_name(key.protocol))),
         name::NEXT_HOP_INDEX => from_bytes::<NeighbourKey>(key)
             .map(|key| format!("ifindex={} neighbour={}", key.ifindex, crate::reconcile::ports::ip(key.address))),
+        name::SOURCE_RANGES => from_bytes::<SourceKey>(key).map(|key| range_text(&key)),
+        name::SOURCES => from_bytes::<SourceId>(key).map(|id| source_text(&id)),
         name::REASONS => from_bytes::<u32>(key).map(|key| {
             let number = key % REASONS;
             let reason = reason(number).map_or_else(|| number.to_string(), |reason| reason.name().to_owned());
@@ -451,6 +475,23 @@ fn key_text(map: &str, key: &[u8]) -> String {
         _ => from_bytes::<u32>(key).map(|key| key.to_string()),
     };
     text.unwrap_or_else(|| hex(key))
+}
+
+fn range_text(key: &SourceKey) -> String {
+    let prefix = protect::range_of(key).map_or_else(|| "-".to_owned(), |prefix| prefix.to_string());
+    format!("service={} prefix={prefix}", key.source.service)
+}
+
+/// A source is all of its range key.
+fn source_text(id: &SourceId) -> String {
+    let source = RangeSource { service: id.service, address: id.address };
+    let key = SourceKey { prefix_len: RANGE_PREFIX + 128, source };
+    let source = protect::range_of(&key).map_or_else(|| "-".to_owned(), |prefix| prefix.addr().to_string());
+    format!("service={} source={source}", id.service)
+}
+
+const fn action_name(action: u32) -> &'static str {
+    if action == range_action::ALLOW { "allow" } else { "deny" }
 }
 
 fn value_text(map: &str, value: &[u8], cpus: usize) -> String {
@@ -473,7 +514,10 @@ fn value_text(map: &str, value: &[u8], cpus: usize) -> String {
         name::NEXT_HOPS => from_bytes::<NextHop>(value).map(|hop| next_hop_text(&hop)),
         name::CONTROL => {
             // The seed is a secret.
-            from_bytes::<Control>(value).map(|control| format!("route_generation={}", control.route_generation))
+            from_bytes::<Control>(value).map(|control| {
+                let Control { route_generation, capture_until, .. } = control;
+                format!("route_generation={route_generation} capture_until={capture_until}")
+            })
         }
         name::ADDRESS_FILTER => from_bytes::<AddressFilter>(value).map(|filter| {
             let count = |words: &[u64]| words.iter().map(|word| word.count_ones()).sum::<u32>();
@@ -481,6 +525,12 @@ fn value_text(map: &str, value: &[u8], cpus: usize) -> String {
         }),
         name::SNAT_PORTS => from_bytes::<PortSet>(value)
             .map(|ports| format!("ports={}", ports.0.iter().map(|word| word.count_ones()).sum::<u32>())),
+        name::SOURCE_RANGES => from_bytes::<SourceRange>(value)
+            .map(|range| format!("action={} hits={}", action_name(range.action), range.hits)),
+        name::SOURCES => from_bytes::<SourceUse>(value).map(|used| {
+            let half_open = used.half_open;
+            format!("flows={} packets={} half_open={}+{}", used.flows, used.packets, half_open.now, half_open.before)
+        }),
         name::SERVICE_STATS | name::BACKEND_STATS => Some(stats_text(value, cpus)),
         name::REASONS => Some(format!("packets={}", per_cpu::<u64>(value, cpus).fold(0, u64::wrapping_add))),
         name::SERVICE_EXPIRED | name::BACKEND_EXPIRED => from_bytes::<u64>(value).map(|count| format!("flows={count}")),
@@ -584,7 +634,7 @@ mod tests {
 
     #[test]
     fn the_seed_is_not_in_a_dump() {
-        let control = Control { seed: [0x5ec2_e700_5ec2_e700; 2], route_generation: 3, _pad: [0; 3] };
-        assert_eq!(value_text(name::CONTROL, &sys::to_bytes(&control), 1), "route_generation=3");
+        let control = Control { seed: [0x5ec2_e700_5ec2_e700; 2], route_generation: 3, ..Control::default() };
+        assert_eq!(value_text(name::CONTROL, &sys::to_bytes(&control), 1), "route_generation=3 capture_until=0");
     }
 }

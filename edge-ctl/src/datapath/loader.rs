@@ -12,16 +12,21 @@ use aya::{
     maps::{Array, HashMap, MapData},
     programs::{Program, ProgramError, ProgramInfo},
 };
-use edge_common::maps::{Control, PortSet, interface_flag, name};
+use edge_common::{
+    conntrack,
+    maps::{Control, PortSet, interface_flag, name},
+};
 
 use super::{
     attach::{self, AttachedHook, Attachment, How, TC_PROGRAM, XDP_PROGRAM},
     host, interfaces,
     kernel_view::KernelView,
     maps::Maps,
+    migrate,
     pins::{self, Pins, chain},
     program_log::ProgramLog,
     sweep::Sweeper,
+    sys::monotonic_ns,
 };
 use crate::{
     config::valid::{Edge, Tables},
@@ -140,14 +145,15 @@ impl Datapath {
         host::check()?;
         host::prepare_pin_folder(&edge.pin_path)?;
         let pins = Pins::new(&edge.pin_path, object)?;
-        let created = create_maps(&pins, &edge.tables, object)?;
+        let (created, mut notes) = create_maps(&pins, &edge.tables, object)?;
+        notes.extend(size_notes(&pins, &edge.tables));
         let mut datapath = Self {
             edge: edge.clone(),
             object,
             control: pins::open(&pins, name::CONTROL)?,
             interfaces: pins::open(&pins, name::INTERFACES)?,
             ports: pins::open(&pins, name::SNAT_PORTS)?,
-            notes: size_notes(&pins, &edge.tables),
+            notes,
             pins,
             attachments: BTreeMap::new(),
             failures: BTreeMap::new(),
@@ -237,7 +243,14 @@ impl Datapath {
             failed.push((String::new(), error));
         }
         if failed.is_empty() {
-            self.retire_old_pins();
+            match migrate::catch_up(&self.pins) {
+                Ok(added) => {
+                    self.writes += added;
+                    self.retire_old_pins();
+                }
+                // The old maps stay for the next attempt.
+                Err(error) => failed.push((String::new(), error.into())),
+            }
         }
         failed
     }
@@ -363,6 +376,41 @@ impl Datapath {
         detach_all(&self.pins)
     }
 
+    /// Has the program copy packets of a service (and, unless 0, of one backend only), `length` bytes of each, for so many
+    /// seconds; 0 ends it.
+    ///
+    /// # Errors
+    /// Where the map cannot be written.
+    pub fn capture(&mut self, service: u32, backend: u32, length: u16, seconds: u8) -> Result<(), LoadError> {
+        let before = self.read_control()?;
+        let ends = monotonic_ns().saturating_add(u64::from(seconds) * 1_000_000_000);
+        let control = Control {
+            // 0 means off.
+            capture_until: if seconds == 0 { 0 } else { conntrack::ticks(ends).max(1) },
+            capture_service: u16::try_from(service).unwrap_or(0),
+            capture_length: length,
+            capture_backend: backend,
+            ..before
+        };
+        if control != before {
+            self.control.set(0, control, 0).map_err(|error| object_error("writing the control map", &error))?;
+            self.writes += 1;
+        }
+        Ok(())
+    }
+
+    /// Ends a capture that nobody renewed, so that the program does not even look.
+    ///
+    /// # Errors
+    /// Where the map cannot be written.
+    pub fn end_stale_capture(&mut self) -> Result<(), LoadError> {
+        let until = self.read_control()?.capture_until;
+        if until != 0 && conntrack::due(until, conntrack::ticks(monotonic_ns())) {
+            self.capture(0, 0, 0, 0)?;
+        }
+        Ok(())
+    }
+
     fn read_control(&self) -> Result<Control, LoadError> {
         self.control.get(&0, 0).map_err(|error| object_error("reading the control map", &error))
     }
@@ -419,7 +467,14 @@ impl Datapath {
     fn retire_old_pins(&mut self) {
         let own: BTreeSet<PathBuf> = self.pins.layouts().keys().map(|map| self.pins.map(map)).collect();
         let programs = [XDP_PROGRAM, TC_PROGRAM].map(|program| self.pins.program(program));
-        for (folder, keep) in [(self.pins.maps(), own), (self.pins.programs(), programs.into_iter().collect())] {
+        let descriptions = self.pins.layouts().keys().map(|map| self.pins.description(map)).collect();
+        // A map without its description could not be carried over: maps first.
+        let folders = [
+            (self.pins.maps(), own),
+            (self.pins.descriptions(), descriptions),
+            (self.pins.programs(), programs.into_iter().collect()),
+        ];
+        for (folder, keep) in folders {
             for file in pins::files(&folder).unwrap_or_default() {
                 let pin = folder.join(file);
                 if !keep.contains(&pin) {
@@ -444,7 +499,7 @@ pub fn detach_all(pins: &Pins) -> io::Result<()> {
             attach::detach_clsact(&interface.name);
         }
     }
-    for folder in [pins.links(), pins.programs(), pins.maps()] {
+    for folder in [pins.links(), pins.programs(), pins.maps(), pins.arrivals(), pins.descriptions()] {
         for file in pins::files(&folder)? {
             fs::remove_file(folder.join(file))?;
         }
@@ -476,17 +531,28 @@ fn table_sizes(tables: &Tables) -> [(&'static str, u32); 6] {
     ]
 }
 
-/// Creates the maps that are not pinned yet; the number created.
-fn create_maps(pins: &Pins, tables: &Tables, object: &[u8]) -> Result<u64, LoadError> {
+/// Creates the maps that are not pinned yet, with what maps of earlier layouts hold; the number created, and what users
+/// should know of it.
+fn create_maps(pins: &Pins, tables: &Tables, object: &[u8]) -> Result<(u64, Vec<String>), LoadError> {
+    let folder_error = |path: PathBuf| move |source: io::Error| LoadError::Folder { path, source };
+    for file in pins::files(&pins.arrivals()).map_err(folder_error(pins.arrivals()))? {
+        let pin = pins.arrivals().join(file);
+        fs::remove_file(&pin).map_err(folder_error(pin))?;
+    }
     let missing: Vec<&str> = pins.layouts().keys().copied().filter(|map| !pins.map(map).exists()).collect();
     if missing.is_empty() {
-        return Ok(0);
+        return Ok((0, Vec::new()));
     }
     // A pinned program keeps the maps it was loaded with: it must not be adopted beside new ones.
     for program in [XDP_PROGRAM, TC_PROGRAM] {
         let pin = pins.program(program);
         if pin.exists() {
-            fs::remove_file(&pin).map_err(|source| LoadError::Folder { path: pin, source })?;
+            fs::remove_file(&pin).map_err(folder_error(pin))?;
+        }
+    }
+    for map in &missing {
+        if let Some(layout) = pins.layouts().get(map) {
+            migrate::describe(pins, map, layout)?;
         }
     }
     parse(pins, tables, object)?;
@@ -494,19 +560,22 @@ fn create_maps(pins: &Pins, tables: &Tables, object: &[u8]) -> Result<u64, LoadE
         let Some(layout) = pins.layouts().get(map) else { continue };
         let created = Array::<MapData, u64>::create(layout.max_entries, layout.flags);
         let created = created.map_err(|error| object_error(&format!("creating the map {map}"), &error))?;
-        created.pin(pins.map(map)).map_err(|error| object_error(&format!("pinning the map {map}"), &error))?;
+        created.pin(pins.incoming(map)).map_err(|error| object_error(&format!("pinning the map {map}"), &error))?;
     }
-    Ok(missing.len() as u64)
+    let notes = migrate::fill(pins, &missing)?;
+    migrate::arrive(pins, &missing).map_err(folder_error(pins.maps()))?;
+    Ok((missing.len() as u64, notes))
 }
 
-/// The object with its maps: pinned ones reused, others created and pinned.
+/// The object with its maps: pinned ones reused, others created and pinned as incoming.
 fn parse(pins: &Pins, tables: &Tables, object: &[u8]) -> Result<Ebpf, LoadError> {
     let mut loader = EbpfLoader::new();
     for (map, entries) in table_sizes(tables) {
         loader.map_max_entries(map, entries);
     }
-    for map in name::ALL.iter().copied().chain([name::LOG]) {
-        loader.map_pin_path(map, pins.map(map));
+    for map in name::ALL.iter().copied().chain(name::STREAMS) {
+        let pinned = pins.map(map);
+        loader.map_pin_path(map, if pinned.exists() { pinned } else { pins.incoming(map) });
     }
     loader.load(object).map_err(|error| object_error("loading the eBPF object", &error))
 }

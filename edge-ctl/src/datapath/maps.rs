@@ -1,9 +1,12 @@
 //! The reconciler's port to the pinned maps: one action, one or a few map writes.
 
-use aya::maps::{Array, HashMap, MapData, MapError, PerCpuArray, PerCpuValues};
+use aya::maps::{Array, HashMap, LpmTrie, MapData, MapError, PerCpuArray, PerCpuValues, lpm_trie::Key};
 use edge_common::{
     filter,
-    maps::{AddressFilter, BackendEntry, Chunk, Label, ServiceEntry, ServiceKey, ServiceStats, name},
+    maps::{
+        AddressFilter, BackendEntry, BackendSignals, Chunk, Label, RangeSource, ServiceEntry, ServiceKey, ServiceStats,
+        SourceRange, name,
+    },
     verdict::REASONS,
 };
 
@@ -24,9 +27,11 @@ pub struct Maps {
     states: Array<MapData, u32>,
     backend_index: HashMap<MapData, ServiceKey, u32>,
     selection: Array<MapData, Chunk>,
+    ranges: LpmTrie<MapData, RangeSource, SourceRange>,
     filter: Array<MapData, AddressFilter>,
     service_stats: PerCpuArray<MapData, ServiceStats>,
     backend_stats: PerCpuArray<MapData, ServiceStats>,
+    backend_signals: PerCpuArray<MapData, BackendSignals>,
     reasons: PerCpuArray<MapData, u64>,
     service_expired: Array<MapData, u64>,
     backend_expired: Array<MapData, u64>,
@@ -47,9 +52,11 @@ impl Maps {
             states: open(pins, name::BACKEND_STATE)?,
             backend_index: open(pins, name::BACKEND_INDEX)?,
             selection: open(pins, name::SELECTION)?,
+            ranges: open(pins, name::SOURCE_RANGES)?,
             filter: open(pins, name::ADDRESS_FILTER)?,
             service_stats: open(pins, name::SERVICE_STATS)?,
             backend_stats: open(pins, name::BACKEND_STATS)?,
+            backend_signals: open(pins, name::BACKEND_SIGNALS)?,
             reasons: open(pins, name::REASONS)?,
             service_expired: open(pins, name::SERVICE_EXPIRED)?,
             backend_expired: open(pins, name::BACKEND_EXPIRED)?,
@@ -81,6 +88,11 @@ impl Maps {
                 }
                 Ok(chunks.len() as u64)
             }
+            Action::PutRange { key, action } => {
+                let range = SourceRange { action: *action, ..SourceRange::default() };
+                self.ranges.insert(&Key::new(key.prefix_len, key.source), range, 0).map(|()| 1)
+            }
+            Action::RemoveRange { key } => absent_is_fine(self.ranges.remove(&Key::new(key.prefix_len, key.source))),
             Action::PutLabel { number, label } => self.labels.set(*number, Label(label_bytes(label)), 0).map(|()| 1),
             Action::PutService { number, entry, fresh } => {
                 let cleared = if *fresh { self.clear_service_counters(*number)? } else { 0 };
@@ -94,7 +106,7 @@ impl Maps {
 
     /// Counters of a number that is given out anew start from zero. Returns the writes, none where they are zero.
     fn clear_backend_counters(&mut self, number: u32) -> Result<u64, MapError> {
-        let cleared = clear(&mut self.backend_stats, number)?;
+        let cleared = clear(&mut self.backend_stats, number)? + clear(&mut self.backend_signals, number)?;
         Ok(cleared + clear_expired(&mut self.backend_expired, number)?)
     }
 

@@ -1,14 +1,19 @@
 //! The kernel side: [`loader`] loads or adopts maps, programs and links; [`maps`] is the reconciler's port to the maps,
 //! [`fake`] its stand-in for tests; [`sweep`] ends idle flows; [`kernel_view`] reads the pins, with the daemon or without.
 
+pub mod acl_view;
 pub mod answer;
 pub mod attach;
+pub mod btf;
+pub mod capture;
+pub mod events;
 pub mod fake;
 pub mod host;
 pub mod interfaces;
 pub mod kernel_view;
 pub mod loader;
 pub mod maps;
+pub mod migrate;
 pub mod next_hops;
 pub mod object;
 pub mod pins;

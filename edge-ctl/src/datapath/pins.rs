@@ -12,7 +12,10 @@ use std::{
 use aya::maps::{Map, MapData, MapError};
 use edge_common::maps::{self, name};
 
-use super::sys::{self, Shape};
+use super::{
+    btf::{self, Btf, Field},
+    sys::{self, Shape},
+};
 use crate::reconcile::ports::PortError;
 
 /// FNV-1a, 64 bits: stable across builds, which a hash in a file name must be.
@@ -34,6 +37,45 @@ pub struct Layout {
     pub max_entries: u32,
     /// Creation flags.
     pub flags: u32,
+    /// Hash of the names, offsets and sizes of the fields.
+    pub fields: u64,
+}
+
+/// Structures in the maps, by their names in the object's BTF; what is not listed is one integer, or has no inner layout.
+/// A structure that the BTF does not have under this name counts as one field.
+const STRUCTURES: [(&str, &str, &str); 15] = [
+    (name::ESTABLISHED, "FlowKey<u32>", "Flow<u32>"),
+    (name::HALF_OPEN, "FlowKey<u32>", "Flow<u32>"),
+    (name::CLOSING, "FlowKey<u32>", "Flow<u32>"),
+    (name::ESTABLISHED_V6, "FlowKey<[u32; 4]>", "Flow<[u32; 4]>"),
+    (name::HALF_OPEN_V6, "FlowKey<[u32; 4]>", "Flow<[u32; 4]>"),
+    (name::CLOSING_V6, "FlowKey<[u32; 4]>", "Flow<[u32; 4]>"),
+    (name::SERVICE_INDEX, "ServiceKey", ""),
+    (name::SERVICES, "", "ServiceEntry"),
+    (name::BACKENDS, "", "BackendEntry"),
+    (name::BACKEND_INDEX, "ServiceKey", ""),
+    (name::NEXT_HOPS, "", "NextHop"),
+    (name::NEXT_HOP_INDEX, "NeighbourKey", ""),
+    (name::CONTROL, "", "Control"),
+    (name::SERVICE_STATS, "", "ServiceStats"),
+    (name::BACKEND_STATS, "", "ServiceStats"),
+];
+
+/// The fields of a map's keys (`k:`) and values (`v:`), as [`btf::describe`] writes them.
+fn describe(btf: Option<&Btf>, map: &str, key: u32, value: u32) -> String {
+    let (_, key_name, value_name) = STRUCTURES.into_iter().find(|(name, ..)| *name == map).unwrap_or_default();
+    let half = |half: char, name: &str, size: u32| {
+        // A structure of another size than the map's is not the one that lies in it.
+        let found = btf.and_then(|btf| btf.structure(name)).filter(|(_, found)| *found == size);
+        let fields = found.map_or_else(
+            || vec![Field { path: format!("{half}:"), offset: 0, size }],
+            |(fields, _)| {
+                fields.into_iter().map(|field| Field { path: format!("{half}:{}", field.path), ..field }).collect()
+            },
+        );
+        btf::describe(&fields)
+    };
+    format!("{}\n{}", half('k', key_name, key), half('v', value_name, value))
 }
 
 /// Maps whose capacity is the operator's choice, and so no part of their layout.
@@ -46,7 +88,7 @@ impl Layout {
         let max_entries = if SIZED.contains(&map) { 0 } else { self.max_entries };
         let numbers = [maps::LAYOUT, self.kind, self.key, self.value, max_entries, self.flags];
         let bytes: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
-        fnv1a(&[map.as_bytes(), &bytes])
+        fnv1a(&[map.as_bytes(), &bytes, &self.fields.to_le_bytes()])
     }
 }
 
@@ -55,26 +97,34 @@ impl Layout {
 /// # Errors
 /// Where the object is not an eBPF object, or lacks one of our maps.
 pub fn layouts(object: &[u8]) -> Result<BTreeMap<&'static str, Layout>, PortError> {
+    Ok(described_layouts(object)?.into_iter().map(|(map, (layout, _))| (map, layout)).collect())
+}
+
+/// As [`layouts`], with the descriptions of the fields.
+fn described_layouts(object: &[u8]) -> Result<BTreeMap<&'static str, (Layout, String)>, PortError> {
     let parsed = aya_obj::Object::parse(object).map_err(|error| PortError::new("reading the eBPF object", error))?;
+    let btf = parsed.btf.as_ref().and_then(|btf| Btf::parse(&btf.to_bytes()));
     let mut layouts = BTreeMap::new();
-    for map in name::ALL.iter().copied().chain([name::LOG]) {
+    for map in name::ALL.iter().copied().chain(name::STREAMS) {
         let Some(definition) = parsed.maps.get(map) else {
             return Err(PortError::new("reading the eBPF object", format!("it has no map {map}")));
         };
-        layouts.insert(
-            map,
-            Layout {
-                kind: definition.map_type(),
-                key: definition.key_size(),
-                value: definition.value_size(),
-                max_entries: definition.max_entries(),
-                flags: definition.map_flags(),
-            },
-        );
+        let fields = describe(btf.as_ref(), map, definition.key_size(), definition.value_size());
+        let layout = Layout {
+            kind: definition.map_type(),
+            key: definition.key_size(),
+            value: definition.value_size(),
+            max_entries: definition.max_entries(),
+            flags: definition.map_flags(),
+            fields: fnv1a(&[fields.as_bytes()]),
+        };
+        layouts.insert(map, (layout, fields));
     }
     for (map, max_entries) in name::DAEMON.into_iter().zip([maps::SERVICES, maps::BACKENDS]) {
         let kind = aya_obj::generated::bpf_map_type::BPF_MAP_TYPE_ARRAY as u32;
-        layouts.insert(map, Layout { kind, key: 4, value: 8, max_entries, flags: 0 });
+        let fields = describe(None, map, 4, 8);
+        let layout = Layout { kind, key: 4, value: 8, max_entries, flags: 0, fields: fnv1a(&[fields.as_bytes()]) };
+        layouts.insert(map, (layout, fields));
     }
     Ok(layouts)
 }
@@ -84,6 +134,7 @@ pub fn layouts(object: &[u8]) -> Result<BTreeMap<&'static str, Layout>, PortErro
 pub struct Pins {
     root: PathBuf,
     layouts: BTreeMap<&'static str, Layout>,
+    fields: BTreeMap<&'static str, String>,
     object: u64,
 }
 
@@ -93,7 +144,10 @@ impl Pins {
     /// # Errors
     /// As [`layouts`].
     pub fn new(root: &Path, object: &[u8]) -> Result<Self, PortError> {
-        Ok(Self { root: root.to_owned(), layouts: layouts(object)?, object: fnv1a(&[object]) })
+        let described = described_layouts(object)?;
+        let layouts = described.iter().map(|(map, (layout, _))| (*map, *layout)).collect();
+        let fields = described.into_iter().map(|(map, (_, fields))| (map, fields)).collect();
+        Ok(Self { root: root.to_owned(), layouts, fields, object: fnv1a(&[object]) })
     }
 
     /// The pin folder.
@@ -104,6 +158,16 @@ impl Pins {
     /// Folder of the maps.
     pub fn maps(&self) -> PathBuf {
         self.root.join("maps")
+    }
+
+    /// Folder of maps that are being filled; see [`super::migrate`].
+    pub fn arrivals(&self) -> PathBuf {
+        self.root.join("incoming")
+    }
+
+    /// Folder of the descriptions of the maps' fields.
+    pub fn descriptions(&self) -> PathBuf {
+        self.root.join("layouts")
     }
 
     /// Folder of the programs.
@@ -123,8 +187,27 @@ impl Pins {
 
     /// Pin of a map.
     pub fn map(&self, map: &str) -> PathBuf {
+        self.maps().join(self.file(map))
+    }
+
+    /// Pin of a map that is being filled.
+    pub fn incoming(&self, map: &str) -> PathBuf {
+        self.arrivals().join(self.file(map))
+    }
+
+    /// Pin of the description of a map's fields.
+    pub fn description(&self, map: &str) -> PathBuf {
+        self.descriptions().join(self.file(map))
+    }
+
+    /// The fields of a map in this object, as text.
+    pub fn fields(&self, map: &str) -> String {
+        self.fields.get(map).cloned().unwrap_or_default()
+    }
+
+    fn file(&self, map: &str) -> String {
         let hash = self.layouts.get(map).map_or(0, |layout| layout.hash(map));
-        self.maps().join(format!("{map}-{:08x}", hash >> 32))
+        format!("{map}-{:08x}", hash >> 32)
     }
 
     /// Pin of a program of this object.
@@ -198,10 +281,17 @@ impl Reader {
     /// # Errors
     /// Where it is not pinned, or may not be read.
     pub fn open(pins: &Pins, map: &str) -> Result<Self, PortError> {
+        Self::at(&pins.map(map))
+    }
+
+    /// As [`Reader::open`], by the pin's path.
+    ///
+    /// # Errors
+    /// As [`Reader::open`].
+    pub fn at(path: &Path) -> Result<Self, PortError> {
         use aya_obj::generated::bpf_map_type::BPF_MAP_TYPE_PERCPU_ARRAY;
-        let path = pins.map(map);
         let what = || format!("opening the map {}", path.display());
-        let fd = sys::open_pin(&path, true).map_err(|error| PortError::new(what(), error))?;
+        let fd = sys::open_pin(path, true).map_err(|error| PortError::new(what(), error))?;
         let data = MapData::from_fd(fd).map_err(|error| PortError::new(what(), chain(&error)))?;
         let info = data.info().map_err(|error| PortError::new(what(), chain(&error)))?;
         let kind = info.map_type().map_err(|error| PortError::new(what(), chain(&error)))?;

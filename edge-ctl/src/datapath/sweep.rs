@@ -6,13 +6,13 @@
 //! a walk during which nothing opened or closed, the counters are set right by what was seen: a daemon killed between
 //! removing a flow and counting it would otherwise leave a backend draining for ever.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use aya::maps::{Array, HashMap, MapData, MapError};
 use edge_common::{
     address::{Address, Wide},
     flow::FlowKey,
-    maps::{Flow, ServiceStats, name},
+    maps::{Flow, FlowEnd, ServiceEntry, ServiceStats, events::End, name, service_flag},
 };
 
 use super::{
@@ -52,6 +52,7 @@ pub struct Sweeper {
     service_expired: Array<MapData, u64>,
     backend_expired: Array<MapData, u64>,
     walk: Walk,
+    ended: Vec<FlowEnd>,
 }
 
 /// One family's established table, and how far the walk over it has come.
@@ -75,6 +76,8 @@ where
 struct Walk {
     begun: bool,
     timeouts: BTreeMap<u32, u32>,
+    /// Services whose ended flows are reported.
+    recorded: BTreeSet<u32>,
     services: Census,
     backends: Census,
 }
@@ -91,6 +94,7 @@ struct Census {
 struct Expired {
     services: BTreeMap<u32, u64>,
     backends: BTreeMap<u32, u64>,
+    records: Vec<FlowEnd>,
 }
 
 impl Sweeper {
@@ -107,6 +111,7 @@ impl Sweeper {
             service_expired: open(pins, name::SERVICE_EXPIRED)?,
             backend_expired: open(pins, name::BACKEND_EXPIRED)?,
             walk: Walk::default(),
+            ended: Vec::new(),
         })
     }
 
@@ -116,6 +121,11 @@ impl Sweeper {
     /// Where a map cannot be read or written; the next step goes on from there.
     pub fn step(&mut self, budget: usize) -> Result<SweepReport, PortError> {
         self.step_at(monotonic_ns(), budget)
+    }
+
+    /// Records of the flows ended since the last call, of services whose ends are reported.
+    pub fn take_ended(&mut self) -> Vec<FlowEnd> {
+        std::mem::take(&mut self.ended)
     }
 
     fn step_at(&mut self, now: u64, budget: usize) -> Result<SweepReport, PortError> {
@@ -134,6 +144,7 @@ impl Sweeper {
             walked = self.v6.step(&self.tables, &mut self.walk, now, left, &mut report, &mut expired);
         }
         // What was ended before a failure is counted, too.
+        self.ended.append(&mut expired.records);
         add(&mut self.service_expired, &expired.services)?;
         add(&mut self.backend_expired, &expired.backends)?;
         walked?;
@@ -147,8 +158,11 @@ impl Sweeper {
     fn begin(&mut self) -> Result<(), PortError> {
         let state = self.tables.services()?;
         let (services, backends) = self.tables.numbers()?;
+        let is_recorded = |entry: &ServiceEntry| entry.flags & service_flag::RECORD_ENDS != 0;
+        let recorded = state.iter().filter(|(_, entry)| is_recorded(entry)).map(|(number, _)| *number).collect();
         self.walk = Walk {
             begun: true,
+            recorded,
             timeouts: state.into_iter().map(|(number, entry)| (number, entry.established_timeout)).collect(),
             services: Census { before: self.tables.service_stats(services)?, seen: BTreeMap::new() },
             backends: Census { before: self.tables.backend_stats(backends)?, seen: BTreeMap::new() },
@@ -213,7 +227,14 @@ where
             let timeout = walk.timeouts.get(&flow.service).copied().unwrap_or(NO_SERVICE_TIMEOUT);
             let limit = u64::from(shortened(timeout, fill)).saturating_mul(SECOND);
             let is_idle = |flow: &Flow<A>| now.saturating_sub(flow.last_seen) > limit;
-            let ended = if is_idle(&flow) { end(&mut self.flows, &flow, is_idle)? } else { Ended::Nothing };
+            let mut record = FlowEnd::default();
+            let ended = match is_idle(&flow) {
+                true => end(&mut self.flows, &flow, is_idle, &mut record)?,
+                false => Ended::Nothing,
+            };
+            if ended == Ended::Flow && walk.recorded.contains(&flow.service) {
+                expired.records.push(record);
+            }
             if ended == Ended::Flow {
                 *expired.services.entry(flow.service).or_default() += 1;
                 *expired.backends.entry(flow.backend).or_default() += 1;
@@ -248,11 +269,12 @@ enum Ended {
     Flow,
 }
 
-/// Removes both halves of a flow if both are idle.
+/// Removes both halves of a flow if both are idle, and writes what they were into `record`.
 fn end<A: Address>(
     established: &mut HashMap<MapData, FlowKey<A>, Flow<A>>,
     flow: &Flow<A>,
     is_idle: impl Fn(&Flow<A>) -> bool,
+    record: &mut FlowEnd,
 ) -> Result<Ended, PortError>
 where
     FlowKey<A>: aya::Pod,
@@ -270,6 +292,7 @@ where
     if !is_idle(&own) || own.sequence != flow.sequence || twin.is_some_and(|twin| !is_idle(&twin)) {
         return Ok(Ended::Nothing);
     }
+    describe(record, &own, twin.as_ref());
     let mut remove = |key: &FlowKey<A>| match established.remove(key) {
         Ok(()) => Ok(true),
         Err(MapError::KeyNotFound) => Ok(false),
@@ -284,6 +307,20 @@ where
     let from_client = flow.direction == FORWARD;
     let removed_client = if from_client { removed_own } else { removed_twin };
     Ok(if removed_client { Ended::Flow } else { Ended::Rest })
+}
+
+fn describe<A: Address>(record: &mut FlowEnd, own: &Flow<A>, twin: Option<&Flow<A>>) {
+    if own.direction == FORWARD {
+        record.describe(own);
+    } else {
+        record.describe_reversed(own);
+    }
+    record.count(own);
+    if let Some(twin) = twin {
+        record.count(twin);
+    }
+    record.end = End::Idle as u8;
+    record.ended = twin.map_or(own.last_seen, |twin| twin.last_seen.max(own.last_seen));
 }
 
 fn add(map: &mut Array<MapData, u64>, counts: &BTreeMap<u32, u64>) -> Result<(), PortError> {

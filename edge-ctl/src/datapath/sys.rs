@@ -16,12 +16,15 @@ use std::{
 use aya::Pod;
 
 const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
+const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 const BPF_LINK_DETACH: libc::c_long = 34;
 const BPF_F_RDONLY: u32 = 1 << 3;
+/// `BPF_NOEXIST`: an element that is there stays as it is.
+pub const NOEXIST: u64 = 1;
 /// The kernel's own "operation not supported" (ENOTSUPP), which batch commands return for maps without them.
 const ENOTSUPP: i32 = 524;
 /// `BPF_LINK_TYPE_XDP` and `BPF_LINK_TYPE_TCX`.
@@ -322,6 +325,21 @@ pub fn lookup(map: BorrowedFd<'_>, shape: Shape, key: &[u8]) -> io::Result<Optio
     }
 }
 
+/// Writes one element. Key and value must have the map's sizes (per-CPU values one after the other, each rounded up to 8).
+///
+/// # Errors
+/// Those of the kernel.
+pub fn update(map: BorrowedFd<'_>, key: &[u8], value: &[u8], flags: u64) -> io::Result<()> {
+    let mut attr = ElementAttr {
+        map_fd: raw(map.as_raw_fd()),
+        key: key.as_ptr() as u64,
+        value_or_next_key: value.as_ptr() as u64,
+        flags,
+        ..ElementAttr::default()
+    };
+    bpf(BPF_MAP_UPDATE_ELEM, &mut attr).map(drop)
+}
+
 fn is_unsupported(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP | ENOTSUPP))
 }
@@ -341,6 +359,23 @@ pub fn filesystem_magic(path: &Path) -> io::Result<u64> {
     // SAFETY: statfs() returned 0, so it has filled the buffer.
     let statfs = unsafe { buffer.assume_init() };
     u64::try_from(statfs.f_type).map_err(io::Error::other)
+}
+
+/// Waits until `fd` can be read, or until `timeout` has passed, or a signal came.
+///
+/// # Errors
+/// Those of poll(2).
+pub fn wait_readable(fd: std::os::fd::RawFd, timeout: std::time::Duration) -> io::Result<()> {
+    let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    let milliseconds = libc::c_int::try_from(timeout.as_millis()).unwrap_or(libc::c_int::MAX);
+    // SAFETY: `poll` is one live pollfd for the length of the call.
+    match unsafe { libc::poll(std::ptr::from_mut(&mut poll), 1, milliseconds) } {
+        0.. => Ok(()),
+        _ => match io::Error::last_os_error() {
+            error if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+            error => Err(error),
+        },
+    }
 }
 
 /// CLOCK_MONOTONIC, ns: the clock of every time in a flow entry.

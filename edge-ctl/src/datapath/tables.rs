@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use edge_common::{
     filter,
-    maps::{BackendEntry, Chunk, Control, ServiceEntry, ServiceStats, name},
+    maps::{BackendEntry, BackendSignals, Chunk, Control, ServiceEntry, ServiceStats, SourceKey, SourceRange, name},
     verdict::REASONS,
 };
 
@@ -72,6 +72,7 @@ impl Tables {
             }
         }
         state.index = self.hash(name::SERVICE_INDEX)?;
+        state.ranges = self.ranges()?.into_iter().map(|(key, range)| (key, range.action)).collect();
         state.backend_index = self.hash(name::BACKEND_INDEX)?;
         for slot in state.services.values().filter(|slot| slot.entry.selection != 0) {
             if let Some(region) = self.region(slot.entry.selection)? {
@@ -82,6 +83,7 @@ impl Tables {
             services: self.capacity(name::SERVICES)?,
             backends: self.capacity(name::BACKENDS)?,
             chunks: self.capacity(name::SELECTION)?,
+            ranges: self.capacity(name::SOURCE_RANGES)?,
         };
         Ok(state)
     }
@@ -94,6 +96,14 @@ impl Tables {
         let mut services = self.array::<ServiceEntry>(name::SERVICES)?;
         services.retain(|_, entry| entry.protocol != 0);
         Ok(services)
+    }
+
+    /// Source ranges with their counters.
+    ///
+    /// # Errors
+    /// Where the map cannot be read.
+    pub fn ranges(&self) -> Result<BTreeMap<SourceKey, SourceRange>, PortError> {
+        self.hash(name::SOURCE_RANGES)
     }
 
     /// The control element.
@@ -141,6 +151,21 @@ impl Tables {
     /// Where the map cannot be read.
     pub fn backend_stats(&self, end: u32) -> Result<BTreeMap<u32, ServiceStats>, PortError> {
         self.stats(name::BACKEND_STATS, end)
+    }
+
+    /// Signals of the backends with a number below `end`, by number, summed over CPUs.
+    ///
+    /// # Errors
+    /// Where the map cannot be read.
+    pub fn backend_signals(&self, end: u32) -> Result<BTreeMap<u32, BackendSignals>, PortError> {
+        let reader = self.reader(name::BACKEND_SIGNALS)?;
+        let mut all = BTreeMap::new();
+        reader.for_first(length(end), |key, value| {
+            let Some(number) = from_bytes::<u32>(key) else { return };
+            let each = per_cpu::<BackendSignals>(value, reader.cpus);
+            all.insert(number, each.fold(BackendSignals::default(), BackendSignals::plus));
+        })?;
+        Ok(all)
     }
 
     /// Packets by service number and reason number, non-zero ones, of services with a number below `end`. Number 0 counts

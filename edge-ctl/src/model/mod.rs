@@ -1,10 +1,14 @@
 //! Plain data that every layer speaks: services, backends, routes, and the rows that users see. No I/O, no clock.
 
+pub mod access;
+pub mod capture;
+mod protect;
 pub mod query;
 mod route;
 mod service;
 pub mod view;
 
+pub use protect::{Limits, Protection, RangeAction, Rate, SourceRanges};
 pub use route::{PathAttributes, RouteSet, RouteUpdate};
 pub use service::{
     Announce, BackendSource, Balance, Frontend, Mode, ParseFrontendError, PoolMember, PoolSnapshot, PoolState,

@@ -5,8 +5,9 @@ use std::{fmt, net::IpAddr};
 
 use serde::{Deserialize, Serialize};
 
+use super::capture::{CaptureOrder, CaptureRow};
 use super::view::{
-    BackendRow, BgpPeerRow, BgpRouteRow, DnsRow, FlowRow, MapRow, RouteRow, ServiceRow, StatusRow, XdpRow,
+    BackendRow, BgpPeerRow, BgpRouteRow, DnsRow, EventRow, FlowRow, MapRow, RouteRow, ServiceRow, StatusRow, XdpRow,
 };
 
 /// Rows that a list of flows or map entries has unless told otherwise.
@@ -53,8 +54,32 @@ pub enum Query {
     Xdp,
     /// Packets dropped or passed, by service and reason: [`Answer::Reasons`].
     Reasons,
+    /// Source ranges: [`Answer::Acl`].
+    Acl,
+    /// Give a source range at run time: [`Answer::Acl`] of that service.
+    AclAdd {
+        /// The service's name.
+        service: String,
+        /// A prefix or an address.
+        prefix: String,
+        /// Keep it out rather than let it in.
+        deny: bool,
+        /// A duration; `None`: until it is taken back.
+        lifetime: Option<String>,
+    },
+    /// Take back what [`Query::AclAdd`] gave: [`Answer::Acl`] of that service.
+    AclRemove {
+        /// The service's name.
+        service: String,
+        /// The prefix or address.
+        prefix: String,
+    },
+    /// The newest ends of flows and dropped packets: [`Answer::Events`].
+    Events,
     /// The configuration in force: [`Answer::Config`].
     Config,
+    /// Have forwarded packets copied for a while: [`Answer::Capturing`].
+    Capture(CaptureOrder),
     /// Read the configuration again and apply it: [`Answer::Reloaded`].
     Reload,
 }
@@ -80,7 +105,26 @@ impl Query {
             Self::Map { name, limit } => format!("/v1/maps/{}?limit={limit}", percent_encode(name)),
             Self::Xdp => "/v1/xdp".to_owned(),
             Self::Reasons => "/v1/reasons".to_owned(),
+            Self::Acl => "/v1/acl".to_owned(),
+            Self::AclAdd { service, prefix, deny, lifetime } => {
+                let lifetime = lifetime.as_ref().map(|text| format!("&for={}", percent_encode(text)));
+                let (service, prefix) = (percent_encode(service), percent_encode(prefix));
+                let query = format!("service={service}&prefix={prefix}&deny={deny}{}", lifetime.unwrap_or_default());
+                return ("POST", format!("/v1/acl/add?{query}"));
+            }
+            Self::AclRemove { service, prefix } => {
+                let (service, prefix) = (percent_encode(service), percent_encode(prefix));
+                return ("POST", format!("/v1/acl/remove?service={service}&prefix={prefix}"));
+            }
+            Self::Events => "/v1/events".to_owned(),
             Self::Config => "/v1/config".to_owned(),
+            Self::Capture(order) => {
+                let backend =
+                    order.backend.as_deref().map_or_else(String::new, |b| format!("&backend={}", percent_encode(b)));
+                let (vip, length, seconds) = (percent_encode(&order.vip), order.length, order.seconds);
+                let path = format!("/v1/capture?vip={vip}&length={length}&seconds={seconds}{backend}");
+                return ("POST", path);
+            }
             Self::Reload => return ("POST", "/v1/reload".to_owned()),
         };
         ("GET", path)
@@ -115,8 +159,14 @@ pub enum Answer {
     Xdp(Vec<XdpRow>),
     /// To [`Query::Reasons`].
     Reasons(Vec<ReasonRow>),
+    /// To [`Query::Acl`], [`Query::AclAdd`] and [`Query::AclRemove`].
+    Acl(Vec<AclRow>),
+    /// To [`Query::Events`].
+    Events(Vec<EventRow>),
     /// To [`Query::Config`].
     Config(ConfigRow),
+    /// To [`Query::Capture`].
+    Capturing(CaptureRow),
     /// To [`Query::Reload`].
     Reloaded(ReloadRow),
 }
@@ -141,6 +191,23 @@ pub struct ReasonRow {
     pub action: String,
     /// Packets since the maps exist.
     pub packets: u64,
+}
+
+/// A source range of a service.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AclRow {
+    /// Service name.
+    pub service: String,
+    /// Source range.
+    pub prefix: String,
+    /// `allow` or `deny`.
+    pub action: String,
+    /// `config`, `runtime` (`acl add`), or `-`: the maps do not know.
+    pub source: String,
+    /// Seconds that it has left; `None`: it does not expire.
+    pub expires: Option<u64>,
+    /// New flows that it decided about.
+    pub hits: u64,
 }
 
 /// The configuration in force.

@@ -202,6 +202,8 @@ pub struct Service {
     pub snat: Snat,
     /// `None`: not announced.
     pub announce: Option<Announce>,
+    /// What its sources may do.
+    pub protection: super::Protection,
 }
 
 /// One member of a pool, as a source reported it.

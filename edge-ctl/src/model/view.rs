@@ -66,15 +66,36 @@ pub struct BackendRow {
     /// New flows per second, over the last sample.
     #[serde(rename = "conn/s")]
     pub conn_s: f64,
-    /// Failed checks.
+    /// Connections that failed: refused, unanswered, or reset before the first byte.
     pub fails: u64,
     /// Times it became unavailable.
     pub unavail: u64,
     /// Seconds since the last check; absent while there are no checks.
     #[serde(rename = "last-check")]
     pub last_check: Option<u64>,
-    /// Connect time of the last check, ms.
+    /// Average time to the SYN-ACK or first datagram, ms, since the maps exist.
     pub connect: Option<f64>,
+    /// Average time to the first byte of payload, ms.
+    #[serde(default)]
+    pub first_byte: Option<f64>,
+    /// Connections whose SYN was repeated because nothing came back.
+    #[serde(default)]
+    pub unanswered: u64,
+    /// Connections refused by RST.
+    #[serde(default)]
+    pub refused: u64,
+    /// Connections reset by the backend before its first byte.
+    #[serde(default)]
+    pub reset_early: u64,
+    /// Seconds since the last of these failures.
+    #[serde(default)]
+    pub last_failure: Option<u64>,
+    /// Bytes per second from clients, over the last sample.
+    #[serde(rename = "rx/s", default)]
+    pub rx_s: f64,
+    /// Bytes per second to clients, over the last sample.
+    #[serde(rename = "tx/s", default)]
+    pub tx_s: f64,
     /// `dns`, `static`.
     pub source: String,
     /// Flows opened since the maps exist.
@@ -275,6 +296,25 @@ pub struct MapRow {
     pub pin: String,
 }
 
+/// One event in `events`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EventRow {
+    /// When, RFC 3339, UTC.
+    pub time: String,
+    /// `drop` or `end`.
+    pub kind: String,
+    /// Service name; `-`: none.
+    pub service: String,
+    /// Of a dropped packet its source, of a flow the client.
+    pub source: String,
+    /// Of a dropped packet its destination, of a flow the backend.
+    pub destination: String,
+    /// Why it was dropped, or how it ended.
+    pub reason: String,
+    /// Bytes of the packet, or of the flow in both directions.
+    pub bytes: u64,
+}
+
 /// One interface in `xdp status`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct XdpRow {
@@ -329,6 +369,15 @@ pub struct StatusRow {
     pub attached: u64,
     /// Map writes since start.
     pub map_writes: u64,
+    /// Access log lines written since start.
+    #[serde(default)]
+    pub access_written: u64,
+    /// Access log lines lost since start, because they could not be written.
+    #[serde(default)]
+    pub access_lost: u64,
+    /// Records that the events ring buffer had no room for, since the maps exist.
+    #[serde(default)]
+    pub events_lost: u64,
     /// Actions of the reconciler since start, by kind.
     pub actions: std::collections::BTreeMap<String, u64>,
 }

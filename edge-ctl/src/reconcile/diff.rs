@@ -5,6 +5,9 @@
 //! refers to it; the backends in it exist; its filter bits are set before it is reachable; a VIP is withdrawn before its
 //! maps change for the worse and announced after they changed for the better. The order is:
 //!
+//! Source ranges are written before the service that turns them on, and taken out after the one that turns
+//! them off, and after its frontend is gone.
+//!
 //! 1. withdraw VIPs; 2. exclude backends that are gone or not eligible (one in-place write each, so new flows avoid them at
 //!    once); 3. write new backends, filter bits, the dnat index and state words; 4. for each frontend: region, label,
 //!    service, index, those with a pool first, since another on the same VIP may just be losing its own; 5. take frontends
@@ -26,12 +29,15 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use edge_common::maps::{BackendEntry, SNAT_ADDRESSES, ServiceEntry, ServiceKey, backend_state, mode};
+use edge_common::maps::{
+    BackendEntry, SNAT_ADDRESSES, ServiceEntry, ServiceKey, SourceKey, backend_state, mode, service_flag,
+};
 
 use super::ports::{
     Action, DatapathState, FilterBits, Region, frontend_of, region_chunks, same_family, service_key, state_word,
     weight_of, wire,
 };
+use super::protect::{protected, ranges};
 use crate::{
     desired::{Announced, DesiredBackend, DesiredFrontend, DesiredState},
     model::{Frontend, Mode, PoolMember},
@@ -93,8 +99,10 @@ pub fn diff(desired: &DesiredState, actual: &DatapathState, reserved: &Reserved,
     planner.add_filter_bits();
     planner.index_backends(&BTreeSet::new());
     planner.set_states();
+    planner.add_ranges();
     planner.publish_services();
     planner.remove_frontends();
+    planner.remove_ranges();
     planner.exclude_backends(Scope::All);
     planner.release_pools();
     planner.free();
@@ -309,6 +317,41 @@ impl<'a> Planner<'a> {
         }
     }
 
+    fn wanted_ranges(&self) -> BTreeMap<SourceKey, u32> {
+        let of = |(frontend, service, number): (&Frontend, &DesiredFrontend, u32)| {
+            ranges(number, frontend.address.ip(), &service.protection)
+        };
+        self.served().into_iter().flat_map(of).collect()
+    }
+
+    fn add_ranges(&mut self) {
+        let wanted = self.wanted_ranges();
+        let missing: Vec<_> =
+            wanted.into_iter().filter(|(key, action)| self.state.ranges.get(key) != Some(action)).collect();
+        let room = usize::try_from(self.state.capacity.ranges).unwrap_or(usize::MAX);
+        let mut overflow = 0_usize;
+        for (key, action) in missing {
+            if self.state.ranges.contains_key(&key) || self.state.ranges.len() < room {
+                self.step(Action::PutRange { key, action });
+            } else {
+                overflow += 1;
+            }
+        }
+        if overflow > 0 {
+            self.plan.problems.push(format!("the map of source ranges is full: {overflow} are left out"));
+        }
+    }
+
+    /// Ranges of frontends that keep what the maps have stay.
+    fn remove_ranges(&mut self) {
+        let (wanted, kept) = (self.wanted_ranges(), self.kept());
+        let gone =
+            self.state.ranges.keys().filter(|key| !wanted.contains_key(key) && !kept.contains(&key.source.service));
+        for key in gone.copied().collect::<Vec<_>>() {
+            self.step(Action::RemoveRange { key });
+        }
+    }
+
     fn publish_services(&mut self) {
         let mut served = self.served();
         served.sort_by_key(|(_, service, _)| service.eligible() == 0);
@@ -467,7 +510,7 @@ impl<'a> Planner<'a> {
             snat_count += 1;
         }
         let (snat_port_min, snat_port_max) = service.snat.ports.unwrap_or((SNAT_PORT_MIN, u16::MAX));
-        ServiceEntry {
+        let entry = ServiceEntry {
             address: key.address,
             port: key.port,
             protocol: key.protocol,
@@ -480,8 +523,10 @@ impl<'a> Planner<'a> {
             established_timeout: service.timeouts.established,
             half_open_timeout: service.timeouts.half_open,
             closing_timeout: service.timeouts.closing,
+            flags: if self.desired.record_ends { service_flag::RECORD_ENDS } else { 0 },
             ..ServiceEntry::default()
-        }
+        };
+        protected(entry, &service.protection)
     }
 }
 

@@ -4,3 +4,4 @@
 pub mod actor;
 pub mod diff;
 pub mod ports;
+pub mod protect;

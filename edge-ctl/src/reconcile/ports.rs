@@ -9,7 +9,9 @@ use std::{
 
 use edge_common::{
     address::{Address, Wide, filter_bit, is_none, mapped, unmapped},
-    maps::{self, BackendEntry, POOL_PER_CHUNK, SLOTS_PER_CHUNK, ServiceEntry, ServiceKey, backend_state, mode},
+    maps::{
+        self, BackendEntry, POOL_PER_CHUNK, SLOTS_PER_CHUNK, ServiceEntry, ServiceKey, SourceKey, backend_state, mode,
+    },
 };
 use ipnet::IpNet;
 
@@ -31,6 +33,8 @@ pub struct DatapathState {
     pub backend_index: BTreeMap<ServiceKey, u32>,
     /// Selection regions that a service refers to, by first chunk.
     pub regions: BTreeMap<u32, Region>,
+    /// Source ranges: `range_action` numbers.
+    pub ranges: BTreeMap<SourceKey, u32>,
     /// The address prefilter.
     pub filter: FilterBits,
     /// VIP prefixes that BGP was told to announce.
@@ -48,11 +52,18 @@ pub struct Capacity {
     pub backends: u32,
     /// Selection chunks, 0 included.
     pub chunks: u32,
+    /// Source ranges.
+    pub ranges: u32,
 }
 
 impl Default for Capacity {
     fn default() -> Self {
-        Self { services: maps::SERVICES, backends: maps::BACKENDS, chunks: maps::SELECTION_CHUNKS }
+        Self {
+            services: maps::SERVICES,
+            backends: maps::BACKENDS,
+            chunks: maps::SELECTION_CHUNKS,
+            ranges: maps::SOURCE_RANGES,
+        }
     }
 }
 
@@ -199,6 +210,18 @@ pub enum Action {
         /// Pool and table.
         region: Region,
     },
+    /// Write a source range.
+    PutRange {
+        /// Service number and prefix.
+        key: SourceKey,
+        /// A `range_action` number.
+        action: u32,
+    },
+    /// Forget a source range.
+    RemoveRange {
+        /// Service number and prefix.
+        key: SourceKey,
+    },
     /// Write a service's name.
     PutLabel {
         /// Service number.
@@ -253,6 +276,8 @@ impl Action {
             Self::PutBackendIndex { .. } => "put-backend-index",
             Self::RemoveBackendIndex { .. } => "remove-backend-index",
             Self::WriteRegion { .. } => "write-region",
+            Self::PutRange { .. } => "put-range",
+            Self::RemoveRange { .. } => "remove-range",
             Self::PutLabel { .. } => "put-label",
             Self::PutService { .. } => "put-service",
             Self::SetIndex { .. } => "set-index",
@@ -283,6 +308,8 @@ impl DatapathState {
             Action::PutBackendIndex { key, number } => drop(self.backend_index.insert(*key, *number)),
             Action::RemoveBackendIndex { key } => drop(self.backend_index.remove(key)),
             Action::WriteRegion { first_chunk, region } => drop(self.regions.insert(*first_chunk, region.clone())),
+            Action::PutRange { key, action } => drop(self.ranges.insert(*key, *action)),
+            Action::RemoveRange { key } => drop(self.ranges.remove(key)),
             Action::PutLabel { number, label } => self.services.entry(*number).or_default().label = label.clone(),
             Action::PutService { number, entry, fresh } => {
                 let slot = self.services.entry(*number).or_default();

@@ -5,7 +5,7 @@ use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Instant};
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand, ValueEnum};
 use edge_tests::{
-    bench,
+    bench, kernel_facts,
     lab::{Lab, Speaker, dns::DnsMode, dns_server, echo, exec, smoke, topology},
 };
 
@@ -79,6 +79,8 @@ enum Command {
         #[arg(long)]
         json: Option<PathBuf>,
     },
+    /// What this kernel's verifier says of the programs.
+    KernelFacts,
     /// The DNS server of a kube-dns pod.
     #[command(hide = true)]
     DnsServer {
@@ -154,6 +156,7 @@ fn execute(command: Command) -> Result<ExitCode> {
         }
         Command::Run => run::run()?,
         Command::Bench { e2e, only, json } => bench::run_and_print(e2e, &only, json.as_deref())?,
+        Command::KernelFacts => kernel_facts::print()?,
         Command::DnsServer { listen, zone } => dns_server::serve(listen, &zone)?,
         Command::UdpEcho { listen, name } => echo::udp(listen, &name)?,
         Command::TcpEcho { listen, name } => echo::tcp(listen, &name)?,

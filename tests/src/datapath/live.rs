@@ -4,7 +4,8 @@
 use std::{sync::mpsc, thread};
 
 use anyhow::{Context, Result};
-use aya::programs::{SchedClassifier, TcAttachType, Xdp, XdpMode};
+use aya::programs::{SchedClassifier, TcAttachType, Xdp, XdpMode, tc};
+use edge_ctl::datapath::attach::{AttachedHook, tc_hook};
 
 use super::{
     namespace::{ip, run, sysctl},
@@ -83,6 +84,16 @@ impl Live {
     /// # Errors
     /// Where a link, a setting or the attachment is refused.
     pub fn new(rig: &mut Rig, hook: Hook, resolved: bool) -> Result<Self> {
+        let live = Self::without_program(hook, resolved)?;
+        attach(rig, hook)?;
+        Ok(live)
+    }
+
+    /// As [`Live::new`], with the program left to the caller.
+    ///
+    /// # Errors
+    /// As [`Live::new`].
+    pub fn without_program(hook: Hook, resolved: bool) -> Result<Self> {
         for interface in ["all", "uplink", "pods"] {
             sysctl(&format!("ipv4/conf/{interface}/accept_local"), "1")?;
             sysctl(&format!("ipv4/conf/{interface}/rp_filter"), "0")?;
@@ -110,7 +121,6 @@ impl Live {
                 ip(&format!("neigh del {address} dev {interface}"))?;
             }
         }
-        attach(rig, hook)?;
         Ok(live)
     }
 }
@@ -125,6 +135,9 @@ fn attach(rig: &mut Rig, hook: Hook) -> Result<()> {
             Hook::Tc => {
                 let program: &mut SchedClassifier =
                     rig.ebpf.program_mut("edge_tc").context("no edge_tc")?.try_into()?;
+                if tc_hook() == AttachedHook::Clsact {
+                    tc::qdisc_add_clsact(interface)?;
+                }
                 program.attach(interface, TcAttachType::Ingress)?;
             }
         }

@@ -23,7 +23,7 @@ use edge_common::{
     verdict::{REASONS, Reason},
 };
 use edge_ctl::{
-    datapath::object::EBPF_OBJECT,
+    datapath::{object::EBPF_OBJECT, pins::Pins},
     reconcile::ports::{socket_address, wire as wide},
 };
 
@@ -310,6 +310,23 @@ impl Rig {
             .map_max_entries(name::CLOSING_V6, settings.lru)
             .map_max_entries(name::SELECTION, 256)
             .load(object)?;
+        Self::over(ebpf, hook, settings)
+    }
+
+    /// As [`Rig::new`], filling the maps that are pinned already; the programs are somebody else's.
+    ///
+    /// # Errors
+    /// As [`Rig::new`].
+    pub fn over_pins(pins: &Pins, hook: Hook, settings: Settings) -> Result<Self> {
+        links()?;
+        let mut loader = EbpfLoader::new();
+        for map in name::ALL.iter().copied().chain([name::LOG]) {
+            loader.map_pin_path(map, pins.map(map));
+        }
+        Self::over(loader.load(EBPF_OBJECT)?, hook, settings)
+    }
+
+    fn over(ebpf: Ebpf, hook: Hook, settings: Settings) -> Result<Self> {
         let (uplink, pods) = (ifindex("uplink")?, ifindex("pods")?);
         let mut rig = Self {
             ebpf,

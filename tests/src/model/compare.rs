@@ -1,0 +1,261 @@
+//! What the program did, held against what had to happen.
+
+use edge_common::{
+    flow::FlowKeyV4,
+    maps::{FlowV4, NextHop, ServiceStats, name},
+    verdict::{REASONS, Reason},
+};
+
+use anyhow::Result;
+
+use super::{
+    decide::{Decision, Rewrite},
+    kernel::Kernel,
+    moves::map_name,
+    state::{Counters, State, TABLES, Table},
+    wire::{self, Check},
+    world::{BACKENDS, SERVICES},
+};
+use crate::datapath::rig::Action;
+
+/// The verdict and the bytes.
+///
+/// # Errors
+/// What differs.
+pub fn packet(decision: &Decision, input: &[u8], action: Action, got: &[u8]) -> Result<(), String> {
+    if action != decision.action {
+        return Err(format!("verdict {action:?}, expected {decision:?}"));
+    }
+    match &decision.rewrite {
+        _ if action == Action::Drop => Ok(()),
+        None if got == input => Ok(()),
+        None => Err(format!("passed, but changed\n  expected {}\n  got      {}", hex(input), hex(got))),
+        Some(rewrite) => rewritten(rewrite, input, got),
+    }
+}
+
+fn rewritten(rewrite: &Rewrite, input: &[u8], got: &[u8]) -> Result<(), String> {
+    let mut expected = input.to_vec();
+    if let Some((dst, src)) = rewrite.macs {
+        expected[..6].copy_from_slice(&dst);
+        expected[6..12].copy_from_slice(&src);
+    }
+    expected[22] -= 1;
+    expected[26..30].copy_from_slice(&rewrite.addresses.0.to_ne_bytes());
+    expected[30..34].copy_from_slice(&rewrite.addresses.1.to_ne_bytes());
+    let l4 = rewrite.segment.l4;
+    expected[l4..l4 + 2].copy_from_slice(&rewrite.ports.0.to_ne_bytes());
+    expected[l4 + 2..l4 + 4].copy_from_slice(&rewrite.ports.1.to_ne_bytes());
+    let segment = wire::ipv4(input).and_then(|ip| wire::segment(input, ip)).ok_or("no segment was rewritten")?;
+    let (ip_check, l4_check) = wire::checks(input, &expected, &segment);
+    if got.len() != expected.len() {
+        return Err(format!("{} bytes became {}", expected.len(), got.len()));
+    }
+    let udp = rewrite.segment.udp;
+    for (what, check, at, udp) in [
+        ("IP checksum", ip_check, wire::ETHERNET + 10, false),
+        ("checksum", l4_check, l4 + wire::check_offset(udp), udp),
+    ] {
+        let found = wire::word(got, at).unwrap_or(0);
+        if !check.admits(found, udp) {
+            return Err(format!("{what} {found:#06x}, expected {check:x?}\n  got      {}", hex(got)));
+        }
+        let value = match check {
+            Check::Exactly(value) => value,
+            Check::Wrong(_) => found,
+        };
+        expected[at..at + 2].copy_from_slice(&value.to_be_bytes());
+    }
+    if got != expected {
+        return Err(format!("bytes differ\n  expected {}\n  got      {}", hex(&expected), hex(got)));
+    }
+    Ok(())
+}
+
+/// The entries and next hops that the packet touched. What the program was free in is taken over.
+///
+/// # Errors
+/// What differs.
+pub fn touched(state: &mut State, kernel: &Kernel, times: (u64, u64)) -> Result<(), String> {
+    let mut keys = std::mem::take(&mut state.touched);
+    keys.sort_unstable();
+    keys.dedup();
+    let range = state.touch_due.take();
+    for (table, key) in keys {
+        let map = kernel.map(map_name(table)).map_err(|error| error.to_string())?;
+        let got: Option<FlowV4> = map.get(&key);
+        entry(state, table, &key, got, times, range)?;
+    }
+    for number in std::mem::take(&mut state.touched_hops) {
+        let map = kernel.map(name::NEXT_HOPS).map_err(|error| error.to_string())?;
+        let got: Option<NextHop> = map.get(&number);
+        let expected = state.next_hops.get(&number).copied();
+        if got != expected {
+            return Err(format!("next hop {number}: expected {expected:?}\n  got {got:?}"));
+        }
+    }
+    Ok(())
+}
+
+fn entry(
+    state: &mut State,
+    table: Table,
+    key: &FlowKeyV4,
+    got: Option<FlowV4>,
+    times: (u64, u64),
+    range: Option<(u32, u32)>,
+) -> Result<(), String> {
+    let expected = state.flow(table, key).copied();
+    let (Some(mut wanted), Some(found)) = (expected, got) else {
+        return match (expected, got) {
+            (None, None) => Ok(()),
+            _ => Err(format!("{table:?} {key:?}:\n  expected {expected:?}\n  got      {got:?}")),
+        };
+    };
+    let stamped = |wanted: u64, found: u64| wanted == times.0 && (times.0..=times.1).contains(&found);
+    if stamped(wanted.last_seen, found.last_seen) {
+        wanted.last_seen = found.last_seen;
+    }
+    if stamped(wanted.created, found.created) {
+        wanted.created = found.created;
+    }
+    if range.is_some_and(|(low, high)| found.touch_due.wrapping_sub(low) <= high.wrapping_sub(low)) {
+        wanted.touch_due = found.touch_due;
+    }
+    deltas(&found)?;
+    (wanted.address_delta, wanted.port_delta) = (found.address_delta, found.port_delta);
+    if wanted != found {
+        return Err(format!("{table:?} entry:\n  expected {wanted:?}\n  got      {found:?}"));
+    }
+    state.table_mut(table).insert(*key, found);
+    Ok(())
+}
+
+/// The two differences of checksums in an entry, against sums of the whole fields.
+fn deltas(flow: &FlowV4) -> Result<(), String> {
+    let sums = |words: [&[u8]; 2]| u32::from(wire::sum(&words));
+    let addresses = |a: u32, b: u32| sums([&a.to_ne_bytes(), &b.to_ne_bytes()]);
+    let ports = |a: u16, b: u16| sums([&a.to_ne_bytes(), &b.to_ne_bytes()]);
+    for (what, old, new, delta) in [
+        ("address", addresses(flow.key.src, flow.key.dst), addresses(flow.new_src, flow.new_dst), flow.address_delta),
+        (
+            "port",
+            ports(flow.key.src_port, flow.key.dst_port),
+            ports(flow.new_src_port, flow.new_dst_port),
+            flow.port_delta,
+        ),
+    ] {
+        if (old + u32::from(u16::from_be(delta))) % 0xffff != new % 0xffff {
+            return Err(format!("{what} delta {delta:#06x} leads from {old:#x} not to {new:#x}: {flow:?}"));
+        }
+    }
+    Ok(())
+}
+
+/// Every entry of every table: what the program changed although nothing had to.
+///
+/// # Errors
+/// What differs.
+pub fn tables(state: &mut State, kernel: &Kernel) -> Result<(), String> {
+    for table in TABLES {
+        let map = kernel.map(map_name(table)).map_err(|error| error.to_string())?;
+        let mut keys: Vec<FlowKeyV4> = map.keys();
+        keys.extend(state.table(table).keys());
+        keys.sort_unstable();
+        keys.dedup();
+        for key in keys {
+            entry(state, table, &key, map.get(&key), (1, 0), None)?;
+        }
+    }
+    let cursor: Option<u32> = kernel.map(name::NEXT_HOP_CURSOR).map_err(|error| error.to_string())?.get(&0u32);
+    if cursor != Some(state.next_hop_cursor) {
+        return Err(format!("next-hop cursor {cursor:?}, expected {}", state.next_hop_cursor));
+    }
+    Ok(())
+}
+
+/// What the kernel counted so far.
+///
+/// # Errors
+/// Where a map is missing.
+pub fn counted(kernel: &Kernel) -> Result<Counters> {
+    let mut counters = Counters::default();
+    let reasons = kernel.map(name::REASONS)?;
+    let stats = |sums: Vec<u64>| match sums[..] {
+        [packets_in, bytes_in, packets_out, bytes_out, half_opened, opened, closed] => {
+            ServiceStats { packets_in, bytes_in, packets_out, bytes_out, half_opened, opened, closed }
+        }
+        _ => ServiceStats::default(),
+    };
+    let words = size_of::<ServiceStats>() / 8;
+    for service in 0..SERVICES {
+        for reason in Reason::ALL {
+            let count = reasons.sums(service * REASONS + *reason as u32, 1);
+            counters.reasons.insert((service, *reason as u32), count.first().copied().unwrap_or(0));
+        }
+        counters.services.insert(service, stats(kernel.map(name::SERVICE_STATS)?.sums(service, words)));
+    }
+    for backend in 0..BACKENDS {
+        counters.backends.insert(backend, stats(kernel.map(name::BACKEND_STATS)?.sums(backend, words)));
+    }
+    Ok(counters)
+}
+
+/// The counters since `before`.
+///
+/// # Errors
+/// What differs.
+pub fn counters(state: &State, kernel: &Kernel, before: &Counters) -> Result<(), String> {
+    let now = counted(kernel).map_err(|error| error.to_string())?;
+    for (key, count) in &now.reasons {
+        let got = count - before.reasons.get(key).copied().unwrap_or(0);
+        let expected = state.counters.reasons.get(key).copied().unwrap_or(0);
+        if got != expected {
+            let name = Reason::ALL.iter().find(|reason| **reason as u32 == key.1).map_or("?", |reason| reason.name());
+            return Err(format!("service {} counted {name} {got} times, expected {expected}", key.0));
+        }
+    }
+    for (what, now, before, expected) in [
+        ("service", &now.services, &before.services, &state.counters.services),
+        ("backend", &now.backends, &before.backends, &state.counters.backends),
+    ] {
+        for (number, now) in now {
+            let before = before.get(number).copied().unwrap_or_default();
+            let got = ServiceStats {
+                packets_in: now.packets_in - before.packets_in,
+                bytes_in: now.bytes_in - before.bytes_in,
+                packets_out: now.packets_out - before.packets_out,
+                bytes_out: now.bytes_out - before.bytes_out,
+                half_opened: now.half_opened - before.half_opened,
+                opened: now.opened - before.opened,
+                closed: now.closed - before.closed,
+            };
+            let expected = expected.get(number).copied().unwrap_or_default();
+            if got != expected {
+                return Err(format!("{what} {number} counted\n  {got:?}, expected\n  {expected:?}"));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What both know of a packet's tuple, for people.
+pub fn entries(state: &State, kernel: &Kernel, frame: &[u8]) -> String {
+    let Some(segment) = wire::ipv4(frame).and_then(|ip| wire::segment(frame, ip)) else {
+        return String::new();
+    };
+    let mut lines = String::new();
+    for table in TABLES {
+        let expected = state.flow(table, &segment.key);
+        let got: Option<FlowV4> = kernel.map(map_name(table)).ok().and_then(|map| map.get(&segment.key));
+        if expected.is_some() || got.is_some() {
+            lines.push_str(&format!("  {table:?} expected {expected:?}\n  {table:?} got      {got:?}\n"));
+        }
+    }
+    lines
+}
+
+/// Bytes as digits.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

@@ -1,0 +1,192 @@
+//! The model's decision points, and how often a run came by each.
+
+macro_rules! points {
+    ($($(#[$doc:meta])* $point:ident,)*) => {
+        /// A branch of the pipeline, as the model sees it.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+        pub enum Point { $($(#[$doc])* $point,)* }
+
+        impl Point {
+            /// Every point.
+            pub const ALL: &'static [Point] = &[$(Point::$point,)*];
+        }
+    };
+}
+
+points! {
+    /// No IPv4 header: passes.
+    NotIpv4,
+    /// Neither address is in the prefilter: passes.
+    NotOurs,
+    /// Neither TCP nor UDP: passes.
+    OtherProtocol,
+    /// Part of a fragmented packet.
+    Fragment,
+    /// Lengths that contradict each other.
+    Malformed,
+    /// Established, in the middle of its life.
+    EstablishedHit,
+    /// A touch refreshed the twin.
+    TouchedTwin,
+    /// A touch rebuilt the twin.
+    RebuiltTwin,
+    /// A touch could not rebuild the twin, since the table is full.
+    TwinNotRebuilt,
+    /// A touch found a stranger where the twin should be.
+    TouchTwinTaken,
+    /// A client's datagram after the idle timeout.
+    TouchTooLate,
+    /// An entry of a service that does not exist.
+    TrackNoService,
+    /// A closing entry had rested.
+    ClosingExpired,
+    /// A late packet of the old backend.
+    Superseded,
+    /// Nothing changes.
+    Stay,
+    /// A flag is set on both halves.
+    Flag,
+    /// A flag is set, the twin is gone or a stranger's.
+    FlagWithoutTwin,
+    /// A SYN-ACK tells what is to be acknowledged.
+    Expect,
+    /// A SYN-ACK of a flow whose client half is gone.
+    ExpectWithoutTwin,
+    /// An acknowledgement outside of the window does not promote.
+    AckOutOfWindow,
+    /// TCP promotion.
+    PromoteTcp,
+    /// UDP promotion.
+    PromoteUdp,
+    /// Promotion with a rebuilt twin.
+    PromoteRebuiltTwin,
+    /// Promotion into a full table.
+    PromoteFull,
+    /// Promotion of which one half fits.
+    PromoteHalfFits,
+    /// Promotion where a stranger has the twin's key.
+    PromoteTwinTaken,
+    /// Closed by RST.
+    CloseReset,
+    /// Closed by the second FIN.
+    CloseFin,
+    /// Closed with a missing twin.
+    CloseRebuiltTwin,
+    /// Closed where a stranger has the twin's key.
+    CloseTwinTaken,
+    /// A SYN or datagram on a closing or expired flow.
+    Reopen,
+    /// As `Reopen`, where a stranger has the twin's key.
+    ReopenTwinTaken,
+    /// A frontend's packet that cannot start a flow.
+    NoFlow,
+    /// A dnat backend's packet without a flow.
+    ReplyWithoutFlow,
+    /// A dnat backend's packet to this host.
+    BackendToHost,
+    /// Our address, no frontend.
+    NoFrontend,
+    /// The source filter lies: no such backend.
+    NotABackend,
+    /// A new flow with an expiring TTL.
+    CreateTtl,
+    /// A frontend of a service that does not exist.
+    CreateNoService,
+    /// No eligible backend.
+    NoBackend,
+    /// Selected in the tuple's own slot.
+    SelectedOwn,
+    /// Selected in one of the next slots.
+    SelectedNext,
+    /// Selected by a scan of the pool.
+    SelectedScan,
+    /// No SNAT address.
+    NoSnatAddress,
+    /// dnat: the client's own source.
+    CreateDnat,
+    /// dnat: somebody else has that tuple.
+    CreateDnatTaken,
+    /// full-nat: the source of the client's past flow.
+    CreateOwnPort,
+    /// full-nat: that source is somebody else's.
+    CreateOwnPortTaken,
+    /// full-nat: a source of the backend's candidates.
+    CreateFullNat,
+    /// full-nat: a source that a closed flow has rested on.
+    CreateRestedPort,
+    /// An entry that timed out gave way to the client's own port.
+    Yielded,
+    /// The tuple has a half-open flow beside the one that ended.
+    Joined,
+    /// All candidates are in use.
+    SnatExhausted,
+    /// An existing flow's packet with an expiring TTL.
+    ForwardTtl,
+    /// The route is looked up.
+    Resolve,
+    /// A next-hop number was given out.
+    NewNextHop,
+    /// A known next hop changed.
+    ChangedNextHop,
+    /// No numbers are left.
+    NoNextHopNumber,
+    /// A gateway that is no IPv4 neighbour.
+    ForeignGateway,
+    /// Neighbour unresolved.
+    NoNeighbour,
+    /// No route.
+    NoRoute,
+    /// XDP cannot redirect there: to the stack.
+    ViaStack,
+    /// Too long, may be fragmented: to the stack.
+    TooLongToStack,
+    /// Too long, must not be fragmented.
+    TooBig,
+    /// A next-hop number that is none.
+    NoNextHop,
+    /// Out of the interface it came in by.
+    Transmit,
+    /// Out of another interface.
+    Redirect,
+    /// A GSO packet judged by its segments.
+    Gso,
+}
+
+/// How often each point was met.
+#[derive(Clone, Debug)]
+pub struct Coverage(Vec<u64>);
+
+impl Default for Coverage {
+    fn default() -> Self {
+        Self(vec![0; Point::ALL.len()])
+    }
+}
+
+impl Coverage {
+    /// Counts a visit.
+    pub fn hit(&mut self, point: Point) {
+        self.0[point as usize] += 1;
+    }
+
+    /// Counts a visit where there was one.
+    pub fn hit_if(&mut self, point: Point, met: bool) {
+        self.0[point as usize] += u64::from(met);
+    }
+
+    /// Adds another run's visits.
+    pub fn add(&mut self, other: &Self) {
+        for (sum, count) in self.0.iter_mut().zip(&other.0) {
+            *sum += count;
+        }
+    }
+
+    /// How often a point was met.
+    pub fn count(&self, point: Point) -> u64 {
+        self.0[point as usize]
+    }
+
+    /// The points that no packet came by.
+    pub fn missed(&self) -> Vec<Point> {
+        Point::ALL.iter().copied().filter(|point| self.count(*point) == 0).collect()
+    }
+}

@@ -1,0 +1,313 @@
+//! Packets without a flow: whose they are, which backend they get, and which source that backend sees.
+//!
+//! The source port is the program's choice: the model judges it by the rules and takes it over.
+
+use edge_common::{
+    address::{is_none, mapped},
+    flow::FlowKeyV4,
+    maps::{BackendEntry, FlowV4, SNAT_ADDRESSES, ServiceEntry, ServiceKey, flow_flag, mode},
+    verdict::Reason,
+};
+
+use super::{
+    connections::{expired, opens, unknown},
+    coverage::Point,
+    decide::{Choices, Decision, Input, refuse, send},
+    hash::{self, Found},
+    state::{Route, State, Table, ipv4, twin_key},
+    wire::{Segment, UDP},
+};
+
+const HALF_OPEN: u8 = 1;
+/// SNAT candidates that are tried.
+const PROBES: u32 = 16;
+/// A port whose client closed first rests this long, seconds.
+const SHORT_REST: u32 = 2;
+
+/// The flow that the client's tuple had before.
+#[derive(Clone, Copy, Debug)]
+pub struct Past {
+    /// Its backend.
+    pub backend: u32,
+    /// Its SNAT address, network order.
+    pub address: u32,
+    /// Its SNAT port, network order.
+    pub port: u16,
+}
+
+/// Decides about a packet that has no flow.
+///
+/// # Errors
+/// Where the program's choice of a source breaks a rule.
+pub fn untracked(
+    state: &mut State,
+    input: &Input,
+    segment: &Segment,
+    to_us: bool,
+    past: Option<Past>,
+    choices: &dyn Choices,
+) -> Result<Decision, String> {
+    let key = segment.key;
+    let at = |address, port| ServiceKey { address: mapped(address), port, protocol: key.protocol, _pad: 0 };
+    if let Some(service) = state.config.frontends.get(&at(key.dst, key.dst_port)).copied() {
+        if key.protocol == UDP || opens(segment.flags) {
+            return new_flow(state, input, segment, service, past, choices);
+        }
+        state.hit(Point::NoFlow);
+        state.because(Reason::NoFlow, service);
+        return Ok(Decision::PASS);
+    }
+    if let Some(backend) = state.config.dnat_backends.get(&at(key.src, key.src_port)).copied() {
+        if state.config.route(key.dst) != Route::NotForwarded {
+            state.hit(Point::ReplyWithoutFlow);
+            let service = state.config.backends.get(&backend).map_or(0, |backend| backend.service);
+            return Ok(refuse(state, Reason::ReplyWithoutFlow, service));
+        }
+        state.hit(Point::BackendToHost);
+        return Ok(Decision::PASS);
+    }
+    if to_us {
+        state.hit(Point::NoFrontend);
+        state.because(Reason::NoFrontend, 0);
+    } else {
+        state.hit(Point::NotABackend);
+    }
+    Ok(Decision::PASS)
+}
+
+fn new_flow(
+    state: &mut State,
+    input: &Input,
+    segment: &Segment,
+    number: u32,
+    past: Option<Past>,
+    choices: &dyn Choices,
+) -> Result<Decision, String> {
+    if segment.ip.ttl <= 1 {
+        state.hit(Point::CreateTtl);
+        return Ok(refuse(state, Reason::TtlExpired, number));
+    }
+    let Some((service, pool)) = state.config.services.get(&number) else {
+        state.hit(Point::CreateNoService);
+        return Ok(refuse(state, Reason::NotReady, number));
+    };
+    let service = *service;
+    let hash = hash::tuple(state.config.seed, &segment.key);
+    let eligible = |backend: u32| backend != 0 && state.config.eligible.get(&backend).copied().unwrap_or(false);
+    let (point, chosen) = match hash::select(hash, &pool.members, &pool.table, eligible) {
+        Found::Own(backend) => (Point::SelectedOwn, backend),
+        Found::Next(backend) => (Point::SelectedNext, backend),
+        Found::Scan(backend) => (Point::SelectedScan, backend),
+        Found::None => {
+            state.hit(Point::NoBackend);
+            return Ok(refuse(state, Reason::NoBackend, number));
+        }
+    };
+    state.hit(point);
+    let Some(backend) = state.config.backends.get(&chosen).copied() else {
+        return Err(format!("the world has no backend {chosen}"));
+    };
+    let plan = Plan { key: segment.key, service, number, chosen, backend, now: input.now };
+    let (address, port) = match source(state, &plan, past, choices)? {
+        Source::Refused(reason) => return Ok(refuse(state, reason, number)),
+        Source::Found(address, port) => (address, port),
+    };
+    open(state, &plan, address, port);
+    Ok(send(state, input, segment, Table::HalfOpen))
+}
+
+struct Plan {
+    key: FlowKeyV4,
+    service: ServiceEntry,
+    number: u32,
+    chosen: u32,
+    backend: BackendEntry,
+    now: u64,
+}
+
+impl Plan {
+    fn reply_key(&self, address: u32, port: u16) -> FlowKeyV4 {
+        let protocol = self.key.protocol;
+        FlowKeyV4 {
+            src: ipv4(&self.backend.address),
+            dst: address,
+            src_port: self.backend.port,
+            dst_port: port,
+            protocol,
+            _pad: [0; 3],
+        }
+    }
+}
+
+enum Source {
+    Found(u32, u16),
+    Refused(Reason),
+}
+
+fn source(state: &mut State, plan: &Plan, past: Option<Past>, choices: &dyn Choices) -> Result<Source, String> {
+    if plan.service.mode == mode::DNAT {
+        let (address, port) = (plan.key.src, plan.key.src_port);
+        let taken = !claim_own(state, plan, &plan.reply_key(address, port));
+        state.hit(if taken { Point::CreateDnatTaken } else { Point::CreateDnat });
+        return Ok(if taken { Source::Refused(Reason::TwinTaken) } else { Source::Found(address, port) });
+    }
+    if plan.service.snat_count == 0 && is_none(&plan.backend.snat_address) {
+        state.hit(Point::NoSnatAddress);
+        return Ok(Source::Refused(Reason::NoSnatAddress));
+    }
+    if let Some(past) = past.filter(|past| past.backend == plan.chosen) {
+        if claim_own(state, plan, &plan.reply_key(past.address, past.port)) {
+            state.hit(Point::CreateOwnPort);
+            return Ok(Source::Found(past.address, past.port));
+        }
+        state.hit(Point::CreateOwnPortTaken);
+    }
+    candidate(state, plan, choices)
+}
+
+/// Makes room for a reply's key that leaves no choice of port: entries of the same client, and such as have timed out,
+/// give way. False where another flow has it.
+fn claim_own(state: &mut State, plan: &Plan, reply: &FlowKeyV4) -> bool {
+    let tables =
+        [(Table::HalfOpen, plan.service.half_open_timeout), (Table::Established, plan.service.established_timeout)];
+    for (table, timeout) in tables {
+        let Some(entry) = state.flow(table, reply) else { continue };
+        if twin_key(entry) != plan.key && !expired(entry.last_seen, timeout, plan.now) {
+            state.touched.push((table, *reply));
+            return false;
+        }
+        state.hit(Point::Yielded);
+        state.remove(table, reply);
+    }
+    let Some(entry) = state.flow(Table::Closing, reply).copied() else { return true };
+    let client = twin_key(&entry);
+    if client != plan.key && !rested(plan, &entry) {
+        state.touched.push((Table::Closing, *reply));
+        return false;
+    }
+    state.remove(Table::Closing, reply);
+    state.remove(Table::Closing, &client);
+    true
+}
+
+/// True where a closed flow's port may go to another client: after the full rest where the backend may still hold it in
+/// TIME_WAIT (it closed first), else after packets under way have died.
+fn rested(plan: &Plan, closing: &FlowV4) -> bool {
+    let tcp = closing.key.protocol != UDP;
+    let backend_first = closing.flags & flow_flag::BACKEND_CLOSED_FIRST != 0;
+    let full = plan.service.closing_timeout;
+    expired(closing.last_seen, if tcp && !backend_first { full.min(SHORT_REST) } else { full }, plan.now)
+}
+
+fn free(state: &State, plan: &Plan, reply: &FlowKeyV4) -> bool {
+    unknown(state, reply)
+        || state.flow(Table::HalfOpen, reply).is_none()
+            && state.flow(Table::Established, reply).is_none()
+            && state.flow(Table::Closing, reply).is_some_and(|entry| rested(plan, entry))
+}
+
+fn addresses(plan: &Plan) -> Vec<u32> {
+    match (plan.service.snat_count as usize).min(SNAT_ADDRESSES) {
+        0 => vec![ipv4(&plan.backend.snat_address)],
+        count => plan.service.snat_addresses[..count].iter().map(ipv4).collect(),
+    }
+}
+
+/// Judges the source that the program found among a backend's candidates.
+fn candidate(state: &mut State, plan: &Plan, choices: &dyn Choices) -> Result<Source, String> {
+    let now = choices.cursor(plan.chosen);
+    let before = state.cursors.insert(plan.chosen, now).unwrap_or(0);
+    let probes = now.wrapping_sub(before);
+    let addresses = addresses(plan);
+    let Some((address, port)) = choices.source(&plan.key) else {
+        if probes != PROBES {
+            return Err(format!("gave up after {probes} of {PROBES} candidates"));
+        }
+        judge_refusal(state, plan, &addresses);
+        state.hit(Point::SnatExhausted);
+        return Ok(Source::Refused(Reason::SnatExhausted));
+    };
+    if probes == 0 || probes > PROBES {
+        return Err(format!("took {probes} candidates for a new source, 1 to {PROBES} are allowed"));
+    }
+    if !addresses.contains(&address) {
+        return Err(format!("source address {} is none of the service's", u32::from_be(address)));
+    }
+    let host = u16::from_be(port);
+    let span = plan.service.snat_port_min..=plan.service.snat_port_max;
+    if !span.contains(&host) || !state.config.ports[usize::from(host)] {
+        return Err(format!("source port {host} is not permitted"));
+    }
+    let reply = plan.reply_key(address, port);
+    if !free(state, plan, &reply) {
+        return Err(format!("source port {host} is in use: {reply:?}"));
+    }
+    if let Some(closing) = state.flow(Table::Closing, &reply).copied() {
+        state.hit(Point::CreateRestedPort);
+        state.remove(Table::Closing, &reply);
+        state.remove(Table::Closing, &twin_key(&closing));
+    }
+    state.hit(Point::CreateFullNat);
+    Ok(Source::Found(address, port))
+}
+
+/// A refusal while some ports are free is allowed as often as chance explains it, which only many of them show.
+fn judge_refusal(state: &mut State, plan: &Plan, addresses: &[u32]) {
+    let free_ones = free_share(state, plan, addresses);
+    if free_ones > 0.0 {
+        state.refusals += 1;
+    }
+}
+
+/// The share of a service's sources that one more flow to this backend could have.
+fn free_share(state: &State, plan: &Plan, addresses: &[u32]) -> f64 {
+    let (mut free_ones, mut all) = (0u32, 0u32);
+    for port in plan.service.snat_port_min..=plan.service.snat_port_max {
+        for address in addresses {
+            all += 1;
+            let reply = plan.reply_key(*address, port.to_be());
+            free_ones += u32::from(state.config.ports[usize::from(port)] && free(state, plan, &reply));
+        }
+    }
+    if all == 0 { 0.0 } else { f64::from(free_ones) / f64::from(all) }
+}
+
+/// Both entries of the new flow.
+fn open(state: &mut State, plan: &Plan, address: u32, port: u16) {
+    let forward = FlowV4 {
+        key: plan.key,
+        new_src: address,
+        new_dst: ipv4(&plan.backend.address),
+        new_src_port: port,
+        new_dst_port: plan.backend.port,
+        service: plan.number,
+        backend: plan.chosen,
+        sequence: 1,
+        state: HALF_OPEN,
+        created: plan.now,
+        last_seen: plan.now,
+        ..FlowV4::default()
+    };
+    let reply = FlowV4 {
+        key: twin_key(&forward),
+        new_src: plan.key.dst,
+        new_dst: plan.key.src,
+        new_src_port: plan.key.dst_port,
+        new_dst_port: plan.key.src_port,
+        direction: 1,
+        ..forward
+    };
+    if let Some(known) = state.flow(Table::HalfOpen, &plan.key).copied() {
+        // The tuple has a flow: that goes on, and the new source is given back.
+        state.hit(Point::Joined);
+        if twin_key(&known) != reply.key {
+            state.remove(Table::HalfOpen, &reply.key);
+        } else {
+            state.put(Table::HalfOpen, reply);
+        }
+        return;
+    }
+    state.put(Table::HalfOpen, reply);
+    state.put(Table::HalfOpen, forward);
+    state.count(plan.number, plan.chosen, |stats| stats.half_opened += 1);
+}

@@ -1,0 +1,193 @@
+//! From an entry to the wire: TTL, next hop, length, rewriting.
+
+use edge_common::{
+    address::unmapped,
+    maps::{FlowV4, NextHop, next_hop_flag},
+    verdict::Reason,
+};
+
+use super::{
+    coverage::Point,
+    decide::{Decision, Input, Original, Rewrite, refuse},
+    state::{Route, State, Table},
+    wire::{Segment, UDP},
+};
+use crate::datapath::rig::{Action, Hook};
+
+/// Where a packet goes.
+enum Way {
+    /// A link: interface and MACs.
+    Out {
+        ifindex: u32,
+        macs: ([u8; 6], [u8; 6]),
+        mtu: u32,
+        redirectable: bool,
+    },
+    /// Not there: why, and whether the stack gets it (rewritten) or nobody.
+    Stack(Reason, Point),
+    Nowhere(Reason, Point),
+}
+
+/// Sends the packet by the entry of its key in `table`.
+pub fn send(state: &mut State, input: &Input, segment: &Segment, table: Table) -> Decision {
+    let key = &segment.key;
+    let Some(flow) = state.flow(table, key).copied() else {
+        return Decision::DROP;
+    };
+    if segment.ip.ttl <= 1 {
+        state.hit(Point::ForwardTtl);
+        return refuse(state, Reason::TtlExpired, flow.service);
+    }
+    let (ifindex, macs, mtu, redirectable) = match way(state, table, &flow) {
+        Way::Nowhere(reason, point) => {
+            state.hit(point);
+            return refuse(state, reason, flow.service);
+        }
+        Way::Stack(reason, point) => {
+            state.hit(point);
+            return to_stack(state, input, segment, table, &flow, reason);
+        }
+        Way::Out { ifindex, macs, mtu, redirectable } => (ifindex, macs, mtu, redirectable),
+    };
+    let same = ifindex == input.ingress;
+    let reachable = same || redirectable || input.hook == Hook::Tc;
+    // By a number, the length is judged first; by a lookup of its own, whether XDP can go there at all.
+    let listed = state.flow(table, key).is_some_and(|flow| flow.next_hop != 0);
+    if longest_piece(state, input, segment) > mtu as usize && (listed || reachable) {
+        if segment.ip.dont_fragment {
+            state.hit(Point::TooBig);
+            return refuse(state, Reason::TooBig, flow.service);
+        }
+        state.hit(Point::TooLongToStack);
+        return to_stack(state, input, segment, table, &flow, Reason::ViaStack);
+    }
+    if !reachable {
+        state.hit(Point::ViaStack);
+        return to_stack(state, input, segment, table, &flow, Reason::ViaStack);
+    }
+    account(state, input, segment, table);
+    state.hit(if same { Point::Transmit } else { Point::Redirect });
+    // TC has no "transmit": it redirects to the interface the packet came by.
+    let action = if same && input.hook == Hook::Xdp { Action::Transmit } else { Action::Redirect };
+    Decision { action, rewrite: Some(rewritten(segment, &flow, Some(macs))) }
+}
+
+fn longest_piece(state: &mut State, input: &Input, segment: &Segment) -> usize {
+    if input.hook == Hook::Tc && input.gso_size != 0 {
+        state.hit(Point::Gso);
+        segment.headers + input.gso_size as usize
+    } else {
+        segment.ip.total_len
+    }
+}
+
+fn to_stack(
+    state: &mut State,
+    input: &Input,
+    segment: &Segment,
+    table: Table,
+    flow: &FlowV4,
+    reason: Reason,
+) -> Decision {
+    account(state, input, segment, table);
+    state.because(reason, flow.service);
+    Decision { action: Action::Pass, rewrite: Some(rewritten(segment, flow, None)) }
+}
+
+fn rewritten(segment: &Segment, flow: &FlowV4, macs: Option<([u8; 6], [u8; 6])>) -> Rewrite {
+    Rewrite {
+        addresses: (flow.new_src, flow.new_dst),
+        ports: (flow.new_src_port, flow.new_dst_port),
+        macs,
+        segment: Original { l4: segment.l4, udp: segment.key.protocol == UDP },
+    }
+}
+
+fn account(state: &mut State, input: &Input, segment: &Segment, table: Table) {
+    let bytes = segment.ip.total_len as u64;
+    let Some(flow) = state.change(table, &segment.key) else { return };
+    flow.last_seen = input.now;
+    flow.packets += 1;
+    flow.bytes += bytes;
+    let (service, backend, reply) = (flow.service, flow.backend, flow.direction != 0);
+    state.count(service, backend, |stats| {
+        if reply {
+            stats.packets_out += 1;
+            stats.bytes_out += bytes;
+        } else {
+            stats.packets_in += 1;
+            stats.bytes_in += bytes;
+        }
+    });
+}
+
+/// By the entry's next hop, or by a route lookup where it has none that is up to date.
+fn way(state: &mut State, table: Table, flow: &FlowV4) -> Way {
+    let generation = state.config.generation;
+    if flow.next_hop != 0 && flow.route_generation == generation {
+        return listed(state, flow.next_hop);
+    }
+    state.hit(Point::Resolve);
+    if let Some(flow) = state.change(table, &flow.key) {
+        (flow.next_hop, flow.route_generation) = (0, generation);
+    }
+    match state.config.route(flow.new_dst) {
+        Route::Unresolved => Way::Stack(Reason::NeighbourUnresolved, Point::NoNeighbour),
+        Route::Refused | Route::NotForwarded => Way::Nowhere(Reason::NoRoute, Point::NoRoute),
+        Route::Neighbour { ifindex, address, dst_mac, src_mac, mtu } => {
+            let redirectable = state.config.redirectable.contains(&ifindex);
+            let flags = if redirectable { 0 } else { next_hop_flag::VIA_STACK };
+            let hop = NextHop { ifindex, neighbour: address, dst_mac, src_mac, mtu, flags, ..NextHop::default() };
+            if unmapped(&address).is_none() {
+                state.hit(Point::ForeignGateway);
+            }
+            match number(state, hop) {
+                Some(number) => {
+                    if let Some(flow) = state.change(table, &flow.key) {
+                        flow.next_hop = number;
+                    }
+                    listed(state, number)
+                }
+                None => {
+                    state.hit(Point::NoNextHopNumber);
+                    Way::Out { ifindex, macs: (dst_mac, src_mac), mtu, redirectable }
+                }
+            }
+        }
+    }
+}
+
+fn listed(state: &mut State, number: u32) -> Way {
+    match state.next_hops.get(&number) {
+        Some(hop) => Way::Out {
+            ifindex: hop.ifindex,
+            macs: (hop.dst_mac, hop.src_mac),
+            mtu: hop.mtu,
+            redirectable: hop.flags & next_hop_flag::VIA_STACK == 0,
+        },
+        None => Way::Nowhere(Reason::NotReady, Point::NoNextHop),
+    }
+}
+
+/// The number of a next hop, brought up to date or given out; `None` where none is left.
+fn number(state: &mut State, hop: NextHop) -> Option<u32> {
+    let key = (hop.ifindex, hop.neighbour);
+    let number = match state.next_hop_index.get(&key).copied() {
+        Some(number) => {
+            if state.next_hops.get(&number) != Some(&hop) {
+                state.hit(Point::ChangedNextHop);
+            }
+            number
+        }
+        None if state.next_hop_cursor >= state.config.next_hops => return None,
+        None => {
+            state.hit(Point::NewNextHop);
+            state.next_hop_cursor += 1;
+            state.next_hop_index.insert(key, state.next_hop_cursor);
+            state.next_hop_cursor
+        }
+    };
+    state.next_hops.insert(number, hop);
+    state.touched_hops.push(number);
+    Some(number)
+}

@@ -1,0 +1,231 @@
+//! What happens next in a world: a packet, or something else. Drawn from a step's own seed and the tables, so that a step
+//! means something after others before it have been left out.
+
+use std::net::{Ipv4Addr, SocketAddrV4};
+
+use edge_common::{flow::FlowKeyV4, maps::FlowV4};
+
+use super::{
+    connections::bits::{ACK, FIN, RST, SYN},
+    dice::Dice,
+    network::{BASE, FAR, NOWHERE, Network, Shape},
+    state::{State, TABLES, Table, ipv4},
+    wire::{TCP, UDP},
+    world::World,
+};
+use crate::datapath::{
+    frame::Frame,
+    rig::{CLIENT, SNAT, VIP, wire},
+};
+
+/// One step of a world.
+#[derive(Clone, Debug)]
+pub enum Move {
+    /// A packet.
+    Packet {
+        /// Its frame.
+        frame: Vec<u8>,
+        /// Interface it comes in by.
+        ingress: u32,
+        /// TC: bytes of payload per segment; 0: one packet.
+        gso_size: u32,
+    },
+    /// Time passes: nanoseconds.
+    Age(u64),
+    /// A backend may have new flows, or may not.
+    Eligible(u32, bool),
+    /// An LRU table, or the daemon, loses one entry.
+    Forget(Table, FlowKeyV4),
+    /// The daemon takes established flows out whose time is over.
+    Sweep,
+    /// Routes are to be looked up again.
+    Generation,
+    /// XDP may redirect to the pods' interface, or may not.
+    Redirectable(bool),
+    /// An entry's next hop or service becomes a number that none has.
+    Spoil(Table, FlowKeyV4, bool),
+    /// Routes and neighbours change.
+    Network(Shape),
+}
+
+const SECONDS: [f64; 10] = [0.2, 0.7, 1.4, 2.6, 2.6, 5.5, 10.5, 31.0, 61.5, 301.0];
+
+/// What step `seed` is.
+pub fn next(seed: u64, world: &World, state: &State, network: &Network) -> Move {
+    let mut dice = Dice(seed);
+    let other = match dice.roll(1000) {
+        0..40 => Some(Move::Age((dice.pick(&SECONDS) * 1e9) as u64)),
+        40..55 => state.config.eligible.keys().nth(dice.roll(40) as usize).map(|n| Move::Eligible(*n, dice.chance(75))),
+        55..67 => any_entry(&mut dice, state).map(|(table, flow)| Move::Forget(table, flow.key)),
+        67..82 => Some(Move::Sweep),
+        82..94 => Some(Move::Generation),
+        94..98 => Some(Move::Redirectable(dice.chance(70))),
+        98..100 => any_entry(&mut dice, state).map(|(table, flow)| Move::Spoil(table, flow.key, dice.chance(50))),
+        100 if dice.chance(60) => Some(Move::Network(shape(&mut dice, network))),
+        _ => None,
+    };
+    other.unwrap_or_else(|| packet(&mut dice, world, state, network))
+}
+
+fn shape(dice: &mut Dice, network: &Network) -> Shape {
+    let now = network.shape();
+    match dice.roll(4) {
+        0 => BASE,
+        1 => Shape { mac: dice.pick(&[0, 77, 78]), ..now },
+        2 => Shape { mtu: dice.pick(&[600, 1400]), ..now },
+        _ => Shape { moved: !now.moved, ..now },
+    }
+}
+
+fn any_entry(dice: &mut Dice, state: &State) -> Option<(Table, FlowV4)> {
+    let table = dice.pick(&TABLES);
+    entry(dice, state, table, None).map(|flow| (table, flow))
+}
+
+/// An entry of a table, of one direction if asked for.
+fn entry(dice: &mut Dice, state: &State, table: Table, direction: Option<u8>) -> Option<FlowV4> {
+    let flows = state.table(table);
+    let suits = |flow: &&FlowV4| direction.is_none_or(|wanted| flow.direction == wanted);
+    let count = flows.values().filter(suits).count() as u64;
+    if count == 0 { None } else { flows.values().filter(suits).nth(dice.roll(count) as usize).copied() }
+}
+
+fn endpoint(address: u32, port: u16) -> SocketAddrV4 {
+    SocketAddrV4::new(Ipv4Addr::from(address.to_ne_bytes()), u16::from_be(port))
+}
+
+fn packet(dice: &mut Dice, world: &World, state: &State, network: &Network) -> Move {
+    let (frame, mut ingress) = match dice.roll(100) {
+        0..30 => (client_packet(dice, world, state), network.uplink),
+        30..52 => (of_a_flow(dice, world, state, 0), network.uplink),
+        52..88 => (of_a_flow(dice, world, state, 1), network.pods),
+        88..92 => (stray_reply(dice, world), network.pods),
+        92..95 => (to_another_port(dice), network.uplink),
+        95..97 => (of_others(dice), network.uplink),
+        _ => (client_packet(dice, world, state), network.pods),
+    };
+    if dice.chance(5) {
+        ingress = dice.pick(&[network.uplink, network.pods]);
+    }
+    let gso_size = if dice.chance(5) { 300 + dice.roll(400) as u32 } else { 0 };
+    let mut bytes = frame.bytes();
+    if dice.chance(world.damage) {
+        damage(dice, &mut bytes);
+    }
+    Move::Packet { frame: bytes, ingress, gso_size }
+}
+
+fn client_packet(dice: &mut Dice, world: &World, state: &State) -> Frame {
+    let (port, protocol) = dice.pick(&world.frontends);
+    let client = SocketAddrV4::new(dice.pick(&world.clients), 40_000 + dice.roll(world.client_ports.into()) as u16);
+    build(dice, state, client, SocketAddrV4::new(VIP, port), protocol, false)
+}
+
+fn of_a_flow(dice: &mut Dice, world: &World, state: &State, direction: u8) -> Frame {
+    let table = [Table::Established, Table::HalfOpen, Table::HalfOpen, Table::Closing][dice.roll(4) as usize];
+    let Some(flow) = entry(dice, state, table, Some(direction)) else {
+        return client_packet(dice, world, state);
+    };
+    let key = flow.key;
+    build(dice, state, endpoint(key.src, key.src_port), endpoint(key.dst, key.dst_port), key.protocol, direction == 1)
+}
+
+fn stray_reply(dice: &mut Dice, world: &World) -> Frame {
+    if world.backends.is_empty() {
+        return to_another_port(dice);
+    }
+    let (address, port, protocol) = dice.pick(&world.backends);
+    let port = if dice.chance(70) { port } else { 1 };
+    let to = dice.pick(&[CLIENT, FAR, NOWHERE, VIP, SNAT]);
+    build(dice, &State::default(), SocketAddrV4::new(address, port), SocketAddrV4::new(to, 40_000), protocol, true)
+}
+
+fn to_another_port(dice: &mut Dice) -> Frame {
+    let to = dice.pick(&[VIP, SNAT, Ipv4Addr::new(10, 1, 0, 3)]);
+    let (port, protocol) = (dice.pick(&[22, 53, 8443, 20_000, 20_001]), dice.pick(&[TCP, UDP]));
+    build(dice, &State::default(), SocketAddrV4::new(CLIENT, 50_000), SocketAddrV4::new(to, port), protocol, false)
+}
+
+fn of_others(dice: &mut Dice) -> Frame {
+    let mut address = || Ipv4Addr::from(dice.word() as u32);
+    let (src, dst) = (SocketAddrV4::new(address(), 1), SocketAddrV4::new(address(), 2));
+    let protocol = dice.pick(&[TCP, UDP]);
+    build(dice, &State::default(), src, dst, protocol, false)
+}
+
+/// A packet with headers that matter to its flow.
+fn build(dice: &mut Dice, state: &State, src: SocketAddrV4, dst: SocketAddrV4, protocol: u8, reply: bool) -> Frame {
+    let mut frame = if protocol == TCP { Frame::tcp(src, dst, 0) } else { Frame::udp(src, dst) };
+    if protocol == TCP {
+        frame.flags = flags(dice, reply);
+        frame.seq = dice.pick(&[999, u32::MAX, 0x7fff_ffff]);
+        frame.ack = ack(dice, state, &frame);
+    } else {
+        frame.no_checksum = dice.chance(10);
+    }
+    frame.ttl = if dice.chance(4) { dice.roll(3) as u8 } else { 64 };
+    frame.fragment = if dice.chance(50) { 0x4000 } else { 0 };
+    if dice.chance(2) {
+        frame.fragment |= dice.pick(&[0x2000, 0x0003, 0x2003]);
+    }
+    if dice.chance(3) {
+        frame.options = vec![1; dice.pick(&[4, 8, 40])];
+    }
+    let len = match dice.roll(100) {
+        0..85 => dice.roll(24),
+        85..95 => 540 + dice.roll(60),
+        _ => 1400 + dice.roll(140),
+    };
+    frame.payload = vec![dice.word() as u8; len as usize];
+    frame
+}
+
+fn flags(dice: &mut Dice, reply: bool) -> u8 {
+    match dice.roll(100) {
+        0..25 if reply => SYN | ACK,
+        0..25 => SYN,
+        25..75 => ACK,
+        75..88 => FIN | ACK,
+        88..92 => RST,
+        92..94 => RST | ACK,
+        94..96 => SYN | ACK,
+        96 => 0,
+        _ => dice.word() as u8,
+    }
+}
+
+/// An acknowledgement around the edges of what promotes.
+fn ack(dice: &mut Dice, state: &State, frame: &Frame) -> u32 {
+    let key = FlowKeyV4 {
+        src: ipv4(&wire(frame.src.ip())),
+        dst: ipv4(&wire(frame.dst.ip())),
+        src_port: frame.src.port().to_be(),
+        dst_port: frame.dst.port().to_be(),
+        protocol: TCP,
+        _pad: [0; 3],
+    };
+    let floor = state.flow(Table::HalfOpen, &key).map_or(1000, |flow| flow.ack_floor);
+    let off = dice.pick(&[0, 0, 0, 1, 1 << 19, (1 << 20) - 1, 1 << 20, u32::MAX, 1 << 31]);
+    floor.wrapping_add(off)
+}
+
+/// Changes bytes as a broken sender, a broken link or an attacker would.
+fn damage(dice: &mut Dice, frame: &mut Vec<u8>) {
+    match dice.roll(10) {
+        0 => frame.truncate(14 + dice.roll(frame.len() as u64 - 13) as usize),
+        1 => frame.truncate(14 + dice.roll(60.min(frame.len() as u64 - 13)) as usize),
+        2 => frame[14] = dice.word() as u8,
+        3 => frame[14] = 0x40 | dice.roll(16) as u8,
+        4 => frame[17] = frame[17].wrapping_add(dice.pick(&[1, 255, 8, 248, 128])),
+        5 => frame[23] = dice.pick(&[0, 1, 6, 17, 58, 132]),
+        6 if frame.len() > 46 => frame[46] = dice.word() as u8,
+        7 => frame[12..14].copy_from_slice(&dice.pick(&[[0x86, 0xdd], [0x81, 0x00], [0x08, 0x06]])),
+        8 => frame.extend([0; 7]),
+        _ => {
+            for _ in 0..=dice.roll(3) {
+                let at = dice.roll(frame.len().min(60) as u64) as usize;
+                frame[at] = dice.word() as u8;
+            }
+        }
+    }
+}

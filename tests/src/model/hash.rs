@@ -1,0 +1,113 @@
+//! The keyed hash of a client's tuple and the walk over a selection table, from their papers.
+
+use edge_common::flow::FlowKeyV4;
+
+/// SipHash-c-d (Aumasson, Bernstein 2012) of any bytes, with c = 1 and d = 3.
+pub fn siphash_1_3(key: [u64; 2], message: &[u8]) -> u64 {
+    let mut v = [0x736f_6d65_7073_6575, 0x646f_7261_6e64_6f6d, 0x6c79_6765_6e65_7261, 0x7465_6462_7974_6573];
+    for (i, word) in v.iter_mut().enumerate() {
+        *word ^= key[i % 2];
+    }
+    let mut padded = message.to_vec();
+    while padded.len() % 8 != 7 {
+        padded.push(0);
+    }
+    padded.push(message.len() as u8);
+    for block in padded.chunks_exact(8) {
+        let word = block.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
+        v[3] ^= word;
+        sip_round(&mut v);
+        v[0] ^= word;
+    }
+    v[2] ^= 0xff;
+    (0..3).for_each(|_| sip_round(&mut v));
+    v[0] ^ v[1] ^ v[2] ^ v[3]
+}
+
+fn sip_round(v: &mut [u64; 4]) {
+    for (a, b, turn, halves) in [(0, 1, 13, Some(0)), (2, 3, 16, None), (0, 3, 21, None), (2, 1, 17, Some(2))] {
+        v[a] = v[a].wrapping_add(v[b]);
+        v[b] = v[b].rotate_left(turn) ^ v[a];
+        if let Some(word) = halves {
+            v[word] = v[word].rotate_left(32);
+        }
+    }
+}
+
+/// The tuple as bytes: addresses, ports (all as on the wire), protocol, three zeros.
+pub fn tuple(seed: [u64; 2], key: &FlowKeyV4) -> u64 {
+    let mut bytes = Vec::with_capacity(16);
+    bytes.extend(key.src.to_ne_bytes());
+    bytes.extend(key.dst.to_ne_bytes());
+    bytes.extend(key.src_port.to_ne_bytes());
+    bytes.extend(key.dst_port.to_ne_bytes());
+    bytes.extend([key.protocol, 0, 0, 0]);
+    siphash_1_3(seed, &bytes)
+}
+
+/// Table slots that are tried after the tuple's own.
+const NEXT_SLOTS: u64 = 16;
+/// Pool members that are tried after those.
+const POOL_MEMBERS: usize = 256;
+
+/// How a backend was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// In the tuple's own slot.
+    Own(u32),
+    /// In one of the next slots.
+    Next(u32),
+    /// Among the pool's members after the last slot's.
+    Scan(u32),
+    /// Nowhere.
+    None,
+}
+
+/// The eligible backend of a hash: its Maglev slot, the next ones, then the pool.
+pub fn select(hash: u64, pool: &[u32], table: &[u16], eligible: impl Fn(u32) -> bool) -> Found {
+    if pool.is_empty() || table.is_empty() {
+        return Found::None;
+    }
+    let len = table.len() as u64;
+    let slot = |step| usize::from(table[((hash % len + step) % len) as usize]);
+    for step in 0..=NEXT_SLOTS {
+        let backend = pool[slot(step)];
+        if eligible(backend) {
+            return if step == 0 { Found::Own(backend) } else { Found::Next(backend) };
+        }
+    }
+    let last = slot(NEXT_SLOTS);
+    let mut members = (1..=POOL_MEMBERS).map(|step| pool[(last + step) % pool.len()]);
+    members.find(|backend| eligible(*backend)).map_or(Found::None, Found::Scan)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::hash::Hasher;
+
+    #[test]
+    #[allow(deprecated, reason = "the standard library's SipHash is 2-4; its rounds are what is checked here")]
+    fn one_round_of_two_differs_from_two_of_four() {
+        let mut hasher = std::hash::SipHasher::new_with_keys(1, 2);
+        hasher.write(b"0123456789abcdef");
+        assert_ne!(siphash_1_3([1, 2], b"0123456789abcdef"), hasher.finish());
+    }
+
+    #[test]
+    fn the_hasher_of_the_standard_library_agrees() {
+        // `DefaultHasher` is SipHash-1-3 with a zero key.
+        let mut hasher = std::collections::hash_map::DefaultHasher::new();
+        hasher.write(b"0123456789abcdef");
+        assert_eq!(siphash_1_3([0, 0], b"0123456789abcdef"), hasher.finish());
+    }
+
+    #[test]
+    fn an_excluded_backend_s_share_goes_to_the_next_slots_then_to_the_pool() {
+        let (pool, table) = ([7, 8, 9], [0u16, 0, 1]);
+        assert_eq!(select(0, &pool, &table, |_| true), Found::Own(7));
+        assert_eq!(select(0, &pool, &table, |backend| backend != 7), Found::Next(8));
+        assert_eq!(select(0, &pool, &table, |backend| backend == 9), Found::Scan(9));
+        assert_eq!(select(0, &pool, &table, |_| false), Found::None);
+    }
+}

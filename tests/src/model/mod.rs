@@ -1,0 +1,30 @@
+//! The reference model of the dataplane, and the runs that compare the loaded program with it.
+//!
+//! [`decide::decide`] says what must happen to a packet, given the tables: verdict, bytes, changes of the tables, counters.
+//! It is written from the RFCs and the design, and takes nothing from the program's own rules but map layouts and the names
+//! of reasons: hashes, checksums, states and timeouts are its own. [`run::fuzz`] draws worlds and packets, runs each packet
+//! through the program by BPF_PROG_TEST_RUN and through the model, and compares.
+//!
+//! Time: the program reads the coarse clock, which the run reads before and after; a packet that a tick falls into may
+//! have seen either. Longer times pass by making every entry older, in the maps and in the model.
+//!
+//! Where the program is free (SNAT port, jitter of the touch), the model checks its choice against the rules and takes it
+//! over. A new concern (a protocol, a limit) is a new stage file beside `connections`, `create` and `forward`, called from
+//! `decide`, with its branches in `coverage` and its packets in `generate`.
+
+pub mod compare;
+pub mod connections;
+pub mod coverage;
+pub mod create;
+pub mod decide;
+pub mod dice;
+pub mod forward;
+pub mod generate;
+pub mod hash;
+pub mod kernel;
+pub mod moves;
+pub mod network;
+pub mod run;
+pub mod state;
+pub mod wire;
+pub mod world;

@@ -1,0 +1,103 @@
+//! Steps that are no packets: applied to the model, then written into the maps.
+
+use anyhow::Result;
+use edge_common::{flow::FlowKeyV4, maps::FlowV4};
+
+use super::{
+    connections::expired,
+    generate::Move,
+    kernel::Kernel,
+    network::Network,
+    state::{State, TABLES, Table},
+    world::{write_control, write_eligible},
+};
+
+/// A next-hop or service number that no map has.
+const NO_NUMBER: u32 = 9999;
+
+/// The map of a table.
+pub fn map_name(table: Table) -> &'static str {
+    use edge_common::maps::name;
+    match table {
+        Table::Established => name::ESTABLISHED,
+        Table::HalfOpen => name::HALF_OPEN,
+        Table::Closing => name::CLOSING,
+    }
+}
+
+/// Applies a step to both.
+///
+/// # Errors
+/// Where the kernel refuses a write.
+pub fn apply(state: &mut State, kernel: &Kernel, network: &mut Network, change: &Move, now: u64) -> Result<()> {
+    match change {
+        Move::Packet { .. } => {}
+        Move::Age(by) => {
+            for table in TABLES {
+                let map = kernel.map(map_name(table))?;
+                for flow in state.table_mut(table).values_mut() {
+                    age(flow, *by);
+                    map.set(&flow.key, flow)?;
+                }
+            }
+        }
+        Move::Eligible(backend, eligible) => {
+            state.config.eligible.insert(*backend, *eligible);
+            write_eligible(kernel, *backend, *eligible)?;
+        }
+        Move::Forget(table, key) => forget(state, kernel, *table, key)?,
+        Move::Sweep => {
+            for key in over(state, now) {
+                forget(state, kernel, Table::Established, &key)?;
+            }
+        }
+        Move::Generation => {
+            state.config.generation += 1;
+            write_control(&state.config, kernel)?;
+        }
+        Move::Redirectable(yes) => {
+            state.config.redirectable = vec![network.uplink];
+            state.config.redirectable.extend(yes.then_some(network.pods));
+            write_control(&state.config, kernel)?;
+        }
+        Move::Spoil(table, key, next_hop) => {
+            let generation = state.config.generation;
+            if let Some(flow) = state.table_mut(*table).get_mut(key) {
+                if *next_hop {
+                    (flow.next_hop, flow.route_generation) = (NO_NUMBER, generation);
+                } else {
+                    flow.service = NO_NUMBER;
+                }
+                kernel.map(map_name(*table))?.set(key, flow)?;
+            }
+        }
+        Move::Network(shape) => {
+            network.become_(*shape)?;
+            state.config.routes = network.routes();
+        }
+    }
+    Ok(())
+}
+
+fn forget(state: &mut State, kernel: &Kernel, table: Table, key: &FlowKeyV4) -> Result<()> {
+    state.table_mut(table).remove(key);
+    kernel.map(map_name(table))?.delete(key);
+    Ok(())
+}
+
+/// As if the entry's times were that much longer ago.
+fn age(flow: &mut FlowV4, by: u64) {
+    flow.last_seen = flow.last_seen.saturating_sub(by);
+    flow.created = flow.created.saturating_sub(by);
+    flow.touch_due = flow.touch_due.wrapping_sub((by >> 20) as u32);
+}
+
+/// Established entries that the daemon would end: both directions' time is over.
+fn over(state: &State, now: u64) -> Vec<FlowKeyV4> {
+    let flows = state.table(Table::Established).values();
+    let over = flows.filter(|flow| {
+        let timeout = state.config.services.get(&flow.service).map_or(0, |(service, _)| service.established_timeout);
+        expired(flow.last_seen, timeout, now)
+    });
+    over.map(|flow| flow.key).collect()
+}

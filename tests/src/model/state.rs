@@ -1,0 +1,238 @@
+//! What the model knows: configuration, routes, tables and counters, and which entries the packet at hand touched.
+
+use std::collections::BTreeMap;
+
+use edge_common::{
+    address::Wide,
+    flow::FlowKeyV4,
+    maps::{BackendEntry, FlowV4, NextHop, ServiceEntry, ServiceKey, ServiceStats},
+    verdict::Reason,
+};
+
+use super::coverage::{Coverage, Point};
+
+/// A second in nanoseconds.
+pub const SECOND: u64 = 1_000_000_000;
+
+/// The IPv4 address that maps hold in this form, network order.
+pub fn ipv4(wide: &Wide) -> u32 {
+    wide[3]
+}
+
+/// A flow table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Table {
+    /// Flows that proved themselves.
+    Established,
+    /// SYNs and first datagrams.
+    HalfOpen,
+    /// After RST or both FINs.
+    Closing,
+}
+
+/// All of them.
+pub const TABLES: [Table; 3] = [Table::Established, Table::HalfOpen, Table::Closing];
+
+/// What the kernel's route lookup says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Route {
+    /// A neighbour with a link-layer address.
+    Neighbour {
+        /// Egress interface.
+        ifindex: u32,
+        /// The neighbour's address, of either family.
+        address: Wide,
+        /// Its MAC.
+        dst_mac: [u8; 6],
+        /// The interface's MAC.
+        src_mac: [u8; 6],
+        /// Longest packet from the IP header on.
+        mtu: u32,
+    },
+    /// A neighbour without a link-layer address.
+    Unresolved,
+    /// A route that refuses.
+    Refused,
+    /// No route at all, or this host.
+    NotForwarded,
+}
+
+/// A service's selection: backend numbers, and the table of indices into them.
+#[derive(Clone, Debug, Default)]
+pub struct Pool {
+    /// Backend numbers.
+    pub members: Vec<u32>,
+    /// Maglev table.
+    pub table: Vec<u16>,
+}
+
+/// Configuration, as the daemon writes it, and the world around.
+#[derive(Clone, Debug, Default)]
+pub struct Config {
+    /// Services by number.
+    pub services: BTreeMap<u32, (ServiceEntry, Pool)>,
+    /// Frontends.
+    pub frontends: BTreeMap<ServiceKey, u32>,
+    /// Backends by number.
+    pub backends: BTreeMap<u32, BackendEntry>,
+    /// Which of them may have new flows.
+    pub eligible: BTreeMap<u32, bool>,
+    /// dnat backends by address.
+    pub dnat_backends: BTreeMap<ServiceKey, u32>,
+    /// Prefilter bits of destinations.
+    pub destinations: Vec<bool>,
+    /// Prefilter bits of sources.
+    pub sources: Vec<bool>,
+    /// Ports that SNAT may use.
+    pub ports: Vec<bool>,
+    /// The tuple hash's key.
+    pub seed: [u64; 2],
+    /// The route generation.
+    pub generation: u32,
+    /// Interfaces that XDP may redirect to.
+    pub redirectable: Vec<u32>,
+    /// Routes: network (host order), prefix length, answer.
+    pub routes: Vec<(u32, u8, Route)>,
+    /// Entries the established table holds.
+    pub established: usize,
+    /// Highest next-hop number.
+    pub next_hops: u32,
+}
+
+impl Config {
+    /// The prefilter's bit for an address: part of the layout of `AddressFilter`.
+    pub fn bit(address: u32) -> usize {
+        (address.wrapping_mul(0x9e37_79b1) >> 16) as usize
+    }
+
+    /// The longest prefix's answer for an address in network order.
+    pub fn route(&self, address: u32) -> Route {
+        let address = u32::from_be(address);
+        let covers = |network: u32, len: u8| len == 0 || (address ^ network) >> (32 - u32::from(len)) == 0;
+        let matching = self.routes.iter().filter(|(network, len, _)| covers(*network, *len));
+        matching.max_by_key(|(_, len, _)| *len).map_or(Route::NotForwarded, |(_, _, route)| *route)
+    }
+}
+
+/// What the program counted.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// By service and reason number.
+    pub reasons: BTreeMap<(u32, u32), u64>,
+    /// By service.
+    pub services: BTreeMap<u32, ServiceStats>,
+    /// By backend.
+    pub backends: BTreeMap<u32, ServiceStats>,
+}
+
+/// Everything.
+#[derive(Clone, Debug, Default)]
+pub struct State {
+    /// What the daemon wrote.
+    pub config: Config,
+    tables: [BTreeMap<FlowKeyV4, FlowV4>; 3],
+    /// Next hops by number.
+    pub next_hops: BTreeMap<u32, NextHop>,
+    /// Next-hop numbers by interface and neighbour.
+    pub next_hop_index: BTreeMap<(u32, Wide), u32>,
+    /// Last next-hop number given out.
+    pub next_hop_cursor: u32,
+    /// SNAT cursors, as last seen.
+    pub cursors: BTreeMap<u32, u32>,
+    /// Counters.
+    pub counters: Counters,
+    /// Decision points met.
+    pub coverage: Coverage,
+    /// Entries that the packet at hand read for a decision or changed.
+    pub touched: Vec<(Table, FlowKeyV4)>,
+    /// Next hops that it changed.
+    pub touched_hops: Vec<u32>,
+    /// The ticks between which it may have put `touch_due`.
+    pub touch_due: Option<(u32, u32)>,
+    /// Times a SNAT port was refused although some were free: chance explains a few.
+    pub refusals: u64,
+}
+
+/// The key of the other direction's entry: the rewritten tuple, reversed.
+pub fn twin_key(flow: &FlowV4) -> FlowKeyV4 {
+    FlowKeyV4 {
+        src: flow.new_dst,
+        dst: flow.new_src,
+        src_port: flow.new_dst_port,
+        dst_port: flow.new_src_port,
+        protocol: flow.key.protocol,
+        _pad: [0; 3],
+    }
+}
+
+impl State {
+    /// An entry.
+    pub fn flow(&self, table: Table, key: &FlowKeyV4) -> Option<&FlowV4> {
+        self.tables[table as usize].get(key)
+    }
+
+    /// An entry to be changed.
+    pub fn change(&mut self, table: Table, key: &FlowKeyV4) -> Option<&mut FlowV4> {
+        self.touched.push((table, *key));
+        self.tables[table as usize].get_mut(key)
+    }
+
+    /// The entry of the other direction, if it is that and not another flow's.
+    pub fn twin(&self, table: Table, flow: &FlowV4) -> Twin {
+        match self.flow(table, &twin_key(flow)) {
+            None => Twin::Missing,
+            Some(twin) if twin_key(twin) == flow.key => Twin::Ours(*twin),
+            Some(_) => Twin::Strangers,
+        }
+    }
+
+    /// Adds or replaces an entry.
+    pub fn put(&mut self, table: Table, flow: FlowV4) {
+        self.touched.push((table, flow.key));
+        self.tables[table as usize].insert(flow.key, flow);
+    }
+
+    /// Takes an entry out.
+    pub fn remove(&mut self, table: Table, key: &FlowKeyV4) -> bool {
+        self.touched.push((table, *key));
+        self.tables[table as usize].remove(key).is_some()
+    }
+
+    /// All entries of a table.
+    pub fn table(&self, table: Table) -> &BTreeMap<FlowKeyV4, FlowV4> {
+        &self.tables[table as usize]
+    }
+
+    /// All entries of a table, for a step that is no packet.
+    pub fn table_mut(&mut self, table: Table) -> &mut BTreeMap<FlowKeyV4, FlowV4> {
+        &mut self.tables[table as usize]
+    }
+
+    /// Counts a reason.
+    pub fn because(&mut self, reason: Reason, service: u32) {
+        *self.counters.reasons.entry((service, reason as u32)).or_default() += 1;
+    }
+
+    /// Changes the counters of a service and of a backend.
+    pub fn count(&mut self, service: u32, backend: u32, change: impl Fn(&mut ServiceStats)) {
+        change(self.counters.services.entry(service).or_default());
+        change(self.counters.backends.entry(backend).or_default());
+    }
+
+    /// Counts a visit of a decision point.
+    pub fn hit(&mut self, point: Point) {
+        self.coverage.hit(point);
+    }
+}
+
+/// What stands where a flow's other half should be.
+#[derive(Clone, Copy, Debug)]
+#[allow(clippy::large_enum_variant, reason = "lives on the stack for a moment")]
+pub enum Twin {
+    /// Nothing.
+    Missing,
+    /// The other half.
+    Ours(FlowV4),
+    /// Half of another flow.
+    Strangers,
+}

@@ -1,0 +1,276 @@
+//! The configuration of a world, drawn from its seed, and its way into the maps.
+
+use std::net::Ipv4Addr;
+
+use anyhow::Result;
+use edge_common::{
+    flow::FlowKeyV4,
+    maps::{
+        AddressFilter, BackendEntry, CHUNK_BYTES, Chunk, Control, NEXT_HOPS, NeighbourKey, PortSet, SNAT_ADDRESSES,
+        ServiceEntry, ServiceKey, backend_state, interface_flag, mode, name,
+    },
+};
+
+use super::{
+    dice::Dice,
+    kernel::Kernel,
+    network::{
+        FAR, FAR_NARROW, FOREIGN_POD, MOVING_POD, NARROW_POD, NEAR, NOWHERE, Network, REFUSED, REFUSED_POD, SILENT,
+        SILENT_POD, STUB_POD,
+    },
+    state::{Config, Pool, State, ipv4},
+    wire::{TCP, UDP},
+};
+use crate::datapath::rig::{CLIENT, SNAT, VIP, pod, wire};
+
+/// Entries of the established table of every world: few, so that it fills up, and odd, so that one half of a flow may fit.
+pub const ESTABLISHED: u32 = 13;
+/// Entries of the LRU tables: so many more than a world has that nothing is evicted but by the world itself.
+pub const LRU: u32 = 4096;
+/// A service number that no map has.
+const NO_SERVICE: u32 = 5000;
+/// Service numbers in use are below this.
+pub const SERVICES: u32 = 9;
+/// Backend numbers in use are below this.
+pub const BACKENDS: u32 = 64;
+
+/// Who sends, and how packets reach services.
+#[derive(Clone, Debug)]
+pub struct World {
+    /// Client addresses.
+    pub clients: Vec<Ipv4Addr>,
+    /// Ports that each client uses, from 40000 on.
+    pub client_ports: u16,
+    /// Frontends: port and protocol.
+    pub frontends: Vec<(u16, u8)>,
+    /// Backends: address, port, protocol.
+    pub backends: Vec<(Ipv4Addr, u16, u8)>,
+    /// Percent of packets that are damaged.
+    pub damage: u64,
+    /// The tables' start.
+    pub start: State,
+}
+
+/// Draws a world.
+pub fn draw(seed: u64, network: &Network) -> World {
+    let mut dice = Dice(seed ^ 0x5eed);
+    let mut world = World {
+        clients: clients(&mut dice),
+        client_ports: dice.pick(&[1, 2, 4, 8]),
+        frontends: Vec::new(),
+        backends: Vec::new(),
+        damage: dice.pick(&[0, 5, 10, 25]),
+        start: State::default(),
+    };
+    let config = &mut world.start.config;
+    config.seed = [dice.word(), dice.word()];
+    config.generation = 1 + dice.roll(3) as u32;
+    config.routes = network.routes();
+    config.redirectable = vec![network.uplink, network.pods];
+    config.established = ESTABLISHED as usize;
+    config.next_hops = NEXT_HOPS - 1;
+    config.ports = vec![!dice.chance(10); 65_536];
+    (config.destinations, config.sources) = (vec![false; 65_536], vec![false; 65_536]);
+    for address in [VIP, SNAT, Ipv4Addr::new(10, 1, 0, 2), Ipv4Addr::new(10, 1, 0, 3)] {
+        config.destinations[Config::bit(ipv4(&wire(address)))] = true;
+    }
+    if dice.chance(30) {
+        // A block of forbidden ports, of less than half of the span.
+        config.ports[20_000..20_003].fill(false);
+    }
+    let services = [
+        (1, 8443, TCP, mode::FULL_NAT),
+        (2, 8444, TCP, mode::DNAT),
+        (3, 53, UDP, mode::FULL_NAT),
+        (4, 54, UDP, mode::DNAT),
+        (5, 9000, TCP, mode::FULL_NAT),
+        (6, 8445, TCP, mode::FULL_NAT),
+        (7, 8446, TCP, mode::DNAT),
+        (8, 55, UDP, mode::FULL_NAT),
+    ];
+    for (number, port, protocol, mode) in services {
+        if number == 1 || dice.chance(55) {
+            service(&mut world, &mut dice, number, port, protocol, mode);
+        }
+    }
+    if dice.chance(20) {
+        world.frontends.push((9001, TCP));
+        world.start.config.frontends.insert(service_key(VIP, 9001, TCP), NO_SERVICE);
+    }
+    world.start.next_hop_cursor = if dice.chance(8) { NEXT_HOPS - 1 - dice.roll(4) as u32 } else { 0 };
+    world
+}
+
+fn clients(dice: &mut Dice) -> Vec<Ipv4Addr> {
+    let mut clients = vec![CLIENT];
+    for _ in 0..dice.roll(4) {
+        clients.push(dice.pick(&[NEAR, FAR, FAR, FAR_NARROW, SILENT, REFUSED, NOWHERE, pod(1)]));
+    }
+    clients
+}
+
+fn service(world: &mut World, dice: &mut Dice, number: u32, port: u16, protocol: u8, mode: u8) {
+    let mut pool = Pool::default();
+    let members = [1, 1, 2, 3, 5][dice.roll(5) as usize] * u64::from(number != 5 || dice.chance(50));
+    let (backend_port, without_source) = (dice.pick(&[443, 443, 8080]), number == 5);
+    for _ in 0..members {
+        let address = match dice.roll(10) {
+            0..7 => pod(dice.roll(4) as u8),
+            7 => dice.pick(&[NARROW_POD, MOVING_POD]),
+            8 => dice.pick(&[NEAR, STUB_POD, FOREIGN_POD]),
+            _ => dice.pick(&[SILENT_POD, REFUSED_POD]),
+        };
+        let chosen = world.backends.len() as u32 + 1;
+        world.backends.push((address, backend_port, protocol));
+        let snat_address = if without_source { [0; 4] } else { wire(SNAT) };
+        let backend = BackendEntry {
+            address: wire(address),
+            port: backend_port.to_be(),
+            protocol,
+            service: number,
+            snat_address,
+            ..BackendEntry::default()
+        };
+        let config = &mut world.start.config;
+        config.backends.insert(chosen, backend);
+        config.eligible.insert(chosen, dice.chance(85));
+        if mode == mode::DNAT {
+            config.dnat_backends.insert(service_key(address, backend_port, protocol), chosen);
+            config.sources[Config::bit(ipv4(&wire(address)))] = true;
+        }
+        pool.members.push(chosen);
+    }
+    if members != 0 {
+        let len = dice.pick(&[1, 7, 31, 127, 1021]);
+        // Mostly one member, at times, so that only the scan of the pool finds the others.
+        let spread = if dice.chance(25) { 1 } else { members };
+        pool.table = (0..len).map(|_| dice.roll(spread) as u16).collect();
+    }
+    let ports = dice.pick(&[1, 2, 3, 8, 64, 1000]);
+    let snat_count = if without_source { 0 } else { dice.pick(&[0, 0, 0, 1, 2, 4]) };
+    let mut snat_addresses = [[0; 4]; SNAT_ADDRESSES];
+    let choices = [SNAT, Ipv4Addr::new(10, 1, 0, 2), Ipv4Addr::new(10, 1, 0, 3), VIP];
+    for (to, from) in snat_addresses.iter_mut().zip(choices).take(snat_count as usize) {
+        *to = wire(from);
+    }
+    let entry = ServiceEntry {
+        address: wire(VIP),
+        port: port.to_be(),
+        protocol,
+        mode,
+        snat_count,
+        snat_addresses,
+        snat_port_min: 20_000,
+        snat_port_max: 20_000 + (ports - 1),
+        established_timeout: dice.pick(&[2, 8, 60, 300]),
+        half_open_timeout: dice.pick(&[1, 5, 30]),
+        closing_timeout: dice.pick(&[1, 2, 10, 60]),
+        ..ServiceEntry::default()
+    };
+    world.frontends.push((port, protocol));
+    world.start.config.frontends.insert(service_key(VIP, port, protocol), number);
+    world.start.config.services.insert(number, (entry, pool));
+}
+
+/// A frontend's or backend's key.
+pub fn service_key(address: Ipv4Addr, port: u16, protocol: u8) -> ServiceKey {
+    ServiceKey { address: wire(address), port: port.to_be(), protocol, _pad: 0 }
+}
+
+/// Empties the maps and writes a world into them.
+///
+/// # Errors
+/// Where the kernel refuses a write.
+pub fn write(world: &mut World, kernel: &Kernel) -> Result<()> {
+    for table in [name::ESTABLISHED, name::HALF_OPEN, name::CLOSING] {
+        clear::<FlowKeyV4>(kernel, table)?;
+    }
+    clear::<ServiceKey>(kernel, name::SERVICE_INDEX)?;
+    clear::<ServiceKey>(kernel, name::BACKEND_INDEX)?;
+    clear::<NeighbourKey>(kernel, name::NEXT_HOP_INDEX)?;
+    kernel.map(name::NEXT_HOP_CURSOR)?.set(&0u32, &world.start.next_hop_cursor)?;
+    write_control(&world.start.config, kernel)?;
+    write_filter(&world.start.config, kernel)?;
+    let mut chunk = 1;
+    for number in 1..SERVICES {
+        let mut entry = ServiceEntry::default();
+        if let Some((service, pool)) = world.start.config.services.get_mut(&number) {
+            service.selection = region(kernel, pool, &mut chunk)?;
+            entry = *service;
+        }
+        kernel.map(name::SERVICES)?.set(&number, &entry)?;
+    }
+    let config = &world.start.config;
+    for (key, number) in &config.frontends {
+        kernel.map(name::SERVICE_INDEX)?.set(key, number)?;
+    }
+    for (key, number) in &config.dnat_backends {
+        kernel.map(name::BACKEND_INDEX)?.set(key, number)?;
+    }
+    for (number, backend) in &config.backends {
+        kernel.map(name::BACKENDS)?.set(number, backend)?;
+        write_eligible(kernel, *number, config.eligible[number])?;
+        world.start.cursors.insert(*number, kernel.map(name::BACKEND_CURSOR)?.get(number).unwrap_or(0));
+    }
+    Ok(())
+}
+
+fn clear<K: aya::Pod + Default>(kernel: &Kernel, table: &str) -> Result<()> {
+    let map = kernel.map(table)?;
+    map.keys::<K>().iter().for_each(|key| map.delete(key));
+    Ok(())
+}
+
+/// Writes what the daemon tells the program as a whole, and which interfaces XDP may redirect to.
+///
+/// # Errors
+/// Where the kernel refuses a write.
+pub fn write_control(config: &Config, kernel: &Kernel) -> Result<()> {
+    let control = Control { seed: config.seed, route_generation: config.generation, ..Control::default() };
+    kernel.map(name::CONTROL)?.set(&0u32, &control)?;
+    clear::<u32>(kernel, name::INTERFACES)?;
+    for interface in &config.redirectable {
+        kernel.map(name::INTERFACES)?.set(interface, &(interface_flag::ATTACHED | interface_flag::XDP_REDIRECT))?;
+    }
+    Ok(())
+}
+
+/// Writes whether a backend may have new flows.
+///
+/// # Errors
+/// Where the kernel refuses the write.
+pub fn write_eligible(kernel: &Kernel, backend: u32, eligible: bool) -> Result<()> {
+    kernel.map(name::BACKEND_STATE)?.set(&backend, &if eligible { backend_state::ELIGIBLE } else { 0 })
+}
+
+fn words<const N: usize>(bits: &[bool]) -> [u64; N] {
+    std::array::from_fn(|word| (0..64).fold(0, |value, bit| value | u64::from(bits[word * 64 + bit]) << bit))
+}
+
+fn write_filter(config: &Config, kernel: &Kernel) -> Result<()> {
+    let filter = AddressFilter { destinations: words(&config.destinations), sources: words(&config.sources) };
+    kernel.map(name::ADDRESS_FILTER)?.set(&0u32, &filter)?;
+    kernel.map(name::SNAT_PORTS)?.set(&0u32, &PortSet(words(&config.ports)))
+}
+
+/// Writes a selection region; its first chunk, 0 for no pool.
+fn region(kernel: &Kernel, pool: &Pool, chunk: &mut u32) -> Result<u32> {
+    if pool.members.is_empty() {
+        return Ok(0);
+    }
+    let members: Vec<u8> = pool.members.iter().flat_map(|number| number.to_ne_bytes()).collect();
+    let table: Vec<u8> = pool.table.iter().flat_map(|index| index.to_ne_bytes()).collect();
+    let first = *chunk;
+    let table_chunk = first + 1 + members.len().div_ceil(CHUNK_BYTES) as u32;
+    let head = [pool.members.len() as u32, pool.table.len() as u32, first + 1, table_chunk];
+    let head: Vec<u8> = head.iter().flat_map(|field| field.to_ne_bytes()).collect();
+    for bytes in [head, members, table] {
+        for part in bytes.chunks(CHUNK_BYTES) {
+            let mut value = Chunk([0; CHUNK_BYTES]);
+            value.0[..part.len()].copy_from_slice(part);
+            kernel.map(name::SELECTION)?.set(chunk, &value)?;
+            *chunk += 1;
+        }
+    }
+    Ok(first)
+}

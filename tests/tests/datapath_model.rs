@@ -1,0 +1,61 @@
+//! The loaded program against the reference model, on random and damaged packets: verdict, bytes, checksums, tables,
+//! counters. `EDGE_FUZZ_SEED=0x...` repeats the run of a printed seed.
+
+use std::io::Write;
+
+use anyhow::{Context, Result};
+use edge_common::verdict::Reason;
+use edge_tests::{
+    datapath::rig::Hook,
+    model::{dice::fresh, run::fuzz},
+    skip::{count, namespaces_missing, skipped},
+};
+
+/// The seed of every run.
+const FIXED: u64 = 0xed6e;
+/// Reasons that no test run can reach, and why.
+const UNREACHABLE: [(Reason, &str); 1] =
+    [(Reason::HalfOpenFull, "an LRU table evicts rather than refuse, except where other CPUs hold its free entries")];
+
+fn seed_of_the_day() -> Result<u64> {
+    match std::env::var("EDGE_FUZZ_SEED") {
+        Ok(text) => u64::from_str_radix(text.trim_start_matches("0x"), 16).context("EDGE_FUZZ_SEED: not hexadecimal"),
+        Err(_) => Ok(fresh()?),
+    }
+}
+
+/// Past libtest's capture.
+fn say(text: &str) {
+    // A closed stderr leaves nobody to tell.
+    let _ = writeln!(std::io::stderr().lock(), "{text}");
+}
+
+fn compare(name: &str, hook: Hook) -> Result<()> {
+    if let Some(why) = namespaces_missing() {
+        skipped(name, why);
+        return Ok(());
+    }
+    let fixed = fuzz(hook, FIXED, count(&format!("{hook:?} packets, fixed seed"), 1_000_000, 5_000_000) as u64)?;
+    say(&format!("{hook:?}, seed {FIXED:#x}: {fixed}"));
+    let missed = fixed.missed_reasons();
+    let unreachable = UNREACHABLE.map(|(reason, _)| reason);
+    let surprising: Vec<&str> =
+        missed.iter().filter(|reason| !unreachable.contains(reason)).map(|reason| reason.name()).collect();
+    assert!(surprising.is_empty(), "reasons that no packet met: {surprising:?}");
+
+    let seed = seed_of_the_day()?;
+    say(&format!("{hook:?}, fresh seed {seed:#x}"));
+    let packets = count(&format!("{hook:?} packets, fresh seed"), 200_000, 5_000_000) as u64;
+    say(&format!("{hook:?}, seed {seed:#x}: {}", fuzz(hook, seed, packets)?));
+    Ok(())
+}
+
+#[test]
+fn at_xdp_the_program_does_what_the_reference_model_says() -> Result<()> {
+    compare("at_xdp_the_program_does_what_the_reference_model_says", Hook::Xdp)
+}
+
+#[test]
+fn at_tc_the_program_does_what_the_reference_model_says() -> Result<()> {
+    compare("at_tc_the_program_does_what_the_reference_model_says", Hook::Tc)
+}
