@@ -13,4 +13,6 @@ pub mod hash;
 pub mod limit;
 pub mod maglev;
 pub mod maps;
+#[cfg(any(feature = "user", test))]
+pub mod schedule;
 pub mod verdict;

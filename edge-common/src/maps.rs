@@ -18,6 +18,9 @@ use crate::{
 
 pub use crate::address::mapped;
 
+mod selection;
+pub use selection::{AFFINITY_ENTRIES, AffinityEntry, AffinityKey, Pending, active, less_loaded, load_weight};
+
 mod protect;
 pub use protect::{
     RANGE_PREFIX, RangeSource, SOURCE_RANGES, SOURCES, SourceId, SourceKey, SourceRange, SourceUse, range_action,
@@ -54,6 +57,20 @@ pub mod name {
     pub const BACKEND_STATE: &str = "BACKEND_STATE";
     /// `Array<u32>` by backend number: SNAT candidate cursor, advanced by the program.
     pub const BACKEND_CURSOR: &str = "BACKEND_CURSOR";
+    /// `Array<u32>` by backend number: flows opened less flows closed, modulo 2^32, by the program's atomic additions;
+    /// [`super::active`] makes the flows it has of it.
+    pub const BACKEND_LIVE: &str = "BACKEND_LIVE";
+    /// `Array<Pending>` by backend number, of backends with a limit.
+    pub const BACKEND_PENDING: &str = "BACKEND_PENDING";
+    /// `Array<u64>` by backend number: established flows that the daemon ended as idle. Written by the daemon only.
+    pub const BACKEND_EXPIRED: &str = "BACKEND_EXPIRED";
+    /// `Array<u32>` by service number: whose turn it is, advanced by the program.
+    pub const SERVICE_CURSOR: &str = "SERVICE_CURSOR";
+    /// `PerCpuArray<u32>`, one element: whether the selection under way has met a backend at its limit. In a map, since the
+    /// verifier follows every value of a variable through every step of a loop.
+    pub const SELECTION_MET_FULL: &str = "SELECTION_MET_FULL";
+    /// `LruHashMap<AffinityKey, AffinityEntry>`: where clients of services with affinity are at home.
+    pub const AFFINITY: &str = "AFFINITY";
     /// `HashMap<ServiceKey, u32>`: a dnat backend's address, port, protocol to its number.
     pub const BACKEND_INDEX: &str = "BACKEND_INDEX";
     /// `Array<Chunk>`: selection regions, see [`super::SelectionHeader`].
@@ -106,6 +123,12 @@ pub mod name {
         BACKENDS,
         BACKEND_STATE,
         BACKEND_CURSOR,
+        BACKEND_LIVE,
+        BACKEND_PENDING,
+        BACKEND_EXPIRED,
+        SERVICE_CURSOR,
+        SELECTION_MET_FULL,
+        AFFINITY,
         BACKEND_INDEX,
         SELECTION,
         NEXT_HOPS,
@@ -139,11 +162,9 @@ pub mod name {
     /// `Array<u64>` by service number: established flows that the daemon ended as idle. Written by the daemon only, which
     /// creates and pins it; `active = opened - closed - expired`.
     pub const SERVICE_EXPIRED: &str = "SERVICE_EXPIRED";
-    /// `Array<u64>` by backend number, as [`SERVICE_EXPIRED`].
-    pub const BACKEND_EXPIRED: &str = "BACKEND_EXPIRED";
 
     /// Maps that only the daemon uses; no program declares them.
-    pub const DAEMON: [&str; 2] = [SERVICE_EXPIRED, BACKEND_EXPIRED];
+    pub const DAEMON: [&str; 1] = [SERVICE_EXPIRED];
 }
 
 /// Version of the meaning of fields, part of every pin's layout hash. To be raised where a field changes its meaning and
@@ -414,6 +435,14 @@ pub struct BackendEntry {
 pub mod backend_state {
     /// May be given new flows.
     pub const ELIGIBLE: u32 = 1 << 0;
+    /// Used while no other can be. For whoever adopts the maps; the program does not look at it.
+    pub const BACKUP: u32 = 1 << 1;
+    /// Where the share of its weight begins that a backend has while it starts slowly, percent; 0: all of it.
+    pub const SHARE_SHIFT: u32 = 8;
+    /// The share's bits, after shifting.
+    pub const SHARE_MASK: u32 = 0x7f;
+    /// Where the weight begins; 0 counts as 1.
+    pub const WEIGHT_SHIFT: u32 = 16;
 }
 
 /// Bytes of a [`Chunk`].
@@ -429,19 +458,22 @@ pub const SLOTS_PER_CHUNK: u32 = (CHUNK_BYTES / 2) as u32;
 pub struct Chunk(pub [u8; CHUNK_BYTES]);
 
 /// Head of a selection region: `[header][pool: pool_len u32 backend numbers][table: table_len u16 pool indices]`,
-/// each part starting on a chunk of its own. A region never changes once a service refers to it; a new pool is a new
+/// each part starting on a chunk of its own, and behind it the region of the backup tier where there is one. The table is
+/// Maglev's, or the turns of a round robin. A region never changes once a service refers to it; a new pool is a new
 /// region, and the service's `selection` moves to it in one write.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SelectionHeader {
     /// Backends in the pool, at most 65,535.
     pub pool_len: u32,
-    /// Slots in the Maglev table, a prime.
+    /// Slots in the table; of Maglev's a prime.
     pub table_len: u32,
     /// Number of the first pool chunk.
     pub pool_chunk: u32,
     /// Number of the first table chunk.
     pub table_chunk: u32,
+    /// First chunk of the region that serves while this one has no eligible backend; 0: none.
+    pub backup: u32,
 }
 
 /// Where packets leave. 44 bytes, alignment 4. A neighbour's new MAC is one write here.
@@ -593,7 +625,7 @@ const _: () = {
     assert!(core::mem::offset_of!(ServiceEntry, selection) == 20);
     assert!(size_of::<BackendEntry>() == 44);
     assert!(size_of::<Chunk>() == CHUNK_BYTES);
-    assert!(size_of::<SelectionHeader>() == 16);
+    assert!(size_of::<SelectionHeader>() == 20);
     assert!(size_of::<NextHop>() == 44);
     assert!(size_of::<NeighbourKey>() == 20);
     assert!(size_of::<Control>() == 32);
@@ -632,5 +664,8 @@ mod pod {
         SourceRange,
         SourceId,
         SourceUse,
+        AffinityKey,
+        AffinityEntry,
+        Pending,
     );
 }

@@ -136,6 +136,8 @@ reasons! {
     SourcePacketRate = 28, "source-packet-rate";
     /// Dropped: the source has as many half-open flows as the service allows.
     SourceHalfOpen = 29, "source-half-open";
+    /// Dropped: every eligible backend has as many connections as it may have.
+    BackendsFull = 36, "backends-full";
 }
 
 impl Reason {

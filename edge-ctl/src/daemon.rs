@@ -4,7 +4,9 @@
 mod access_log;
 mod acl;
 mod announcer;
+mod orders;
 mod recorder;
+mod slow_start;
 mod start;
 mod throttle;
 mod views;
@@ -28,7 +30,7 @@ use tracing::{error, info, warn};
 
 pub use start::{StartError, run};
 
-use self::{acl::Acl, recorder::Recorder, throttle::Throttle, world::World};
+use self::{acl::Acl, orders::Orders, recorder::Recorder, slow_start::SlowStart, throttle::Throttle, world::World};
 use crate::{
     bgp::{BgpEvent, BgpHandle},
     config::{
@@ -36,15 +38,21 @@ use crate::{
         diff::{self, Changes},
         valid::Config,
     },
-    datapath::{loader::Datapath, next_hops::NextHops, program_log::ProgramLog, sweep::Sweeper},
-    desired::DesiredState,
+    datapath::{
+        kernel_view::KernelView, loader::Datapath, next_hops::NextHops, program_log::ProgramLog, sweep::Sweeper,
+    },
+    desired::{self, DesiredState},
     fib::{FibEvent, FibHandle, sysctl},
     model::{
-        BackendSource, Mode, PoolSnapshot, Resolver, RouteUpdate,
+        BackendSource, BackendVerb, HealthKey, Mode, PoolSnapshot, Resolver, RouteUpdate,
         query::{Query, ReloadRow, ViewError},
     },
     notify,
-    sources::{dns::DnsHandle, fixed},
+    sources::{
+        dns::DnsHandle,
+        fixed,
+        health::{HealthHandle, Verdicts},
+    },
 };
 
 /// How often host settings are looked at again, neighbours re-read and failed attachments retried.
@@ -65,6 +73,15 @@ const ROUTE_CHUNK: usize = 512;
 enum Request {
     /// Read the configuration again and apply it.
     Reload(oneshot::Sender<Result<ReloadRow, ViewError>>),
+    /// An order for a backend.
+    Order {
+        /// Which.
+        key: HealthKey,
+        /// What to change.
+        verb: BackendVerb,
+        /// Told once it is kept and published.
+        reply: oneshot::Sender<Result<(), ViewError>>,
+    },
     /// Give or take back a source range; the answer is the service's name.
     Acl(Query, oneshot::Sender<Result<String, ViewError>>),
 }
@@ -79,6 +96,8 @@ struct Shared {
     desired: DesiredState,
     /// Host settings that keep packets from being forwarded, and other findings.
     problems: Vec<String>,
+    /// Backends that an administrator drains and that have no flow left.
+    drained: BTreeSet<HealthKey>,
     /// Prefixes learnt by BGP that the kernel was told of.
     prefixes: usize,
     /// Source ranges given at run time.
@@ -99,6 +118,7 @@ struct Inbox {
     fib: mpsc::Receiver<FibEvent>,
     pools: mpsc::Receiver<PoolSnapshot>,
     requests: mpsc::Receiver<Request>,
+    verdicts: watch::Receiver<Arc<Verdicts>>,
     /// SIGHUP, caught from before the start: it must never end the daemon.
     hangup: Signal,
     /// Ends only when the loop has, or by a panic.
@@ -113,11 +133,16 @@ struct Daemon {
     desired: watch::Sender<Option<DesiredState>>,
     next_hops: NextHops,
     sweeper: Sweeper,
+    slow_start: SlowStart,
+    next_share: Option<Instant>,
     program_log: ProgramLog,
     recorder: Recorder,
     fib: FibHandle,
     bgp: Option<BgpHandle>,
     dns: DnsHandle,
+    health: HealthHandle,
+    orders: Orders,
+    kernel: KernelView,
     /// Addresses that the host holds on our account, in this life or from an earlier one.
     held: BTreeSet<IpAddr>,
     route_generation: Throttle,
@@ -142,12 +167,16 @@ impl Daemon {
         self.publish();
         let speaks = self.bgp.is_some();
         loop {
-            let bump_at = self.route_generation.due();
+            let (bump_at, share_at) = (self.route_generation.due(), self.next_share);
             tokio::select! {
                 event = inbox.bgp.recv(), if speaks => self.on_bgp(event.ok_or_else(|| ended("BGP"))?).await,
                 event = inbox.fib.recv() => self.on_fib(event.ok_or_else(|| ended("the kernel's routes"))?).await,
                 Some(pool) = inbox.pools.recv() => self.on_pool(pool).await,
                 Some(request) = inbox.requests.recv() => self.on_request(request).await,
+                Ok(()) = inbox.verdicts.changed() => {
+                    self.world.verdicts = Arc::clone(&inbox.verdicts.borrow_and_update());
+                    self.publish();
+                }
                 _ = inbox.hangup.recv() => {
                     if let Err(error) = self.reload().await {
                         error!(%error, "the configuration was not reloaded; the running one stays");
@@ -157,6 +186,7 @@ impl Daemon {
                 () = sleep_until(bump_at.unwrap_or_else(Instant::now).into()), if bump_at.is_some() => {
                     self.bump_route_generation();
                 }
+                () = sleep_until(share_at.unwrap_or_else(Instant::now).into()), if share_at.is_some() => self.publish(),
                 _ = housekeeping.tick() => self.housekeeping().await,
                 _ = sweep.tick() => self.sweep(),
                 _ = watchdog.tick() => notify::alive(),
@@ -176,6 +206,7 @@ impl Daemon {
     async fn on_request(&mut self, request: Request) {
         // Whoever asked may have gone.
         match request {
+            Request::Order { key, verb, reply } => drop(reply.send(self.order(&key, verb))),
             Request::Reload(reply) => drop(reply.send(self.reload().await)),
             Request::Acl(change, reply) => drop(reply.send(self.change_acl(&change))),
         }
@@ -286,6 +317,7 @@ impl Daemon {
         self.world.datapath_ready = shared.datapath.is_ready();
         let mut desired = self.world.desired(&self.config);
         shared.acl.overlay(&mut desired, acl::now());
+        self.next_share = self.slow_start.apply(Instant::now(), self.world.adopted(), &mut desired);
         self.desired.send_if_modified(|published| {
             let changed = published.as_ref() != Some(&desired);
             if changed {
@@ -293,7 +325,32 @@ impl Daemon {
             }
             changed
         });
+        self.health.retarget(desired::targets(&self.config, &desired));
         shared.desired = desired;
+    }
+
+    /// Orders are for backends that there are: a mistyped address must not wait in a file for its backend to come.
+    fn order(&mut self, key: &HealthKey, verb: BackendVerb) -> Result<(), ViewError> {
+        let (service, backend) = key;
+        let known = {
+            let shared = lock(&self.shared);
+            let mut mine = shared.desired.frontends.values().filter(|frontend| frontend.service == *service);
+            mine.any(|frontend| frontend.pool.iter().flatten().any(|one| one.address == *backend))
+        };
+        if !known && !self.orders.all().contains_key(key) {
+            let help = "`edge-ctl backend list` names them";
+            return Err(ViewError::NotFound(format!("service `{service}` has no backend {backend}; {help}")));
+        }
+        self.orders.give(key, verb)?;
+        self.world.orders.clone_from(self.orders.all());
+        self.publish();
+        self.look_at_drains();
+        Ok(())
+    }
+
+    fn look_at_drains(&mut self) {
+        self.orders.look(&self.kernel);
+        lock(&self.shared).drained.clone_from(self.orders.drained());
     }
 
     fn bump_route_generation(&mut self) {
@@ -382,6 +439,7 @@ impl Daemon {
         }
         self.release_addresses().await;
         self.watch_neighbours().await;
+        self.look_at_drains();
         self.program_log.drain();
     }
 
@@ -465,6 +523,10 @@ impl Daemon {
         self.world.reconfigure(&self.config, &current);
         self.dns.reconfigure(dns_sources(&self.config), self.config.edge.pod_networks.clone());
         self.fixed_pools();
+        if let Err(error) = self.orders.forget_others(&self.config) {
+            warn!(%error, "orders for services that are gone stay in the file");
+        }
+        self.world.orders.clone_from(self.orders.all());
         {
             let mut shared = lock(&self.shared);
             shared.datapath.reconfigure(&self.config.edge);

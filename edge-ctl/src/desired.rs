@@ -8,6 +8,8 @@
 //! the adopted pool stands in for its answer; until routes have settled, a backend that was eligible stays so. A restart
 //! with unchanged inputs therefore builds exactly the state that the maps already hold.
 
+pub mod eligibility;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
@@ -16,12 +18,15 @@ use std::{
 
 use ipnet::IpNet;
 
+use self::eligibility::{Admin, Checks, Route, SourceAddress};
+pub use self::eligibility::{Exclusion, Facts};
 use crate::{
     config::valid::Config,
     model::{
-        BackendSource, Balance, Frontend, Mode, PathAttributes, PoolMember, PoolSnapshot, PoolState, Protection,
-        Protocol, RouteSet, Service, Snat, within,
+        AdminOrders, AdminState, BackendSource, Balance, Frontend, Mode, PathAttributes, PoolMember, PoolSnapshot,
+        PoolState, Protection, Protocol, RouteSet, Selection, Service, Snat, StaticBackend, Tier, Verdict, within,
     },
+    sources::health::{Target, Targets, Verdicts, panic::panics},
 };
 
 /// Everything that [`build`] looks at besides the configuration.
@@ -50,6 +55,10 @@ pub struct Inputs<'a> {
     pub datapath_ready: bool,
     /// VIPs that the host does not hold although it should: they are not announced.
     pub unheld: &'a BTreeSet<IpAddr>,
+    /// What checks say.
+    pub verdicts: &'a Verdicts,
+    /// What administrators ordered.
+    pub orders: &'a AdminOrders,
 }
 
 /// A backend that the maps held at start.
@@ -59,6 +68,10 @@ pub struct AdoptedBackend {
     pub address: SocketAddr,
     /// Weight it was selected with.
     pub weight: u16,
+    /// Share of that weight, percent; less than 100 while it started slowly.
+    pub share: u8,
+    /// When it was used.
+    pub tier: Tier,
     /// Whether it was given new flows.
     pub eligible: bool,
     /// SNAT source address it had, if one was known.
@@ -88,6 +101,8 @@ pub struct DesiredFrontend {
     pub mode: Mode,
     /// How backends are chosen.
     pub balance: Balance,
+    /// What else decides about it.
+    pub selection: Selection,
     /// SNAT settings.
     pub snat: Snat,
     /// What its sources may do.
@@ -98,6 +113,8 @@ pub struct DesiredFrontend {
     pub pool: Option<Vec<DesiredBackend>>,
     /// Whether its VIP is announced, and why not.
     pub announced: Announced,
+    /// Too few backends are healthy, so health is ignored: how many are, of how many.
+    pub panic: Option<(usize, usize)>,
 }
 
 impl DesiredFrontend {
@@ -114,8 +131,14 @@ pub struct DesiredBackend {
     pub address: SocketAddr,
     /// Relative weight, at least 1.
     pub weight: u16,
-    /// `None`: eligible; else why it gets no new flows.
+    /// Share of its weight that it has by now, percent; 100 but while it starts slowly.
+    pub share: u8,
+    /// When it is used.
+    pub tier: Tier,
+    /// `None`: eligible; else why it gets no new flows: what [`eligibility::judge`] says of `facts`.
     pub excluded: Option<Exclusion>,
+    /// What that rests on.
+    pub facts: Facts,
     /// Node it runs on, by the BGP next hop.
     pub node: Option<String>,
     /// `dns`, `static`, or `adopted`.
@@ -128,27 +151,6 @@ impl DesiredBackend {
     /// True where it may be given new flows.
     pub fn eligible(&self) -> bool {
         self.excluded.is_none()
-    }
-}
-
-/// Why a member of a pool gets no new flows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Exclusion {
-    /// Its address is of another family than the VIP: nothing translates between IPv4 and IPv6.
-    OtherFamily,
-    /// No BGP route and no connected or static prefix covers it.
-    NoRoute,
-    /// full-nat without a known source address towards it.
-    NoSnatAddress,
-}
-
-impl fmt::Display for Exclusion {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::OtherFamily => "other-family",
-            Self::NoRoute => "no-route",
-            Self::NoSnatAddress => "no-source-address",
-        })
     }
 }
 
@@ -232,6 +234,13 @@ fn build_frontend(config: &Config, inputs: &Inputs<'_>, service: &Service, front
         let vip = frontend.address.ip();
         allowed.map(|member| build_backend(inputs, service, vip, known, member, source)).collect::<Vec<_>>()
     });
+    let (pool, panic) = match pool {
+        Some(pool) => {
+            let (pool, panic) = ignore_health_in_panic(service, pool);
+            (Some(pool), panic)
+        }
+        None => (None, None),
+    };
     let eligible = pool.iter().flatten().filter(|backend| backend.eligible()).count();
     let announced = match &service.announce {
         Some(announce) if config.bgp.is_some() => {
@@ -252,12 +261,52 @@ fn build_frontend(config: &Config, inputs: &Inputs<'_>, service: &Service, front
         service: service.name.clone(),
         mode: service.mode,
         balance: service.balance,
+        selection: service.selection,
         snat: service.snat.clone(),
         protection: service.protection.clone(),
         timeouts: Timeouts::of(frontend.protocol),
         pool,
         announced,
+        panic,
     }
+}
+
+/// Where too few of those that could serve are healthy, health is no reason any more.
+fn ignore_health_in_panic(
+    service: &Service,
+    mut pool: Vec<DesiredBackend>,
+) -> (Vec<DesiredBackend>, Option<(usize, usize)>) {
+    let Some(health) = &service.health else { return (pool, None) };
+    let candidates = || pool.iter().filter(|backend| eligibility::judge(&backend.facts.in_panic()).is_none());
+    let (total, healthy) = (candidates().count(), candidates().filter(|backend| backend.eligible()).count());
+    if !panics(healthy, total, health.panic) {
+        return (pool, None);
+    }
+    for backend in &mut pool {
+        backend.facts = backend.facts.in_panic();
+        backend.excluded = eligibility::judge(&backend.facts);
+    }
+    (pool, Some((healthy, total)))
+}
+
+/// Who is to be checked, and how: every member of a pool whose service has `health`.
+pub fn targets(config: &Config, state: &DesiredState) -> Targets {
+    let mut targets = Targets::new();
+    for frontend in state.frontends.values() {
+        let Some(service) = config.services.get(&frontend.service) else { continue };
+        let Some(health) = &service.health else { continue };
+        let health = std::sync::Arc::new(health.clone());
+        for backend in frontend.pool.iter().flatten() {
+            let target = Target {
+                health: std::sync::Arc::clone(&health),
+                source: service.snat.addresses.first().copied().or(backend.snat_address),
+                start: backend.facts.start,
+                reachable: backend.facts.route != Route::Missing,
+            };
+            targets.insert((service.name.clone(), backend.address), target);
+        }
+    }
+    targets
 }
 
 /// The members of a frontend's pool, by address, one entry for each address (the heaviest where a source lists several),
@@ -270,21 +319,25 @@ fn members(inputs: &Inputs<'_>, service: &Service, frontend: &Frontend) -> Optio
         (BackendSource::Static(_), Some(snapshot)) if snapshot.state != PoolState::Unknown => {
             (snapshot.members.iter().copied().collect(), "static")
         }
-        (BackendSource::Static(addresses), _) => {
-            (addresses.iter().map(|&address| PoolMember { address, weight: 1 }).collect(), "static")
+        (BackendSource::Static(backends), _) => {
+            let member = |b: &StaticBackend| PoolMember { address: b.address, weight: b.weight, tier: b.tier };
+            (backends.iter().map(member).collect(), "static")
         }
         (BackendSource::Dns { .. }, _) => {
             let adopted = inputs.adopted.get(frontend)?;
             let eligible = adopted.iter().filter(|backend| backend.eligible);
-            (eligible.map(|b| PoolMember { address: b.address, weight: b.weight }).collect(), "adopted")
+            let member = |b: &AdoptedBackend| PoolMember { address: b.address, weight: b.weight, tier: b.tier };
+            (eligible.map(member).collect(), "adopted")
         }
     };
-    let mut weights = BTreeMap::new();
+    let mut known: BTreeMap<SocketAddr, PoolMember> = BTreeMap::new();
     for member in members {
-        let weight = weights.entry(member.address).or_insert(1);
-        *weight = member.weight.max(*weight);
+        let weight = member.weight.max(1);
+        let known = known.entry(member.address).or_insert(PoolMember { weight, ..member });
+        known.weight = weight.max(known.weight);
+        known.tier = member.tier.min(known.tier);
     }
-    Some((weights.into_iter().map(|(address, weight)| PoolMember { address, weight }).collect(), source))
+    Some((known.into_values().collect(), source))
 }
 
 /// True where a BGP route or a connected or static prefix covers the address; default routes do not count.
@@ -310,17 +363,53 @@ fn build_backend(
         || (benefit_of_doubt && before.is_some_and(|backend| backend.eligible));
     let snat_address = inputs.snat_sources.get(&address).copied().or(before.and_then(|backend| backend.snat_address));
     let needs_source = service.mode == Mode::FullNat && !service.snat.addresses.iter().any(same_family);
-    let excluded = if !same_family(&vip) {
-        Some(Exclusion::OtherFamily)
-    } else if !covered {
-        Some(Exclusion::NoRoute)
-    } else if needs_source && snat_address.is_none() {
-        Some(Exclusion::NoSnatAddress)
-    } else {
-        None
+    let starts_as = match (&service.health, before) {
+        (None, _) => Verdict::Up,
+        // What got no flows before a restart has to show that it may have some.
+        (Some(_), Some(backend)) if !backend.eligible => Verdict::Down,
+        (Some(health), None) if health.mandatory => Verdict::Checking,
+        (Some(_), _) => Verdict::Up,
+    };
+    let key = (service.name.clone(), member.address);
+    let order = inputs.orders.get(&key).copied().unwrap_or_default();
+    let facts = Facts {
+        source,
+        start: starts_as,
+        same_family: same_family(&vip),
+        route: match route {
+            _ if !covered => Route::Missing,
+            Some((prefix, _)) => Route::Bgp(prefix),
+            None if is_covered(inputs.routes, inputs.kernel_prefixes, address) => Route::Kernel,
+            None => Route::BeforeRestart,
+        },
+        source_address: match (needs_source, snat_address) {
+            (true, None) => SourceAddress::Missing,
+            (true, Some(address)) => SourceAddress::Known(address),
+            (false, _) => SourceAddress::NotNeeded,
+        },
+        checks: match &service.health {
+            None => Checks::None,
+            Some(_) => Checks::Say(inputs.verdicts.get(&key).copied().unwrap_or(starts_as)),
+        },
+        admin: match order.state {
+            AdminState::Up => Admin::Up,
+            AdminState::Down => Admin::Down,
+            AdminState::Drain => Admin::Drain,
+        },
     };
     let node = route.and_then(|(_, hops)| hops.iter().find_map(|hop| inputs.nodes.get(hop).cloned()));
-    DesiredBackend { address: member.address, weight: member.weight, excluded, node, source, snat_address }
+    let PoolMember { address, weight, tier } = member;
+    DesiredBackend {
+        address,
+        weight: order.weight.unwrap_or(weight),
+        share: 100,
+        tier,
+        excluded: eligibility::judge(&facts),
+        facts,
+        node,
+        source,
+        snat_address,
+    }
 }
 
 #[cfg(test)]
@@ -349,8 +438,10 @@ mod tests {
             backends: source(),
             mode: Mode::FullNat,
             balance: Balance::Maglev,
+            selection: Selection::default(),
             snat: Snat::default(),
             announce: Some(Announce { min_backends: 1, attributes: PathAttributes::default() }),
+            health: None,
             protection: Protection::default(),
         };
         Config {
@@ -390,6 +481,8 @@ mod tests {
         ready: bool,
         covered_before: BTreeSet<IpAddr>,
         unheld: BTreeSet<IpAddr>,
+        verdicts: Verdicts,
+        orders: AdminOrders,
     }
 
     impl World {
@@ -406,6 +499,8 @@ mod tests {
                 ready: true,
                 covered_before: BTreeSet::new(),
                 unheld: BTreeSet::new(),
+                verdicts: Verdicts::new(),
+                orders: AdminOrders::new(),
             };
             for address in ["10.1.0.4", "10.1.1.5", "192.0.2.1"] {
                 world.snat.insert(address.parse().unwrap(), "172.16.1.88".parse().unwrap());
@@ -414,7 +509,7 @@ mod tests {
         }
 
         fn pool(&mut self, members: &[&str], state: PoolState) {
-            let member = |text: &&str| PoolMember { address: text.parse().unwrap(), weight: 1 };
+            let member = |text: &&str| PoolMember::new(text.parse().unwrap(), 1);
             let snapshot = PoolSnapshot { source: source(), members: members.iter().map(member).collect(), state };
             self.pools.insert(source(), snapshot);
         }
@@ -438,6 +533,8 @@ mod tests {
                     covered_before: &self.covered_before,
                     datapath_ready: self.ready,
                     unheld: &self.unheld,
+                    verdicts: &self.verdicts,
+                    orders: &self.orders,
                 },
             )
         }
@@ -446,6 +543,8 @@ mod tests {
             let backend = AdoptedBackend {
                 address: "10.1.0.4:443".parse().unwrap(),
                 weight: 7,
+                share: 100,
+                tier: Tier::Primary,
                 eligible,
                 snat_address: Some("172.16.1.88".parse().unwrap()),
             };
@@ -561,6 +660,84 @@ mod tests {
         assert_eq!(only(&state).announced, Announced::NotHeld);
     }
 
+    fn health(panic: u8, mandatory: bool) -> crate::model::Health {
+        let second = std::time::Duration::from_secs(1);
+        crate::model::Health {
+            check: crate::model::Check::Tcp(crate::model::Exchange::default()),
+            interval: second,
+            fast_interval: second,
+            jitter: 0,
+            timeout: second,
+            fall: 1,
+            rise: 1,
+            port: None,
+            mandatory,
+            panic,
+            passive: None,
+        }
+    }
+
+    fn checked(panic: u8, mandatory: bool) -> World {
+        let mut world = World::new();
+        world.pool(&["10.1.0.4:443", "10.1.1.5:443"], PoolState::Fresh);
+        world.route("10.1.0.0/16", &["172.16.1.80"]);
+        world.config.services.get_mut("ingress").unwrap().health = Some(health(panic, mandatory));
+        world
+    }
+
+    fn say(world: &mut World, backend: &str, verdict: Verdict) {
+        world.verdicts.insert(("ingress".to_owned(), backend.parse().unwrap()), verdict);
+    }
+
+    #[test]
+    fn an_unhealthy_backend_is_excluded_and_the_vip_withdrawn_with_the_last_healthy_one() {
+        let mut world = checked(0, false);
+        say(&mut world, "10.1.0.4:443", Verdict::Down);
+        let state = world.build();
+        assert_eq!(verdicts(&state)[0].1, Some(Exclusion::Unhealthy(Verdict::Down)));
+        assert_eq!((only(&state).eligible(), state.announcements.len()), (1, 1));
+        say(&mut world, "10.1.1.5:443", Verdict::Down);
+        assert!(world.build().announcements.is_empty());
+    }
+
+    #[test]
+    fn in_a_panic_health_is_ignored_but_neither_orders_nor_routes() {
+        let mut world = checked(60, false);
+        say(&mut world, "10.1.0.4:443", Verdict::Down);
+        let state = world.build();
+        assert_eq!((only(&state).eligible(), only(&state).panic), (2, Some((1, 2))), "50 % are below 60 %");
+        let key = ("ingress".to_owned(), "10.1.1.5:443".parse().unwrap());
+        let order = crate::model::AdminOrder { state: AdminState::Down, weight: None };
+        world.orders.insert(key, order);
+        let state = world.build();
+        assert_eq!(verdicts(&state)[1].1, Some(Exclusion::Down));
+        assert_eq!(only(&state).panic, Some((0, 1)), "who is down on purpose does not count");
+    }
+
+    #[test]
+    fn a_new_backend_waits_for_its_first_check_only_where_that_is_mandatory_and_one_of_before_the_restart_does_not() {
+        assert_eq!(only(&checked(0, false).build()).eligible(), 2);
+        let mut world = checked(0, true);
+        assert_eq!(verdicts(&world.build())[0].1, Some(Exclusion::Unhealthy(Verdict::Checking)));
+        world.adopt(true);
+        assert_eq!(verdicts(&world.build())[0].1, None, "it served before the restart");
+        world.adopt(false);
+        assert_eq!(verdicts(&world.build())[0].1, Some(Exclusion::Unhealthy(Verdict::Down)), "it did not");
+    }
+
+    #[test]
+    fn every_backend_of_a_checked_service_is_a_target_and_checks_leave_from_where_traffic_does() {
+        let mut world = checked(0, false);
+        world.route("10.1.0.0/16", &[]);
+        world.route("10.1.0.0/24", &["172.16.1.80"]);
+        let found = targets(&world.config, &world.build());
+        let rows: Vec<_> = found.values().map(|target| (target.reachable, target.source)).collect();
+        let host = Some("172.16.1.88".parse().unwrap());
+        assert_eq!(rows, [(true, host), (false, host)]);
+        world.config.services.get_mut("ingress").unwrap().health = None;
+        assert!(targets(&world.config, &world.build()).is_empty());
+    }
+
     #[test]
     fn a_shared_vip_is_announced_while_any_of_its_services_can_serve() {
         let mut world = World::new();
@@ -569,7 +746,7 @@ mod tests {
         let mut other = world.config.services["ingress"].clone();
         other.name = "other".to_owned();
         other.listen = vec!["172.16.1.88:8080/tcp".parse().unwrap()];
-        other.backends = BackendSource::Static(vec!["10.1.9.9:80".parse().unwrap()]);
+        other.backends = BackendSource::Static(vec![StaticBackend::new("10.1.9.9:80".parse().unwrap())]);
         world.config.services.insert("other".to_owned(), other);
         let state = world.build();
         assert_eq!(state.frontends.values().map(DesiredFrontend::eligible).collect::<Vec<_>>(), [0, 1]);

@@ -15,3 +15,4 @@ pub mod model;
 pub mod notify;
 pub mod reconcile;
 pub mod sources;
+pub mod state_file;

@@ -39,7 +39,9 @@ use edge_ctl::{
         pins, sys,
     },
     desired::{Announced, DesiredBackend, DesiredFrontend, DesiredState, Timeouts},
-    model::{Balance, Frontend, Mode, PathAttributes, PoolMember, Protection, Protocol, Snat},
+    model::{
+        Balance, Frontend, Mode, PathAttributes, PoolMember, Protection, Protocol, Selection, Snat, TableShape, Tier,
+    },
     reconcile::{
         actor::{Intervals, Reconciler},
         ports::{AnnouncementPort, DatapathPort, PortError},
@@ -436,7 +438,10 @@ fn desired(backends: &[&str]) -> DesiredState {
     let backend = |text: &&str| DesiredBackend {
         address: text.parse().unwrap(),
         weight: 1,
+        share: 100,
+        tier: Tier::Primary,
         excluded: None,
+        facts: edge_ctl::desired::Facts::favourable("dns"),
         node: None,
         source: "dns",
         snat_address: Some(address),
@@ -445,9 +450,11 @@ fn desired(backends: &[&str]) -> DesiredState {
         service: "ingress-https".to_owned(),
         mode: Mode::FullNat,
         balance: Balance::Maglev,
+        selection: Selection::default(),
         snat: Snat::default(),
         protection: Protection::default(),
         timeouts: Timeouts::of(Protocol::Tcp),
+        panic: None,
         pool: Some(backends.iter().map(backend).collect()),
         announced: Announced::Yes,
     };
@@ -459,7 +466,7 @@ fn desired(backends: &[&str]) -> DesiredState {
     }
 }
 
-fn fill(members: &[PoolMember]) -> Vec<u16> {
+fn fill(members: &[PoolMember], _: TableShape) -> Vec<u16> {
     (0..1021).map(|slot: u16| slot % u16::try_from(members.len()).unwrap()).collect()
 }
 

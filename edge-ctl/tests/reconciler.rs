@@ -16,7 +16,9 @@ use std::{
 use edge_ctl::{
     datapath::fake::FakeDatapath,
     desired::{Announced, DesiredBackend, DesiredFrontend, DesiredState, Timeouts},
-    model::{Balance, Frontend, Mode, PathAttributes, PoolMember, Protection, Protocol, Snat},
+    model::{
+        Balance, Frontend, Mode, PathAttributes, PoolMember, Protection, Protocol, Selection, Snat, TableShape, Tier,
+    },
     reconcile::{
         actor::{Intervals, Reconciler, ReconcilerStatus},
         ports::{Action, AnnouncementPort, DatapathPort, DatapathState, FlowCounts, PortError},
@@ -67,7 +69,10 @@ fn desired(backends: &[&str]) -> DesiredState {
     let backend = |text: &&str| DesiredBackend {
         address: text.parse().unwrap(),
         weight: 1,
+        share: 100,
+        tier: Tier::Primary,
         excluded: None,
+        facts: edge_ctl::desired::Facts::favourable("dns"),
         node: None,
         source: "dns",
         snat_address: Some(address),
@@ -76,7 +81,9 @@ fn desired(backends: &[&str]) -> DesiredState {
         service: "ingress".to_owned(),
         mode: Mode::FullNat,
         balance: Balance::Maglev,
+        selection: Selection::default(),
         snat: Snat::default(),
+        panic: None,
         protection: Protection::default(),
         timeouts: Timeouts::of(Protocol::Tcp),
         pool: Some(backends.iter().map(backend).collect()),
@@ -91,7 +98,7 @@ fn desired(backends: &[&str]) -> DesiredState {
     }
 }
 
-fn fill(members: &[PoolMember]) -> Vec<u16> {
+fn fill(members: &[PoolMember], _: TableShape) -> Vec<u16> {
     (0..131).map(|slot: u16| slot % u16::try_from(members.len()).unwrap()).collect()
 }
 

@@ -14,7 +14,7 @@ use crate::{
     maps::{self, EEXIST, ENOENT, Table, scratch::scratch},
     packet::Packet,
     parse::Parsed,
-    protect,
+    protect, select,
     stats::{because, count_closed, count_opened},
 };
 
@@ -100,10 +100,12 @@ pub fn track<A: Family, P: Packet>(
             forward::any(packet, parsed, flow)
         }
         Step::Promote(flags) => {
+            let (number, backend) = (flow.service, flow.backend);
             let verdict = promote(parsed, flow, flags, service.established_timeout);
             if verdict != MOVED {
                 return verdict;
             }
+            select::promoted(number, service.affinity_timeout, parsed.key.src, backend);
             forward_from(packet, parsed, Table::Established)
         }
         Step::Close(flags) => {
@@ -271,17 +273,24 @@ fn close<A: Family>(parsed: &Parsed<A>, flow: &mut Flow<A>, flags: u16, table: T
         return false;
     }
     let record = events::begin(flow, table, Some(parsed));
-    let from_client = flow.direction == Direction::Forward as u8;
-    let twin_removed = !alone && maps::remove_flow(table, &twin_key);
-    let removed = maps::remove_flow(table, &parsed.key);
-    events::finish(record, if from_client { removed } else { twin_removed });
+    // The client's half stands for the flow: however many CPUs close it at once, it is removed, and counted, once.
+    let of_client = flow_of_client(flow);
+    let twin = !alone && maps::remove_flow(table, &twin_key);
+    let own = maps::remove_flow(table, &parsed.key);
+    let ended = if of_client { own } else { twin };
+    events::finish(record, ended);
     if table == Table::HalfOpen {
         protect::half_open_ended(flow);
     }
-    if removed && table == Table::Established {
+    if table == Table::Established && ended {
         count_closed(service, backend);
     }
     true
+}
+
+#[inline(always)]
+fn flow_of_client<A: Family>(flow: &Flow<A>) -> bool {
+    flow.direction == Direction::Forward as u8
 }
 
 /// Copies an entry into the closing table; 0, or 1 where that refuses.
@@ -314,23 +323,26 @@ fn put_closing_twin<A: Family>(flow: &Flow<A>) -> u32 {
 /// same tuple.
 #[inline(never)]
 fn reopen<A: Family>(parsed: &Parsed<A>, flow: &Flow<A>, table: Table) {
-    if table == Table::Established {
-        count_closed(flow.service, flow.backend);
-    }
+    let (service, backend, of_client) = (flow.service, flow.backend, flow_of_client(flow));
+    let record = if table == Table::Established { events::begin(flow, table, None) } else { None };
     if table == Table::HalfOpen {
         protect::half_open_ended(flow);
     }
-    let record = if table == Table::Established { events::begin(flow, table, None) } else { None };
+    let mut twin = false;
     if table != Table::Closing {
         let twin_key = flow.twin();
         // Where that is another flow's by now, there is no port to rest.
         if maps::flow(table, &twin_key).is_none_or(|twin| twin.twin() == parsed.key) {
             put_closing_twin(flow);
-            maps::remove_flow(table, &twin_key);
+            twin = maps::remove_flow(table, &twin_key);
         }
     }
-    let removed = maps::remove_flow(table, &parsed.key);
-    events::finish(record, removed);
+    let own = maps::remove_flow(table, &parsed.key);
+    let ended = if of_client { own } else { twin };
+    events::finish(record, ended);
+    if table == Table::Established && ended {
+        count_closed(service, backend);
+    }
 }
 
 /// What [`touch`] did; a number, so that a BPF function can return it.
@@ -377,6 +389,10 @@ fn rebuild_twin<A: Family>(flow: &Flow<A>, now: u64) -> bool {
     };
     turn(twin);
     twin.last_seen = now;
+    let added = insert(Table::Established, &twin);
+    if added == 0 && flow_of_client(&twin) {
+        count_opened(twin.service, twin.backend);
+    }
     // A full table is no reason to drop this packet: the next touch tries again.
-    insert(Table::Established, twin) != EEXIST
+    added != EEXIST
 }

@@ -45,10 +45,11 @@ pub fn flow<A: Family>(parsed: &Parsed<A>, past: &Past<A>) -> Verdict {
     let Some(service) = maps::service(service_number) else {
         return because(Reason::NotReady, service_number);
     };
-    let Some(backend_number) = select::backend(service.selection, &parsed.key) else {
-        return because(Reason::NoBackend, service_number);
-    };
-    let backend_number = backend_number.get();
+    let backend_number = select::backend(service_number, service, &parsed.key);
+    if backend_number == select::NONE || backend_number == select::FULL {
+        let reason = if backend_number == select::NONE { Reason::NoBackend } else { Reason::BackendsFull };
+        return because(reason, service_number);
+    }
     let Some(backend) = maps::backend(backend_number) else {
         return because(Reason::NotReady, service_number);
     };
@@ -76,6 +77,7 @@ pub fn flow<A: Family>(parsed: &Parsed<A>, past: &Past<A>) -> Verdict {
     if failed == OPENED {
         count_half_opened(service_number, backend_number);
         protect::half_opened(parsed.key.src, service_number);
+        select::begun(backend_number, backend.limit, plan.now);
     }
     CREATED
 }

@@ -8,6 +8,9 @@
 pub mod capture;
 pub mod events;
 
+mod selection;
+pub use selection::*;
+
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
 use aya_ebpf::{
@@ -217,8 +220,13 @@ pub fn next_candidate(backend: u32) -> Option<u32> {
 fn fetch_add(counter: *mut u32) -> u32 {
     // `AtomicU32` is not offered for this target, although the machine has the instruction (kernel 5.12). Not
     // `Relaxed`: LLVM 22 then emits the instruction that does not return the old value, and uses the operand for it.
+    add(counter, 1)
+}
+
+#[inline(always)]
+fn add(counter: *mut u32, change: u32) -> u32 {
     // SAFETY: an aligned u32 array element that lives for this program run; everyone changes it atomically.
-    unsafe { atomic_xadd::<u32, u32, { AtomicOrdering::AcqRel }>(counter, 1) }
+    unsafe { atomic_xadd::<u32, u32, { AtomicOrdering::AcqRel }>(counter, change) }
 }
 
 /// Four consecutive `u32` of a selection chunk, or one, or a `u16`: regions hold host-order integers.

@@ -51,15 +51,17 @@ pub fn count_half_opened(service: u32, backend: u32) {
     update(service, backend, |stats| stats.half_opened += 1);
 }
 
-/// Counts a flow that was promoted.
+/// Counts a flow whose client half entered the established table.
 #[inline(always)]
 pub fn count_opened(service: u32, backend: u32) {
+    maps::backend_live(backend, 1);
     update(service, backend, |stats| stats.opened += 1);
 }
 
-/// Counts an established flow that ended.
+/// Counts a flow whose client half left the established table.
 #[inline(always)]
 pub fn count_closed(service: u32, backend: u32) {
+    maps::backend_live(backend, u32::MAX);
     update(service, backend, |stats| stats.closed += 1);
 }
 

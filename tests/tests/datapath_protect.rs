@@ -7,7 +7,7 @@ use aya::maps::lpm_trie::{Key, LpmTrie};
 use edge_common::{
     flow::{TCP, UDP},
     maps::{
-        RANGE_PREFIX, RangeSource, ServiceEntry, SourceRange, SourceUse, flow_flag, mapped, mode, name, range_action,
+        RANGE_PREFIX, RangeSource, ServiceEntry, SourceRange, SourceUse, flow_flag, mode, name, range_action,
         service_flag,
     },
     verdict::Reason,

@@ -29,9 +29,13 @@ const MODULES: [(&str, &[&str]); 10] = [
 ];
 
 /// Modules that decide only: time and randomness come in as arguments, nothing goes out.
-const PURE: [&str; 9] = [
+const PURE: [&str; 13] = [
     "model",
     "desired",
+    "sources::health::book",
+    "sources::health::panic",
+    "sources::health::passive",
+    "sources::health::state",
     "reconcile::diff",
     "reconcile::ports",
     "bgp::wire",

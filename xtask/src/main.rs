@@ -55,6 +55,9 @@ enum Command {
         /// End to end through the lab instead of the dataplane.
         #[arg(long)]
         e2e: bool,
+        /// Health checks of 5,000 backends instead of the dataplane.
+        #[arg(long, conflicts_with = "e2e")]
+        health: bool,
     },
     /// Random packets through the loaded program, compared with the reference model.
     FuzzDatapath {
@@ -125,7 +128,7 @@ fn execute(command: Command) -> Result<ExitCode> {
             ]))?;
             return sh::pass_through(sh::as_root(&root().join("target/debug/edge-lab")).args(arguments));
         }
-        Command::Bench { json, e2e } => {
+        Command::Bench { json, e2e, health } => {
             setup::run()?;
             build_release()?;
             step("measure");
@@ -133,6 +136,9 @@ fn execute(command: Command) -> Result<ExitCode> {
             command.arg("bench");
             if e2e {
                 command.arg("--e2e");
+            }
+            if health {
+                command.arg("--health");
             }
             if let Some(path) = json {
                 command.arg("--json").arg(path);

@@ -16,7 +16,10 @@ use serde::Deserialize;
 
 use super::{Answer, Query, ViewError, Views, metrics};
 use crate::model::capture::CaptureOrder;
-use crate::model::query::{DEFAULT_LIMIT, Refusal, ServiceDetail};
+use crate::model::{
+    BackendVerb,
+    query::{DEFAULT_LIMIT, Refusal, ServiceDetail},
+};
 
 /// Rows that one answer may have; more would hold up the daemon.
 const MOST_ROWS: usize = 1 << 20;
@@ -39,6 +42,8 @@ pub(super) fn api(views: Shared) -> Router {
         ("/v1/acl", Query::Acl),
         ("/v1/events", Query::Events),
         ("/v1/config", Query::Config),
+        ("/v1/health", Query::Health),
+        ("/v1/health/history", Query::HealthHistory),
     ];
     let router = plain.into_iter().fold(Router::new(), |router, (path, query)| {
         router.route(path, get(move |State(views): State<Shared>| ask(views, query)))
@@ -53,6 +58,7 @@ pub(super) fn api(views: Shared) -> Router {
         .route("/v1/acl/remove", post(acl_remove))
         .route("/v1/capture", post(capture))
         .route("/v1/reload", post(|State(views): State<Shared>| ask(views, Query::Reload)))
+        .route("/v1/backends/{service}/{backend}/{verb}", post(order))
         .route("/metrics", get(scrape))
         .fallback(not_found)
         .method_not_allowed_fallback(wrong_method)
@@ -96,7 +102,8 @@ async fn not_found(uri: Uri) -> Response {
 
 async fn wrong_method(uri: Uri) -> Response {
     let error = format!(
-        "{} does not take that method (GET everywhere, POST for /v1/reload, /v1/capture, /v1/acl/add, /v1/acl/remove)",
+        "{} does not take that method (GET everywhere, POST for /v1/reload, /v1/capture, /v1/acl/add, /v1/acl/remove \
+         and /v1/backends/SERVICE/ADDRESS:PORT/VERB)",
         uri.path()
     );
     (StatusCode::METHOD_NOT_ALLOWED, Json(Refusal { error, problems: Vec::new() })).into_response()
@@ -209,6 +216,39 @@ async fn service(State(views): State<Shared>, name: Named) -> Response {
 
 fn mismatch(what: &str) -> Response {
     refuse(ViewError::Internal(format!("the daemon answered another question than the one for {what}")))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OrderParameters {
+    weight: Option<u16>,
+}
+
+type Ordered = Result<Parameters<OrderParameters>, QueryRejection>;
+type Addressed = Result<Path<(String, String, String)>, PathRejection>;
+
+async fn order(State(views): State<Shared>, path: Addressed, parameters: Ordered) -> Response {
+    let (service, backend, verb, weight) = match (path, parameters) {
+        (Ok(Path((service, backend, verb))), Ok(Parameters(parameters))) => (service, backend, verb, parameters.weight),
+        (Err(rejection), _) => return bad_request(rejection.body_text()),
+        (_, Err(rejection)) => return bad_request(rejection.body_text()),
+    };
+    let Ok(backend) = backend.parse() else {
+        return bad_request(format!("`{backend}` is not ADDRESS:PORT of a backend"));
+    };
+    let verb = match (verb.as_str(), weight) {
+        ("weight", Some(0)) => {
+            return bad_request("a weight is from 1 to 65535; `down` takes a backend out".to_owned());
+        }
+        ("weight", weight) => BackendVerb::Weight(weight),
+        (_, Some(_)) => return bad_request(format!("`{verb}` takes no weight")),
+        ("down", None) => BackendVerb::Down,
+        ("up", None) => BackendVerb::Up,
+        ("drain", None) => BackendVerb::Drain,
+        ("undrain", None) => BackendVerb::Undrain,
+        _ => return bad_request(format!("`{verb}` is not down, up, drain, undrain or weight")),
+    };
+    ask(views, Query::Order { service, backend, verb }).await
 }
 
 async fn received(State(views): State<Shared>, peer: Named) -> Response {

@@ -13,7 +13,7 @@ use prometheus_client::{
 use super::{Answer, Query, Views};
 use crate::model::{
     query::ReasonRow,
-    view::{BackendRow, BgpPeerRow, DnsRow, MapRow, RouteRow, ServiceRow, StatusRow, XdpRow},
+    view::{BackendRow, BgpPeerRow, DnsRow, HealthRow, MapRow, RouteRow, ServiceRow, StatusRow, XdpRow},
 };
 
 /// What HTTP calls the format.
@@ -46,6 +46,7 @@ struct Sampled {
     maps: Vec<MapRow>,
     xdp: Vec<XdpRow>,
     reasons: Vec<ReasonRow>,
+    health: Vec<HealthRow>,
     errors: BTreeMap<&'static str, u64>,
 }
 
@@ -62,6 +63,7 @@ impl Sampled {
             ("maps", Query::Maps),
             ("xdp", Query::Xdp),
             ("reasons", Query::Reasons),
+            ("health", Query::Health),
         ];
         for (view, query) in questions {
             let answer = views.answer(query).await;
@@ -76,6 +78,7 @@ impl Sampled {
                 Ok(Answer::Maps(rows)) => sampled.maps = rows,
                 Ok(Answer::Xdp(rows)) => sampled.xdp = rows,
                 Ok(Answer::Reasons(rows)) => sampled.reasons = rows,
+                Ok(Answer::Health(rows)) => sampled.health = rows,
                 Ok(_) => *sampled.errors.entry(view).or_default() = 1,
                 Err(error) => tracing::debug!(view, %error, "a view could not be scraped"),
             }
@@ -182,6 +185,17 @@ static METRICS: &[Metric] = &[
     counter("backend_connections", "Flows opened", |s| of_backends(s, |row| row.connections)),
     gauge("backend_active", "Established flows", |s| of_backends(s, |row| row.active)),
     gauge("backend_up", "1 while new flows may go there", |s| of_backends(s, |row| u64::from(row.state == "up"))),
+    gauge("backend_drained", "1 where an administrator drains it and no flow is left", |s| {
+        of_backends(s, |row| u64::from(row.state == "drained"))
+    }),
+    counter("health_checks", "Checks made", |s| of_checked(s, |row| row.checks)),
+    counter("health_fails", "Checks that failed", |s| of_checked(s, |row| row.fails)),
+    counter("health_inconclusive", "Checks that this host could not make", |s| of_checked(s, |row| row.inconclusive)),
+    counter("health_unavailable", "Times that checks took it out of use", |s| of_checked(s, |row| row.unavail)),
+    gauge("health_up", "1 while checks do not speak against it", |s| of_checked(s, |row| u64::from(row.state == "up"))),
+    gauge("service_panic", "1 while too few backends are healthy and health is ignored", |s| {
+        of_services(s, |row| u64::from(row.panic))
+    }),
     gauge("backend_weight", "Relative weight", |s| of_backends(s, |row| u64::from(row.w))),
     counter("backend", "Bytes from the IP header on; `in` is from clients", |s| {
         directed(s.backends.iter().map(|row| (backend_labels(row), row.bytes_in, row.bytes_out)))
@@ -300,6 +314,11 @@ fn backend_labels(row: &BackendRow) -> Labels {
 
 fn of_backends(s: &Sampled, value: fn(&BackendRow) -> u64) -> Samples {
     s.backends.iter().map(|row| (backend_labels(row), value(row))).collect()
+}
+
+fn of_checked(s: &Sampled, value: fn(&HealthRow) -> u64) -> Samples {
+    let labels = |row: &HealthRow| vec![("service", row.service.clone()), ("backend", row.backend.clone())];
+    s.health.iter().map(|row| (labels(row), value(row))).collect()
 }
 
 fn name_labels(row: &DnsRow) -> Labels {

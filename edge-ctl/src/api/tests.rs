@@ -108,6 +108,17 @@ fn rows(query: Query) -> Result<Answer, ViewError> {
         Query::Events => Answer::Events(vec![EventRow { kind: text("drop"), ..EventRow::default() }]),
         Query::Config => Answer::Config(ConfigRow { file: text("edge.toml"), ..ConfigRow::default() }),
         Query::Capture(order) => Answer::Capturing(CaptureRow { vip: order.vip, ..CaptureRow::default() }),
+        Query::Health => Answer::Health(vec![crate::model::view::HealthRow {
+            service: text("web"),
+            backend: text("10.1.0.4:80"),
+            state: text("up"),
+            checks: 3,
+            ..Default::default()
+        }]),
+        Query::HealthHistory => Answer::HealthHistory(vec![Default::default()]),
+        Query::Order { service, backend, .. } => {
+            Answer::Backends(vec![BackendRow { service, backend: backend.to_string(), ..BackendRow::default() }])
+        }
         Query::Reload => return Err(ViewError::Invalid(vec![text("edge.toml:1: a"), text("edge.toml:2: b")])),
     })
 }
@@ -174,6 +185,7 @@ fn exchange(mut stream: impl Read + Write, method: &str, path: &str) -> (u16, St
 fn every_question_has_a_path_that_leads_to_it() {
     let served = Served::start();
     let peer = "172.16.1.80".parse().unwrap();
+    let order = |verb| Query::Order { service: "we b/&".into(), backend: "10.1.0.4:80".parse().unwrap(), verb };
     let queries = [
         Query::Status,
         Query::Services,
@@ -198,6 +210,11 @@ fn every_question_has_a_path_that_leads_to_it() {
             seconds: 4,
         }),
         Query::Config,
+        Query::Health,
+        Query::HealthHistory,
+        order(crate::model::BackendVerb::Drain),
+        order(crate::model::BackendVerb::Weight(Some(3))),
+        order(crate::model::BackendVerb::Weight(None)),
     ];
     for query in queries {
         let (method, path) = query.request();

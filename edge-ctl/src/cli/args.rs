@@ -6,6 +6,7 @@ use std::{net::IpAddr, path::PathBuf, time::Duration};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::acl::AclVerb;
+use super::orders::{One, Order};
 use crate::model::query::DEFAULT_LIMIT;
 
 /// Layer-4 load balancer for the edge of on-premises Kubernetes: the daemon, and the views into it.
@@ -106,6 +107,12 @@ pub(super) enum Command {
     Backend {
         #[command(subcommand)]
         verb: Option<BackendVerb>,
+    },
+    /// Health checks
+    #[command(infer_subcommands = true)]
+    Health {
+        #[command(subcommand)]
+        verb: Option<HealthVerb>,
     },
     /// Flows in the tables of the program
     #[command(alias = "flows", infer_subcommands = true)]
@@ -210,6 +217,25 @@ pub(super) enum BackendVerb {
     /// List them
     #[command(alias = "ls")]
     List {
+        /// Only those of this service
+        service: Option<String>,
+    },
+    /// One backend: counters, checks, and each condition for being given flows
+    Describe(One),
+    #[command(flatten)]
+    Order(Order),
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum HealthVerb {
+    /// What checks say of each backend
+    #[command(alias = "ls")]
+    List {
+        /// Only those of this service
+        service: Option<String>,
+    },
+    /// What checks changed, newest first
+    History {
         /// Only those of this service
         service: Option<String>,
     },
@@ -343,6 +369,9 @@ pub(super) enum DescribeNoun {
         /// Its name
         service: String,
     },
+    /// A backend
+    #[command(alias = "backends")]
+    Backend(One),
     /// A BGP peer
     #[command(alias = "neighbor")]
     Peer {
@@ -429,6 +458,14 @@ mod tests {
             "service list",
             "service describe web",
             "backend list",
+            "backend describe web 10.1.0.4:443",
+            "backend down web 10.1.0.4:443",
+            "backend up web 10.1.0.4:443",
+            "backend drain web 10.1.0.4:443 --wait",
+            "backend undrain web 10.1.0.4:443",
+            "backend weight web 10.1.0.4:443 default",
+            "health list web",
+            "health history",
             "flow list",
             "dns list",
             "events",

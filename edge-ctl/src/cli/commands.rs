@@ -14,9 +14,10 @@ use super::{
     acl::{self, AclVerb},
     args::{
         BackendVerb, BgpVerb, Cli, Colour, Command, ConfigVerb, DescribeNoun, FlowArgs, FlowVerb, GetNoun, Global,
-        MapVerb, Output, ServiceVerb, ShowIp, ShowNoun, Which, XdpVerb,
+        HealthVerb, MapVerb, Output, ServiceVerb, ShowIp, ShowNoun, Which, XdpVerb,
     },
     client, describe,
+    orders::{self, One, Order},
     table::{self, Column},
     views::{self, View},
 };
@@ -31,6 +32,9 @@ enum Show {
     Services(Option<String>),
     Service(String),
     Backends(Option<String>),
+    Backend(One),
+    Health(Option<String>),
+    HealthHistory(Option<String>),
     Flows(FlowArgs),
     Acl(Option<String>),
     Dns,
@@ -61,6 +65,9 @@ pub(super) fn execute(cli: Cli, wiring: &Wiring<'_>) -> Exit {
         }
         Command::Capture(args) => return with_source(global, wiring, |source| capture(source, &args)),
         Command::Version => return with_source(global, wiring, version),
+        Command::Backend { verb: Some(BackendVerb::Order(given)) } => {
+            return with_source(global, wiring, |source| order(source, &given));
+        }
         Command::Show { noun: ShowNoun::Version } => return with_source(global, wiring, version),
         other => view_of(other),
     };
@@ -81,7 +88,12 @@ fn view_of(command: Command) -> Option<Show> {
         Command::Service { verb: Some(ServiceVerb::List { service }) } => Show::Services(service),
         Command::Service { verb: None } => Show::Services(None),
         Command::Backend { verb: Some(BackendVerb::List { service }) } => Show::Backends(service),
+        Command::Backend { verb: Some(BackendVerb::Describe(one)) } => Show::Backend(one),
+        Command::Backend { verb: Some(BackendVerb::Order(_)) } => return None,
         Command::Backend { verb: None } => Show::Backends(None),
+        Command::Health { verb: Some(HealthVerb::List { service }) } => Show::Health(service),
+        Command::Health { verb: Some(HealthVerb::History { service }) } => Show::HealthHistory(service),
+        Command::Health { verb: None } => Show::Health(None),
         Command::Flow { verb: Some(FlowVerb::List(args)) } => Show::Flows(args),
         Command::Flow { verb: None } => Show::Flows(all_flows()),
         Command::Acl { verb: Some(AclVerb::List { service }) } => Show::Acl(service),
@@ -97,6 +109,7 @@ fn view_of(command: Command) -> Option<Show> {
         Command::Config { verb: ConfigVerb::Show } => Show::Config,
         Command::Get { noun } => get(noun),
         Command::Describe { noun: DescribeNoun::Service { service } } => Show::Service(service),
+        Command::Describe { noun: DescribeNoun::Backend(one) } => Show::Backend(one),
         Command::Describe { noun: DescribeNoun::Peer { address } } => Show::BgpPeer(address),
         Command::Show { noun } => return vtysh(noun),
     })
@@ -271,6 +284,9 @@ fn shown(source: &Source<'_>, show: &Show) -> Outcome<Shown> {
         Show::Services(service) => of_service(&views::SERVICES, &Query::Services, "name", service),
         Show::Service(name) => service(source, name),
         Show::Backends(service) => of_service(&views::BACKENDS, &Query::Backends, "service", service),
+        Show::Backend(one) => backend(source, one),
+        Show::Health(service) => of_service(&views::HEALTH, &Query::Health, "service", service),
+        Show::HealthHistory(service) => of_service(&views::HEALTH_HISTORY, &Query::HealthHistory, "service", service),
         Show::Flows(FlowArgs { service, limit }) => {
             list(&views::FLOWS, &Query::Flows { service: service.clone(), limit: *limit })
         }
@@ -350,6 +366,48 @@ fn service(source: &Source<'_>, name: &str) -> Outcome<Shown> {
         .ok_or_else(|| Failure::error(format!("there is no service `{name}`; `edge-ctl service list` names them")))?;
     let detail = serde_json::to_value(detail).map_err(Failure::error)?;
     Ok((single(source, &views::SERVICES, detail, describe::service)?, Exit::Ok))
+}
+
+/// The rows of one backend: one for each listen address of its service.
+fn rows_of(source: &Source<'_>, one: &One) -> Outcome<Vec<Value>> {
+    let mut found = source.rows(&Query::Backends)?;
+    let address = one.backend.to_string();
+    let text = |row: &Value, key: &str| row.get(key).and_then(Value::as_str).map(str::to_owned);
+    found.retain(|row| {
+        text(row, "service").as_ref() == Some(&one.service) && text(row, "backend").as_ref() == Some(&address)
+    });
+    Ok(found)
+}
+
+fn backend(source: &Source<'_>, one: &One) -> Outcome<Shown> {
+    let found = rows_of(source, one)?;
+    if found.is_empty() {
+        let message =
+            format!("service `{}` has no backend {}; `edge-ctl backend list` names them", one.service, one.backend);
+        return Err(Failure::error(message));
+    }
+    let text = match source.global.output {
+        Output::Table | Output::Wide => found.iter().map(describe::backend).collect(),
+        output => structured(output, &views::BACKENDS, &found)?,
+    };
+    Ok((text, Exit::Ok))
+}
+
+fn order(source: &Source<'_>, given: &Order) -> Outcome<Exit> {
+    if source.global.kernel {
+        let message = "an order is for the daemon; `--kernel` only reads".into();
+        return Err(Failure { exit: Exit::Usage, message });
+    }
+    let mut found = source.rows(&given.query())?;
+    if let Some(one) = given.awaited() {
+        // A backend that has left the maps has no flows either.
+        while found.iter().any(|row| row.get("state").and_then(Value::as_str) != Some("drained")) {
+            std::thread::sleep(orders::LOOK);
+            found = rows_of(source, one)?;
+        }
+    }
+    print(&rows(source, &views::BACKENDS, found)?.0);
+    Ok(Exit::Ok)
 }
 
 fn peer(source: &Source<'_>, address: IpAddr) -> Outcome<Shown> {

@@ -114,6 +114,43 @@ pub(super) fn service(detail: &Value) -> String {
     out
 }
 
+/// One backend of one frontend, and each condition for being given flows.
+pub(super) fn backend(row: &Value) -> String {
+    let mut out = String::new();
+    let _ = writeln!(
+        out,
+        "Backend {} of {} ({}/{})",
+        text(row, "backend"),
+        text(row, "service"),
+        text(row, "vip"),
+        text(row, "proto")
+    );
+    let connect = row.get("connect").and_then(Value::as_f64).map_or_else(|| "-".to_owned(), |ms| format!("{ms:.1}ms"));
+    fields(
+        &mut out,
+        "  ",
+        &[
+            ("State", text(row, "state")),
+            ("Node", text(row, "node")),
+            ("Weight", text(row, "w")),
+            ("Flows", format!("{} active, {} in all", text(row, "active"), text(row, "connections"))),
+            ("Checks", format!("{} failed, {} times unavailable", text(row, "fails"), text(row, "unavail"))),
+            ("Last check", seconds(row, "last-check", age)),
+            ("Connect", connect),
+        ],
+    );
+    let conditions = row.get("conditions").and_then(Value::as_array).cloned().unwrap_or_default();
+    if !conditions.is_empty() {
+        out.push_str("  Conditions for new flows:\n");
+    }
+    for condition in conditions {
+        let holds = condition.get("holds").and_then(Value::as_bool).unwrap_or(false);
+        let mark = if holds { "yes" } else { "NO" };
+        let _ = writeln!(out, "    {mark:<4}{:<16}{}", text(&condition, "condition"), text(&condition, "reason"));
+    }
+    out
+}
+
 /// Everything about one peer.
 pub(super) fn peer(row: &Value) -> String {
     let mut out = String::new();

@@ -81,6 +81,40 @@ pub(super) static BACKENDS: View = View {
     ],
 };
 
+pub(super) static HEALTH: View = View {
+    kind: "health",
+    names: &["service", "backend"],
+    columns: &[
+        column("SERVICE", "service", Show::Text),
+        column("BACKEND", "backend", Show::Text),
+        column("CHECK", "check", Show::Text),
+        column("STATE", "state", Show::Text),
+        column("SINCE", "since", Show::Age),
+        column("CHECKS", "checks", Show::Number),
+        column("FAILS", "fails", Show::Number),
+        column("UNAVAIL", "unavail", Show::Number),
+        column("LAST-CHECK", "last-check", Show::Age),
+        column("CONNECT", "connect", Show::Row(connect_time)),
+        wide("NEXT", "next", Show::Age),
+        wide("SOURCE", "source", Show::Text),
+        wide("INCONCLUSIVE", "inconclusive", Show::Number),
+        column("ERROR", "error", Show::Text),
+    ],
+};
+
+pub(super) static HEALTH_HISTORY: View = View {
+    kind: "event",
+    names: &["service", "backend", "age"],
+    columns: &[
+        column("AGE", "age", Show::Age),
+        column("SERVICE", "service", Show::Text),
+        column("BACKEND", "backend", Show::Text),
+        column("FROM", "from", Show::Text),
+        column("TO", "to", Show::Text),
+        column("REASON", "reason", Show::Text),
+    ],
+};
+
 fn limit(row: &Value) -> String {
     match row.get("limit").and_then(Value::as_u64) {
         None | Some(0) => "-".to_owned(),
@@ -312,6 +346,10 @@ pub(super) fn is_alarming(cell: &str) -> bool {
         word,
         "no-route"
             | "down"
+            | "unhealthy"
+            | "checking"
+            | "ejected"
+            | "drained"
             | "draining"
             | "last-good"
             | "unknown"

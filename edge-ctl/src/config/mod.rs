@@ -4,12 +4,14 @@
 mod bgp;
 pub mod diff;
 mod edge;
+mod health;
 pub mod lint;
 mod log;
 pub mod memory;
 mod protect;
 mod raw;
 mod read;
+mod selection;
 mod service;
 pub mod valid;
 pub use protect::range as source_range;

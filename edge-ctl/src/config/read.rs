@@ -42,6 +42,12 @@ pub(super) struct At<T> {
     pub at: Place,
 }
 
+/// An element of an array that holds strings, tables, or both.
+pub(super) enum Mixed<'a> {
+    Text(&'a str),
+    Table(Section<'a>),
+}
+
 /// One table of the configuration.
 pub(super) struct Section<'a> {
     report: &'a Report,
@@ -154,6 +160,28 @@ impl<'a> Section<'a> {
             self.missing(key, example);
         }
         self.list(key, expected, parse).unwrap_or_default()
+    }
+
+    /// The elements of an array that holds strings, tables, or both.
+    pub fn mixed(&self, key: &'static str, expected: &str) -> Option<Vec<(Place, Mixed<'a>)>> {
+        let node = self.get(key)?;
+        let Value::Array(nodes) = &node.value else {
+            self.wrong_kind(key, node, &format!("an array, each element {expected}"));
+            return None;
+        };
+        let name = format!("[{}]", self.path(key));
+        let element = |node: &'a Node| match &node.value {
+            Value::String(text) => Some((node.at.clone(), Mixed::Text(text))),
+            Value::Table(table) => {
+                let section = Section::new(self.report, name.clone(), node.at.clone(), table);
+                Some((node.at.clone(), Mixed::Table(section)))
+            }
+            _ => {
+                self.wrong_kind(key, node, expected);
+                None
+            }
+        };
+        Some(nodes.iter().filter_map(element).collect())
     }
 
     pub fn integer(&self, key: &'static str, range: RangeInclusive<u32>) -> Option<u32> {

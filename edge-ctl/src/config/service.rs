@@ -9,13 +9,14 @@ use std::{
 use ipnet::IpNet;
 
 use super::{
+    health,
     protect::protection,
     raw::{Place, Value},
     read::{At, Section, nearest, not_yet},
-    values,
+    selection, values,
 };
 use crate::model::{
-    Announce, BackendSource, Balance, Frontend, Mode, PathAttributes, RecordType, Resolver, Service, Snat, within,
+    Announce, BackendSource, Frontend, Mode, PathAttributes, RecordType, Resolver, Service, Snat, within,
 };
 
 const DNS_PORT: u16 = 53;
@@ -24,7 +25,7 @@ const MOST_FRONTENDS: usize = edge_common::maps::SERVICES as usize - 1;
 const MOST_BACKENDS: usize = edge_common::maps::BACKENDS as usize - 1;
 /// Source ranges, each counted for every listen address of its service.
 const MOST_RANGES: usize = edge_common::maps::SOURCE_RANGES as usize;
-const BACKENDS: &str = "{ dns = NAME, port = N, resolver = NAME } or { static = [\"ADDRESS:PORT\"] }";
+const BACKENDS: &str = "{ dns = NAME, port = N, resolver = NAME } or { static = [\"ADDRESS:PORT\"], backup = [...] }";
 
 /// Resolvers as configured; a faulty one still has a name that services may refer to.
 pub(super) struct Resolvers {
@@ -112,22 +113,21 @@ fn service(
     context: &Context<'_>,
     taken: &mut BTreeMap<Frontend, (String, Place)>,
 ) -> Option<Service> {
-    section.not_yet(&["health", "affinity", "max_connections", "arp"]);
+    section.not_yet(&["arp"]);
     let mode = section.parse("mode", "\"full-nat\" or \"dnat\"", |text| match text {
         "full-nat" => Ok(Mode::FullNat),
         "dnat" => Ok(Mode::Dnat),
         _ => Err(String::new()),
     });
     let mode = mode.map_or(Mode::default(), |mode| mode.value);
-    let balance = section.parse("balance", "\"maglev\"", |text| match text {
-        "maglev" => Ok(Balance::Maglev),
-        "round-robin" | "least-conn" => Err(not_yet("that method")),
-        _ => Err(String::new()),
-    });
     let listen = listen(name, &section, context, taken);
+    let protocols: Vec<_> = listen.iter().map(|frontend| frontend.protocol).collect();
+    let (balance, selection) = selection::selection(&section, &protocols);
     let backends = backends(&section, context);
     let snat = snat(&section, mode, context);
     let announce = announce(&section, context);
+    let health = health::health(&section, &protocols);
+    health::on_down(&section);
     let protection = protection(&section, &listen);
     section.finish();
     Some(Service {
@@ -135,9 +135,11 @@ fn service(
         listen,
         backends: backends?,
         mode,
-        balance: balance.map_or(Balance::default(), |balance| balance.value),
+        balance,
+        selection,
         snat,
         announce,
+        health,
         protection,
     })
 }
@@ -184,7 +186,7 @@ fn backends(section: &Section<'_>, context: &Context<'_>) -> Option<BackendSourc
     source.not_yet(&["kubernetes"]);
     let read = match (source.has("dns"), source.has("static")) {
         (true, false) => dns(&source, context),
-        (false, true) => fixed(&source, context),
+        (false, true) => Some(BackendSource::Static(selection::fixed(&source, context.pod_networks))),
         (true, true) => {
             source.get("dns");
             source.get("static");
@@ -193,7 +195,7 @@ fn backends(section: &Section<'_>, context: &Context<'_>) -> Option<BackendSourc
         }
         (false, false) => {
             // Named so that a misspelt one finds its nearest.
-            for key in ["dns", "static", "port", "resolver", "record"] {
+            for key in ["dns", "static", "backup", "port", "resolver", "record"] {
                 source.get(key);
             }
             if !source.has("kubernetes") {
@@ -239,28 +241,6 @@ fn dns(source: &Section<'_>, context: &Context<'_>) -> Option<BackendSource> {
         _ => {}
     }
     Some(BackendSource::Dns { name: name?.value, port, resolver: resolver?.value, record })
-}
-
-fn fixed(source: &Section<'_>, context: &Context<'_>) -> Option<BackendSource> {
-    let parse = |text: &str| match text.parse::<SocketAddr>() {
-        Ok(address) if address.port() == 0 => Err("port 0 cannot be used".to_owned()),
-        Ok(SocketAddr::V6(_)) => Err(not_yet("an IPv6 backend")),
-        // Without any network the fault is there, not here.
-        Ok(address) if !context.pod_networks.is_empty() && !within(context.pod_networks, address.ip()) => {
-            let networks: Vec<_> = context.pod_networks.iter().map(ToString::to_string).collect();
-            Err(format!("it lies outside `pod_networks` ({})", networks.join(", ")))
-        }
-        Ok(address) => Ok(address),
-        Err(_) => Err("not an address with a port".to_owned()),
-    };
-    let addresses = source.required_list("static", "ADDRESS:PORT", "at least one ADDRESS:PORT", parse);
-    let mut seen = BTreeSet::new();
-    for address in &addresses {
-        if !seen.insert(address.value) {
-            source.fault(&address.at, format!("`static`: {} stands there twice", address.value));
-        }
-    }
-    Some(BackendSource::Static(addresses.into_iter().map(|address| address.value).collect()))
 }
 
 fn snat(section: &Section<'_>, mode: Mode, context: &Context<'_>) -> Snat {

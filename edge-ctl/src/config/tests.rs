@@ -2,7 +2,7 @@ use std::{net::IpAddr, time::Duration};
 
 use super::*;
 use crate::model::{
-    BackendSource, Mode, RecordType,
+    BackendSource, Balance, Mode, RecordType, Selection, StaticBackend, Tier,
     access::{Format, Target},
 };
 
@@ -147,13 +147,60 @@ fn services_by_dns_are_checked() {
 }
 
 #[test]
+fn selection_is_read_with_weights_and_tiers() {
+    let static_backends = "backends = { static = [\"10.1.0.4:80\", { address = \"10.1.0.5:80\", weight = 3 }], \
+                           backup = [\"10.1.0.6:80\"] }";
+    let keys = "balance = \"least-conn\"\naffinity = \"10m\"\nmax_connections = 100\nslow_start = \"30s\"\n\
+                maglev_size = 65537\n";
+    let text = BASE.replace("backends = { static = [\"10.1.0.4:80\"] }", static_backends);
+    let config = ok(&format!("{text}{keys}"));
+    let service = &config.services["web"];
+    assert_eq!(service.balance, Balance::LeastConnections);
+    let selection = Selection {
+        affinity: Some(Duration::from_secs(600)),
+        max_connections: Some(100),
+        slow_start: Some(Duration::from_secs(30)),
+        maglev_size: Some(65537),
+    };
+    assert_eq!(service.selection, selection);
+    let backend = |address: &str, weight, tier| StaticBackend { address: address.parse().unwrap(), weight, tier };
+    let expected = vec![
+        backend("10.1.0.4:80", 1, Tier::Primary),
+        backend("10.1.0.5:80", 3, Tier::Primary),
+        backend("10.1.0.6:80", 1, Tier::Backup),
+    ];
+    assert_eq!(service.backends, BackendSource::Static(expected));
+}
+
+#[test]
+fn faults_of_selection_are_found_with_their_lines() {
+    let service = "[service.web]\n";
+    let old = "backends = { static = [\"10.1.0.4:80\"] }";
+    let backends = |list: &str| format!("backends = {{ {list} }}");
+    refused(&[
+        (service, "[service.web]\nbalance = \"random\"\n", 10, &["random", "round-robin", "least-conn"]),
+        (service, "[service.web]\naffinity = \"0s\"\n", 10, &["affinity", "1s"]),
+        (service, "[service.web]\naffinity = \"1500ms\"\n", 10, &["whole seconds"]),
+        (service, "[service.web]\nmax_connections = 0\n", 10, &["max_connections"]),
+        (service, "[service.web]\nslow_start = \"2h\"\n", 10, &["slow_start", "1h"]),
+        (service, "[service.web]\nmaglev_size = 1000\n", 10, &["maglev_size", "1021", "65537"]),
+        (old, &backends("static = [{ address = \"10.1.0.4:80\", weight = 0 }]"), 11, &["weight", "0"]),
+        (old, &backends("static = [{ weight = 2 }]"), 11, &["address", "missing"]),
+        (old, &backends("static = [{ address = \"10.1.0.4:80\", wieght = 2 }]"), 11, &["wieght", "weight"]),
+        (old, &backends("static = [\"10.1.0.4:80\"], backup = [\"10.1.0.4:80\"]"), 11, &["twice"]),
+        (old, &backends("static = [\"10.1.0.4:80\"], backup = []"), 11, &["backup"]),
+    ]);
+    let udp = BASE.replace("80/tcp", "80/udp");
+    assert!(faults(&format!("{udp}max_connections = 5\n"))[0].contains("UDP"));
+    let text = format!("{BASE}balance = \"round-robin\"\nmaglev_size = 1021\n");
+    assert!(faults(&text)[0].starts_with("edge.toml:13: "), "{:?}", faults(&text));
+}
+
+#[test]
 fn what_this_version_cannot_do_is_refused_and_not_ignored() {
     let service = [
-        "health = { tcp = {} }",
-        "affinity = \"10m\"",
-        "max_connections = 10",
-        "balance = \"least-conn\"",
-        "balance = \"round-robin\"",
+        "health = { tcp = {}, passive = {} }",
+        "on_down = \"reset\"",
         "listen = [\"[2001:db8::1]:80/tcp\"]",
         "snat = { addresses = [\"2001:db8::1\"] }",
         "backends = { kubernetes = { service = \"web\" } }",
@@ -399,6 +446,52 @@ proptest::proptest! {
         if let Err(error) = parse(&text, Path::new("edge.toml")) {
             proptest::prop_assert!(!error.problems.is_empty());
         }
+    }
+}
+
+#[test]
+fn health_checks_are_read_with_their_defaults() {
+    let health = |text: &str| {
+        let config = ok(&format!("{BASE}health = {{ {text} }}\n"));
+        config.services.into_values().next().unwrap().health.unwrap()
+    };
+    let plain = health("tcp = {}");
+    assert_eq!((plain.interval, plain.fast_interval, plain.timeout), (seconds(5), seconds(5), seconds(2)));
+    assert_eq!((plain.fall, plain.rise, plain.jitter, plain.panic, plain.mandatory), (3, 2, 10, 0, false));
+    let fast = health("http = { path = \"/x\", status = [\"204\", \"300-399\"] }, interval = \"1s\", mandatory = true");
+    assert_eq!((fast.timeout, fast.mandatory), (seconds(1), true));
+    let crate::model::Check::Http(http, None) = fast.check else { panic!("{:?}", fast.check) };
+    assert_eq!((http.path.as_str(), http.status), ("/x", vec![(204, 204), (300, 399)]));
+}
+
+fn seconds(seconds: u64) -> std::time::Duration {
+    std::time::Duration::from_secs(seconds)
+}
+
+#[test]
+fn health_checks_that_cannot_be_meant_are_refused_with_their_line() {
+    for (text, words) in [
+        ("interval = \"5s\"", "no kind of check"),
+        ("tcp = {}, udp = { send = \"x\" }", "exclude each other"),
+        ("udp = {}", "`send` is missing"),
+        ("tcp = {}, interval = \"1ms\"", "shorter than 100 ms"),
+        ("tcp = {}, interval = \"1s\", fast_interval = \"2s\"", "longer than `interval`"),
+        ("tcp = {}, fall = 0", "expected a number from 1"),
+        ("tcp = {}, panic = 101", "expected a number from 0 to 100"),
+        ("tcp = { sent = \"x\" }", "did you mean `send`"),
+        ("http = { path = \"x\" }", "expected a path"),
+        ("http = { status = [\"99\"] }", "100 to 599"),
+        ("http = { status = [] }", "no answer would pass"),
+        ("http = { method = \"HEAD\", body = \"x\" }", "such an answer has none"),
+        ("http = { ca = \"/x\" }", "unknown key `ca`"),
+        ("https = { ca = \"x\" }", "not absolute"),
+        ("grpc = { tls = false, ca = \"/x\" }", "turns off"),
+    ] {
+        let faults = faults(&format!("{BASE}health = {{ {text} }}\n"));
+        let line = BASE.lines().count() + 1;
+        assert_eq!(faults.len(), 1, "{text}: {faults:#?}");
+        assert!(faults[0].starts_with(&format!("edge.toml:{line}: ")), "{text}: {}", faults[0]);
+        assert!(faults[0].contains(words), "{text}: {}", faults[0]);
     }
 }
 

@@ -1,12 +1,16 @@
 //! Start-up: everything that can be refused is refused before anything is changed.
 
 use std::{
+    collections::BTreeSet,
     path::Path,
     sync::{Arc, Mutex},
     time::Instant,
 };
 
-use edge_common::maglev::{self, Candidate};
+use edge_common::{
+    maglev::{self, Candidate},
+    schedule,
+};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{mpsc, watch},
@@ -14,8 +18,8 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    Daemon, Inbox, ROUTE_GENERATION_PAUSE, Shared, acl::Acl, announcer::Announcer, dns_sources, host_problems,
-    recorder::Recorder, throttle::Throttle, views::DaemonViews, world::World,
+    Daemon, Inbox, Orders, ROUTE_GENERATION_PAUSE, Shared, acl::Acl, announcer::Announcer, dns_sources, host_problems,
+    lock, recorder::Recorder, slow_start::SlowStart, throttle::Throttle, views::DaemonViews, world::World,
 };
 use crate::{
     api,
@@ -29,14 +33,15 @@ use crate::{
     },
     desired::DesiredState,
     fib::{self, FibError, FibOptions},
-    model::PoolMember,
+    model::{Balance, PoolMember},
     notify,
     reconcile::{
         actor::{Intervals, OwnedFill, Reconciler, ReconcilerStatus},
         diff::identity,
         ports::PortError,
     },
-    sources::dns,
+    sources::{dns, health},
+    state_file::StateFileError,
 };
 
 /// Why the daemon did not start, or had to stop.
@@ -63,6 +68,9 @@ pub enum StartError {
     /// The API cannot listen.
     #[error("{0}")]
     Api(#[from] api::BindError),
+    /// Orders of the daemon's earlier life cannot be read.
+    #[error("{0}")]
+    State(#[from] StateFileError),
     /// The runtime, a signal handler or a listener failed.
     #[error("{0}")]
     Io(#[from] std::io::Error),
@@ -84,6 +92,7 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
     if !problems.is_empty() {
         return Err(StartError::Host(problems));
     }
+    let orders = Orders::load(&config.edge.state_dir)?;
     let acl = Acl::load(&config.edge.state_dir)?;
     let listen = api::Listen { socket: config.edge.socket.clone(), http: config.http };
     let bound = api::bind(&listen).await?;
@@ -97,10 +106,11 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
     let reconciler = Reconciler::new(
         datapath.port()?,
         Announcer::spawn(bgp.clone()),
-        maglev_filler(datapath.seed()?),
+        table_filler(datapath.seed()?),
         Intervals::default(),
     )?;
     let mut world = World::new(reconciler.adopted(), fib.stale().await);
+    world.orders.clone_from(orders.all());
     if bgp.is_none() {
         world.converged();
         world.settle();
@@ -108,6 +118,7 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
     }
     let (pool_events, pool_inbox) = mpsc::channel(256);
     let dns = dns::spawn_dns(dns_sources(&config), config.edge.pod_networks.clone(), pool_events);
+    let health = health::spawn();
     let (desired, desired_inbox) = watch::channel(None);
     let (status, reconciler_status) = watch::channel(ReconcilerStatus::default());
     let (next_hops, sweeper) = (NextHops::open(datapath.pins())?, datapath.sweeper()?);
@@ -119,6 +130,7 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
         config: (config.clone(), Instant::now()),
         desired: DesiredState::default(),
         problems: Vec::new(),
+        drained: BTreeSet::new(),
         prefixes: 0,
         acl,
         datapath,
@@ -129,10 +141,13 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
         fib.clone(),
         bgp.clone(),
         dns.clone(),
+        health.clone(),
         reconciler_status.clone(),
         requests,
         recorder.told(),
     )?;
+    let kernel = lock(&shared).datapath.view()?;
+    let verdicts = health.verdicts();
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = tokio::spawn(api::serve_bound(bound, Arc::new(views), async move {
         let _ = stopped.await;
@@ -145,19 +160,31 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
         desired,
         next_hops,
         sweeper,
+        slow_start: SlowStart::default(),
+        next_share: None,
         program_log,
         recorder,
         held: fib.status().await.held,
         fib,
         bgp,
         dns,
+        health,
+        orders,
+        kernel,
         route_generation: Throttle::new(ROUTE_GENERATION_PAUSE),
         next_walk: Instant::now(),
     };
     daemon.attach();
     tokio::spawn(announce_readiness(reconciler_status));
-    let inbox =
-        Inbox { bgp: bgp_inbox, fib: fib_inbox, pools: pool_inbox, requests: request_inbox, hangup, reconciler };
+    let inbox = Inbox {
+        bgp: bgp_inbox,
+        fib: fib_inbox,
+        pools: pool_inbox,
+        requests: request_inbox,
+        verdicts,
+        hangup,
+        reconciler,
+    };
     let result = daemon.run(inbox).await;
     drop(stop);
     if let Ok(Err(error)) = server.await {
@@ -166,11 +193,18 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
     Ok(result?)
 }
 
-/// Fills Maglev tables: the same on every edge that has the seed, whatever numbers it gives its backends.
-fn maglev_filler(seed: [u64; 2]) -> OwnedFill {
-    Box::new(move |pool| {
-        let candidates: Vec<Candidate> = pool.iter().map(candidate).collect();
-        maglev::fill(seed, &candidates, maglev::table_len(candidates.len()))
+/// Fills selection tables. Maglev's is the same on every edge that has the seed, whatever numbers it gives its backends; it
+/// also serves to draw the two of which the less loaded is taken.
+fn table_filler(seed: [u64; 2]) -> OwnedFill {
+    Box::new(move |pool, shape| match shape.balance {
+        Balance::RoundRobin => {
+            let weights: Vec<u32> = pool.iter().map(|member| u32::from(member.weight)).collect();
+            schedule::turns(&weights)
+        }
+        Balance::Maglev | Balance::LeastConnections => {
+            let candidates: Vec<Candidate> = pool.iter().map(candidate).collect();
+            maglev::fill(seed, &candidates, shape.maglev_size.unwrap_or(maglev::table_len(candidates.len())))
+        }
     })
 }
 

@@ -26,19 +26,19 @@ use crate::{
         answer::answer_from_pins,
         kernel_view::{KernelView, Rates},
     },
-    desired::{DesiredBackend, DesiredState},
+    desired::{DesiredBackend, DesiredState, Exclusion},
     fib::FibHandle,
     model::{
-        Frontend, Protocol,
+        BackendVerb, Frontend, HealthKey, Protocol,
         capture::{CaptureOrder, CaptureRow},
         query::{AclRow, Answer, ConfigRow, Query, ViewError},
-        view::{BackendRow, ServiceRow, StatusRow},
+        view::{BackendRow, HealthRow, ServiceRow, StatusRow},
     },
     reconcile::{
         actor::ReconcilerStatus,
         ports::{BackendSlot, DatapathState, PortError, service_key, socket_address},
     },
-    sources::dns::DnsHandle,
+    sources::{dns::DnsHandle, health::HealthHandle},
 };
 
 /// Between two samples of the counters behind the rates.
@@ -53,6 +53,7 @@ pub struct DaemonViews {
     fib: FibHandle,
     bgp: Option<BgpHandle>,
     dns: DnsHandle,
+    health: HealthHandle,
     reconciler: watch::Receiver<ReconcilerStatus>,
     requests: mpsc::Sender<Request>,
     kernel: Arc<KernelView>,
@@ -70,6 +71,7 @@ impl DaemonViews {
         fib: FibHandle,
         bgp: Option<BgpHandle>,
         dns: DnsHandle,
+        health: HealthHandle,
         reconciler: watch::Receiver<ReconcilerStatus>,
         requests: mpsc::Sender<Request>,
         told: Arc<Mutex<Told>>,
@@ -77,7 +79,7 @@ impl DaemonViews {
         let kernel = Arc::new(lock(&shared).datapath.view()?);
         let sampled = Sampled::default();
         tokio::spawn(sample(Arc::clone(&kernel), reconciler.clone(), Arc::clone(&sampled)));
-        Ok(Self { shared, fib, bgp, dns, reconciler, requests, kernel, sampled, told })
+        Ok(Self { shared, fib, bgp, dns, health, reconciler, requests, kernel, sampled, told })
     }
 
     async fn answer_one(&self, query: Query) -> Result<Answer, ViewError> {
@@ -103,6 +105,9 @@ impl DaemonViews {
             Query::Config => Answer::Config(self.config()?),
             Query::Capture(order) => Answer::Capturing(self.capture(&order)?),
             Query::Reload => return self.reload().await,
+            Query::Health => Answer::Health(self.health.rows()),
+            Query::HealthHistory => Answer::HealthHistory(self.health.history()),
+            Query::Order { service, backend, verb } => Answer::Backends(self.order((service, backend), verb).await?),
             Query::Flows { .. } | Query::Maps | Query::Map { .. } | Query::Reasons => {
                 answer_from_pins(&self.kernel, &query)?
             }
@@ -154,6 +159,7 @@ impl DaemonViews {
             }
             let Some(frontend) = desired.frontends.get(&key) else { continue };
             row.announced = frontend.announced.to_string();
+            row.panic = frontend.panic.is_some();
             if let Some(pool) = &frontend.pool {
                 row.backends = format!("{}/{}", frontend.eligible(), pool.len());
             }
@@ -163,7 +169,12 @@ impl DaemonViews {
 
     fn backends(&self) -> Result<Vec<BackendRow>, ViewError> {
         let mut rows = self.kernel.backend_rows()?;
-        let desired = lock(&self.shared).desired.clone();
+        let (desired, drained) = {
+            let shared = lock(&self.shared);
+            (shared.desired.clone(), shared.drained.clone())
+        };
+        let checked: BTreeMap<(String, String), HealthRow> =
+            self.health.rows().into_iter().map(|row| ((row.service.clone(), row.backend.clone()), row)).collect();
         let numbers = backend_numbers(&self.reconciler.borrow().state);
         let sampled = self.sampled.lock().unwrap_or_else(PoisonError::into_inner);
         for row in &mut rows {
@@ -177,6 +188,16 @@ impl DaemonViews {
             }
             if let Some(excluded) = &backend.excluded {
                 row.state = excluded.to_string();
+            }
+            if backend.excluded == Some(Exclusion::Draining)
+                && drained.contains(&(row.service.clone(), backend.address))
+            {
+                "drained".clone_into(&mut row.state);
+            }
+            row.conditions = backend.facts.conditions();
+            if let Some(checked) = checked.get(&(row.service.clone(), row.backend.clone())) {
+                (row.fails, row.unavail) = (checked.fails, checked.unavail);
+                (row.last_check, row.connect) = (checked.last_check, checked.connect);
             }
         }
         Ok(rows)
@@ -222,6 +243,16 @@ impl DaemonViews {
         answer.await.map_err(|_| gone())?.map(Answer::Reloaded)
     }
 
+    async fn order(&self, key: HealthKey, verb: BackendVerb) -> Result<Vec<BackendRow>, ViewError> {
+        let gone = || ViewError::Unavailable("the daemon is stopping".into());
+        let (reply, answer) = oneshot::channel();
+        self.requests.send(Request::Order { key: key.clone(), verb, reply }).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())??;
+        let mut rows = self.backends()?;
+        rows.retain(|row| row.service == key.0 && row.backend == key.1.to_string());
+        Ok(rows)
+    }
+
     async fn status(&self) -> Result<StatusRow, ViewError> {
         let services = self.services()?;
         let backends = self.backends()?;
@@ -245,6 +276,12 @@ impl DaemonViews {
         problems.extend(peers.iter().filter(down).map(|row| format!("BGP peer {} is {}", row.neighbor, row.state)));
         let empty = services.iter().filter(|row| row.backends.starts_with("0/"));
         problems.extend(empty.map(|row| format!("service {} ({}) has no eligible backend", row.name, row.vip)));
+        let panics =
+            shared.desired.frontends.iter().filter_map(|(key, frontend)| Some((key, frontend, frontend.panic?)));
+        problems.extend(panics.map(|(key, frontend, (healthy, total))| {
+            let service = &frontend.service;
+            format!("service {service} ({key}) panics: {healthy} of {total} backends are healthy, so health is ignored")
+        }));
         let attached = shared.datapath.xdp_rows().iter().filter(|row| row.program.is_some()).count();
         Ok(StatusRow {
             state: if problems.is_empty() { "ok" } else { "degraded" }.to_owned(),

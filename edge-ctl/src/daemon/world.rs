@@ -7,6 +7,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
+    sync::Arc,
 };
 
 use ipnet::IpNet;
@@ -14,7 +15,8 @@ use ipnet::IpNet;
 use crate::{
     config::valid::Config,
     desired::{self, AdoptedBackend, DesiredState, Inputs},
-    model::{BackendSource, Frontend, PoolSnapshot, RouteSet, RouteUpdate},
+    model::{AdminOrders, BackendSource, Frontend, PoolSnapshot, RouteSet, RouteUpdate},
+    sources::health::Verdicts,
 };
 
 /// Inputs of the desired state, owned.
@@ -40,6 +42,10 @@ pub struct World {
     pub kernel_routes: Vec<(IpNet, Option<IpAddr>)>,
     /// Our own address towards each backend address.
     pub snat_sources: BTreeMap<IpAddr, IpAddr>,
+    /// What checks last said.
+    pub verdicts: Arc<Verdicts>,
+    /// What administrators ordered.
+    pub orders: AdminOrders,
     /// The pools in the maps at start, or at the last reload.
     adopted: BTreeMap<Frontend, Vec<AdoptedBackend>>,
 }
@@ -146,6 +152,8 @@ impl World {
             let adopt = |backend: &desired::DesiredBackend| AdoptedBackend {
                 address: backend.address,
                 weight: backend.weight,
+                share: backend.share,
+                tier: backend.tier,
                 eligible: backend.eligible(),
                 snat_address: backend.snat_address,
             };
@@ -153,6 +161,11 @@ impl World {
         }
         let listens: BTreeSet<_> = config.services.values().flat_map(|service| &service.listen).collect();
         self.adopted.retain(|frontend, _| listens.contains(frontend));
+    }
+
+    /// The pools found in the maps at start, or that served before the last reload.
+    pub fn adopted(&self) -> &BTreeMap<Frontend, Vec<AdoptedBackend>> {
+        &self.adopted
     }
 
     /// Every address that is, or at start was, a backend.
@@ -186,6 +199,8 @@ impl World {
                 covered_before: &self.covered,
                 datapath_ready: self.datapath_ready,
                 unheld: &self.unheld,
+                verdicts: &self.verdicts,
+                orders: &self.orders,
             },
         )
     }
@@ -246,7 +261,7 @@ mod tests {
     }
 
     fn member(text: &str) -> PoolMember {
-        PoolMember { address: text.parse().unwrap(), weight: 1 }
+        PoolMember::new(text.parse().unwrap(), 1)
     }
 
     fn pool(config: &Config, members: &[&str]) -> PoolSnapshot {
@@ -259,6 +274,8 @@ mod tests {
         let backend = |text: &&str| AdoptedBackend {
             address: text.parse().unwrap(),
             weight: 1,
+            share: 100,
+            tier: crate::model::Tier::Primary,
             eligible: true,
             snat_address: Some(ip(HOST)),
         };
@@ -421,7 +438,7 @@ mod tests {
 
         fn member(&mut self) -> PoolMember {
             let address = IpAddr::from([10, 1, u8::try_from(self.below(4)).unwrap(), 1]);
-            PoolMember { address: (address, 443).into(), weight: u16::try_from(1 + self.below(3)).unwrap() }
+            PoolMember::new((address, 443).into(), u16::try_from(1 + self.below(3)).unwrap())
         }
 
         fn routes(&mut self) -> Vec<RouteUpdate> {
@@ -512,6 +529,8 @@ mod tests {
         let adopt = |backend: &DesiredBackend| AdoptedBackend {
             address: backend.address,
             weight: backend.weight,
+            share: backend.share,
+            tier: backend.tier,
             eligible: backend.eligible(),
             snat_address: backend.snat_address,
         };

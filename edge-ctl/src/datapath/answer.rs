@@ -46,6 +46,10 @@ pub fn answer_from_pins(view: &KernelView, query: &Query) -> Result<Answer, View
         Query::Events => return Err(only_daemon("which events there were")),
         Query::Config => return Err(only_daemon("the configuration in force")),
         Query::Capture(_) => return Err(ViewError::Unavailable("a capture needs the running daemon".to_owned())),
+        Query::Health | Query::HealthHistory => return Err(only_daemon("what checks found")),
+        Query::Order { .. } => {
+            return Err(ViewError::Unavailable("an order for a backend needs the running daemon".to_owned()));
+        }
         Query::Reload => return Err(ViewError::Unavailable("a reload needs the running daemon".to_owned())),
     })
 }

@@ -11,7 +11,10 @@ use proptest::prelude::*;
 use super::fake::FakeDatapath;
 use crate::{
     desired::{Announced, DesiredBackend, DesiredFrontend, DesiredState, Exclusion, Timeouts},
-    model::{Balance, Frontend, Mode, PathAttributes, PoolMember, Protection, Protocol, RangeAction, Snat},
+    model::{
+        Balance, Frontend, Mode, PathAttributes, PoolMember, Protection, Protocol, RangeAction, Selection, Snat,
+        TableShape, Tier,
+    },
     reconcile::{
         diff::{Plan, Reserved, diff},
         ports::{self, Action, DatapathPort, DatapathState, service_key},
@@ -19,7 +22,7 @@ use crate::{
     },
 };
 
-fn fill(members: &[PoolMember]) -> Vec<u16> {
+fn fill(members: &[PoolMember], _: TableShape) -> Vec<u16> {
     let slots = members.iter().zip(0_u16..).flat_map(|(member, index)| vec![index; usize::from(member.weight)]);
     slots.cycle().take(131).collect()
 }
@@ -28,7 +31,10 @@ fn backend(host: u8, weight: u16, excluded: Option<Exclusion>) -> DesiredBackend
     DesiredBackend {
         address: SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 1, 0, host)), 443),
         weight,
+        share: 100,
+        tier: Tier::Primary,
         excluded,
+        facts: crate::desired::Facts::favourable("dns"),
         node: None,
         source: "dns",
         snat_address: Some(IpAddr::V4(Ipv4Addr::new(172, 16, 1, 88))),
@@ -44,9 +50,11 @@ fn service(mode: Mode, pool: Option<Vec<DesiredBackend>>) -> DesiredFrontend {
         service: "ingress".to_owned(),
         mode,
         balance: Balance::Maglev,
+        selection: Selection::default(),
         snat: Snat::default(),
         protection: Protection::default(),
         timeouts: Timeouts::of(Protocol::Tcp),
+        panic: None,
         announced: if pool.iter().flatten().any(|b| b.eligible()) { Announced::Yes } else { Announced::Off },
         pool,
     }

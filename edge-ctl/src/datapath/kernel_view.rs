@@ -8,8 +8,8 @@ use edge_common::{
     flow::{FlowKey, FlowKeyV4, FlowKeyV6},
     maps::{
         AddressFilter, BackendEntry, Control, Flow, FlowV4, FlowV6, NeighbourKey, NextHop, PortSet, RANGE_PREFIX,
-        RangeSource, ServiceEntry, ServiceKey, ServiceStats, SourceId, SourceKey, SourceRange, SourceUse, mode, name,
-        range_action,
+        RangeSource, ServiceEntry, ServiceKey, ServiceStats, SourceId, SourceKey, SourceRange, SourceUse, balance,
+        mode, name, range_action,
     },
     verdict::{REASONS, Reason},
 };
@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     model::{
-        Protocol,
+        Balance, Protocol,
         view::{BackendRow, FlowRow, MapRow, ServiceRow, XdpRow},
     },
     reconcile::{
@@ -99,7 +99,7 @@ impl KernelView {
                 vip: socket_address(key.address, key.port).to_string(),
                 proto: protocol_name(key.protocol),
                 mode: mode_name(slot.entry.mode).to_owned(),
-                balance: "maglev".to_owned(),
+                balance: balance_name(slot.entry.balance),
                 backends: format!("{}/{used}", backends().filter(|backend| backend.eligible()).count()),
                 active: slot.active,
                 announced: "-".to_owned(),
@@ -329,6 +329,16 @@ impl KernelView {
 /// The average of `count` times that add up to `micros` microseconds, in milliseconds.
 fn average_ms(micros: u64, count: u64) -> Option<f64> {
     (count != 0).then(|| micros as f64 / count as f64 / 1000.0)
+}
+
+fn balance_name(number: u8) -> String {
+    let balance = match number {
+        balance::MAGLEV => Balance::Maglev,
+        balance::ROUND_ROBIN => Balance::RoundRobin,
+        balance::LEAST_CONNECTIONS => Balance::LeastConnections,
+        other => return other.to_string(),
+    };
+    balance.to_string()
 }
 
 /// Connections, bytes in and bytes out per second.

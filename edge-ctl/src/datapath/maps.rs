@@ -35,6 +35,7 @@ pub struct Maps {
     reasons: PerCpuArray<MapData, u64>,
     service_expired: Array<MapData, u64>,
     backend_expired: Array<MapData, u64>,
+    backend_live: Array<MapData, u32>,
 }
 
 impl Maps {
@@ -60,6 +61,7 @@ impl Maps {
             reasons: open(pins, name::REASONS)?,
             service_expired: open(pins, name::SERVICE_EXPIRED)?,
             backend_expired: open(pins, name::BACKEND_EXPIRED)?,
+            backend_live: open(pins, name::BACKEND_LIVE)?,
         })
     }
 
@@ -107,12 +109,13 @@ impl Maps {
     /// Counters of a number that is given out anew start from zero. Returns the writes, none where they are zero.
     fn clear_backend_counters(&mut self, number: u32) -> Result<u64, MapError> {
         let cleared = clear(&mut self.backend_stats, number)? + clear(&mut self.backend_signals, number)?;
-        Ok(cleared + clear_expired(&mut self.backend_expired, number)?)
+        let live = clear_one(&mut self.backend_live, number)?;
+        Ok(cleared + live + clear_one(&mut self.backend_expired, number)?)
     }
 
     fn clear_service_counters(&mut self, number: u32) -> Result<u64, MapError> {
         let mut cleared = clear(&mut self.service_stats, number)?;
-        cleared += clear_expired(&mut self.service_expired, number)?;
+        cleared += clear_one(&mut self.service_expired, number)?;
         for reason in 0..REASONS {
             cleared += clear(&mut self.reasons, number.saturating_mul(REASONS).saturating_add(reason))?;
         }
@@ -153,11 +156,11 @@ fn clear<V: aya::Pod + Default + PartialEq>(map: &mut PerCpuArray<MapData, V>, n
     Ok(1)
 }
 
-fn clear_expired(map: &mut Array<MapData, u64>, number: u32) -> Result<u64, MapError> {
-    if map.get(&number, 0)? == 0 {
+fn clear_one<V: aya::Pod + Default + PartialEq>(map: &mut Array<MapData, V>, number: u32) -> Result<u64, MapError> {
+    if map.get(&number, 0)? == V::default() {
         return Ok(0);
     }
-    map.set(number, 0, 0)?;
+    map.set(number, V::default(), 0)?;
     Ok(1)
 }
 

@@ -2,10 +2,22 @@
 
 use edge_common::maps::{CHUNK_BYTES, Chunk, POOL_PER_CHUNK, SLOTS_PER_CHUNK, SelectionHeader};
 
-use crate::reconcile::ports::Region;
+use crate::reconcile::ports::{Region, region_chunks};
 
-/// The chunks of a region at `first_chunk`: header, pool, table, each part in chunks of its own.
+/// The chunks of a region at `first_chunk`: header, pool, table, each part in chunks of its own, then those of its backup.
 pub fn encode(first_chunk: u32, region: &Region) -> Vec<(u32, Chunk)> {
+    let mut chunks = encode_tier(first_chunk, region);
+    if let Some(backup) = &region.backup {
+        chunks.extend(encode(backup_chunk(first_chunk, region), backup));
+    }
+    chunks
+}
+
+fn backup_chunk(first_chunk: u32, region: &Region) -> u32 {
+    first_chunk.saturating_add(region_chunks(region.pool.len(), region.table.len()))
+}
+
+fn encode_tier(first_chunk: u32, region: &Region) -> Vec<(u32, Chunk)> {
     let pool: Vec<Vec<u8>> = region
         .pool
         .chunks(POOL_PER_CHUNK as usize)
@@ -18,7 +30,8 @@ pub fn encode(first_chunk: u32, region: &Region) -> Vec<(u32, Chunk)> {
         .collect();
     let pool_chunk = first_chunk.saturating_add(1);
     let table_chunk = pool_chunk.saturating_add(length(pool.len()));
-    let header = [length(region.pool.len()), length(region.table.len()), pool_chunk, table_chunk];
+    let backup = if region.backup.is_some() { backup_chunk(first_chunk, region) } else { 0 };
+    let header = [length(region.pool.len()), length(region.table.len()), pool_chunk, table_chunk, backup];
     let header: Vec<u8> = header.iter().flat_map(|number| number.to_ne_bytes()).collect();
     let parts = std::iter::once(header).chain(pool).chain(table);
     (first_chunk..).zip(parts.map(|bytes| chunk(&bytes))).collect()
@@ -26,6 +39,16 @@ pub fn encode(first_chunk: u32, region: &Region) -> Vec<(u32, Chunk)> {
 
 /// The region at `first_chunk`; `None` where the chunks there are not one.
 pub fn decode(first_chunk: u32, mut read: impl FnMut(u32) -> Option<Chunk>) -> Option<Region> {
+    let (region, backup) = decode_tier(first_chunk, &mut read)?;
+    if backup == 0 {
+        return Some(region);
+    }
+    // A backup has none itself.
+    let (backup, _) = decode_tier(backup, &mut read)?;
+    Some(Region { backup: Some(Box::new(backup)), ..region })
+}
+
+fn decode_tier(first_chunk: u32, read: &mut impl FnMut(u32) -> Option<Chunk>) -> Option<(Region, u32)> {
     let header = header(&read(first_chunk)?);
     let mut pool = Vec::new();
     for number in 0..header.pool_len.div_ceil(POOL_PER_CHUNK) {
@@ -39,13 +62,13 @@ pub fn decode(first_chunk: u32, mut read: impl FnMut(u32) -> Option<Chunk>) -> O
     }
     pool.truncate(header.pool_len as usize);
     table.truncate(header.table_len as usize);
-    Some(Region { pool, table })
+    Some((Region { pool, table, backup: None }, header.backup))
 }
 
 fn header(chunk: &Chunk) -> SelectionHeader {
     let mut words = chunk.0.as_chunks::<4>().0.iter().map(|bytes| u32::from_ne_bytes(*bytes));
     let mut word = || words.next().unwrap_or_default();
-    SelectionHeader { pool_len: word(), table_len: word(), pool_chunk: word(), table_chunk: word() }
+    SelectionHeader { pool_len: word(), table_len: word(), pool_chunk: word(), table_chunk: word(), backup: word() }
 }
 
 fn chunk(bytes: &[u8]) -> Chunk {
@@ -70,8 +93,12 @@ mod tests {
     #[test]
     fn a_region_reads_back_from_its_chunks() {
         for (pool, table) in [(1, 1021), (64, 1021), (65, 16381), (300, 65537)] {
-            let region =
-                Region { pool: (1..=pool).collect(), table: (0..table).map(|slot| (slot % pool) as u16).collect() };
+            let backup = Region { pool: vec![7001, 7002], table: vec![1, 0, 1], backup: None };
+            let region = Region {
+                pool: (1..=pool).collect(),
+                table: (0..table).map(|slot| (slot % pool) as u16).collect(),
+                backup: (pool != 64).then(|| Box::new(backup)),
+            };
             let chunks: BTreeMap<u32, Chunk> = encode(7, &region).into_iter().collect();
             assert_eq!(chunks.len() as u32, region.chunks(), "pool of {pool}");
             assert_eq!(chunks.keys().next(), Some(&7));

@@ -2,14 +2,21 @@
 
 pub mod access;
 pub mod capture;
+mod health;
 mod protect;
 pub mod query;
 mod route;
+mod selection;
 mod service;
 pub mod view;
 
+pub use health::{
+    AdminOrder, AdminOrders, AdminState, BackendVerb, Check, Exchange, Health, HealthKey, Http, Passive,
+    PassiveCounters, PassiveSignals, Tls, Verdict,
+};
 pub use protect::{Limits, Protection, RangeAction, Rate, SourceRanges};
 pub use route::{PathAttributes, RouteSet, RouteUpdate};
+pub use selection::{Selection, StaticBackend, TableShape, Tier};
 pub use service::{
     Announce, BackendSource, Balance, Frontend, Mode, ParseFrontendError, PoolMember, PoolSnapshot, PoolState,
     Protocol, RecordType, Resolver, Service, Snat, within,

@@ -1,13 +1,20 @@
 //! What can be asked of a running edge, and the answers: one vocabulary for the API, the command line, and the reader
 //! of pinned maps that serves while the daemon is dead.
 
-use std::{fmt, net::IpAddr};
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+};
 
 use serde::{Deserialize, Serialize};
 
 use super::capture::{CaptureOrder, CaptureRow};
-use super::view::{
-    BackendRow, BgpPeerRow, BgpRouteRow, DnsRow, EventRow, FlowRow, MapRow, RouteRow, ServiceRow, StatusRow, XdpRow,
+use super::{
+    BackendVerb,
+    view::{
+        BackendRow, BgpPeerRow, BgpRouteRow, DnsRow, EventRow, FlowRow, HealthEventRow, HealthRow, MapRow, RouteRow,
+        ServiceRow, StatusRow, XdpRow,
+    },
 };
 
 /// Rows that a list of flows or map entries has unless told otherwise.
@@ -82,6 +89,19 @@ pub enum Query {
     Capture(CaptureOrder),
     /// Read the configuration again and apply it: [`Answer::Reloaded`].
     Reload,
+    /// Checked backends: [`Answer::Health`].
+    Health,
+    /// What checks changed, newest first: [`Answer::HealthHistory`].
+    HealthHistory,
+    /// An order for one backend of one service: [`Answer::Backends`] with its rows.
+    Order {
+        /// Service name.
+        service: String,
+        /// Its backend.
+        backend: SocketAddr,
+        /// What to change.
+        verb: BackendVerb,
+    },
 }
 
 impl Query {
@@ -126,6 +146,20 @@ impl Query {
                 return ("POST", path);
             }
             Self::Reload => return ("POST", "/v1/reload".to_owned()),
+            Self::Health => "/v1/health".to_owned(),
+            Self::HealthHistory => "/v1/health/history".to_owned(),
+            Self::Order { service, backend, verb } => {
+                let path = format!("/v1/backends/{}/{backend}", percent_encode(service));
+                let path = match verb {
+                    BackendVerb::Down => format!("{path}/down"),
+                    BackendVerb::Up => format!("{path}/up"),
+                    BackendVerb::Drain => format!("{path}/drain"),
+                    BackendVerb::Undrain => format!("{path}/undrain"),
+                    BackendVerb::Weight(Some(weight)) => format!("{path}/weight?weight={weight}"),
+                    BackendVerb::Weight(None) => format!("{path}/weight"),
+                };
+                return ("POST", path);
+            }
         };
         ("GET", path)
     }
@@ -169,6 +203,10 @@ pub enum Answer {
     Capturing(CaptureRow),
     /// To [`Query::Reload`].
     Reloaded(ReloadRow),
+    /// To [`Query::Health`].
+    Health(Vec<HealthRow>),
+    /// To [`Query::HealthHistory`].
+    HealthHistory(Vec<HealthEventRow>),
 }
 
 /// One entry in `map dump`: key and value as the daemon understands them.

@@ -11,6 +11,8 @@ use std::{
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use super::{Selection, StaticBackend, Tier};
+
 /// Transport protocol of a frontend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -118,11 +120,20 @@ pub enum Balance {
     /// Weighted Maglev over the keyed hash of the tuple.
     #[default]
     Maglev,
+    /// One after the other, as often as its weight says.
+    RoundRobin,
+    /// The less loaded of two that the tuple's hash draws, relative to weight.
+    #[serde(rename = "least-conn")]
+    LeastConnections,
 }
 
 impl fmt::Display for Balance {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("maglev")
+        f.write_str(match self {
+            Self::Maglev => "maglev",
+            Self::RoundRobin => "round-robin",
+            Self::LeastConnections => "least-conn",
+        })
     }
 }
 
@@ -164,7 +175,7 @@ pub enum BackendSource {
         record: RecordType,
     },
     /// Fixed addresses.
-    Static(Vec<SocketAddr>),
+    Static(Vec<StaticBackend>),
 }
 
 /// SNAT settings of a full-nat service.
@@ -198,10 +209,14 @@ pub struct Service {
     pub mode: Mode,
     /// How backends are chosen.
     pub balance: Balance,
+    /// What else decides about it.
+    pub selection: Selection,
     /// SNAT settings; unused in dnat mode.
     pub snat: Snat,
     /// `None`: not announced.
     pub announce: Option<Announce>,
+    /// `None`: backends are not checked.
+    pub health: Option<super::Health>,
     /// What its sources may do.
     pub protection: super::Protection,
 }
@@ -213,6 +228,15 @@ pub struct PoolMember {
     pub address: SocketAddr,
     /// Relative weight, 1 where the source knows none.
     pub weight: u16,
+    /// When it is used.
+    pub tier: Tier,
+}
+
+impl PoolMember {
+    /// A primary member.
+    pub const fn new(address: SocketAddr, weight: u16) -> Self {
+        Self { address, weight, tier: Tier::Primary }
+    }
 }
 
 /// How far a pool can be trusted.

@@ -44,6 +44,9 @@ pub struct ServiceRow {
     pub bytes_out: u64,
     /// Dropped packets by reason, non-zero ones.
     pub drops: std::collections::BTreeMap<String, u64>,
+    /// True while too few backends are healthy and health is ignored.
+    #[serde(default)]
+    pub panic: bool,
 }
 
 /// One backend in `backend list`.
@@ -55,7 +58,8 @@ pub struct BackendRow {
     pub backend: String,
     /// Node it runs on, by the BGP next hop; `-` where unknown.
     pub node: String,
-    /// `up`, `no-route`, `draining`.
+    /// `up`, or why it gets no new flows: `no-route`, `no-source-address`, `unhealthy`, `checking`, `ejected`, `down`,
+    /// `draining` (flows remain), `drained` (none does).
     pub state: String,
     /// Weight.
     pub w: u32,
@@ -113,6 +117,71 @@ pub struct BackendRow {
     /// `tcp` or `udp`.
     #[serde(default)]
     pub proto: String,
+    /// What it must fulfil to be given new flows, in the order of the chain; empty where only the maps are read.
+    #[serde(default)]
+    pub conditions: Vec<ConditionRow>,
+}
+
+/// One checked backend in `health list`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct HealthRow {
+    /// Service name.
+    pub service: String,
+    /// Address and port that traffic uses.
+    pub backend: String,
+    /// Kind of check, with its path or its own port.
+    pub check: String,
+    /// `up`, `unhealthy`, `checking`, `ejected`.
+    pub state: String,
+    /// Seconds since the checks' state last changed.
+    pub since: u64,
+    /// Checks made.
+    pub checks: u64,
+    /// Of these, failed ones.
+    pub fails: u64,
+    /// Times it became unavailable.
+    pub unavail: u64,
+    /// Checks that this host could not make: they say nothing about the backend.
+    pub inconclusive: u64,
+    /// Seconds since the last check.
+    #[serde(rename = "last-check")]
+    pub last_check: Option<u64>,
+    /// Seconds until the next; absent while no route leads there.
+    pub next: Option<u64>,
+    /// Connect time of the last check that passed, ms.
+    pub connect: Option<f64>,
+    /// Address that checks leave from; `-`: the kernel's choice.
+    pub source: String,
+    /// What was wrong with the last check, if anything was.
+    pub error: Option<String>,
+}
+
+/// One change of state in `health history`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct HealthEventRow {
+    /// Seconds since it happened.
+    pub age: u64,
+    /// Service name.
+    pub service: String,
+    /// Address and port.
+    pub backend: String,
+    /// State before.
+    pub from: String,
+    /// State from then on.
+    pub to: String,
+    /// The result that decided.
+    pub reason: String,
+}
+
+/// One condition in `backend describe`: what a backend must fulfil to be given new flows.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConditionRow {
+    /// `discovery`, `route`, `source-address`, `health`, `administrative`.
+    pub condition: String,
+    /// Whether it holds.
+    pub holds: bool,
+    /// Why, in words.
+    pub reason: String,
 }
 
 /// One direction of a flow in `flow list`.

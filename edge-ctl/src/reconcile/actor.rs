@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     desired::{AdoptedBackend, DesiredState, Timeouts},
-    model::{Frontend, PoolMember, Protocol},
+    model::{Frontend, PoolMember, Protocol, TableShape},
 };
 
 /// Intervals of the loop.
@@ -73,7 +73,7 @@ pub struct ReconcilerStatus {
 }
 
 /// A [`Fill`] that the loop owns.
-pub type OwnedFill = Box<dyn Fn(&[PoolMember]) -> Vec<u16> + Send>;
+pub type OwnedFill = Box<dyn Fn(&[PoolMember], TableShape) -> Vec<u16> + Send>;
 
 /// See the module.
 pub struct Reconciler<D, A> {

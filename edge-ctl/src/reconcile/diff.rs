@@ -27,28 +27,28 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
+    time::Duration,
 };
 
 use edge_common::maps::{
-    BackendEntry, SNAT_ADDRESSES, ServiceEntry, ServiceKey, SourceKey, backend_state, mode, service_flag,
+    BackendEntry, SNAT_ADDRESSES, ServiceEntry, ServiceKey, SourceKey, backend_state, balance, mode, service_flag,
 };
 
 use super::ports::{
-    Action, DatapathState, FilterBits, Region, frontend_of, region_chunks, same_family, service_key, state_word,
+    Action, DatapathState, FilterBits, Region, frontend_of, same_family, service_key, share_of, state_word, tier_of,
     weight_of, wire,
 };
 use super::protect::{protected, ranges};
 use crate::{
     desired::{Announced, DesiredBackend, DesiredFrontend, DesiredState},
-    model::{Frontend, Mode, PoolMember},
+    model::{Balance, Frontend, Mode, PoolMember, TableShape, Tier},
 };
 
 /// Lowest SNAT port where none is configured; which of them may be used on the host's own addresses is a bitmap of its own.
 const SNAT_PORT_MIN: u16 = 1024;
 
-/// Makes a pool's Maglev table of indices into the members, which are sorted by address; empty where there can be none.
-/// Its length follows the pool's size and is a prime.
-pub type Fill<'a> = dyn Fn(&[PoolMember]) -> Vec<u16> + 'a;
+/// Makes a pool's table of indices into the members, which are sorted by address; empty where there can be none.
+pub type Fill<'a> = dyn Fn(&[PoolMember], TableShape) -> Vec<u16> + 'a;
 
 /// What must not be given out again yet, although nothing in the maps refers to it any more.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -245,10 +245,16 @@ impl<'a> Planner<'a> {
         taken.extend(&self.reserved.backends);
         let mut free = (1..self.state.capacity.backends).filter(|number| !taken.contains(number));
         let mut overflow = 0_usize;
+        let limits: BTreeMap<u32, u32> = self
+            .served()
+            .into_iter()
+            .map(|(_, service, number)| (number, service.selection.max_connections.unwrap_or(0)))
+            .collect();
         for ((service, address, protocol), backend) in self.wanted() {
             let number = known.get(&(service, address, protocol)).copied();
             let before = number.and_then(|number| self.state.backends.get(&number)).map(|slot| slot.entry);
-            let entry = backend_entry(service, protocol, backend, before);
+            let mut entry = backend_entry(service, protocol, backend, before);
+            entry.limit = limits.get(&service).copied().unwrap_or(0);
             match number.or_else(|| free.next()) {
                 Some(_) if before == Some(entry) => {}
                 Some(number) => self.step(Action::PutBackend { number, entry, fresh: before.is_none() }),
@@ -307,7 +313,7 @@ impl<'a> Planner<'a> {
         for (number, slot) in &self.state.backends {
             let backend = wanted.get(&(slot.entry.service, slot.address(), slot.entry.protocol));
             let Some(backend) = backend.filter(|backend| backend.eligible()) else { continue };
-            let state = state_word(true, backend.weight);
+            let state = state_word(backend.weight, backend.share, backend.tier);
             if slot.state != state {
                 changes.push((*number, state));
             }
@@ -358,7 +364,7 @@ impl<'a> Planner<'a> {
         for (frontend, service, number) in served {
             let key = service_key(frontend.address, frontend.protocol);
             let before = self.state.services.get(&number).map(|slot| slot.entry).unwrap_or_default();
-            let Some(selection) = self.publish_region(frontend, number, before.selection) else { continue };
+            let Some(selection) = self.publish_region(frontend, service, number, before.selection) else { continue };
             let entry = self.service_entry(frontend, service, selection);
             let fresh = !same_frontend(&before, &key);
             if self.state.services.get(&number).is_none_or(|slot| slot.label != service.service) {
@@ -375,24 +381,21 @@ impl<'a> Planner<'a> {
     }
 
     /// The region that a service should refer to, written if it is not there yet; `None` where there is no room.
-    fn publish_region(&mut self, frontend: &Frontend, service: u32, current: u32) -> Option<u32> {
-        let mut members: Vec<(PoolMember, u32)> = Vec::new();
-        for (number, slot) in &self.state.backends {
-            if slot.entry.service == service && slot.eligible() {
-                members.push((PoolMember { address: slot.address(), weight: weight_of(slot.state) }, *number));
-            }
-        }
-        if members.is_empty() {
-            return Some(0);
-        }
-        // By address, so that edges with the same pool build the same table.
-        members.sort_unstable();
-        let pool: Vec<PoolMember> = members.iter().map(|(member, _)| *member).collect();
-        let table = (self.fill)(&pool);
-        if table.is_empty() {
-            return Some(0);
-        }
-        let region = Region { pool: members.into_iter().map(|(_, number)| number).collect(), table };
+    fn publish_region(
+        &mut self,
+        frontend: &Frontend,
+        desired: &DesiredFrontend,
+        service: u32,
+        current: u32,
+    ) -> Option<u32> {
+        let shape = TableShape { balance: desired.balance, maglev_size: desired.selection.maglev_size };
+        let primary = self.region(service, Tier::Primary, shape);
+        let backup = self.region(service, Tier::Backup, shape);
+        let region = match (primary, backup) {
+            (Some(primary), backup) => Region { backup: backup.map(Box::new), ..primary },
+            (None, Some(backup)) => backup,
+            (None, None) => return Some(0),
+        };
         if current != 0 && self.state.regions.get(&current) == Some(&region) {
             return Some(current);
         }
@@ -402,6 +405,26 @@ impl<'a> Planner<'a> {
         };
         self.step(Action::WriteRegion { first_chunk, region });
         Some(first_chunk)
+    }
+
+    /// The eligible backends of one tier and their table; `None` where there are none.
+    fn region(&self, service: u32, tier: Tier, shape: TableShape) -> Option<Region> {
+        let slots = self.state.backends.iter();
+        let mine =
+            slots.filter(|(_, slot)| slot.entry.service == service && slot.eligible() && tier_of(slot.state) == tier);
+        let mut members: Vec<(PoolMember, u8, u32)> = mine
+            .map(|(number, slot)| {
+                let member = PoolMember { address: slot.address(), weight: weight_of(slot.state), tier };
+                (member, share_of(slot.state), *number)
+            })
+            .collect();
+        // By address, so that edges with the same pool build the same table.
+        members.sort_unstable();
+        let table = (self.fill)(&shared(&members), shape);
+        if table.is_empty() {
+            return None;
+        }
+        Some(Region { pool: members.into_iter().map(|(_, _, number)| number).collect(), table, backup: None })
     }
 
     /// The first gap of `chunks` chunks.
@@ -423,7 +446,7 @@ impl<'a> Planner<'a> {
 
     fn retire(&mut self, first_chunk: u32) {
         if let Some(region) = self.state.regions.get(&first_chunk) {
-            self.plan.retired.push((first_chunk, region_chunks(region.pool.len(), region.table.len())));
+            self.plan.retired.push((first_chunk, region.chunks()));
         }
     }
 
@@ -441,8 +464,7 @@ impl<'a> Planner<'a> {
 
     fn free(&mut self) {
         let (wanted, kept) = (self.wanted(), self.kept());
-        let referenced: BTreeSet<u32> =
-            self.state.regions.values().flat_map(|region| region.pool.iter().copied()).collect();
+        let referenced: BTreeSet<u32> = self.state.regions.values().flat_map(Region::numbers).collect();
         let mut idle = Vec::new();
         for (number, slot) in &self.state.backends {
             let is_wanted = wanted.contains_key(&(slot.entry.service, slot.address(), slot.entry.protocol));
@@ -524,6 +546,8 @@ impl<'a> Planner<'a> {
             half_open_timeout: service.timeouts.half_open,
             closing_timeout: service.timeouts.closing,
             flags: if self.desired.record_ends { service_flag::RECORD_ENDS } else { 0 },
+            affinity_timeout: service.selection.affinity.map_or(0, seconds),
+            balance: balance_number(service.balance),
             ..ServiceEntry::default()
         };
         protected(entry, &service.protection)
@@ -538,6 +562,33 @@ const fn mode_number(mode: Mode) -> u8 {
     match mode {
         Mode::FullNat => mode::FULL_NAT,
         Mode::Dnat => mode::DNAT,
+    }
+}
+
+/// The members with the weights that their shares leave them: as they are while nobody starts slowly, else in the same
+/// proportion to each other, at least 1.
+fn shared(members: &[(PoolMember, u8, u32)]) -> Vec<PoolMember> {
+    let all_whole = members.iter().all(|(_, share, _)| *share == 100);
+    let parts = |member: &PoolMember, share: u8| u32::from(member.weight) * u32::from(share);
+    let most = members.iter().map(|(member, share, _)| parts(member, *share)).max().unwrap_or(0);
+    let divisor = most / u32::from(u16::MAX) + 1;
+    let weight = |member: &PoolMember, share: u8| match u16::try_from(parts(member, share) / divisor) {
+        _ if all_whole => member.weight,
+        Ok(weight) => weight.max(1),
+        Err(_) => u16::MAX,
+    };
+    members.iter().map(|(member, share, _)| PoolMember { weight: weight(member, *share), ..*member }).collect()
+}
+
+fn seconds(duration: Duration) -> u32 {
+    u32::try_from(duration.as_secs()).unwrap_or(u32::MAX)
+}
+
+const fn balance_number(balance: Balance) -> u8 {
+    match balance {
+        Balance::Maglev => balance::MAGLEV,
+        Balance::RoundRobin => balance::ROUND_ROBIN,
+        Balance::LeastConnections => balance::LEAST_CONNECTIONS,
     }
 }
 

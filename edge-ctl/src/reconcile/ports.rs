@@ -17,7 +17,7 @@ use ipnet::IpNet;
 
 use crate::{
     desired::AdoptedBackend,
-    model::{Frontend, PathAttributes, Protocol},
+    model::{Frontend, PathAttributes, Protocol, Tier},
 };
 
 /// The datapath's maps, and what BGP was told.
@@ -101,32 +101,56 @@ impl BackendSlot {
     }
 }
 
-/// Bits of a backend's state word that hold its weight, for whoever adopts the maps; the program does not look at them.
-pub const WEIGHT_SHIFT: u32 = 16;
-
-/// The state word of a backend.
-pub const fn state_word(eligible: bool, weight: u16) -> u32 {
-    ((weight as u32) << WEIGHT_SHIFT) | if eligible { backend_state::ELIGIBLE } else { 0 }
+/// The state word of an eligible backend with this weight, share of it in percent, and tier.
+pub const fn state_word(weight: u16, share: u8, tier: Tier) -> u32 {
+    let share = if share >= 100 { 0 } else { share as u32 };
+    let tier = match tier {
+        Tier::Primary => 0,
+        Tier::Backup => backend_state::BACKUP,
+    };
+    ((weight as u32) << backend_state::WEIGHT_SHIFT)
+        | share << backend_state::SHARE_SHIFT
+        | tier
+        | backend_state::ELIGIBLE
 }
 
 /// The weight in a state word, at least 1.
 pub fn weight_of(state: u32) -> u16 {
-    u16::try_from(state >> WEIGHT_SHIFT).unwrap_or(u16::MAX).max(1)
+    u16::try_from(state >> backend_state::WEIGHT_SHIFT).unwrap_or(u16::MAX).max(1)
 }
 
-/// A pool and its Maglev table, as one region of the selection map.
+/// The share of its weight in a state word, percent.
+pub fn share_of(state: u32) -> u8 {
+    let share = u8::try_from(state >> backend_state::SHARE_SHIFT & backend_state::SHARE_MASK);
+    share.ok().filter(|share| (1..=99).contains(share)).unwrap_or(100)
+}
+
+/// The tier in a state word.
+pub const fn tier_of(state: u32) -> Tier {
+    if state & backend_state::BACKUP == 0 { Tier::Primary } else { Tier::Backup }
+}
+
+/// A pool and its selection table, as one region of the selection map.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Region {
     /// Backend numbers.
     pub pool: Vec<u32>,
     /// Indices into `pool`.
     pub table: Vec<u16>,
+    /// What serves while no backend of the pool can.
+    pub backup: Option<Box<Region>>,
 }
 
 impl Region {
-    /// Chunks it takes: one for the header, then the pool's, then the table's.
+    /// Chunks it takes: one for the header, then the pool's, then the table's, then the backup's.
     pub fn chunks(&self) -> u32 {
-        region_chunks(self.pool.len(), self.table.len())
+        let backup = self.backup.as_ref().map_or(0, |backup| backup.chunks());
+        region_chunks(self.pool.len(), self.table.len()).saturating_add(backup)
+    }
+
+    /// Backend numbers of both tiers.
+    pub fn numbers(&self) -> impl Iterator<Item = u32> + '_ {
+        self.pool.iter().chain(self.backup.iter().flat_map(|backup| &backup.pool)).copied()
     }
 }
 
@@ -362,6 +386,8 @@ impl DatapathState {
             let backends = backends.map(|slot| AdoptedBackend {
                 address: slot.address(),
                 weight: weight_of(slot.state),
+                share: share_of(slot.state),
+                tier: tier_of(slot.state),
                 eligible: slot.eligible(),
                 snat_address: (!is_none(&slot.entry.snat_address)).then(|| ip(slot.entry.snat_address)),
             });

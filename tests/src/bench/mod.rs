@@ -2,11 +2,23 @@
 
 pub mod dataplane;
 pub mod e2e;
+pub mod health;
 
 use std::{fs, path::Path};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
+
+/// Which benchmarks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum What {
+    /// The program, packet by packet.
+    Dataplane,
+    /// Through the lab.
+    EndToEnd,
+    /// Health checks at scale.
+    Health,
+}
 
 /// One measured figure.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -47,8 +59,12 @@ impl Figure {
 ///
 /// # Errors
 /// Where a benchmark cannot run or the file cannot be written.
-pub fn run_and_print(end_to_end: bool, only: &str, json: Option<&Path>) -> Result<()> {
-    let figures = if end_to_end { e2e::run()? } else { dataplane::run(only)? };
+pub fn run_and_print(what: What, only: &str, json: Option<&Path>) -> Result<()> {
+    let figures = match what {
+        What::EndToEnd => e2e::run()?,
+        What::Health => health::run()?,
+        What::Dataplane => dataplane::run(only)?,
+    };
     print(&figures);
     if let Some(path) = json {
         let text = serde_json::to_string_pretty(&figures)?;

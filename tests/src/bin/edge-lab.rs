@@ -5,7 +5,8 @@ use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Instant};
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand, ValueEnum};
 use edge_tests::{
-    bench, kernel_facts,
+    bench::{self, What},
+    kernel_facts,
     lab::{Lab, Speaker, dns::DnsMode, dns_server, echo, exec, smoke, topology},
 };
 
@@ -72,6 +73,9 @@ enum Command {
         /// End to end instead of the dataplane.
         #[arg(long)]
         e2e: bool,
+        /// Health checks of 5,000 backends instead of the dataplane.
+        #[arg(long, conflicts_with = "e2e")]
+        health: bool,
         /// Of the dataplane's, those whose name contains this.
         #[arg(long, default_value = "", conflicts_with = "e2e")]
         only: String,
@@ -155,7 +159,14 @@ fn execute(command: Command) -> Result<ExitCode> {
             return Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
         Command::Run => run::run()?,
-        Command::Bench { e2e, only, json } => bench::run_and_print(e2e, &only, json.as_deref())?,
+        Command::Bench { e2e, health, only, json } => {
+            let what = match (e2e, health) {
+                (true, _) => What::EndToEnd,
+                (_, true) => What::Health,
+                _ => What::Dataplane,
+            };
+            bench::run_and_print(what, &only, json.as_deref())?;
+        }
         Command::KernelFacts => kernel_facts::print()?,
         Command::DnsServer { listen, zone } => dns_server::serve(listen, &zone)?,
         Command::UdpEcho { listen, name } => echo::udp(listen, &name)?,

@@ -162,7 +162,7 @@ impl Servers {
         let mut members = BTreeSet::new();
         let mut ttl = u32::MAX;
         for (address, record) in addresses(&response.answers, None) {
-            members.insert(PoolMember { address: SocketAddr::new(address, port), weight: 1 });
+            members.insert(PoolMember::new(SocketAddr::new(address, port), 1));
             ttl = ttl.min(record.ttl);
         }
         answer(members, ttl)
@@ -196,7 +196,7 @@ impl Servers {
             shortest = shortest.min(ttl).min(target_ttl);
             for address in targets {
                 let address = SocketAddr::new(address, srv.port);
-                members.insert(PoolMember { address, weight: srv.weight.max(1) });
+                members.insert(PoolMember::new(address, srv.weight.max(1)));
             }
         }
         answer(members, shortest)
@@ -378,7 +378,7 @@ mod tests {
         let answers = vec![srv(10, 0, "a."), srv(10, 50, "b."), srv(20, 100, "c.")];
         let additionals = vec![glue("A.", [10, 1, 0, 4]), glue("b.", [10, 1, 1, 4]), glue("c.", [10, 1, 2, 4])];
         let expected = [("10.1.0.4:8443", 1), ("10.1.1.4:8443", 50)]
-            .map(|(address, weight)| PoolMember { address: address.parse().unwrap(), weight });
+            .map(|(address, weight)| PoolMember::new(address.parse().unwrap(), weight));
         let ttl = Duration::from_secs(5);
         assert_eq!(members(answers, additionals).await, Outcome::Answer { members: expected.into(), ttl });
     }

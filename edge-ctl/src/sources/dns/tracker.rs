@@ -209,7 +209,7 @@ fn one_weight_each(members: BTreeSet<PoolMember>) -> BTreeSet<PoolMember> {
         let weight = single.entry(member.address).or_insert(member.weight);
         *weight = (*weight).max(member.weight);
     }
-    single.into_iter().map(|(address, weight)| PoolMember { address, weight }).collect()
+    single.into_iter().map(|(address, weight)| PoolMember::new(address, weight)).collect()
 }
 
 #[cfg(test)]
@@ -234,7 +234,7 @@ mod tests {
     }
 
     fn members(hosts: &[&str]) -> BTreeSet<PoolMember> {
-        hosts.iter().map(|host| PoolMember { address: format!("{host}:443").parse().unwrap(), weight: 1 }).collect()
+        hosts.iter().map(|host| PoolMember::new(format!("{host}:443").parse().unwrap(), 1)).collect()
     }
 
     fn good(hosts: &[&str]) -> Outcome {
@@ -371,7 +371,7 @@ mod tests {
     fn outcome() -> impl Strategy<Value = Outcome> {
         let host = (0u8..4, 1u8..6, any::<bool>()).prop_map(|(net, host, inside)| {
             let address = if inside { format!("10.1.{net}.{host}:443") } else { format!("192.0.2.{host}:443") };
-            PoolMember { address: address.parse().unwrap(), weight: 1 }
+            PoolMember::new(address.parse().unwrap(), 1)
         });
         prop_oneof![
             3 => (proptest::collection::btree_set(host, 1..5), 0u64..60)
