@@ -28,6 +28,7 @@ pub use protect::{
 
 pub mod capture;
 pub mod events;
+pub mod stages;
 
 pub use events::{BackendSignals, DropSample, FlowEnd};
 

@@ -51,6 +51,9 @@ impl Verdict {
     /// No decision yet: for a stage that leaves the packet to the next one. Dropped where nothing decides.
     pub const UNDECIDED: Self = Self(4);
 
+    /// For a stage that leaves the packet to be sent to the next one. Dropped where nothing sends it.
+    pub const FORWARD: Self = Self(6);
+
     /// [`Action::Redirect`].
     #[inline(always)]
     pub const fn redirect(ifindex: u32) -> Self {

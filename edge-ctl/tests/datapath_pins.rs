@@ -36,7 +36,7 @@ use edge_ctl::{
         loader::{Datapath, LoadError},
         maps::Maps,
         object::EBPF_OBJECT,
-        pins, sys,
+        pins, stages, sys,
     },
     desired::{Announced, DesiredBackend, DesiredFrontend, DesiredState, Timeouts},
     model::{
@@ -229,6 +229,36 @@ fn a_new_version_takes_over_by_link_update_with_the_maps_as_they_are() {
             let programs = pins::files(&second.pins().programs()).unwrap();
             assert_eq!(programs.len(), 1, "the old program is retired: {programs:?}");
             second.detach_all().unwrap();
+        }
+    });
+}
+
+#[test]
+fn a_start_that_died_between_the_slots_and_the_entry_program_is_finished_by_the_next() {
+    in_namespaces("half a program", |folder| {
+        for hook in [Hook::XdpNative, Hook::Tc] {
+            let edge = edge(folder, hook, &["in"]);
+            let mut first = open(&edge);
+            attach_all(&mut first);
+            let xdp = hook == Hook::XdpNative;
+            let before = first.xdp_rows();
+            let slots = first.pins().stages(stages::map(xdp));
+            let entry = first.pins().program(stages::entry(xdp));
+            drop(first);
+            for lost in [&entry, &slots] {
+                std::fs::remove_file(lost).unwrap();
+                let mut next = open(&edge);
+                attach_all(&mut next);
+                assert!(next.writes() > 0, "{} was made anew", lost.display());
+                assert!(entry.exists() && slots.exists());
+                let after = next.xdp_rows();
+                assert_eq!(after[0].link, before[0].link, "updated, not attached anew");
+                let left = pins::files(&next.pins().all_stages()).unwrap();
+                assert_eq!(left.len(), 1, "what was set aside is retired: {left:?}");
+            }
+            let adopted = open(&edge);
+            assert_eq!(adopted.writes(), 0);
+            adopted.detach_all().unwrap();
         }
     });
 }
@@ -467,7 +497,8 @@ fn desired(backends: &[&str]) -> DesiredState {
 }
 
 fn fill(members: &[PoolMember], _: TableShape) -> Vec<u16> {
-    (0..1021).map(|slot: u16| slot % u16::try_from(members.len()).unwrap()).collect()
+    let members = u16::try_from(members.len()).unwrap();
+    (0..1021).map(|slot: u16| slot.checked_rem(members).unwrap_or(0)).collect()
 }
 
 fn reconciler(datapath: &Datapath) -> Reconciler<Maps, Announcements> {

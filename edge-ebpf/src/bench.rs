@@ -6,21 +6,21 @@
 #![allow(unsafe_code, reason = "exported sections, and the script's one map element")]
 #![allow(missing_docs, reason = "the entry point macros make a function without the documentation it was given")]
 
+mod programs;
+
 use aya_ebpf::{
     bindings::{TC_ACT_OK, TC_ACT_SHOT, xdp_action},
     macros::{classifier, map, xdp},
     maps::Array,
     programs::{TcContext, XdpContext},
 };
-use edge_common::{
-    flow::FlowKeyV4,
-    verdict::{Action, Verdict},
-};
+use edge_common::flow::FlowKeyV4;
 use edge_ebpf::{
     maps::{Table, flow},
-    packet::{Packet, SkbPacket, XdpPacket, redirect},
+    packet::{Packet, SkbPacket, XdpPacket},
     pipeline,
 };
+use programs::{at_tc, at_xdp};
 
 /// What to write: 56 bytes of frame (54 used), then the runs so far, the flows, the first source address, the first
 /// port (both host order), and 1 where the port that varies is the destination's.
@@ -90,12 +90,7 @@ pub fn bench_xdp_pipeline(ctx: XdpContext) -> u32 {
     if write(&mut packet).is_none() {
         return xdp_action::XDP_ABORTED;
     }
-    match pipeline::run(&mut packet).action() {
-        Action::Pass => xdp_action::XDP_PASS,
-        Action::Transmit => xdp_action::XDP_TX,
-        Action::Redirect(ifindex) => redirect(ifindex) as u32,
-        Action::Drop => xdp_action::XDP_DROP,
-    }
+    at_xdp(pipeline::run(&mut packet))
 }
 
 /// The wrapper and one lookup in an LRU hash.
@@ -124,13 +119,8 @@ pub fn bench_tc_pipeline(ctx: TcContext) -> i32 {
     if write(&mut packet).is_none() {
         return TC_ACT_SHOT;
     }
-    let verdict: Verdict = pipeline::run(&mut packet);
-    match verdict.action() {
-        Action::Pass => TC_ACT_OK,
-        Action::Transmit => redirect(pipeline::ingress(&packet)) as i32,
-        Action::Redirect(ifindex) => redirect(ifindex) as i32,
-        Action::Drop => TC_ACT_SHOT,
-    }
+    let verdict = pipeline::run(&mut packet);
+    at_tc(&packet, verdict)
 }
 
 #[panic_handler]

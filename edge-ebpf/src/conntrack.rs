@@ -10,9 +10,7 @@ use edge_common::{
 use crate::{
     events,
     family::Family,
-    forward,
     maps::{self, EEXIST, ENOENT, Table, scratch::scratch},
-    packet::Packet,
     parse::Parsed,
     protect, select,
     stats::{because, count_closed, count_opened},
@@ -20,6 +18,31 @@ use crate::{
 
 /// The packet has no flow (any more).
 pub const NO_FLOW: Verdict = Verdict::UNDECIDED;
+/// The packet is to be sent on its way, by the entry in the table that was noted.
+pub const FORWARD: Verdict = Verdict::FORWARD;
+
+/// A packet that may change its flow's state: [`FORWARD`] by the entry in `place`, or why not; [`NO_FLOW`] where it has none,
+/// or none any more.
+#[inline(always)]
+pub fn tracked<A: Family>(parsed: &Parsed<A>, place: &mut Table, past: &mut Past<A>) -> Verdict {
+    let key = &parsed.key;
+    // By value as well: of a number read back from `place` the verifier knows nothing.
+    if let Some(flow) = maps::flow(Table::Established, key) {
+        *place = Table::Established;
+        return track(parsed, flow, Table::Established, place, past);
+    }
+    if let Some(flow) = maps::flow(Table::HalfOpen, key) {
+        *place = Table::HalfOpen;
+        return track(parsed, flow, Table::HalfOpen, place, past);
+    }
+    match maps::flow(Table::Closing, key) {
+        Some(flow) => {
+            *place = Table::Closing;
+            track(parsed, flow, Table::Closing, place, past)
+        }
+        None => NO_FLOW,
+    }
+}
 
 /// The flow that the same client tuple had before, whose SNAT port the new one should have.
 pub struct Past<A> {
@@ -41,13 +64,13 @@ impl<A: Family> Past<A> {
     }
 }
 
-/// A packet that hit an entry and may change its flow's state, or that hit one outside the established table.
+/// A packet that hit an entry of `table` and may change its flow's state, or that hit one outside the established table.
 #[inline(never)]
-pub fn track<A: Family, P: Packet>(
-    packet: &mut P,
+fn track<A: Family>(
     parsed: &Parsed<A>,
     flow: &mut Flow<A>,
     table: Table,
+    place: &mut Table,
     past: &mut Past<A>,
 ) -> Verdict {
     let Some(service) = maps::service(flow.service) else {
@@ -79,7 +102,7 @@ pub fn track<A: Family, P: Packet>(
             if table == Table::HalfOpen && opens(parsed.flags) {
                 events::repeated(flow);
             }
-            forward::any(packet, parsed, flow)
+            FORWARD
         }
         Step::Flag(flags) => {
             flow.flags |= flags;
@@ -89,7 +112,7 @@ pub fn track<A: Family, P: Packet>(
             if flags & flow_flag::REPLIED != 0 {
                 events::answered(flow);
             }
-            forward::any(packet, parsed, flow)
+            FORWARD
         }
         Step::Expect(floor) => {
             if let Some(client) = own_twin(table, flow) {
@@ -97,7 +120,7 @@ pub fn track<A: Family, P: Packet>(
                 client.flags |= flow_flag::SYN_ACK_SEEN;
             }
             events::answered(flow);
-            forward::any(packet, parsed, flow)
+            FORWARD
         }
         Step::Promote(flags) => {
             let (number, backend) = (flow.service, flow.backend);
@@ -106,17 +129,17 @@ pub fn track<A: Family, P: Packet>(
                 return verdict;
             }
             select::promoted(number, service.affinity_timeout, parsed.key.src, backend);
-            forward_from(packet, parsed, Table::Established)
+            *place = Table::Established;
+            FORWARD
         }
         Step::Close(flags) => {
             if direction == Direction::Reply && parsed.flags & RST != 0 {
                 events::reset_by_backend(flow);
             }
             if close(parsed, flow, flags, table) {
-                forward_from(packet, parsed, Table::Closing)
-            } else {
-                forward::any(packet, parsed, flow)
+                *place = Table::Closing;
             }
+            FORWARD
         }
         Step::Reopen => {
             *past =
@@ -145,15 +168,6 @@ fn superseded<A: Family>(parsed: &Parsed<A>, closing: &Flow<A>) -> bool {
 
 /// The entry is in another table now.
 const MOVED: Verdict = Verdict::UNDECIDED;
-
-#[inline(always)]
-fn forward_from<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, table: Table) -> Verdict {
-    match maps::flow(table, &parsed.key) {
-        Some(flow) => forward::any(packet, parsed, flow),
-        // Evicted between two lookups: passing it now would show the wrong addresses. The sender repeats it.
-        None => because(Reason::HalfOpenFull, 0),
-    }
-}
 
 #[inline(always)]
 fn timeout(service: &ServiceEntry, table: Table) -> u32 {

@@ -12,9 +12,7 @@ use edge_common::{
 use crate::{
     conntrack::{self, Past},
     family::Family,
-    forward,
     maps::{self, EEXIST, ENOENT, Table, scratch},
-    packet::Packet,
     parse::Parsed,
     protect, select,
     stats::{because, count_half_opened},
@@ -32,7 +30,7 @@ const STALLED: u64 = 200_000_000;
 /// Candidates that come from the backend's cursor before the rest are scattered.
 const FROM_CURSOR: u32 = 4;
 
-/// Both entries of the packet's flow are there: [`first`] sends it.
+/// Both entries of the packet's flow are there: the stage `send` sends it.
 pub const CREATED: Verdict = Verdict::UNDECIDED;
 
 /// Starts a flow for the client's packet: [`CREATED`], or why not.
@@ -80,15 +78,6 @@ pub fn flow<A: Family>(parsed: &Parsed<A>, past: &Past<A>) -> Verdict {
         select::begun(backend_number, backend.limit, plan.now);
     }
     CREATED
-}
-
-/// Sends the packet that started a flow on its way.
-#[inline(never)]
-pub fn first<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, service: u32) -> Verdict {
-    match maps::flow(Table::HalfOpen, &parsed.key) {
-        Some(flow) => forward::any(packet, parsed, flow),
-        None => because(Reason::HalfOpenFull, service),
-    }
 }
 
 const OPENED: u32 = 0;

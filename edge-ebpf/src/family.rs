@@ -1,26 +1,46 @@
-//! What differs between IPv4 and IPv6 in the stages: the flow tables (see `maps`) and the IP header's rewriting.
+//! What differs between IPv4 and IPv6 in the stages: the flow tables (see `maps`), the stages' numbers, and the IP header's rewriting.
 
 use edge_common::{
     address::Wide,
     checksum,
-    maps::{Flow, FlowV4, FlowV6},
+    maps::{Flow, FlowV4, FlowV6, stages},
 };
 use network_types::ip::Ipv4Hdr;
 
 use crate::{
-    maps::FlowTables,
+    maps::{self, FlowTables},
     packet::Packet,
     parse::{IP, Ipv6Header, ipv6_field},
+    stages::Handover,
 };
 
 /// IPv4 or IPv6, by its type of address.
 pub trait Family: FlowTables {
+    /// Number of the stage that tracks a packet's flow.
+    const TRACK: u32;
+    /// Number of the stage of packets without a flow.
+    const CREATE: u32;
+    /// Number of the stage that sends a packet.
+    const SEND: u32;
+
+    /// This CPU's room for what the stages of one hook leave each other.
+    fn handover(hook: u32) -> Option<&'static mut Handover<Self>>;
+
     /// Decrements the TTL or hop limit and writes the flow's addresses; false where the packet turned out to be too
     /// short, which parsing excludes.
     fn rewrite_header<P: Packet>(packet: &mut P, flow: &Flow<Self>) -> bool;
 }
 
 impl Family for u32 {
+    const TRACK: u32 = stages::TRACK;
+    const CREATE: u32 = stages::CREATE;
+    const SEND: u32 = stages::SEND;
+
+    #[inline(always)]
+    fn handover(hook: u32) -> Option<&'static mut Handover<Self>> {
+        maps::stages::handover(hook)
+    }
+
     #[inline(always)]
     fn rewrite_header<P: Packet>(packet: &mut P, flow: &FlowV4) -> bool {
         let Some(ip) = packet.header::<Ipv4Hdr>(IP) else {
@@ -36,6 +56,15 @@ impl Family for u32 {
 }
 
 impl Family for Wide {
+    const TRACK: u32 = stages::TRACK_V6;
+    const CREATE: u32 = stages::CREATE_V6;
+    const SEND: u32 = stages::SEND_V6;
+
+    #[inline(always)]
+    fn handover(hook: u32) -> Option<&'static mut Handover<Self>> {
+        maps::stages::handover_v6(hook)
+    }
+
     #[inline(always)]
     fn rewrite_header<P: Packet>(packet: &mut P, flow: &FlowV6) -> bool {
         let Some(ip) = packet.header::<Ipv6Header>(IP) else {

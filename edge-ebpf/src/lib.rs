@@ -21,4 +21,5 @@ pub mod pipeline;
 pub mod protect;
 pub mod rewrite;
 pub mod select;
+pub mod stages;
 pub mod stats;

@@ -29,6 +29,7 @@ use edge_common::{
 };
 
 pub mod scratch;
+pub mod stages;
 
 #[map]
 static ESTABLISHED: HashMap<FlowKeyV4, FlowV4> = HashMap::with_max_entries(layout::ESTABLISHED_ENTRIES, 0);

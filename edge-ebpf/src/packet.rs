@@ -65,6 +65,9 @@ pub trait Packet {
     /// True where every interface can take redirected packets from this hook.
     const REDIRECTS_ANYWHERE: bool;
 
+    /// The hook's element of [`maps::stages::handover`].
+    const HOOK: u32;
+
     /// The interface it came in by.
     fn ingress(&self) -> u32;
 
@@ -92,6 +95,9 @@ pub trait Packet {
     /// Asks the kernel's FIB; the answer overwrites the question. 0: found; above: why not, as the kernel's
     /// `BPF_FIB_LKUP_RET_*`; below: an errno.
     fn route(&mut self, query: &mut Route) -> i64;
+
+    /// Ends this program and starts a stage; returns only where the stage's slot is empty.
+    fn enter(&mut self, stage: u32);
 }
 
 /// A packet at XDP.
@@ -133,6 +139,7 @@ fn at<'a, T: Header>(data: usize, end: usize, offset: usize) -> Option<&'a mut T
 
 impl Packet for XdpPacket {
     const REDIRECTS_ANYWHERE: bool = false;
+    const HOOK: u32 = maps::stages::XDP;
 
     #[inline(always)]
     fn ingress(&self) -> u32 {
@@ -180,6 +187,11 @@ impl Packet for XdpPacket {
     }
 
     #[inline(always)]
+    fn enter(&mut self, stage: u32) {
+        maps::stages::enter_xdp(&XdpContext::new(self.ctx), stage);
+    }
+
+    #[inline(always)]
     fn capture(&self, header: &CaptureHeader) {
         maps::capture::put(&XdpContext::new(self.ctx), header);
     }
@@ -192,7 +204,13 @@ impl Packet for XdpPacket {
 }
 
 impl Packet for SkbPacket {
+    #[inline(always)]
+    fn enter(&mut self, stage: u32) {
+        maps::stages::enter_tc(&TcContext::new(self.ctx), stage);
+    }
+
     const REDIRECTS_ANYWHERE: bool = true;
+    const HOOK: u32 = maps::stages::TC;
 
     #[inline(always)]
     fn ingress(&self) -> u32 {

@@ -1,26 +1,24 @@
-//! The stages, in order. An established packet takes the first five lines and one hash lookup.
+//! The entry program of each hook, and the stage that is an IPv6 packet's entry. An established packet takes its first five
+//! lines and one hash lookup, and leaves from here; what may change a flow's state, or has none, goes on in `stages`, by a
+//! tail call.
 
 use edge_common::{
     address::Address,
     conntrack::tcp_flag::{FIN, RST, SYN},
     flow::{TCP, UDP},
+    maps::stages::IPV6,
     verdict::{Reason, Verdict},
 };
-
 use network_types::eth::EtherType;
 
 use crate::{
-    classify::{self, NEW_FLOW},
-    conntrack::{self, NO_FLOW, Past},
-    create::{self, CREATED},
     events,
     family::Family,
     forward::{self, TOO_LATE},
-    log,
     maps::{self, Table},
     packet::Packet,
-    parse::{self, Ip, Parsed, Upper},
-    protect,
+    parse::{self, Ip, Upper},
+    stages,
     stats::because,
 };
 
@@ -42,6 +40,11 @@ pub fn run<P: Packet>(packet: &mut P) -> Verdict {
     packet.pull(parse::HEADERS);
     match parse::ether_type(packet) {
         Some(kind) if kind == u16::from(EtherType::Ipv4) => ipv4(packet),
+        Some(kind) if kind == u16::from(EtherType::Ipv6) => {
+            packet.enter(IPV6);
+            // No such stage: the host's own IPv6 goes on.
+            Verdict::PASS
+        }
         _ => Verdict::PASS,
     }
 }
@@ -63,10 +66,10 @@ fn ipv4<P: Packet>(packet: &mut P) -> Verdict {
     serve(packet, &ip, side)
 }
 
-/// A function of its own, so that IPv4 packets do not pay for it in registers and stack.
-#[inline(never)]
-#[allow(dead_code, reason = "its stack is not down to what the verifier takes yet")]
-fn ipv6<P: Packet>(packet: &mut P) -> Verdict {
+/// The stage of an IPv6 packet.
+#[inline(always)]
+pub fn ipv6<P: Packet>(packet: &mut P) -> Verdict {
+    packet.pull(parse::HEADERS);
     let Some(mut ip) = parse::ipv6(packet) else {
         return Verdict::PASS;
     };
@@ -102,30 +105,7 @@ fn serve<A: Family, P: Packet>(packet: &mut P, ip: &Ip<A>, side: Side) -> Verdic
             return events::sampled(&parsed, verdict);
         }
     }
-    let verdict = slow(packet, &parsed, side);
-    events::sampled(&parsed, verdict)
-}
-
-/// A packet that may change its flow's state, or that has no flow. The stages follow each other rather than call each
-/// other, which keeps the stack flat.
-#[inline(always)]
-fn slow<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, side: Side) -> Verdict {
-    let mut past = Past::none();
-    let mut verdict = tracked(packet, parsed, &mut past);
-    if verdict == NO_FLOW {
-        verdict = classify::untracked(packet, parsed, side, &mut past);
-        if verdict == NEW_FLOW {
-            verdict = protect::admit(parsed, past.service);
-        }
-        if verdict == NEW_FLOW {
-            verdict = create::flow(parsed, &past);
-            if verdict == CREATED {
-                verdict = create::first(packet, parsed, past.service);
-            }
-        }
-    }
-    log::notices();
-    verdict
+    stages::begin(packet, parsed, side)
 }
 
 /// The interface a packet came in by.
@@ -144,21 +124,5 @@ fn prefilter<A: Address>(ip: &Ip<A>) -> Option<Side> {
         Some(Side::FromBackend)
     } else {
         None
-    }
-}
-
-/// A packet that may change its flow's state; [`NO_FLOW`] where it has none, or none any more.
-#[inline(always)]
-fn tracked<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, past: &mut Past<A>) -> Verdict {
-    let key = &parsed.key;
-    if let Some(flow) = maps::flow(Table::Established, key) {
-        return conntrack::track(packet, parsed, flow, Table::Established, past);
-    }
-    if let Some(flow) = maps::flow(Table::HalfOpen, key) {
-        return conntrack::track(packet, parsed, flow, Table::HalfOpen, past);
-    }
-    match maps::flow(Table::Closing, key) {
-        Some(flow) => conntrack::track(packet, parsed, flow, Table::Closing, past),
-        None => NO_FLOW,
     }
 }

@@ -84,7 +84,7 @@ pub fn prepare_pin_folder(root: &Path) -> Result<(), LoadError> {
     if !is_bpffs(existing) {
         return Err(LoadError::NoBpffs { path: root.to_owned() });
     }
-    for folder in ["", "maps", "incoming", "layouts", "programs", "links"] {
+    for folder in ["", "maps", "incoming", "layouts", "programs", "stages", "links"] {
         let folder = root.join(folder);
         match fs::create_dir_all(&folder) {
             Ok(()) => {}

@@ -10,7 +10,7 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, HashMap, MapData},
-    programs::{Program, ProgramError, ProgramInfo},
+    programs::ProgramInfo,
 };
 use edge_common::{
     conntrack,
@@ -18,13 +18,14 @@ use edge_common::{
 };
 
 use super::{
-    attach::{self, AttachedHook, Attachment, How, TC_PROGRAM, XDP_PROGRAM},
+    attach::{self, AttachedHook, Attachment, How},
     host, interfaces,
     kernel_view::KernelView,
     maps::Maps,
     migrate,
     pins::{self, Pins, chain},
     program_log::ProgramLog,
+    stages,
     sweep::Sweeper,
     sys::monotonic_ns,
 };
@@ -466,13 +467,16 @@ impl Datapath {
     /// Removes pins of other objects and layouts, now that nothing of this edge runs them.
     fn retire_old_pins(&mut self) {
         let own: BTreeSet<PathBuf> = self.pins.layouts().keys().map(|map| self.pins.map(map)).collect();
-        let programs = [XDP_PROGRAM, TC_PROGRAM].map(|program| self.pins.program(program));
+        let hooks = [true, false];
+        let programs = hooks.map(|xdp| self.pins.program(stages::entry(xdp)));
+        let slots = hooks.map(|xdp| self.pins.stages(stages::map(xdp)));
         let descriptions = self.pins.layouts().keys().map(|map| self.pins.description(map)).collect();
         // A map without its description could not be carried over: maps first.
         let folders = [
             (self.pins.maps(), own),
             (self.pins.descriptions(), descriptions),
             (self.pins.programs(), programs.into_iter().collect()),
+            (self.pins.all_stages(), slots.into_iter().collect()),
         ];
         for (folder, keep) in folders {
             for file in pins::files(&folder).unwrap_or_default() {
@@ -499,7 +503,8 @@ pub fn detach_all(pins: &Pins) -> io::Result<()> {
             attach::detach_clsact(&interface.name);
         }
     }
-    for folder in [pins.links(), pins.programs(), pins.maps(), pins.arrivals(), pins.descriptions()] {
+    let programs = [pins.links(), pins.programs(), pins.all_stages()];
+    for folder in programs.into_iter().chain([pins.maps(), pins.arrivals(), pins.descriptions()]) {
         for file in pins::files(&folder)? {
             fs::remove_file(folder.join(file))?;
         }
@@ -544,11 +549,8 @@ fn create_maps(pins: &Pins, tables: &Tables, object: &[u8]) -> Result<(u64, Vec<
         return Ok((0, Vec::new()));
     }
     // A pinned program keeps the maps it was loaded with: it must not be adopted beside new ones.
-    for program in [XDP_PROGRAM, TC_PROGRAM] {
-        let pin = pins.program(program);
-        if pin.exists() {
-            fs::remove_file(&pin).map_err(folder_error(pin))?;
-        }
+    for xdp in [true, false] {
+        stages::set_aside(pins, xdp).map_err(folder_error(pins.all_stages()))?;
     }
     for map in &missing {
         if let Some(layout) = pins.layouts().get(map) {
@@ -569,6 +571,14 @@ fn create_maps(pins: &Pins, tables: &Tables, object: &[u8]) -> Result<(u64, Vec<
 
 /// The object with its maps: pinned ones reused, others created and pinned as incoming.
 fn parse(pins: &Pins, tables: &Tables, object: &[u8]) -> Result<Ebpf, LoadError> {
+    load_object(&mut loader(pins, tables), object)
+}
+
+fn load_object(loader: &mut EbpfLoader<'_>, object: &[u8]) -> Result<Ebpf, LoadError> {
+    loader.load(object).map_err(|error| object_error("loading the eBPF object", &error))
+}
+
+fn loader(pins: &Pins, tables: &Tables) -> EbpfLoader<'static> {
     let mut loader = EbpfLoader::new();
     for (map, entries) in table_sizes(tables) {
         loader.map_max_entries(map, entries);
@@ -577,60 +587,31 @@ fn parse(pins: &Pins, tables: &Tables, object: &[u8]) -> Result<Ebpf, LoadError>
         let pinned = pins.map(map);
         loader.map_pin_path(map, if pinned.exists() { pinned } else { pins.incoming(map) });
     }
-    loader.load(object).map_err(|error| object_error("loading the eBPF object", &error))
+    loader
 }
 
-/// Times that loading a program is tried.
-const LOAD_ATTEMPTS: u32 = 10;
-
-/// Loads and pins a program unless this object's is pinned; the number of loads.
+/// Loads and pins a hook's stages and entry program unless this object's are pinned; the number of loads.
 fn load_program(pins: &Pins, object: &[u8], xdp: bool) -> Result<u64, LoadError> {
-    let name = if xdp { XDP_PROGRAM } else { TC_PROGRAM };
-    let pin = pins.program(name);
-    if pin.exists() {
+    let (pin, slots) = (pins.program(stages::entry(xdp)), pins.stages(stages::map(xdp)));
+    if pin.exists() && slots.exists() {
         return Ok(0);
     }
-    // The maps are pinned, so the sizes given here are not looked at.
-    let mut ebpf = parse(pins, &Tables::default(), object)?;
-    let what = format!("loading the program {name}");
-    let program = ebpf.program_mut(name).ok_or_else(|| LoadError::Object {
-        what: what.clone(),
-        reason: "the eBPF object does not have it".to_owned(),
+    stages::set_aside(pins, xdp).map_err(|source| LoadError::Folder { path: slots.clone(), source })?;
+    // One object for all of a hook's programs: they share its maps that are not pinned. The sizes given here are those of
+    // maps that are, and not looked at.
+    let mut ebpf = load_object(loader(pins, &Tables::default()).map_pin_path(stages::map(xdp), slots), object)?;
+    stages::fill(&mut ebpf, xdp)?;
+    stages::load(&mut ebpf, stages::entry(xdp))?;
+    let program = ebpf.program_mut(stages::entry(xdp)).ok_or_else(|| LoadError::Object {
+        what: format!("pinning {}", pin.display()),
+        reason: "the eBPF object does not have the program".to_owned(),
     })?;
-    let loaded = match program {
-        Program::Xdp(program) => retry_interrupted(|| program.load(), load_interrupted),
-        Program::SchedClassifier(program) => retry_interrupted(|| program.load(), load_interrupted),
-        _ => {
-            return Err(LoadError::Object { what, reason: "it has another program type".to_owned() });
-        }
-    };
-    loaded.map_err(|error| object_error(&what, &error))?;
     program.pin(&pin).map_err(|error| object_error(&format!("pinning {}", pin.display()), &error))?;
     Ok(1)
 }
 
-/// Loads again where the kernel gave the verification up because a signal was pending (EAGAIN): a runtime's timer or a
-/// child that ends is enough, and aya passes the error on. Bounded, as in libbpf, should it ever mean something else.
-fn retry_interrupted<E>(mut load: impl FnMut() -> Result<(), E>, interrupted: impl Fn(&E) -> bool) -> Result<(), E> {
-    for _ in 1..LOAD_ATTEMPTS {
-        match load() {
-            Err(error) if interrupted(&error) => {}
-            result => return result,
-        }
-    }
-    load()
-}
-
-fn load_interrupted(error: &ProgramError) -> bool {
-    matches!(error, ProgramError::LoadError { io_error, .. } if is_interruption(io_error))
-}
-
-fn is_interruption(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
-}
-
 fn program_tag(pins: &Pins, hook: AttachedHook) -> Option<String> {
-    let pin = pins.program(if hook.is_xdp() { XDP_PROGRAM } else { TC_PROGRAM });
+    let pin = pins.program(stages::entry(hook.is_xdp()));
     // Tools print the tag in the order of its bytes.
     ProgramInfo::from_pin(pin).ok().map(|info| format!("{:016x}", info.tag().swap_bytes()))
 }
@@ -649,27 +630,4 @@ fn size_notes(pins: &Pins, tables: &Tables) -> Vec<String> {
         }
     }
     notes
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Calls of a load that fails with these errors, in turn, before it succeeds; and how it ended.
-    fn load_failing_with(errors: &[i32]) -> (usize, io::Result<()>) {
-        let mut calls = 0;
-        let load = || {
-            calls += 1;
-            errors.get(calls - 1).map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(*errno)))
-        };
-        let result = retry_interrupted(load, is_interruption);
-        (calls, result)
-    }
-
-    #[test]
-    fn a_load_given_up_for_a_signal_is_tried_again_and_one_refused_is_not() {
-        assert!(matches!(load_failing_with(&[libc::EAGAIN, libc::EINTR]), (3, Ok(()))));
-        assert!(matches!(load_failing_with(&[libc::EACCES]), (1, Err(_))));
-        assert!(matches!(load_failing_with(&[libc::EAGAIN; 100]), (10, Err(_))));
-    }
 }

@@ -19,6 +19,7 @@ pub mod object;
 pub mod pins;
 pub mod program_log;
 pub mod selection;
+pub mod stages;
 pub mod sweep;
 pub mod sys;
 pub mod tables;

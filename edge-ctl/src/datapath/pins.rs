@@ -1,6 +1,7 @@
 //! Where maps, programs and links are pinned, and how the pins are told apart.
 //!
-//! Under the pin folder: `maps/NAME-LAYOUT`, `programs/NAME-OBJECT`, `links/INTERFACE-HOOK`. LAYOUT is a hash over all that
+//! Under the pin folder: `maps/NAME-LAYOUT`, `programs/NAME-OBJECT`,
+//! `stages/NAME-OBJECT`, `links/INTERFACE-HOOK`. LAYOUT is a hash over all that
 //! must match for two programs to share a map, OBJECT one over the whole object file. bpffs refuses names with a dot.
 
 use std::{
@@ -213,6 +214,21 @@ impl Pins {
     /// Pin of a program of this object.
     pub fn program(&self, program: &str) -> PathBuf {
         self.programs().join(format!("{program}-{:016x}", self.object))
+    }
+
+    /// Folder of the slots of the programs' stages; see [`super::stages`].
+    pub fn all_stages(&self) -> PathBuf {
+        self.root.join("stages")
+    }
+
+    /// Pin of the slots of a hook's stages, of this object.
+    pub fn stages(&self, map: &str) -> PathBuf {
+        self.all_stages().join(format!("{map}-{:016x}", self.object))
+    }
+
+    /// Pin of slots that were set aside; see [`super::stages`].
+    pub fn stages_aside(&self, map: &str, number: u32) -> PathBuf {
+        self.all_stages().join(format!("{map}-{:016x}-aside{number}", self.object))
     }
 
     /// Pin of an interface's link.

@@ -14,6 +14,7 @@ use edge_common::{
     flow::TCP,
     maps::{NeighbourKey, NextHop, mode, name},
 };
+use edge_ctl::datapath::stages;
 
 use super::Figure;
 use crate::datapath::{
@@ -158,9 +159,10 @@ fn measure(case: &Case) -> Result<Figure> {
         (Hook::Xdp, _) => ("bench_xdp_pipeline", "bench_xdp_baseline"),
         (Hook::Tc, _) => ("bench_tc_pipeline", "bench_tc_baseline"),
     };
+    stages::fill(&mut rig.ebpf, case.hook == Hook::Xdp)?;
     let mut times = [Vec::new(), Vec::new()];
     for (program, times) in [baseline, subject].into_iter().zip(&mut times) {
-        load_program(&mut rig.ebpf, case.hook, program)?;
+        load_program(&mut rig.ebpf, program)?;
         for _ in 0..RUNS {
             times.push(time(&mut rig, case, program)?);
         }

@@ -1,15 +1,12 @@
 //! The object loaded, its maps filled, packets run through it.
 
-use std::{
-    io::ErrorKind,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use anyhow::{Context, Result, anyhow, bail};
 use aya::{
     Ebpf, EbpfLoader, Pod, TestRun, TestRunOptions,
     maps::{Array, HashMap, MapData, PerCpuArray},
-    programs::{ProgramError, SchedClassifier, Xdp},
+    programs::{SchedClassifier, Xdp},
 };
 use edge_common::{
     address::{Address, Wide, filter_bit, unmapped},
@@ -23,7 +20,7 @@ use edge_common::{
     verdict::{REASONS, Reason},
 };
 use edge_ctl::{
-    datapath::{object::EBPF_OBJECT, pins::Pins},
+    datapath::{object::EBPF_OBJECT, pins::Pins, stages},
     reconcile::ports::{socket_address, wire as wide},
 };
 
@@ -686,35 +683,22 @@ impl Rig {
     }
 }
 
-/// Loads the program of one hook.
+/// Loads the entry program of one hook and its stages.
 ///
 /// # Errors
 /// What the verifier says.
 pub fn load(ebpf: &mut Ebpf, hook: Hook) -> Result<()> {
-    match hook {
-        Hook::Xdp => load_program(ebpf, hook, "edge_xdp"),
-        Hook::Tc => load_program(ebpf, hook, "edge_tc"),
-    }
+    stages::fill(ebpf, hook == Hook::Xdp)?;
+    load_program(ebpf, stages::entry(hook == Hook::Xdp))
 }
 
-/// Loads a program by name. The kernel gives verification up with EAGAIN where a signal is pending, which happens to
-/// threads of a busy test process, so that is tried again a few times, as libbpf does.
+/// Loads a program by name.
 ///
 /// # Errors
 /// What the verifier says.
-pub fn load_program(ebpf: &mut Ebpf, hook: Hook, name: &str) -> Result<()> {
-    let program = ebpf.program_mut(name).with_context(|| format!("no program {name}"))?;
-    let mut load = || match hook {
-        Hook::Xdp => <&mut Xdp>::try_from(&mut *program)?.load(),
-        Hook::Tc => <&mut SchedClassifier>::try_from(&mut *program)?.load(),
-    };
-    for _ in 0..9 {
-        match load() {
-            Err(ProgramError::LoadError { io_error, .. }) if io_error.kind() == ErrorKind::WouldBlock => {}
-            other => return Ok(other?),
-        }
-    }
-    Ok(load()?)
+pub fn load_program(ebpf: &mut Ebpf, name: &str) -> Result<()> {
+    stages::load(ebpf, name)?;
+    Ok(())
 }
 
 /// A MAC as `ip` writes it.

@@ -1,0 +1,133 @@
+//! The stages of a hook: programs that its entry program hands packets to by tail calls, through the slots of a map.
+//!
+//! The slots of a `PROG_ARRAY` are emptied when its last descriptor and pin are gone, so it is pinned, under the name of the
+//! object that its programs come from: an entry program never meets stages of another version, since it was loaded with its
+//! own map. The entry program is pinned last, and so stands for stages that are complete; slots without it are a start that
+//! did not get that far, or of programs whose maps are gone. Those are set aside rather than removed, since a link may run
+//! the entry program that uses them until it is switched over. What was set aside ends with the pins of earlier versions.
+
+use std::{fs, io};
+
+use aya::{
+    Ebpf,
+    maps::ProgramArray,
+    programs::{Program, ProgramError, ProgramFd},
+};
+use edge_common::maps::stages::{ALL, STAGES_TC, STAGES_XDP};
+
+use super::{
+    attach::{TC_PROGRAM, XDP_PROGRAM},
+    loader::LoadError,
+    pins::{Pins, chain},
+};
+
+/// The map with the slots of a hook's stages.
+pub const fn map(xdp: bool) -> &'static str {
+    if xdp { STAGES_XDP } else { STAGES_TC }
+}
+
+/// The name of a hook's entry program.
+pub const fn entry(xdp: bool) -> &'static str {
+    if xdp { XDP_PROGRAM } else { TC_PROGRAM }
+}
+
+/// Loads every stage of a hook and puts it into its slot. Whoever keeps the object keeps the slots filled; so does a pin.
+///
+/// # Errors
+/// Where the object lacks a stage or the map, or the kernel refuses one.
+pub fn fill(ebpf: &mut Ebpf, xdp: bool) -> Result<(), LoadError> {
+    for (slot, stage) in ALL {
+        let name = format!("{}_{stage}", entry(xdp));
+        let program = load(ebpf, &name)?;
+        let what = format!("putting {name} into {}", map(xdp));
+        let refused = |error: &dyn std::error::Error| LoadError::Object { what: what.clone(), reason: chain(error) };
+        let slots = ebpf.map_mut(map(xdp)).ok_or_else(|| LoadError::Object {
+            what: what.clone(),
+            reason: "the eBPF object does not have the map".to_owned(),
+        })?;
+        let mut slots = ProgramArray::try_from(slots).map_err(|error| refused(&error))?;
+        slots.set(*slot, &program, 0).map_err(|error| refused(&error))?;
+    }
+    Ok(())
+}
+
+/// Loads a program by its name in the object.
+///
+/// # Errors
+/// Where the object lacks it, or the kernel refuses it.
+pub fn load(ebpf: &mut Ebpf, name: &str) -> Result<ProgramFd, LoadError> {
+    let object = |reason: String| LoadError::Object { what: format!("loading the program {name}"), reason };
+    let program = ebpf.program_mut(name).ok_or_else(|| object("the eBPF object does not have it".to_owned()))?;
+    match program {
+        Program::Xdp(program) => retry_interrupted(|| program.load(), load_interrupted),
+        Program::SchedClassifier(program) => retry_interrupted(|| program.load(), load_interrupted),
+        _ => return Err(object("it has another program type".to_owned())),
+    }
+    .map_err(|error| object(chain(&error)))?;
+    let fd = program.fd().map_err(|error| object(chain(&error)))?;
+    fd.try_clone().map_err(|error| object(error.to_string()))
+}
+
+/// Sets the slots and the entry program of this object aside, whichever of them are pinned.
+///
+/// # Errors
+/// Where bpffs refuses.
+pub fn set_aside(pins: &Pins, xdp: bool) -> io::Result<()> {
+    let entry = pins.program(entry(xdp));
+    if entry.exists() {
+        // First, so that it never stands for slots that are not there.
+        fs::remove_file(&entry)?;
+    }
+    let slots = pins.stages(map(xdp));
+    if !slots.exists() {
+        return Ok(());
+    }
+    let aside = (0_u32..).map(|number| pins.stages_aside(map(xdp), number)).find(|path| !path.exists());
+    aside.map_or(Ok(()), |aside| fs::rename(&slots, aside))
+}
+
+/// Times that loading a program is tried.
+const LOAD_ATTEMPTS: u32 = 10;
+
+/// Loads again where the kernel gave the verification up because a signal was pending (EAGAIN): a runtime's timer or a
+/// child that ends is enough, and aya passes the error on. Bounded, as in libbpf, should it ever mean something else.
+fn retry_interrupted<E>(mut load: impl FnMut() -> Result<(), E>, interrupted: impl Fn(&E) -> bool) -> Result<(), E> {
+    for _ in 1..LOAD_ATTEMPTS {
+        match load() {
+            Err(error) if interrupted(&error) => {}
+            result => return result,
+        }
+    }
+    load()
+}
+
+fn load_interrupted(error: &ProgramError) -> bool {
+    matches!(error, ProgramError::LoadError { io_error, .. } if is_interruption(io_error))
+}
+
+fn is_interruption(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Calls of a load that fails with these errors, in turn, before it succeeds; and how it ended.
+    fn load_failing_with(errors: &[i32]) -> (usize, io::Result<()>) {
+        let mut calls = 0;
+        let load = || {
+            calls += 1;
+            errors.get(calls - 1).map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(*errno)))
+        };
+        let result = retry_interrupted(load, is_interruption);
+        (calls, result)
+    }
+
+    #[test]
+    fn a_load_given_up_for_a_signal_is_tried_again_and_one_refused_is_not() {
+        assert!(matches!(load_failing_with(&[libc::EAGAIN, libc::EINTR]), (3, Ok(()))));
+        assert!(matches!(load_failing_with(&[libc::EACCES]), (1, Err(_))));
+        assert!(matches!(load_failing_with(&[libc::EAGAIN; 100]), (10, Err(_))));
+    }
+}
