@@ -116,21 +116,26 @@ mod tests {
         counts.iter().map(|count| f64::from(*count) / table.len() as f64).collect()
     }
 
-    /// For each of 20 seeds, the share of the other backends' slots that move when one backend goes.
+    /// Pool sizes with the share of the other backends' slots that moves when one backend goes, in a table of 65537: the
+    /// largest of 20 seeds that was measured with the published algorithm.
+    const MOVED: [(u64, f64); 4] = [(3, 0.0011), (10, 0.0032), (100, 0.0064), (500, 0.0097)];
+
+    /// For each of 20 seeds, the share of the slots that neither pool gives to backend `one` and that move between a pool
+    /// of `n` and the same without it.
     fn disruption(n: u64, len: u32) -> Vec<f64> {
         (0..20u64)
             .map(|seed| {
-                let gone = seed % n;
-                let before = pool(n);
-                let after: Vec<Candidate> =
-                    before.iter().copied().enumerate().filter(|(i, _)| *i as u64 != gone).map(|(_, c)| c).collect();
-                let (old, new) = (fill([seed, 1], &before, len), fill([seed, 1], &after, len));
+                let one = seed % n;
+                let whole = pool(n);
+                let less: Vec<Candidate> =
+                    whole.iter().copied().enumerate().filter(|(i, _)| *i as u64 != one).map(|(_, c)| c).collect();
+                let (with, without) = (fill([seed, 1], &whole, len), fill([seed, 1], &less, len));
                 let mut kept = 0;
                 let mut moved = 0;
-                for (old, new) in old.iter().zip(&new) {
-                    if u64::from(*old) != gone {
+                for (with, without) in with.iter().zip(&without) {
+                    if u64::from(*with) != one {
                         kept += 1;
-                        moved += u32::from(before[usize::from(*old)] != after[usize::from(*new)]);
+                        moved += u32::from(whole[usize::from(*with)] != less[usize::from(*without)]);
                     }
                 }
                 f64::from(moved) / f64::from(kept)
@@ -140,12 +145,35 @@ mod tests {
 
     #[test]
     fn removing_a_backend_moves_few_slots_of_the_others() {
-        for (n, usual) in [(3, 0.0011), (10, 0.0032), (100, 0.0064)] {
+        for (n, most) in MOVED {
             let moved = disruption(n, 65537);
-            let mean = moved.iter().sum::<f64>() / moved.len() as f64;
-            assert!(mean < usual, "{n} backends: {mean} on average");
-            assert!(moved.iter().all(|share| *share < 2.0 * usual), "{n} backends: {moved:?}");
+            judge(n, &moved, most);
         }
+    }
+
+    #[test]
+    fn adding_a_backend_takes_its_share_and_moves_as_few_slots_of_the_others() {
+        for (n, most) in MOVED {
+            let one = |seed| {
+                let (old, new) = (fill([seed, 1], &pool(n), 65537), fill([seed, 1], &pool(n + 1), 65537));
+                let pairs = || old.iter().zip(&new).map(|(old, new)| (u64::from(*old), u64::from(*new)));
+                let taken = pairs().filter(|(_, new)| *new == n).count() as f64;
+                let share = taken * (n + 1) as f64 / 65537.0;
+                assert!((share - 1.0).abs() < 0.05, "{n} backends, seed {seed}: the new one has {share} of its share");
+                pairs().filter(|(old, new)| *new != n && old != new).count() as f64 / (65537.0 - taken)
+            };
+            judge(n, &(0..20).map(one).collect::<Vec<_>>(), most);
+        }
+    }
+
+    /// The mean of 20 seeds lies below the largest of other 20 that was published; the largest of these ones has a tail (two
+    /// backends whose walks run into each other), and stays within twice that.
+    fn judge(n: u64, moved: &[f64], most: f64) {
+        let mean = moved.iter().sum::<f64>() / moved.len() as f64;
+        let largest = moved.iter().copied().fold(0.0, f64::max);
+        std::println!("{n} backends: {:.3} % on average, {:.3} % at most", mean * 100.0, largest * 100.0);
+        assert!(mean < most, "{n} backends: {mean} on average");
+        assert!(largest < 2.0 * most, "{n} backends: {moved:?}");
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod orders;
 mod recorder;
 mod slow_start;
 mod start;
+mod swept;
 mod throttle;
 mod views;
 mod world;
@@ -30,7 +31,9 @@ use tracing::{error, info, warn};
 
 pub use start::{StartError, run};
 
-use self::{acl::Acl, orders::Orders, recorder::Recorder, slow_start::SlowStart, throttle::Throttle, world::World};
+use self::{
+    acl::Acl, orders::Orders, recorder::Recorder, slow_start::SlowStart, swept::Swept, throttle::Throttle, world::World,
+};
 use crate::{
     bgp::{BgpEvent, BgpHandle},
     config::{
@@ -44,12 +47,12 @@ use crate::{
     desired::{self, DesiredState},
     fib::{FibEvent, FibHandle, sysctl},
     model::{
-        BackendSource, BackendVerb, HealthKey, Mode, PoolSnapshot, Resolver, RouteUpdate,
+        BackendSource, BackendVerb, HealthKey, Mode, PoolSnapshot, Resolver,
         query::{Query, ReloadRow, ViewError},
     },
     notify,
     sources::{
-        dns::DnsHandle,
+        dns::{self, DnsHandle},
         fixed,
         health::{HealthHandle, Verdicts},
     },
@@ -102,6 +105,7 @@ struct Shared {
     prefixes: usize,
     /// Source ranges given at run time.
     acl: Acl,
+    swept: Swept,
     datapath: Datapath,
 }
 
@@ -171,10 +175,11 @@ impl Daemon {
             tokio::select! {
                 event = inbox.bgp.recv(), if speaks => self.on_bgp(event.ok_or_else(|| ended("BGP"))?).await,
                 event = inbox.fib.recv() => self.on_fib(event.ok_or_else(|| ended("the kernel's routes"))?).await,
-                Some(pool) = inbox.pools.recv() => self.on_pool(pool).await,
+                Some(pool) = inbox.pools.recv() => self.on_pools(pool, &mut inbox.pools).await,
                 Some(request) = inbox.requests.recv() => self.on_request(request).await,
                 Ok(()) = inbox.verdicts.changed() => {
                     self.world.verdicts = Arc::clone(&inbox.verdicts.borrow_and_update());
+                    self.dns.heed(dns::gather(&self.config, &self.world.verdicts));
                     self.publish();
                 }
                 _ = inbox.hangup.recv() => {
@@ -248,9 +253,9 @@ impl Daemon {
             self.learn_snat_sources(moved).await;
             self.publish();
         }
-        if self.reaches_resolver(&changes) {
-            self.dns.refresh();
-        }
+        let appeared = changes.iter().filter(|change| !change.next_hops.is_empty());
+        let appeared: Vec<_> = appeared.map(|change| change.prefix).collect();
+        self.dns.rerouted(&appeared);
         self.settle_routes().await;
     }
 
@@ -265,13 +270,6 @@ impl Daemon {
             self.learn_snat_sources(moved).await;
             self.publish();
         }
-    }
-
-    fn reaches_resolver(&self, updates: &[RouteUpdate]) -> bool {
-        let servers = self.config.resolvers.values().flat_map(|resolver| &resolver.servers);
-        let appeared = updates.iter().filter(|update| !update.next_hops.is_empty());
-        let appeared: Vec<_> = appeared.map(|update| update.prefix).collect();
-        servers.into_iter().any(|server| appeared.iter().any(|prefix| prefix.contains(&server.ip())))
     }
 
     async fn on_fib(&mut self, event: FibEvent) {
@@ -297,6 +295,7 @@ impl Daemon {
                 if self.refresh_kernel_prefixes().await {
                     self.route_generation.ask(Instant::now());
                 }
+                self.dns.own_addresses(&self.fib.own_addresses().await);
                 self.publish();
                 self.learn_snat_sources(self.world.backend_addresses()).await;
                 self.publish();
@@ -305,8 +304,12 @@ impl Daemon {
         }
     }
 
-    async fn on_pool(&mut self, pool: PoolSnapshot) {
-        self.world.hear_pool(&self.config, pool);
+    /// Many services may ask for one name: all that has come by now makes one new state.
+    async fn on_pools(&mut self, first: PoolSnapshot, more: &mut mpsc::Receiver<PoolSnapshot>) {
+        self.world.hear_pool(&self.config, first);
+        while let Ok(pool) = more.try_recv() {
+            self.world.hear_pool(&self.config, pool);
+        }
         self.learn_new_snat_sources().await;
         self.publish();
     }
@@ -487,11 +490,21 @@ impl Daemon {
             return;
         }
         match self.sweeper.step(SWEEP_BUDGET) {
-            Ok(report) if report.finished => self.next_walk = now + SWEEP_WALK,
+            Ok(report) if report.finished => {
+                self.next_walk = now + SWEEP_WALK;
+                self.look_at_pass(now);
+            }
             Ok(_) => {}
             Err(error) => warn!(%error, "idle flows could not be swept"),
         }
         self.recorder.ended(self.sweeper.take_ended());
+    }
+
+    fn look_at_pass(&self, now: Instant) {
+        let Some(pass) = self.sweeper.last_pass() else { return };
+        if let Err(error) = lock(&self.shared).swept.take(pass, self.kernel.tables(), now) {
+            warn!(%error, "the use of SNAT ports cannot be told");
+        }
     }
 
     /// Parses, validates, compares, applies; on any error the running configuration stays.
@@ -521,7 +534,9 @@ impl Daemon {
         self.recorder.reload(&self.config.access_log);
         let current = lock(&self.shared).desired.clone();
         self.world.reconfigure(&self.config, &current);
-        self.dns.reconfigure(dns_sources(&self.config), self.config.edge.pod_networks.clone());
+        let guard = dns_guard(&self.config, self.fib.own_addresses().await);
+        self.dns.reconfigure(dns_sources(&self.config), guard);
+        self.dns.heed(dns::gather(&self.config, &self.world.verdicts));
         self.fixed_pools();
         if let Err(error) = self.orders.forget_others(&self.config) {
             warn!(%error, "orders for services that are gone stay in the file");
@@ -559,6 +574,11 @@ fn dns_sources(config: &Config) -> Vec<(BackendSource, Resolver)> {
         BackendSource::Static(_) => None,
     };
     sources.into_iter().filter_map(|source| Some((source.clone(), resolver(source)?))).collect()
+}
+
+/// What an address in an answer must not be.
+fn dns_guard(config: &Config, own: BTreeSet<IpAddr>) -> dns::Guard {
+    dns::Guard { pod_networks: config.edge.pod_networks.clone(), vips: addresses(config), own }
 }
 
 /// Kernel settings in the way of forwarding, in words.

@@ -282,6 +282,58 @@ fn links_outlive_the_process_that_made_them_and_detach_all_leaves_nothing() {
     });
 }
 
+/// The hook of each interface and why it is not a better one.
+fn choices(datapath: &Datapath) -> Vec<(String, String)> {
+    datapath.xdp_rows().into_iter().map(|row| (row.hook, row.reason.unwrap_or_default())).collect()
+}
+
+#[test]
+fn auto_is_native_xdp_where_the_driver_has_it_and_tc_elsewhere_with_the_reason() {
+    in_namespaces("automatic hook", |folder| {
+        ip("tuntap add dev tap0 mode tap");
+        ip("link add br0 type bridge");
+        let mut datapath = open(&edge(folder, Hook::Auto, &["tap0", "in", "br0"]));
+        attach_all(&mut datapath);
+        let tc = attach::tc_hook().name();
+        let [tap, veth, bridge] = &choices(&datapath)[..] else { panic!("three interfaces") };
+        assert_eq!(*tap, row("xdp-native", ""));
+        assert_eq!(veth.0, tc);
+        assert!(veth.1.starts_with("veth: "), "{}", veth.1);
+        assert_eq!(bridge.0, tc);
+        assert!(bridge.1.starts_with("xdp-native: not supported by this driver"), "{}", bridge.1);
+    });
+}
+
+#[test]
+fn generic_xdp_comes_only_where_it_is_asked_for() {
+    in_namespaces("generic hook", |folder| {
+        ip("link add br0 type bridge");
+        let mut datapath = open(&edge(folder, Hook::XdpGeneric, &["br0"]));
+        attach_all(&mut datapath);
+        assert_eq!(choices(&datapath), [row("xdp-generic", "hook = \"xdp-generic\"")]);
+        let mut datapath = open(&edge(folder, Hook::XdpNative, &["br0"]));
+        assert_eq!(datapath.attach_missing().len(), 1);
+        assert!(choices(&datapath)[0].1.contains("not supported by this driver"), "{:?}", choices(&datapath));
+    });
+}
+
+#[test]
+fn a_port_is_refused_beside_the_bridge_it_belongs_to_and_let_go_where_it_was_attached_before() {
+    in_namespaces("bridge and port", |folder| {
+        ip("link add br0 type bridge");
+        let edge = edge(folder, Hook::Tc, &["in", "br0"]);
+        let mut datapath = open(&edge);
+        attach_all(&mut datapath);
+        ip("link set in master br0");
+        let failed = datapath.attach_missing();
+        assert!(matches!(&failed[..], [(name, LoadError::Hook { .. })] if name == "in"), "{failed:?}");
+        assert!(failed[0].1.to_string().contains("it is a port of br0"), "{}", failed[0].1);
+        assert_eq!(states(&datapath), [row("-", "missing"), row(attach::tc_hook().name(), "attached")]);
+        ip("link set in nomaster");
+        attach_all(&mut datapath);
+    });
+}
+
 #[test]
 fn a_changed_hook_moves_the_program_and_never_leaves_both() {
     in_namespaces("hook change", |folder| {

@@ -18,8 +18,8 @@ use std::{
 };
 
 use edge_ctl::{
-    model::{BackendSource, PoolSnapshot, PoolState, RecordType, Resolver},
-    sources::dns::{DnsHandle, DnsOptions, spawn_dns_with},
+    model::{BackendSource, PoolSnapshot, PoolState, RecordType, Resolver, ResolverPolicy},
+    sources::dns::{DnsHandle, DnsOptions, Guard, spawn_dns_with},
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -138,6 +138,10 @@ async fn serve_tcp(listener: TcpListener, script: Arc<Mutex<Script>>) {
     }
 }
 
+fn networks(text: &str) -> Guard {
+    vec![text.parse().unwrap()].into()
+}
+
 fn source(name: &str, record: RecordType) -> BackendSource {
     let port = (record != RecordType::Srv).then_some(443);
     BackendSource::Dns { name: name.into(), port, resolver: "kube-dns".into(), record }
@@ -149,15 +153,12 @@ fn resolver(servers: &[&Server]) -> Resolver {
         servers: servers.iter().map(|server| server.address).collect(),
         // Longer than any test: only refresh, retry and hold ask again.
         valid: Some(Duration::from_secs(3600)),
+        policy: ResolverPolicy { shrink_hold: Duration::ZERO, ..ResolverPolicy::default() },
     }
 }
 
 fn options() -> DnsOptions {
-    DnsOptions {
-        server_timeout: Duration::from_millis(300),
-        retry: Duration::from_millis(50),
-        hold: Duration::from_secs(10),
-    }
+    DnsOptions { server_timeout: Duration::from_millis(300), retry: Duration::from_millis(50) }
 }
 
 struct Pool {
@@ -172,7 +173,7 @@ impl Pool {
 
     fn within(source: BackendSource, resolver: Resolver, network: &str) -> Self {
         let (out, snapshots) = mpsc::channel(16);
-        let networks = vec![network.parse().unwrap()];
+        let networks: Vec<ipnet::IpNet> = vec![network.parse().unwrap()];
         let handle = spawn_dns_with(options(), vec![(source, resolver)], networks, out);
         Self { handle, snapshots }
     }
@@ -207,7 +208,7 @@ async fn the_pool_follows_scaling_up_and_down_on_refresh() {
     assert_eq!(pool.next().await.members.len(), 1);
     for (case, count) in [("ready-2", 2), ("ready-3", 3), ("ready-1", 1)] {
         server.says(case);
-        pool.handle.refresh();
+        pool.handle.refresh(None);
         let snapshot = pool.next().await;
         assert_eq!((snapshot.members.len(), snapshot.state), (count, PoolState::Fresh), "{case}");
     }
@@ -246,7 +247,7 @@ async fn a_truncated_answer_without_tcp_keeps_the_last_good_pool() {
     let mut pool = Pool::within(source(BIG, RecordType::A), resolver(&[&server]), "10.0.0.0/8");
     assert_eq!(pool.next().await.members.len(), 150);
     server.says("big-truncated");
-    pool.handle.refresh();
+    pool.handle.refresh(None);
     let kept = pool.next().await;
     assert_eq!(kept.members.len(), 150);
     assert!(matches!(kept.state, PoolState::LastGood { .. }));
@@ -275,7 +276,7 @@ async fn servfail_of_an_unsynced_server_keeps_the_pool_until_it_answers_again() 
     let mut pool = Pool::of(source(SERVICE, RecordType::A), resolver(&[&server]));
     let first = pool.next().await;
     server.says("servfail-unsynced");
-    pool.handle.refresh();
+    pool.handle.refresh(None);
     let kept = pool.next().await;
     assert_eq!(hosts(&kept), hosts(&first));
     assert!(is_last_good(&kept, "SERVFAIL"), "{:?}", kept.state);
@@ -292,7 +293,7 @@ async fn nxdomain_is_held_and_nodata_counts_as_success() {
     let mut pool = Pool::of(source(SERVICE, RecordType::A), resolver(&[&server]));
     let first = pool.next().await;
     server.says("no-pods");
-    pool.handle.refresh();
+    pool.handle.refresh(None);
     let held = pool.next().await;
     assert_eq!(hosts(&held), hosts(&first));
     assert!(is_last_good(&held, "NXDOMAIN"), "{:?}", held.state);
@@ -309,14 +310,14 @@ async fn nxdomain_that_lasts_empties_the_pool() {
     let server = Server::start().await;
     server.says("ready-3");
     let (out, snapshots) = mpsc::channel(16);
-    let short = DnsOptions { hold: Duration::from_millis(200), ..options() };
-    let quick = Resolver { valid: None, ..resolver(&[&server]) };
-    let networks = vec!["10.1.0.0/16".parse().unwrap()];
-    let handle = spawn_dns_with(short, vec![(source(SERVICE, RecordType::A), quick)], networks, out);
+    let policy = ResolverPolicy { hold: Duration::from_millis(200), ..ResolverPolicy::default() };
+    let quick = Resolver { valid: None, policy, ..resolver(&[&server]) };
+    let networks: Vec<ipnet::IpNet> = vec!["10.1.0.0/16".parse().unwrap()];
+    let handle = spawn_dns_with(options(), vec![(source(SERVICE, RecordType::A), quick)], networks, out);
     let mut pool = Pool { handle, snapshots };
     pool.next().await;
     server.says("no-pods");
-    pool.handle.refresh();
+    pool.handle.refresh(None);
     assert!(is_last_good(&pool.next().await, "NXDOMAIN"));
     let emptied = pool.next().await;
     assert_eq!((emptied.members.len(), emptied.state), (0, PoolState::Fresh));
@@ -332,7 +333,7 @@ async fn a_silent_server_is_passed_over_and_the_one_that_answered_is_asked_first
     assert_eq!(pool.handle.rows()[0].responses["timed_out"], 1);
     let asked = dead.asked();
     alive.says("ready-3");
-    pool.handle.refresh();
+    pool.handle.refresh(None);
     assert_eq!(pool.next().await.members.len(), 3);
     assert_eq!(dead.asked(), asked);
 }
@@ -344,7 +345,7 @@ async fn servers_that_all_fall_silent_keep_the_pool() {
     let mut pool = Pool::of(source(SERVICE, RecordType::A), resolver(&[&server]));
     let first = pool.next().await;
     server.says_nothing();
-    pool.handle.refresh();
+    pool.handle.refresh(None);
     let kept = pool.next().await;
     assert_eq!(hosts(&kept), hosts(&first));
     assert!(is_last_good(&kept, "timed out"), "{:?}", kept.state);
@@ -371,9 +372,9 @@ async fn other_settings_keep_what_was_learnt_and_other_sources_go() {
     server.says_nothing();
     let mut slower = resolver(&[&server]);
     slower.valid = Some(Duration::from_secs(60));
-    pool.handle.reconfigure(vec![(kept, slower)], vec!["10.1.0.0/16".parse().unwrap()]);
+    pool.handle.reconfigure(vec![(kept, slower)], networks("10.1.0.0/16"));
     assert_eq!(pool.handle.rows()[0].addresses.len(), 3);
-    pool.handle.reconfigure(Vec::new(), Vec::new());
+    pool.handle.reconfigure(Vec::new(), Guard::default());
     assert_eq!(pool.handle.rows(), Vec::new());
 }
 
@@ -388,4 +389,30 @@ async fn a_server_that_cannot_be_reached_counts_as_timed_out_and_is_passed_over(
     assert_eq!(pool.next().await.members.len(), 1);
     assert_eq!(pool.handle.rows()[0].responses["timed_out"], 2);
     assert_eq!(pool.handle.rows()[0].requests, 3);
+}
+
+#[tokio::test]
+async fn a_thousand_services_on_one_name_ask_once_and_each_has_its_own_port() {
+    let server = Server::start().await;
+    server.says("ready-3");
+    let (out, mut snapshots) = mpsc::channel(1024);
+    let on_port = |port| BackendSource::Dns {
+        name: SERVICE.into(),
+        port: Some(port),
+        resolver: "kube-dns".into(),
+        record: RecordType::A,
+    };
+    let sources: Vec<_> = (1..=1000).map(|port| (on_port(port), resolver(&[&server]))).collect();
+    let handle = spawn_dns_with(options(), sources, networks("10.1.0.0/16"), out);
+    let mut told = BTreeSet::new();
+    while told.len() < 1000 {
+        let snapshot = tokio::time::timeout(PATIENCE, snapshots.recv()).await.expect("a snapshot").unwrap();
+        let BackendSource::Dns { port: Some(port), .. } = snapshot.source else { panic!("{:?}", snapshot.source) };
+        assert_eq!(snapshot.members.len(), 3);
+        assert!(snapshot.members.iter().all(|member| member.address.port() == port));
+        told.insert(port);
+    }
+    assert_eq!(server.asked(), 1);
+    let rows = handle.rows();
+    assert_eq!((rows.len(), rows[0].requests), (1, 1));
 }

@@ -75,7 +75,7 @@ fn write<P: Packet>(packet: &mut P) -> Option<FlowKeyV4> {
 }
 
 /// The wrapper alone.
-#[xdp]
+#[xdp(frags)]
 pub fn bench_xdp_baseline(ctx: XdpContext) -> u32 {
     match write(&mut XdpPacket::new(&ctx)) {
         Some(_) => xdp_action::XDP_PASS,
@@ -84,7 +84,7 @@ pub fn bench_xdp_baseline(ctx: XdpContext) -> u32 {
 }
 
 /// The wrapper and the pipeline.
-#[xdp]
+#[xdp(frags)]
 pub fn bench_xdp_pipeline(ctx: XdpContext) -> u32 {
     let mut packet = XdpPacket::new(&ctx);
     if write(&mut packet).is_none() {
@@ -94,7 +94,7 @@ pub fn bench_xdp_pipeline(ctx: XdpContext) -> u32 {
 }
 
 /// The wrapper and one lookup in an LRU hash.
-#[xdp]
+#[xdp(frags)]
 pub fn bench_xdp_lookup(ctx: XdpContext) -> u32 {
     match write(&mut XdpPacket::new(&ctx)) {
         Some(key) if flow(Table::HalfOpen, &key).is_some() => xdp_action::XDP_PASS,

@@ -17,7 +17,7 @@ use edge_ebpf::{
 use programs::{at_tc, at_xdp};
 
 /// The program for native and generic XDP.
-#[xdp]
+#[xdp(frags)]
 pub fn edge_xdp(ctx: XdpContext) -> u32 {
     at_xdp(pipeline::run(&mut XdpPacket::new(&ctx)))
 }

@@ -77,6 +77,12 @@ pub trait Packet {
     /// Bytes in the whole frame, in fragments too.
     fn frame_len(&self) -> usize;
 
+    /// True where the frame has at least so many bytes, in fragments too.
+    #[inline(always)]
+    fn holds(&self, len: usize) -> bool {
+        len <= self.frame_len()
+    }
+
     /// Makes the first `len` bytes (or all, where there are fewer) readable by [`Packet::header`].
     fn pull(&mut self, len: usize);
 
@@ -118,6 +124,23 @@ pub struct SkbPacket {
     ctx: *mut __sk_buff,
 }
 
+impl XdpPacket {
+    /// Bytes in the first buffer, which is all of most packets.
+    #[inline(always)]
+    fn first_buffer(&self) -> usize {
+        // SAFETY: the kernel hands a valid context to the program run this value lives in.
+        unsafe { (*self.ctx).data_end as usize - (*self.ctx).data as usize }
+    }
+}
+
+/// Bytes in all buffers of a packet. Kernels before 5.18 lack the helper and have no second buffer: for them the loader
+/// writes 0 in place of the call.
+#[inline(never)]
+fn buffers(ctx: *mut xdp_md) -> usize {
+    // SAFETY: valid context; the helper takes nothing else.
+    unsafe { generated::bpf_xdp_get_buff_len(ctx) as usize }
+}
+
 impl SkbPacket {
     /// The packet of this program run.
     #[inline(always)]
@@ -154,8 +177,14 @@ impl Packet for XdpPacket {
 
     #[inline(always)]
     fn frame_len(&self) -> usize {
-        // SAFETY: as in `ingress`.
-        unsafe { (*self.ctx).data_end as usize - (*self.ctx).data as usize }
+        let (first, whole) = (self.first_buffer(), buffers(self.ctx));
+        if whole > first { whole } else { first }
+    }
+
+    /// Nearly every packet lies in one buffer, and asks the kernel nothing.
+    #[inline(always)]
+    fn holds(&self, len: usize) -> bool {
+        len <= self.first_buffer() || len <= buffers(self.ctx)
     }
 
     #[inline(always)]

@@ -230,7 +230,7 @@ pub fn extensions<P: Packet>(packet: &mut P, ip: &mut Ip<Wide>) -> Upper {
 #[inline(always)]
 pub fn transport<A: Family, P: Packet>(packet: &mut P, ip: &Ip<A>) -> Option<Parsed<A>> {
     let (header_len, total_len) = (header_len::<A>(ip.header_len), ip.total_len as usize);
-    if header_len < Ipv4Hdr::LEN || IP + total_len > packet.frame_len() {
+    if header_len < Ipv4Hdr::LEN || !packet.holds(IP + total_len) {
         return None;
     }
     let payload = total_len.checked_sub(header_len)?;

@@ -40,7 +40,7 @@ pub fn at_tc(packet: &SkbPacket, verdict: Verdict) -> i32 {
 macro_rules! stage {
     ($($stage:path: $at_xdp:ident, $at_tc:ident;)*) => {
         $(
-            #[xdp]
+            #[xdp(frags)]
             pub fn $at_xdp(ctx: XdpContext) -> u32 {
                 at_xdp($stage(&mut XdpPacket::new(&ctx)))
             }

@@ -120,6 +120,7 @@ pub fn print() -> Result<()> {
 /// # Errors
 /// What the verifier says where it refuses one.
 pub fn of(object: &[u8]) -> Result<Vec<Facts>> {
+    let object = &*edge_ctl::datapath::object::for_this_kernel(object);
     let loaded = Ebpf::load(object).context("create the object's maps")?;
     let mut parsed = Object::parse(object).context("read the eBPF object")?;
     let maps: Vec<(String, OwnedFd)> = parsed

@@ -39,7 +39,7 @@ impl Recorded {
         let service = |addresses: &Vec<_>| HeadlessService { ports: ports.clone(), addresses: addresses.clone() };
         let services = self.services.iter().map(|(name, addresses)| (name.clone(), service(addresses))).collect();
         let transport = if self.transport == "udp" { Transport::Udp } else { Transport::Tcp };
-        answer(&Zone { mode: self.mode, services }, &bytes(&self.query), transport, &mut |_| {})
+        answer(&Zone { mode: self.mode, services, ..Zone::default() }, &bytes(&self.query), transport, &mut |_| {})
     }
 }
 

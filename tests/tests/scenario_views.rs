@@ -26,9 +26,10 @@ const SOON: Duration = Duration::from_secs(5);
 /// Views of which the pins know everything but these columns.
 const VIEWS: [(&[&str], &[&str]); 6] = [
     (&["service", "list"], &["conn/s", "rx/s", "tx/s", "announced", "age"]),
-    (&["backend", "list"], &["conn/s", "node", "source"]),
+    (&["backend", "list"], &["conn/s", "node", "source", "snat"]),
     (&["flow", "list"], &["idle", "age"]),
-    (&["map", "list"], &[]),
+    // The daemon has the flow tables counted by its sweep, a moment ago.
+    (&["map", "list"], &["entries", "counted"]),
     (&["map", "dump", "SERVICES"], &[]),
     (&["xdp", "status"], &["state", "reason"]),
 ];

@@ -15,7 +15,7 @@ use crate::sh::{self, as_root, cargo, is_root, output, root, step};
 const BPF_LINKER: &str = "0.10.3";
 
 /// Debian packages, each with a program that shows it is there.
-const PACKAGES: [(&str, &str); 15] = [
+const PACKAGES: [(&str, &str); 17] = [
     ("iproute2", "ip"),
     ("ethtool", "ethtool"),
     ("nftables", "nft"),
@@ -30,6 +30,8 @@ const PACKAGES: [(&str, &str); 15] = [
     ("haproxy", "haproxy"),
     ("hping3", "hping3"),
     ("wrk", "wrk"),
+    ("knot", "knotd"),
+    ("dnsmasq-base", "dnsmasq"),
     ("systemd", "systemd-analyze"),
 ];
 

@@ -17,7 +17,7 @@ use serde::Deserialize;
 use super::{Answer, Query, ViewError, Views, metrics};
 use crate::model::capture::CaptureOrder;
 use crate::model::{
-    BackendVerb,
+    BackendVerb, RecordType,
     query::{DEFAULT_LIMIT, Refusal, ServiceDetail},
 };
 
@@ -33,6 +33,7 @@ pub(super) fn api(views: Shared) -> Router {
         ("/v1/services", Query::Services),
         ("/v1/backends", Query::Backends),
         ("/v1/dns", Query::Dns),
+        ("/v1/dns/stats", Query::DnsZones),
         ("/v1/bgp/peers", Query::BgpPeers),
         ("/v1/bgp/routes", Query::BgpRoutes),
         ("/v1/routes", Query::Routes),
@@ -57,6 +58,8 @@ pub(super) fn api(views: Shared) -> Router {
         .route("/v1/acl/add", post(acl_add))
         .route("/v1/acl/remove", post(acl_remove))
         .route("/v1/capture", post(capture))
+        .route("/v1/dns/query", post(dns_query))
+        .route("/v1/dns/refresh", post(dns_refresh))
         .route("/v1/reload", post(|State(views): State<Shared>| ask(views, Query::Reload)))
         .route("/v1/backends/{service}/{backend}/{verb}", post(order))
         .route("/metrics", get(scrape))
@@ -102,8 +105,8 @@ async fn not_found(uri: Uri) -> Response {
 
 async fn wrong_method(uri: Uri) -> Response {
     let error = format!(
-        "{} does not take that method (GET everywhere, POST for /v1/reload, /v1/capture, /v1/acl/add, /v1/acl/remove \
-         and /v1/backends/SERVICE/ADDRESS:PORT/VERB)",
+        "{} does not take that method (GET everywhere, POST for /v1/reload, /v1/capture, /v1/acl/add, /v1/acl/remove, \
+         /v1/dns/query, /v1/dns/refresh and /v1/backends/SERVICE/ADDRESS:PORT/VERB)",
         uri.path()
     );
     (StatusCode::METHOD_NOT_ALLOWED, Json(Refusal { error, problems: Vec::new() })).into_response()
@@ -189,6 +192,42 @@ async fn acl_remove(
 ) -> Response {
     match parameters {
         Ok(Parameters(RangeParameters { service, prefix })) => ask(views, Query::AclRemove { service, prefix }).await,
+        Err(rejection) => bad_request(rejection.body_text()),
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DnsParameters {
+    name: String,
+    record: Option<RecordType>,
+    resolver: Option<String>,
+}
+
+async fn dns_query(
+    State(views): State<Shared>,
+    parameters: Result<Parameters<DnsParameters>, QueryRejection>,
+) -> Response {
+    match parameters {
+        Ok(Parameters(DnsParameters { name, record, resolver })) => {
+            ask(views, Query::DnsQuery { name, record, resolver }).await
+        }
+        Err(rejection) => bad_request(rejection.body_text()),
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NameParameters {
+    name: Option<String>,
+}
+
+async fn dns_refresh(
+    State(views): State<Shared>,
+    parameters: Result<Parameters<NameParameters>, QueryRejection>,
+) -> Response {
+    match parameters {
+        Ok(Parameters(NameParameters { name })) => ask(views, Query::DnsRefresh { name }).await,
         Err(rejection) => bad_request(rejection.body_text()),
     }
 }

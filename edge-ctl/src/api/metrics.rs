@@ -12,8 +12,12 @@ use prometheus_client::{
 
 use super::{Answer, Query, Views};
 use crate::model::{
+    SnatRow,
     query::ReasonRow,
-    view::{BackendRow, BgpPeerRow, DnsRow, HealthRow, MapRow, RouteRow, ServiceRow, StatusRow, XdpRow},
+    view::{
+        BackendRow, BgpPeerRow, DnsRow, DnsServerRow, DnsZoneRow, HealthRow, MapRow, RouteRow, ServiceRow, StatusRow,
+        XdpRow,
+    },
 };
 
 /// What HTTP calls the format.
@@ -41,6 +45,7 @@ struct Sampled {
     services: Vec<ServiceRow>,
     backends: Vec<BackendRow>,
     dns: Vec<DnsRow>,
+    dns_zones: Vec<DnsZoneRow>,
     peers: Vec<BgpPeerRow>,
     routes: Vec<RouteRow>,
     maps: Vec<MapRow>,
@@ -58,6 +63,7 @@ impl Sampled {
             ("services", Query::Services),
             ("backends", Query::Backends),
             ("dns", Query::Dns),
+            ("dns_stats", Query::DnsZones),
             ("bgp_peers", Query::BgpPeers),
             ("routes", Query::Routes),
             ("maps", Query::Maps),
@@ -73,6 +79,7 @@ impl Sampled {
                 Ok(Answer::Services(rows)) => sampled.services = rows,
                 Ok(Answer::Backends(rows)) => sampled.backends = rows,
                 Ok(Answer::Dns(rows)) => sampled.dns = rows,
+                Ok(Answer::DnsZones(rows)) => sampled.dns_zones = rows,
                 Ok(Answer::BgpPeers(rows)) => sampled.peers = rows,
                 Ok(Answer::Routes(rows)) => sampled.routes = rows,
                 Ok(Answer::Maps(rows)) => sampled.maps = rows,
@@ -168,6 +175,12 @@ static METRICS: &[Metric] = &[
     }),
     counter("service_connections", "Flows opened", |s| of_services(s, |row| row.connections)),
     gauge("service_active", "Established flows", |s| of_services(s, |row| row.active)),
+    counter("service_attempts", "Flows begun, whatever became of them", |s| of_services(s, |row| row.attempts)),
+    gauge("service_affinity", "How long a client stays with its backend; 0: no affinity", |s| {
+        of_services(s, |row| row.affinity)
+    })
+    .seconds(),
+    gauge("service_slots", "Slots of the selection table in force", |s| of_services(s, |row| row.slots)),
     counter("service", "Bytes from the IP header on; `in` is from clients", |s| {
         directed(s.services.iter().map(|row| (service_labels(row), row.bytes_in, row.bytes_out)))
     })
@@ -197,6 +210,13 @@ static METRICS: &[Metric] = &[
         of_services(s, |row| u64::from(row.panic))
     }),
     gauge("backend_weight", "Relative weight", |s| of_backends(s, |row| u64::from(row.w))),
+    gauge("backend_limit", "Connections it may have at once; 0: no limit", |s| of_backends(s, |row| row.limit)),
+    gauge("backend_share", "Share of its weight while it starts slowly, percent", |s| {
+        of_backends(s, |row| u64::from(row.share))
+    }),
+    gauge("backend_backup", "1 for a backend of the backup tier", |s| {
+        of_backends(s, |row| u64::from(row.tier == "backup"))
+    }),
     counter("backend", "Bytes from the IP header on; `in` is from clients", |s| {
         directed(s.backends.iter().map(|row| (backend_labels(row), row.bytes_in, row.bytes_out)))
     })
@@ -216,6 +236,11 @@ static METRICS: &[Metric] = &[
         s.backends.iter().filter_map(|row| Some((backend_labels(row), micros(row.first_byte?)))).collect()
     })
     .microseconds(),
+    gauge("snat_ports_used", "SNAT ports that flows hold, as of the sweep's last walk", |s| of_snat(s, |row| row.used)),
+    gauge("snat_ports_allowed", "SNAT ports that may be used", |s| of_snat(s, |row| row.allowed)),
+    gauge("snat_alarm", "SNAT ports in use: 0 enough free, 1 from 75 % (warning), 2 from 90 % (critical)", |s| {
+        of_snat(s, |row| row.level.number())
+    }),
     counter("access_log_lines", "Access log lines, by what became of them", |s| {
         let both = |row: &StatusRow| [("written", row.access_written), ("lost", row.access_lost)];
         let samples = s.status.iter().flat_map(both);
@@ -242,7 +267,25 @@ static METRICS: &[Metric] = &[
         s.dns.iter().filter_map(|row| Some((name_labels(row), row.age?))).collect()
     })
     .seconds(),
-    counter("dns_refused_addresses", "Addresses refused because they lie outside pod_networks", |s| {
+    counter("dns_pool_changes", "Changes of the addresses in use", |s| of_names(s, |row| row.changes)),
+    counter("dns_holds", "Changes that were held", |s| of_names(s, |row| row.holds)),
+    gauge("dns_held", "1 while a change is held", |s| of_names(s, |row| u64::from(row.held.is_some()))),
+    gauge("dns_held_age", "Time since a change is held", |s| {
+        s.dns.iter().filter_map(|row| Some((name_labels(row), row.held_age?))).collect()
+    })
+    .seconds(),
+    gauge("dns_held_addresses", "Addresses in use that the answer left out", |s| {
+        of_names(s, |row| row.held_addresses.len() as u64)
+    }),
+    counter("dns_resolver_requests", "Requests by type, as NGINX Plus counts them: name, srv, addr", |s| {
+        of_zones(s, "type", |row| &row.requests)
+    }),
+    counter("dns_resolver_responses", "Answers by class", |s| of_zones(s, "class", |row| &row.responses)),
+    gauge("dns_server_up", "1 while the newest query brought an answer that can be used", |s| {
+        of_dns_servers(s, |server| u64::from(server.state == "up"))
+    }),
+    counter("dns_server_requests", "Queries asked", |s| of_dns_servers(s, |server| server.requests)),
+    counter("dns_refused_addresses", "Addresses refused: outside pod_networks, special, or our own", |s| {
         of_names(s, |row| row.refused_addresses)
     }),
     gauge("bgp_peer_up", "1 while the session is established", |s| {
@@ -263,9 +306,11 @@ static METRICS: &[Metric] = &[
     gauge("route_missing", "Prefixes that BGP has and the kernel has not", |s| {
         vec![(Vec::new(), s.routes.iter().filter(|row| !row.installed).count() as u64)]
     }),
-    gauge("map_entries", "Entries in use, where they can be counted", |s| {
-        s.maps.iter().filter_map(|row| Some((map_labels(row), row.entries?))).collect()
-    }),
+    gauge(
+        "map_entries",
+        "Entries in use, where they can be counted; of the flow tables as of the sweep's last walk",
+        |s| s.maps.iter().filter_map(|row| Some((map_labels(row), row.entries?))).collect(),
+    ),
     gauge("map_max_entries", "Capacity", |s| of_maps(s, |row| u64::from(row.max_entries))),
     gauge("map_memory", "Kernel memory", |s| of_maps(s, |row| row.memory)).bytes(),
     gauge("xdp_attached", "1 while the program is attached", |s| {
@@ -316,6 +361,11 @@ fn of_backends(s: &Sampled, value: fn(&BackendRow) -> u64) -> Samples {
     s.backends.iter().map(|row| (backend_labels(row), value(row))).collect()
 }
 
+fn of_snat(s: &Sampled, value: fn(&SnatRow) -> u64) -> Samples {
+    let rows = s.backends.iter().flat_map(|row| row.snat.iter().map(move |snat| (row, snat)));
+    rows.map(|(row, snat)| (with(backend_labels(row), "address", &snat.address), value(snat))).collect()
+}
+
 fn of_checked(s: &Sampled, value: fn(&HealthRow) -> u64) -> Samples {
     let labels = |row: &HealthRow| vec![("service", row.service.clone()), ("backend", row.backend.clone())];
     s.health.iter().map(|row| (labels(row), value(row))).collect()
@@ -327,6 +377,19 @@ fn name_labels(row: &DnsRow) -> Labels {
 
 fn of_names(s: &Sampled, value: fn(&DnsRow) -> u64) -> Samples {
     s.dns.iter().map(|row| (name_labels(row), value(row))).collect()
+}
+
+fn of_zones(s: &Sampled, label: &'static str, counts: fn(&DnsZoneRow) -> &BTreeMap<String, u64>) -> Samples {
+    let all = s.dns_zones.iter().flat_map(|row| counts(row).iter().map(move |count| (row, count)));
+    all.map(|(row, (kind, count))| (with(vec![("resolver", row.resolver.clone())], label, kind), *count)).collect()
+}
+
+fn of_dns_servers(s: &Sampled, value: fn(&DnsServerRow) -> u64) -> Samples {
+    let all = s.dns_zones.iter().flat_map(|row| row.servers.iter().map(move |server| (row, server)));
+    let labels = |row: &DnsZoneRow, server: &DnsServerRow| {
+        vec![("resolver", row.resolver.clone()), ("server", server.server.clone())]
+    };
+    all.map(|(row, server)| (labels(row, server), value(server))).collect()
 }
 
 fn peer_labels(row: &BgpPeerRow) -> Labels {

@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::model::capture::{CaptureOrder, CaptureRow};
 use crate::model::{
+    RecordType, SnatLevel, SnatRow,
     query::{ConfigRow, MapEntryRow, ReasonRow},
     view::*,
 };
@@ -61,6 +62,7 @@ fn rows(query: Query) -> Result<Answer, ViewError> {
             state: text("up"),
             connect: Some(0.3),
             first_byte: Some(0.9),
+            snat: vec![SnatRow { address: text("10.1.0.1"), used: 900, allowed: 1000, level: SnatLevel::Critical }],
             ..BackendRow::default()
         }]),
         Query::Flows { limit, .. } => {
@@ -73,6 +75,19 @@ fn rows(query: Query) -> Result<Answer, ViewError> {
             age: Some(4),
             responses: map(&[("success", 9)]),
             ..DnsRow::default()
+        }]),
+        Query::DnsRefresh { name } => Answer::Dns(vec![DnsRow { name: name.unwrap_or_default(), ..DnsRow::default() }]),
+        Query::DnsQuery { name, record, resolver } => Answer::DnsRecords(vec![DnsRecordRow {
+            name,
+            kind: record.unwrap_or_default().to_string(),
+            resolver: resolver.unwrap_or_default(),
+            ..DnsRecordRow::default()
+        }]),
+        Query::DnsZones => Answer::DnsZones(vec![DnsZoneRow {
+            resolver: text("kube-dns"),
+            requests: map(&[("name", 7)]),
+            responses: map(&[("refused", 2)]),
+            servers: vec![DnsServerRow { server: text("10.1.0.41:53"), state: text("up"), ..DnsServerRow::default() }],
         }]),
         Query::Acl | Query::AclAdd { .. } | Query::AclRemove { .. } => Answer::Acl(Vec::new()),
         Query::BgpPeers => Answer::BgpPeers(vec![BgpPeerRow {
@@ -193,6 +208,10 @@ fn every_question_has_a_path_that_leads_to_it() {
         Query::Flows { service: Some("we b/&".into()), limit: 7 },
         Query::Flows { service: None, limit: 2 },
         Query::Dns,
+        Query::DnsZones,
+        Query::DnsQuery { name: "we b&x=1".into(), record: Some(RecordType::Srv), resolver: Some("a&b".into()) },
+        Query::DnsRefresh { name: Some("we b".into()) },
+        Query::DnsRefresh { name: None },
         Query::BgpPeers,
         Query::BgpRoutes,
         Query::BgpReceived(peer),

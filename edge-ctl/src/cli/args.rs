@@ -6,6 +6,7 @@ use std::{net::IpAddr, path::PathBuf, time::Duration};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::acl::AclVerb;
+use super::dns::DnsVerb;
 use super::orders::{One, Order};
 use crate::model::query::DEFAULT_LIMIT;
 
@@ -130,7 +131,7 @@ pub(super) enum Command {
     #[command(infer_subcommands = true)]
     Dns {
         #[command(subcommand)]
-        verb: Option<ListVerb>,
+        verb: Option<DnsVerb>,
     },
     /// BGP sessions and routes
     #[command(infer_subcommands = true)]
@@ -468,6 +469,11 @@ mod tests {
             "health history",
             "flow list",
             "dns list",
+            "dns stats",
+            "dns servers",
+            "dns query web.example.com --type srv --resolver kube-dns",
+            "dns refresh",
+            "dns refresh web.example.com",
             "events",
             "events -w",
             "capture 172.16.1.88:80 -w /tmp/web.pcapng --count 5",

@@ -17,6 +17,7 @@ use super::{
         HealthVerb, MapVerb, Output, ServiceVerb, ShowIp, ShowNoun, Which, XdpVerb,
     },
     client, describe,
+    dns::{self, DnsVerb},
     orders::{self, One, Order},
     table::{self, Column},
     views::{self, View},
@@ -38,6 +39,8 @@ enum Show {
     Flows(FlowArgs),
     Acl(Option<String>),
     Dns,
+    DnsStats,
+    DnsServers,
     BgpSummary,
     BgpPeers,
     BgpPeer(IpAddr),
@@ -62,6 +65,9 @@ pub(super) fn execute(cli: Cli, wiring: &Wiring<'_>) -> Exit {
         Command::Reload => return with_source(global, wiring, reload),
         Command::Acl { verb: Some(ref verb) } if acl::change(verb).is_some() => {
             return with_source(global, wiring, |source| change_acl(source, verb));
+        }
+        Command::Dns { verb: Some(ref verb) } if verb.order().is_some() => {
+            return with_source(global, wiring, |source| ask_dns(source, verb));
         }
         Command::Capture(args) => return with_source(global, wiring, |source| capture(source, &args)),
         Command::Version => return with_source(global, wiring, version),
@@ -98,6 +104,8 @@ fn view_of(command: Command) -> Option<Show> {
         Command::Flow { verb: None } => Show::Flows(all_flows()),
         Command::Acl { verb: Some(AclVerb::List { service }) } => Show::Acl(service),
         Command::Acl { .. } => Show::Acl(None),
+        Command::Dns { verb: Some(DnsVerb::Stats) } => Show::DnsStats,
+        Command::Dns { verb: Some(DnsVerb::Servers) } => Show::DnsServers,
         Command::Dns { .. } => Show::Dns,
         Command::Bgp { verb } => bgp(verb),
         Command::Route { .. } => Show::Routes,
@@ -292,6 +300,8 @@ fn shown(source: &Source<'_>, show: &Show) -> Outcome<Shown> {
         }
         Show::Acl(service) => of_service(&views::ACL, &Query::Acl, "service", service),
         Show::Dns => list(&views::DNS, &Query::Dns),
+        Show::DnsStats => rows(source, &views::DNS_STATS, dns::flat_stats(source.rows(&Query::DnsZones)?)),
+        Show::DnsServers => rows(source, &views::DNS_SERVERS, dns::flat_servers(source.rows(&Query::DnsZones)?)),
         Show::BgpSummary => list(&views::BGP_SUMMARY, &Query::BgpPeers),
         Show::BgpPeers => list(&views::BGP_PEERS, &Query::BgpPeers),
         Show::BgpPeer(address) => peer(source, *address),
@@ -486,6 +496,18 @@ fn change_acl(source: &Source<'_>, verb: &AclVerb) -> Outcome<Exit> {
     }
     let Some(query) = acl::change(verb) else { return Ok(Exit::Usage) };
     let (text, exit) = rows(source, &views::ACL, source.rows(&query)?)?;
+    print(&text);
+    Ok(exit)
+}
+
+fn ask_dns(source: &Source<'_>, verb: &DnsVerb) -> Outcome<Exit> {
+    if source.global.kernel {
+        let message = "`dns query` and `dns refresh` are for the daemon; `--kernel` only reads maps".into();
+        return Err(Failure { exit: Exit::Usage, message });
+    }
+    let Some(query) = verb.order() else { return Ok(Exit::Usage) };
+    let view = if matches!(verb, DnsVerb::Query { .. }) { &views::DNS_RECORDS } else { &views::DNS };
+    let (text, exit) = rows(source, view, source.rows(&query)?)?;
     print(&text);
     Ok(exit)
 }

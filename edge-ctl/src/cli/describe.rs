@@ -8,6 +8,7 @@ use super::{
     table::{Column, age, clock, plain, render},
     views,
 };
+use crate::model::SnatRow;
 
 fn text(row: &Value, key: &str) -> String {
     plain(row.get(key).unwrap_or(&Value::Null))
@@ -57,6 +58,8 @@ pub(super) fn status(row: &Value) -> String {
             ("Flows", format!("{} established", text(row, "flows"))),
             ("Attached", format!("{} interfaces", text(row, "attached"))),
             ("Map writes", text(row, "map_writes")),
+            ("Access log", format!("{} lines written, {} lost", text(row, "access_written"), text(row, "access_lost"))),
+            ("Events", format!("{} lost", text(row, "events_lost"))),
         ],
     );
     if !problems.is_empty() {
@@ -82,14 +85,24 @@ pub(super) fn service(detail: &Value) -> String {
             &[
                 ("Mode", text(&frontend, "mode")),
                 ("Balance", text(&frontend, "balance")),
+                ("Affinity", views::affinity(&frontend)),
+                ("Table", table(&frontend)),
                 ("Backends", format!("{} eligible", text(&frontend, "backends"))),
                 ("Announced", text(&frontend, "announced")),
                 (
                     "Connections",
-                    format!("{} active, {} in all", text(&frontend, "active"), text(&frontend, "connections")),
+                    format!(
+                        "{} active, {} in all, {} attempts, {}/s",
+                        text(&frontend, "active"),
+                        text(&frontend, "connections"),
+                        text(&frontend, "attempts"),
+                        rate(&frontend, "conn/s")
+                    ),
                 ),
+                ("Discarded", format!("{} packets", text(&frontend, "discarded"))),
                 ("Packets", both("packets_in", "packets_out")),
                 ("Bytes", both("bytes_in", "bytes_out")),
+                ("Bytes/s", format!("{} in, {} out", rate(&frontend, "rx/s"), rate(&frontend, "tx/s"))),
                 ("Age", seconds(&frontend, "age", age)),
             ],
         );
@@ -114,6 +127,20 @@ pub(super) fn service(detail: &Value) -> String {
     out
 }
 
+/// Slots of the tables by which backends are chosen.
+fn table(frontend: &Value) -> String {
+    let slots = |key| frontend.get(key).and_then(Value::as_u64).unwrap_or(0);
+    match (slots("slots"), slots("backup_slots")) {
+        (0, _) => "-".to_owned(),
+        (slots, 0) => format!("{slots} slots"),
+        (slots, backup) => format!("{slots} slots, {backup} of the backup tier"),
+    }
+}
+
+fn rate(row: &Value, key: &str) -> String {
+    row.get(key).and_then(Value::as_f64).map_or_else(|| "-".to_owned(), |rate| format!("{rate:.1}"))
+}
+
 /// One backend of one frontend, and each condition for being given flows.
 pub(super) fn backend(row: &Value) -> String {
     let mut out = String::new();
@@ -125,20 +152,33 @@ pub(super) fn backend(row: &Value) -> String {
         text(row, "vip"),
         text(row, "proto")
     );
-    let connect = row.get("connect").and_then(Value::as_f64).map_or_else(|| "-".to_owned(), |ms| format!("{ms:.1}ms"));
     fields(
         &mut out,
         "  ",
         &[
             ("State", text(row, "state")),
             ("Node", text(row, "node")),
-            ("Weight", text(row, "w")),
+            ("Weight", format!("{}, {}% of it", text(row, "w"), text(row, "share"))),
+            ("Tier", text(row, "tier")),
+            ("Limit", views::limit(row)),
             ("Flows", format!("{} active, {} in all", text(row, "active"), text(row, "connections"))),
             ("Checks", format!("{} failed, {} times unavailable", text(row, "fails"), text(row, "unavail"))),
             ("Last check", seconds(row, "last-check", age)),
-            ("Connect", connect),
+            ("Connect", views::connect_time(row)),
+            ("First byte", views::first_byte(row)),
+            (
+                "Failures",
+                format!(
+                    "{} unanswered, {} refused, {} reset early, last {}",
+                    text(row, "unanswered"),
+                    text(row, "refused"),
+                    text(row, "reset_early"),
+                    seconds(row, "last_failure", age)
+                ),
+            ),
         ],
     );
+    snat(&mut out, row);
     let conditions = row.get("conditions").and_then(Value::as_array).cloned().unwrap_or_default();
     if !conditions.is_empty() {
         out.push_str("  Conditions for new flows:\n");
@@ -149,6 +189,17 @@ pub(super) fn backend(row: &Value) -> String {
         let _ = writeln!(out, "    {mark:<4}{:<16}{}", text(&condition, "condition"), text(&condition, "reason"));
     }
     out
+}
+
+fn snat(out: &mut String, row: &Value) {
+    let rows: Vec<SnatRow> = serde_json::from_value(row.get("snat").cloned().unwrap_or_default()).unwrap_or_default();
+    if !rows.is_empty() {
+        out.push_str("  SNAT ports in use:\n");
+    }
+    for row in rows {
+        let _ =
+            writeln!(out, "    {:<40}{} of {} ({}%, {})", row.address, row.used, row.allowed, row.percent(), row.level);
+    }
 }
 
 /// Everything about one peer.
@@ -249,5 +300,32 @@ B>  10.96.0.0/12 [20] via 172.16.1.80, ens33
         assert!(text.starts_with("State:"), "{text}");
         assert!(text.contains("Problems:\n  peer 172.16.1.80 is down\n"), "{text}");
         assert!(text.contains("up 2m10s"), "{text}");
+    }
+
+    #[test]
+    fn a_backend_is_described_with_its_times_its_tier_and_its_ports() {
+        let text = backend(&json!({"backend": "10.1.0.4:80", "w": 3, "share": 40, "tier": "backup", "limit": 0,
+            "connect": 0.25, "first_byte": 1.5, "unanswered": 2, "refused": 1, "reset_early": 0, "last_failure": 60,
+            "snat": [{"address": "10.1.0.1", "used": 800, "allowed": 1000, "level": "warning"}]}));
+        for part in ["3, 40% of it", "backup", "0.25ms", "1.50ms", "2 unanswered, 1 refused, 0 reset early, last 60s"] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        assert!(text.contains("800 of 1000 (80%, warning)"), "{text}");
+    }
+
+    #[test]
+    fn a_service_is_described_with_its_affinity_and_its_tables() {
+        let frontend = json!({"vip": "172.16.1.88:80", "proto": "tcp", "balance": "maglev", "affinity": 600,
+            "slots": 1021, "backup_slots": 0, "attempts": 9, "conn/s": 1.5});
+        let text = service(&json!({"name": "web", "frontends": [frontend], "backends": []}));
+        for part in ["10m", "1021 slots\n", "9 attempts, 1.5/s"] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+    }
+
+    #[test]
+    fn the_status_tells_what_records_were_lost() {
+        let text = status(&json!({"state": "ok", "access_written": 12, "access_lost": 3, "events_lost": 4}));
+        assert!(text.contains("12 lines written, 3 lost") && text.contains("4 lost\n"), "{text}");
     }
 }

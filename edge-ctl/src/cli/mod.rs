@@ -7,6 +7,7 @@ mod capture;
 mod client;
 mod commands;
 mod describe;
+mod dns;
 mod orders;
 mod table;
 mod views;

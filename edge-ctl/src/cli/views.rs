@@ -2,7 +2,8 @@
 
 use serde_json::Value;
 
-use super::table::{Column, Show, clock, column, plain, wide};
+use super::table::{Column, Show, age, clock, column, plain, wide};
+use crate::model::{SnatLevel, SnatRow};
 
 /// A list that can be shown.
 pub(super) struct View {
@@ -32,6 +33,10 @@ pub(super) static SERVICES: View = View {
         wide("CONNECTIONS", "connections", Show::Number),
         wide("RX", "bytes_in", Show::Bytes),
         wide("TX", "bytes_out", Show::Bytes),
+        wide("ATTEMPTS", "attempts", Show::Number),
+        wide("DISCARDED", "discarded", Show::Number),
+        wide("AFFINITY", "affinity", Show::Row(affinity)),
+        wide("SLOTS", "slots", Show::Number),
         wide("DROPS", "drops", Show::Counts),
     ],
 };
@@ -71,6 +76,9 @@ pub(super) static BACKENDS: View = View {
         wide("REFUSED", "refused", Show::Number),
         wide("RESET-EARLY", "reset_early", Show::Number),
         wide("LAST-FAILURE", "last_failure", Show::Age),
+        wide("TIER", "tier", Show::Text),
+        wide("SHARE", "share", Show::RowRight(share)),
+        wide("SNAT", "snat", Show::RowRight(snat)),
         wide("RX/S", "rx/s", Show::Bytes),
         wide("TX/S", "tx/s", Show::Bytes),
         wide("VIP", "vip", Show::Text),
@@ -115,18 +123,37 @@ pub(super) static HEALTH_HISTORY: View = View {
     ],
 };
 
-fn limit(row: &Value) -> String {
+pub(super) fn limit(row: &Value) -> String {
     match row.get("limit").and_then(Value::as_u64) {
         None | Some(0) => "-".to_owned(),
         Some(limit) => limit.to_string(),
     }
 }
 
-fn connect_time(row: &Value) -> String {
+pub(super) fn affinity(row: &Value) -> String {
+    row.get("affinity").and_then(Value::as_u64).filter(|seconds| *seconds != 0).map_or_else(|| "-".to_owned(), age)
+}
+
+fn share(row: &Value) -> String {
+    row.get("share").and_then(Value::as_u64).map_or_else(|| "-".to_owned(), |percent| format!("{percent}%"))
+}
+
+/// The fill of the source address that has the fewest ports left, with its alarm.
+fn snat(row: &Value) -> String {
+    let rows = row.get("snat").cloned().unwrap_or_default();
+    let rows: Vec<SnatRow> = serde_json::from_value(rows).unwrap_or_default();
+    let Some(worst) = rows.iter().max_by_key(|row| (row.percent(), row.level)) else { return "-".to_owned() };
+    match worst.level {
+        SnatLevel::Ok => format!("{}%", worst.percent()),
+        level => format!("{level}:{}%", worst.percent()),
+    }
+}
+
+pub(super) fn connect_time(row: &Value) -> String {
     milliseconds(row, "connect")
 }
 
-fn first_byte(row: &Value) -> String {
+pub(super) fn first_byte(row: &Value) -> String {
     milliseconds(row, "first_byte")
 }
 
@@ -181,9 +208,63 @@ pub(super) static DNS: View = View {
         column("AGE", "age", Show::Age),
         column("NEXT", "next", Show::Age),
         column("REQUESTS", "requests", Show::Number),
-        wide("REFUSED", "refused_addresses", Show::Number),
+        wide("CHANGES", "changes", Show::Number),
+        wide("HOLDS", "holds", Show::Number),
+        wide("REFUSALS", "refused_addresses", Show::Number),
+        wide("RESPONSES", "responses", Show::Counts),
+        column("HELD-FOR", "held_age", Show::Age),
+        column("HELD", "held", Show::Text),
+        wide("HELD-ADDRESSES", "held_addresses", Show::Text),
+        column("REFUSED", "refused", Show::Text),
+        column("ERROR", "error", Show::Text),
+    ],
+};
+
+/// NGINX Plus's columns of the dashboard's Resolvers tab.
+pub(super) static DNS_STATS: View = View {
+    kind: "resolver",
+    names: &["resolver"],
+    columns: &[
+        column("RESOLVER", "resolver", Show::Text),
+        column("NAME", "name", Show::Number),
+        column("SRV", "srv", Show::Number),
+        column("ADDR", "addr", Show::Number),
+        column("SUCCESS", "success", Show::Number),
+        column("FORMAT-ERROR", "format_error", Show::Number),
+        column("SERVER-FAILURE", "server_failure", Show::Number),
+        column("NOT-FOUND", "host_not_found", Show::Number),
+        column("UNIMPLEMENTED", "unimplemented", Show::Number),
+        column("REFUSED", "refused", Show::Number),
+        column("UNKNOWN", "unknown", Show::Number),
+        column("TIMED-OUT", "timed_out", Show::Number),
+    ],
+};
+
+pub(super) static DNS_SERVERS: View = View {
+    kind: "dns-server",
+    names: &["resolver", "server"],
+    columns: &[
+        column("RESOLVER", "resolver", Show::Text),
+        column("SERVER", "server", Show::Text),
+        column("STATE", "state", Show::Text),
+        column("FAILURES", "failures", Show::Number),
+        column("AGE", "age", Show::Age),
+        column("MS", "took_ms", Show::Number),
+        column("REQUESTS", "requests", Show::Number),
         wide("RESPONSES", "responses", Show::Counts),
         column("ERROR", "error", Show::Text),
+    ],
+};
+
+pub(super) static DNS_RECORDS: View = View {
+    kind: "record",
+    names: &["name", "type"],
+    columns: &[
+        column("NAME", "name", Show::Text),
+        column("TYPE", "type", Show::Text),
+        column("TTL", "ttl", Show::Number),
+        column("DATA", "data", Show::Text),
+        column("RESOLVER", "resolver", Show::Text),
     ],
 };
 
@@ -294,6 +375,7 @@ pub(super) static MAPS: View = View {
         column("ENTRIES", "entries", Show::Number),
         column("MAX", "max_entries", Show::Number),
         column("FILL", "fill", Show::RowRight(fill)),
+        column("COUNTED", "counted", Show::RowRight(counted)),
         column("MEMORY", "memory", Show::Bytes),
         wide("PIN", "pin", Show::Text),
     ],
@@ -304,6 +386,15 @@ fn fill(row: &Value) -> String {
     match (number("entries"), number("max_entries")) {
         (Some(entries), Some(max)) if max > 0.0 => format!("{:.1}%", 100.0 * entries / max),
         _ => "-".to_owned(),
+    }
+}
+
+/// When the entries were counted: the flow tables by the sweep, the others for this view.
+fn counted(row: &Value) -> String {
+    match (row.get("counted").and_then(Value::as_u64), row.get("entries").and_then(Value::as_u64)) {
+        (Some(seconds), _) => format!("{} ago", age(seconds)),
+        (None, Some(_)) => "now".to_owned(),
+        (None, None) => "-".to_owned(),
     }
 }
 
@@ -357,6 +448,8 @@ pub(super) fn is_alarming(cell: &str) -> bool {
             | "error"
             | "drop"
             | "degraded"
+            | "warning"
+            | "critical"
             | "never"
             | "Idle"
             | "Connect"

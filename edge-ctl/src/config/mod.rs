@@ -11,6 +11,7 @@ pub mod memory;
 mod protect;
 mod raw;
 mod read;
+mod resolver;
 mod selection;
 mod service;
 pub mod valid;

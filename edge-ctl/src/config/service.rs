@@ -53,9 +53,11 @@ pub(super) fn resolvers(root: &Section<'_>) -> Resolvers {
             valid if valid > Duration::from_secs(86_400) => Err("new pods would not be seen".to_owned()),
             valid => Ok(valid),
         });
+        let policy = super::resolver::policy(&section);
         section.finish();
         let servers = servers.into_iter().map(|server| server.value).collect();
-        let resolver = Resolver { name: name.to_owned(), servers, valid: valid.map(|valid| valid.value) };
+        let valid = valid.map(|valid| valid.value);
+        let resolver = Resolver { name: name.to_owned(), servers, valid, policy };
         resolvers.values.insert(name.to_owned(), resolver);
     }
     resolvers
@@ -209,7 +211,18 @@ fn backends(section: &Section<'_>, context: &Context<'_>) -> Option<BackendSourc
 }
 
 fn dns(source: &Section<'_>, context: &Context<'_>) -> Option<BackendSource> {
-    let name = source.parse("dns", "a fully qualified DNS name", values::dns_name);
+    // Read twice: whether a short name will do is for the resolver's search domains to say.
+    let searched = source.get("resolver").is_some_and(|node| match &node.value {
+        Value::String(name) => {
+            context.resolvers.values.get(name).is_some_and(|resolver| !resolver.policy.search.is_empty())
+        }
+        _ => false,
+    });
+    let name = if searched {
+        source.parse("dns", "a DNS name", values::searched_dns_name)
+    } else {
+        source.parse("dns", "a fully qualified DNS name", values::dns_name)
+    };
     let resolver = source.parse("resolver", "the name of a [resolver.NAME]", |name| {
         let names = &context.resolvers.names;
         match nearest(name, names.iter().map(String::as_str)) {

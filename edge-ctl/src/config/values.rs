@@ -119,23 +119,34 @@ pub(super) fn community(text: &str) -> Result<(u16, u16), String> {
 
 /// A fully qualified name; the final dot may be left out.
 pub(super) fn dns_name(text: &str) -> Result<String, String> {
+    let name = dns_label_path(text)?;
+    // No search list is applied, so a short name would be asked as it stands and never be found.
+    match name.rsplit_once('.') {
+        None => Err("it is not fully qualified".into()),
+        Some((_, "svc")) => Err("the cluster domain is missing after `.svc` (often `.svc.cluster.local`)".into()),
+        Some(_) => Ok(name),
+    }
+}
+
+/// A name that search domains are appended to, unless it has a final dot, which is kept.
+pub(super) fn searched_dns_name(text: &str) -> Result<String, String> {
+    let name = dns_label_path(text)?;
+    Ok(if text.ends_with('.') { name + "." } else { name })
+}
+
+/// Labels with dots between; the final dot may be left out.
+pub(super) fn dns_label_path(text: &str) -> Result<String, String> {
     let name = text.strip_suffix('.').unwrap_or(text);
     if name.len() > 253 {
         return Err("longer than 253 characters".into());
     }
-    let labels: Vec<&str> = name.split('.').collect();
-    for label in &labels {
+    for label in name.split('.') {
         let plain = label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_');
         if !plain || label.is_empty() || label.len() > 63 || label.starts_with('-') || label.ends_with('-') {
             return Err(format!("`{label}` is not a label"));
         }
     }
-    // No search list is ever applied, so a short name would be asked as it stands and never be found.
-    match labels.last() {
-        _ if labels.len() < 2 => Err("it is not fully qualified".into()),
-        Some(&"svc") => Err("the cluster domain is missing after `.svc` (often `.svc.cluster.local`)".into()),
-        _ => Ok(name.to_ascii_lowercase()),
-    }
+    Ok(name.to_ascii_lowercase())
 }
 
 /// A name in `[service.NAME]` and the like; it becomes part of paths, metrics labels and map labels.

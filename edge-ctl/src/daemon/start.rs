@@ -18,8 +18,9 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    Daemon, Inbox, Orders, ROUTE_GENERATION_PAUSE, Shared, acl::Acl, announcer::Announcer, dns_sources, host_problems,
-    lock, recorder::Recorder, slow_start::SlowStart, throttle::Throttle, views::DaemonViews, world::World,
+    Daemon, Inbox, Orders, ROUTE_GENERATION_PAUSE, Shared, acl::Acl, announcer::Announcer, dns_guard, dns_sources,
+    host_problems, lock, recorder::Recorder, slow_start::SlowStart, swept::Swept, throttle::Throttle,
+    views::DaemonViews, world::World,
 };
 use crate::{
     api,
@@ -31,7 +32,7 @@ use crate::{
         next_hops::NextHops,
         object::EBPF_OBJECT,
     },
-    desired::DesiredState,
+    desired::{AdoptedBackend, DesiredState},
     fib::{self, FibError, FibOptions},
     model::{Balance, PoolMember},
     notify,
@@ -117,7 +118,8 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
         fib.finish_restart(world.learnt()).await;
     }
     let (pool_events, pool_inbox) = mpsc::channel(256);
-    let dns = dns::spawn_dns(dns_sources(&config), config.edge.pod_networks.clone(), pool_events);
+    let dns = dns::spawn_dns(dns_sources(&config), dns_guard(&config, fib.own_addresses().await), pool_events);
+    adopt_pools(&dns, &config, &world);
     let health = health::spawn();
     let (desired, desired_inbox) = watch::channel(None);
     let (status, reconciler_status) = watch::channel(ReconcilerStatus::default());
@@ -133,6 +135,7 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
         drained: BTreeSet::new(),
         prefixes: 0,
         acl,
+        swept: Swept::default(),
         datapath,
     }));
     let (requests, request_inbox) = mpsc::channel(4);
@@ -191,6 +194,17 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
         warn!(%error, "the API stopped badly");
     }
     Ok(result?)
+}
+
+/// What the maps still serve is what discovery starts from.
+fn adopt_pools(dns: &dns::DnsHandle, config: &Config, world: &World) {
+    for service in config.services.values() {
+        for backends in service.listen.iter().filter_map(|frontend| world.adopted().get(frontend)) {
+            let eligible = backends.iter().filter(|backend| backend.eligible);
+            let member = |b: &AdoptedBackend| PoolMember { address: b.address, weight: b.weight, tier: b.tier };
+            dns.adopt(&service.backends, eligible.map(member));
+        }
+    }
 }
 
 /// Fills selection tables. Maglev's is the same on every edge that has the seed, whatever numbers it gives its backends; it

@@ -24,7 +24,8 @@ use crate::{
     datapath::{
         acl_view::acl_rows,
         answer::answer_from_pins,
-        kernel_view::{KernelView, Rates},
+        kernel_view::{Counted, KernelView, Rates},
+        pins::SIZED,
     },
     desired::{DesiredBackend, DesiredState, Exclusion},
     fib::FibHandle,
@@ -32,7 +33,7 @@ use crate::{
         BackendVerb, Frontend, HealthKey, Protocol,
         capture::{CaptureOrder, CaptureRow},
         query::{AclRow, Answer, ConfigRow, Query, ViewError},
-        view::{BackendRow, HealthRow, ServiceRow, StatusRow},
+        view::{BackendRow, HealthRow, MapRow, ServiceRow, StatusRow},
     },
     reconcile::{
         actor::ReconcilerStatus,
@@ -90,6 +91,17 @@ impl DaemonViews {
             Query::Services => Answer::Services(self.services()?),
             Query::Backends => Answer::Backends(self.backends()?),
             Query::Dns => Answer::Dns(self.dns.rows()),
+            Query::DnsZones => Answer::DnsZones(self.dns.zones()),
+            Query::DnsQuery { name, record, resolver } => {
+                Answer::DnsRecords(self.dns.look_up(&name, record, resolver.as_deref()).await?)
+            }
+            Query::DnsRefresh { name } => {
+                if self.dns.refresh(name.as_deref()) == 0 {
+                    let what = name.as_deref().unwrap_or("anything");
+                    return Err(ViewError::NotFound(format!("no service asks DNS for {what}")));
+                }
+                Answer::Dns(self.dns.rows())
+            }
             Query::BgpPeers => Answer::BgpPeers(match &self.bgp {
                 Some(bgp) => bgp.summary().await,
                 None => Vec::new(),
@@ -108,9 +120,8 @@ impl DaemonViews {
             Query::Health => Answer::Health(self.health.rows()),
             Query::HealthHistory => Answer::HealthHistory(self.health.history()),
             Query::Order { service, backend, verb } => Answer::Backends(self.order((service, backend), verb).await?),
-            Query::Flows { .. } | Query::Maps | Query::Map { .. } | Query::Reasons => {
-                answer_from_pins(&self.kernel, &query)?
-            }
+            Query::Maps => Answer::Maps(self.maps()?),
+            Query::Flows { .. } | Query::Map { .. } | Query::Reasons => answer_from_pins(&self.kernel, &query)?,
         })
     }
 
@@ -181,6 +192,9 @@ impl DaemonViews {
             if let Some(number) = row_key(row).and_then(|key| numbers.get(&key)) {
                 (row.conn_s, row.rx_s, row.tx_s) = sampled.backend(*number);
             }
+            if let Some(number) = row_key(row).and_then(|key| numbers.get(&key)) {
+                row.snat = lock(&self.shared).swept.snat(*number);
+            }
             let Some(backend) = desired_backend(&desired, row) else { continue };
             backend.source.clone_into(&mut row.source);
             if let Some(node) = &backend.node {
@@ -201,6 +215,19 @@ impl DaemonViews {
             }
         }
         Ok(rows)
+    }
+
+    /// The flow tables are not walked for this: the sweep has counted them.
+    fn maps(&self) -> Result<Vec<MapRow>, ViewError> {
+        let counted = lock(&self.shared).swept.counted(Instant::now());
+        let known = |map: &str| {
+            let known = || {
+                let (age, entries) = counted.as_ref()?;
+                Some((*entries.get(map)?, age.as_secs()))
+            };
+            SIZED.contains(&map).then(|| Counted(known()))
+        };
+        Ok(self.kernel.map_rows_with(known)?)
     }
 
     fn config(&self) -> Result<ConfigRow, ViewError> {
@@ -270,6 +297,7 @@ impl DaemonViews {
         let mut problems = shared.problems.clone();
         problems.extend(reconciler.error.clone());
         problems.extend(reconciler.problems.clone());
+        problems.extend(shared.swept.problems().iter().cloned());
         problems.extend(fib.dump_error.clone());
         problems.extend(fib.errors.iter().map(|(prefix, error)| format!("route {prefix}: {error}")));
         let down = |row: &&crate::model::view::BgpPeerRow| row.state != "Established";

@@ -38,7 +38,9 @@ pub fn answer_from_pins(view: &KernelView, query: &Query) -> Result<Answer, View
             return Err(ViewError::Unavailable("changing source ranges needs the running daemon".to_owned()));
         }
         Query::Status => return Err(only_daemon("the status")),
-        Query::Dns => return Err(only_daemon("what DNS answered")),
+        Query::Dns | Query::DnsZones | Query::DnsQuery { .. } | Query::DnsRefresh { .. } => {
+            return Err(only_daemon("what DNS answered"));
+        }
         Query::BgpPeers | Query::BgpRoutes | Query::BgpReceived(_) | Query::BgpAdvertised(_) => {
             return Err(only_daemon("the state of BGP"));
         }

@@ -88,15 +88,47 @@ pub struct Attachment {
     pub link: Option<u32>,
 }
 
+/// What of an interface decides about its hook.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traits {
+    /// It is a veth.
+    pub veth: bool,
+    /// Its driver takes VLAN tags off before XDP sees the frame, which would then look untagged.
+    pub strips_tags: bool,
+}
+
+const VETH: &str = "veth: packets of local sockets reach XDP with unfinished checksums";
+
 /// The hooks to try, best first, and why the list is not longer.
-pub fn candidates(hook: Hook, veth: bool, tc: AttachedHook) -> (Vec<AttachedHook>, Option<&'static str>) {
-    match hook {
-        Hook::Auto if veth => (vec![tc], Some("veth: packets of local sockets reach XDP with unfinished checksums")),
+///
+/// # Errors
+/// Why the hook asked for must not be used, and what to do about it. veth is exempt: it leaves tags in frames that come
+/// with them, and labs ask for XDP there.
+pub fn candidates(
+    hook: Hook,
+    traits: Traits,
+    tc: AttachedHook,
+) -> Result<(Vec<AttachedHook>, Option<&'static str>), &'static str> {
+    let blind = traits.strips_tags && !traits.veth;
+    Ok(match hook {
+        Hook::Auto if traits.veth => (vec![tc], Some(VETH)),
+        Hook::Auto if blind => (
+            vec![tc],
+            Some(
+                "rx-vlan-offload hides VLAN tags from XDP; `ethtool -K INTERFACE rxvlan off` and a restart give native XDP",
+            ),
+        ),
+        Hook::XdpNative | Hook::XdpGeneric if blind => {
+            return Err(
+                "rx-vlan-offload hides VLAN tags from XDP, so that tagged frames would be taken for untagged ones; \
+                        `ethtool -K INTERFACE rxvlan off`, or hook = \"auto\" or \"tc\"",
+            );
+        }
         Hook::Auto => (vec![AttachedHook::XdpNative, tc], None),
         Hook::XdpNative => (vec![AttachedHook::XdpNative], None),
         Hook::XdpGeneric => (vec![AttachedHook::XdpGeneric], Some("hook = \"xdp-generic\"")),
         Hook::Tc => (vec![tc], Some("hook = \"tc\"")),
-    }
+    })
 }
 
 /// The kind of TC attachment that this kernel has.
@@ -116,7 +148,9 @@ pub fn attach(
     interface: &Interface,
     mut program: impl FnMut(bool) -> Result<(), LoadError>,
 ) -> Result<Attachment, LoadError> {
-    let (wanted, limit) = candidates(hook, interface.veth, tc_hook());
+    let traits = Traits { veth: interface.veth, strips_tags: sys::strips_vlan_tags(&interface.name).unwrap_or(false) };
+    let (wanted, limit) = candidates(hook, traits, tc_hook())
+        .map_err(|reason| LoadError::Hook { interface: interface.name.clone(), reason: reason.to_owned() })?;
     let kept = keep_or_remove(pins, interface, &wanted);
     if let Some((hook, target)) = kept {
         program(hook.is_xdp())?;
@@ -314,11 +348,29 @@ mod tests {
 
     #[test]
     fn auto_prefers_native_xdp_and_falls_back_to_tc_but_never_to_generic_xdp() {
-        let tc = AttachedHook::Tcx;
-        assert_eq!(candidates(Hook::Auto, false, tc).0, [AttachedHook::XdpNative, tc]);
-        assert_eq!(candidates(Hook::Auto, true, tc).0, [tc]);
-        assert_eq!(candidates(Hook::XdpNative, true, tc).0, [AttachedHook::XdpNative]);
-        assert_eq!(candidates(Hook::XdpGeneric, false, tc).0, [AttachedHook::XdpGeneric]);
-        assert_eq!(candidates(Hook::Tc, false, AttachedHook::Clsact).0, [AttachedHook::Clsact]);
+        let (tc, nic) = (AttachedHook::Tcx, Traits::default());
+        assert_eq!(candidates(Hook::Auto, nic, tc), Ok((vec![AttachedHook::XdpNative, tc], None)));
+        assert_eq!(candidates(Hook::XdpNative, nic, tc), Ok((vec![AttachedHook::XdpNative], None)));
+        assert_eq!(candidates(Hook::XdpGeneric, nic, tc).unwrap().0, [AttachedHook::XdpGeneric]);
+        assert_eq!(candidates(Hook::Tc, nic, AttachedHook::Clsact).unwrap().0, [AttachedHook::Clsact]);
+    }
+
+    #[test]
+    fn veth_gets_tc_unless_xdp_is_asked_for() {
+        let (tc, veth) = (AttachedHook::Tcx, Traits { veth: true, strips_tags: true });
+        assert_eq!(candidates(Hook::Auto, veth, tc), Ok((vec![tc], Some(VETH))));
+        assert_eq!(candidates(Hook::XdpNative, veth, tc).unwrap().0, [AttachedHook::XdpNative]);
+    }
+
+    #[test]
+    fn where_the_driver_takes_tags_off_auto_is_tc_and_xdp_is_refused_with_the_command_that_helps() {
+        let (tc, nic) = (AttachedHook::Tcx, Traits { veth: false, strips_tags: true });
+        let (hooks, reason) = candidates(Hook::Auto, nic, tc).unwrap();
+        assert_eq!(hooks, [tc]);
+        assert!(reason.unwrap().contains("rxvlan off"));
+        for hook in [Hook::XdpNative, Hook::XdpGeneric] {
+            assert!(candidates(hook, nic, tc).unwrap_err().contains("rxvlan off"));
+        }
+        assert_eq!(candidates(Hook::Tc, nic, tc).unwrap().0, [tc]);
     }
 }

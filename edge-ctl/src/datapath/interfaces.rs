@@ -3,6 +3,7 @@
 
 use std::{fs, io, path::Path};
 
+use super::object::has_frags;
 use rtnetlink::{
     packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
     packet_route::{
@@ -23,6 +24,10 @@ pub struct Interface {
     pub veth: bool,
     /// The XDP program on it: kernel id, and whether it runs in generic (skb) mode.
     pub xdp: Option<(u32, bool)>,
+    /// Largest packet, bytes from the IP header on.
+    pub mtu: u32,
+    /// Index of the bridge or bond that this is a port of.
+    pub controller: Option<u32>,
 }
 
 /// All interfaces of this network namespace.
@@ -46,10 +51,13 @@ pub fn list() -> io::Result<Vec<Interface>> {
 }
 
 fn interface(link: &LinkMessage) -> Option<Interface> {
-    let mut found = Interface { name: String::new(), ifindex: link.header.index, veth: false, xdp: None };
+    let mut found =
+        Interface { name: String::new(), ifindex: link.header.index, veth: false, xdp: None, mtu: 0, controller: None };
     for attribute in &link.attributes {
         match attribute {
             LinkAttribute::IfName(name) => found.name.clone_from(name),
+            LinkAttribute::Mtu(mtu) => found.mtu = *mtu,
+            LinkAttribute::Controller(index) => found.controller = (*index != 0).then_some(*index),
             LinkAttribute::LinkInfo(infos) => {
                 found.veth = infos.iter().any(|info| matches!(info, LinkInfo::Kind(InfoKind::Veth)));
             }
@@ -69,23 +77,35 @@ fn interface(link: &LinkMessage) -> Option<Interface> {
 
 /// Interfaces to which XDP programs may redirect: their driver has `ndo_xdp_xmit`, and it works now (for veth: the peer
 /// has a native XDP program or GRO on). Kernels from 6.3 say so per interface, by the `netdev` generic netlink family;
-/// on older ones the driver's name decides, and veth is left out, since there the peer's state cannot be seen.
+/// on older ones the driver's name decides, and veth is left out, since there the peer's state cannot be seen. The kernel
+/// drops a redirected packet that the target does not take, so what cannot be seen counts as no.
 pub fn redirectable(interfaces: &[Interface]) -> Vec<u32> {
-    match netdev_features() {
-        Ok(features) => {
-            features.into_iter().filter(|(_, bits)| bits & NDO_XMIT != 0).map(|(ifindex, _)| ifindex).collect()
-        }
-        Err(_) => {
-            let known = interfaces.iter().filter(|interface| {
-                driver(&interface.name).is_some_and(|driver| XMIT_DRIVERS.contains(&driver.as_str()))
-            });
-            known.map(|interface| interface.ifindex).collect()
-        }
-    }
+    let features = netdev_features().ok();
+    let takes = |interface: &&Interface| {
+        let bits = match &features {
+            Some(features) => {
+                features.iter().find(|(index, _)| *index == interface.ifindex).map_or(0, |(_, bits)| *bits)
+            }
+            None if driver(&interface.name).is_some_and(|driver| XMIT_DRIVERS.contains(&driver.as_str())) => NDO_XMIT,
+            None => 0,
+        };
+        takes_redirects(bits, interface.mtu, has_frags())
+    };
+    interfaces.iter().filter(takes).map(|interface| interface.ifindex).collect()
+}
+
+/// Whether every packet that fits the interface's MTU may be redirected to it. With multi-buffer XDP (`frags`) a packet
+/// longer than [`ONE_BUFFER`] may lie in several buffers, which not every driver that sends for XDP can send.
+fn takes_redirects(features: u64, mtu: u32, frags: bool) -> bool {
+    features & NDO_XMIT != 0 && (!frags || mtu <= ONE_BUFFER || features & NDO_XMIT_SG != 0)
 }
 
 /// `NETDEV_XDP_ACT_NDO_XMIT`.
 const NDO_XMIT: u64 = 1 << 2;
+/// `NETDEV_XDP_ACT_NDO_XMIT_SG`.
+const NDO_XMIT_SG: u64 = 1 << 6;
+/// Bytes from the IP header on that every driver receives into one buffer.
+const ONE_BUFFER: u32 = 1500;
 
 /// Drivers that had `ndo_xdp_xmit` without further conditions in 5.15.
 const XMIT_DRIVERS: [&str; 10] = ["bnxt_en", "ena", "i40e", "ice", "igb", "igc", "ixgbe", "mlx5_core", "sfc", "tun"];
@@ -93,6 +113,13 @@ const XMIT_DRIVERS: [&str; 10] = ["bnxt_en", "ena", "i40e", "ice", "igb", "igc",
 fn driver(interface: &str) -> Option<String> {
     let link = fs::read_link(Path::new("/sys/class/net").join(interface).join("device/driver")).ok()?;
     Some(link.file_name()?.to_string_lossy().into_owned())
+}
+
+/// Which of two configured interfaces would see each other's packets again: a port, and the bridge or bond it belongs to.
+/// The one above.
+pub fn seen_twice<'a>(interface: &Interface, configured: &[String], known: &'a [Interface]) -> Option<&'a Interface> {
+    let above = known.iter().find(|above| Some(above.ifindex) == interface.controller)?;
+    configured.contains(&above.name).then_some(above)
 }
 
 const NETLINK_GENERIC: isize = 16;
@@ -198,5 +225,36 @@ fn exchange(protocol: isize, request: &[u8]) -> io::Result<Vec<Vec<u8>>> {
         if !more {
             return Ok(messages);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn interface(name: &str, ifindex: u32, controller: Option<u32>) -> Interface {
+        Interface { name: name.to_owned(), ifindex, veth: false, xdp: None, mtu: 1500, controller }
+    }
+
+    #[test]
+    fn jumbo_packets_are_redirected_only_to_drivers_that_send_several_buffers() {
+        assert!(takes_redirects(NDO_XMIT, 1500, true));
+        assert!(!takes_redirects(NDO_XMIT, 9000, true));
+        assert!(takes_redirects(NDO_XMIT | NDO_XMIT_SG, 9000, true));
+        assert!(
+            takes_redirects(NDO_XMIT, 9000, false),
+            "one buffer holds whatever a kernel without frags gives to XDP"
+        );
+        assert!(!takes_redirects(NDO_XMIT_SG, 1500, true));
+    }
+
+    #[test]
+    fn a_port_beside_its_own_bridge_is_found_and_other_ports_are_not() {
+        let known = [interface("br0", 7, None), interface("port", 8, Some(7)), interface("eth0", 9, None)];
+        let configured = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        let above = seen_twice(&known[1], &configured(&["port", "br0"]), &known);
+        assert_eq!(above.map(|above| above.name.as_str()), Some("br0"));
+        assert_eq!(seen_twice(&known[1], &configured(&["port", "eth0"]), &known), None);
+        assert_eq!(seen_twice(&known[0], &configured(&["port", "br0"]), &known), None);
     }
 }

@@ -24,11 +24,11 @@ use super::{
 };
 use crate::{
     model::{
-        Balance, Protocol,
+        Balance, Protocol, Tier,
         view::{BackendRow, FlowRow, MapRow, ServiceRow, XdpRow},
     },
     reconcile::{
-        ports::{PortError, socket_address, weight_of},
+        ports::{PortError, Region, share_of, socket_address, tier_of, weight_of},
         protect,
     },
 };
@@ -37,6 +37,10 @@ use crate::{
 const PAGE: usize = 1024;
 /// `conntrack::Direction` of packets from the client.
 const FORWARD: u8 = 0;
+
+/// Entries of a map that somebody has counted, and seconds since then; `None`: nobody has yet.
+#[derive(Clone, Copy, Debug)]
+pub struct Counted(pub Option<(u64, u64)>);
 
 /// The pinned maps, open for reading.
 #[derive(Debug)]
@@ -103,6 +107,13 @@ impl KernelView {
                 backends: format!("{}/{used}", backends().filter(|backend| backend.eligible()).count()),
                 active: slot.active,
                 announced: "-".to_owned(),
+                attempts: stats.half_opened,
+                discarded: drops(&reasons, *number).values().sum(),
+                affinity: slot.entry.affinity_timeout.into(),
+                slots: slots(state.regions.get(&slot.entry.selection)),
+                backup_slots: slots(
+                    state.regions.get(&slot.entry.selection).and_then(|region| region.backup.as_deref()),
+                ),
                 connections: stats.opened,
                 packets_in: stats.packets_in,
                 bytes_in: stats.bytes_in,
@@ -138,6 +149,9 @@ impl KernelView {
                 node: "-".to_owned(),
                 state: if slot.eligible() { "up" } else { "draining" }.to_owned(),
                 w: u32::from(weight_of(slot.state)),
+                limit: slot.entry.limit.into(),
+                tier: if tier_of(slot.state) == Tier::Backup { "backup" } else { "primary" }.to_owned(),
+                share: u32::from(share_of(slot.state)),
                 active: slot.active,
                 fails: signals.unanswered + signals.refused + signals.reset_early,
                 connect: average_ms(signals.answered_us, signals.answered),
@@ -225,11 +239,20 @@ impl KernelView {
         Ok(())
     }
 
-    /// One row for each map, in the order of the pipeline.
+    /// One row for each map, in the order of the pipeline, every entry counted now.
     ///
     /// # Errors
     /// Where a map cannot be read.
     pub fn map_rows(&self) -> Result<Vec<MapRow>, PortError> {
+        self.map_rows_with(|_| None)
+    }
+
+    /// As [`KernelView::map_rows`], but where `known` answers, a map is not walked: its entries are what is known, as of
+    /// so many seconds ago, or nothing yet.
+    ///
+    /// # Errors
+    /// Where a map cannot be read.
+    pub fn map_rows_with(&self, known: impl Fn(&str) -> Option<Counted>) -> Result<Vec<MapRow>, PortError> {
         let mut rows = Vec::new();
         for map in name::ALL.iter().copied().chain(name::DAEMON) {
             let data = self.tables.reader(map)?.data();
@@ -238,6 +261,11 @@ impl KernelView {
             let kind = info.map_type().map_err(error)?;
             let hash =
                 matches!(kind, aya::maps::MapType::Hash | aya::maps::MapType::LruHash | aya::maps::MapType::LpmTrie);
+            let (entries, counted) = match known(map) {
+                Some(Counted(known)) => known.map_or((None, None), |(entries, age)| (Some(entries), Some(age))),
+                None if hash => (Some(self.tables.count(map)?), None),
+                None => (None, None),
+            };
             rows.push(MapRow {
                 name: map.to_owned(),
                 kind: kind_name(kind).to_owned(),
@@ -245,7 +273,8 @@ impl KernelView {
                 key: info.key_size(),
                 value: info.value_size(),
                 max_entries: info.max_entries(),
-                entries: if hash { Some(self.tables.count(map)?) } else { None },
+                entries,
+                counted,
                 memory: memory(data).unwrap_or(0),
                 pin: self.pins.map(map).display().to_string(),
             });
@@ -324,6 +353,10 @@ impl KernelView {
     pub fn programs(&self) -> Vec<&'static str> {
         [XDP_PROGRAM, TC_PROGRAM].into_iter().filter(|program| self.pins.program(program).exists()).collect()
     }
+}
+
+fn slots(region: Option<&Region>) -> u64 {
+    region.map_or(0, |region| region.table.len() as u64)
 }
 
 /// The average of `count` times that add up to `micros` microseconds, in milliseconds.

@@ -22,7 +22,7 @@ use super::{
     host, interfaces,
     kernel_view::KernelView,
     maps::Maps,
-    migrate,
+    migrate, object,
     pins::{self, Pins, chain},
     program_log::ProgramLog,
     stages,
@@ -259,6 +259,26 @@ impl Datapath {
     fn attach_one(&mut self, name: &str, known: &[interfaces::Interface]) -> Result<Attachment, LoadError> {
         let interface = known.iter().find(|interface| interface.name == name);
         let interface = interface.ok_or_else(|| LoadError::NoInterface { name: name.to_owned() })?;
+        if let Some(above) = interfaces::seen_twice(interface, &self.edge.interfaces, known) {
+            for xdp in [true, false] {
+                let pin = self.pins.link(name, xdp);
+                if pin.exists() {
+                    attach::detach_pin(&pin);
+                    self.writes += 1;
+                }
+            }
+            if self.attachments.get(name).is_some_and(|before| before.hook == AttachedHook::Clsact) {
+                attach::detach_clsact(name);
+            }
+            return Err(LoadError::Hook {
+                interface: name.to_owned(),
+                reason: format!(
+                    "it is a port of {0}, which is configured too: the program would see each packet twice; take one of \
+                     the two out of edge.interfaces",
+                    above.name
+                ),
+            });
+        }
         let before = self.attachments.get(name).cloned();
         let (pins, object, mut loads) = (self.pins.clone(), self.object, 0);
         let program = |xdp| {
@@ -575,7 +595,7 @@ fn parse(pins: &Pins, tables: &Tables, object: &[u8]) -> Result<Ebpf, LoadError>
 }
 
 fn load_object(loader: &mut EbpfLoader<'_>, object: &[u8]) -> Result<Ebpf, LoadError> {
-    loader.load(object).map_err(|error| object_error("loading the eBPF object", &error))
+    loader.load(&object::for_this_kernel(object)).map_err(|error| object_error("loading the eBPF object", &error))
 }
 
 fn loader(pins: &Pins, tables: &Tables) -> EbpfLoader<'static> {

@@ -1,5 +1,5 @@
 //! The kernel side: [`loader`] loads or adopts maps, programs and links; [`maps`] is the reconciler's port to the maps,
-//! [`fake`] its stand-in for tests; [`sweep`] ends idle flows; [`kernel_view`] reads the pins, with the daemon or without.
+//! [`fake`] its stand-in for tests; [`sweep`] ends idle flows, and [`snat`] counts ports on its way; [`kernel_view`] reads the pins, with the daemon or without.
 
 pub mod acl_view;
 pub mod answer;
@@ -19,6 +19,7 @@ pub mod object;
 pub mod pins;
 pub mod program_log;
 pub mod selection;
+pub mod snat;
 pub mod stages;
 pub mod sweep;
 pub mod sys;

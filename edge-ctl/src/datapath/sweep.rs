@@ -5,6 +5,8 @@
 //! and then. What was ended is counted in maps of its own, since the per-CPU counters belong to the program. At the end of
 //! a walk during which nothing opened or closed, the counters are set right by what was seen: a daemon killed between
 //! removing a flow and counting it would otherwise leave a backend draining for ever.
+//!
+//! On its way the walk counts what each flow table holds, and the SNAT ports in use ([`super::snat`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -17,6 +19,7 @@ use edge_common::{
 
 use super::{
     pins::{Pins, chain, open},
+    snat::{Census as Ports, SnatUse},
     sys::{Cursor, from_bytes, monotonic_ns},
     tables::Tables,
 };
@@ -44,6 +47,17 @@ pub struct SweepReport {
     pub fill: u64,
 }
 
+/// What a whole walk found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pass {
+    /// When it ended, ns of CLOCK_MONOTONIC.
+    pub at: u64,
+    /// Entries of each flow table, by name.
+    pub entries: BTreeMap<&'static str, u64>,
+    /// SNAT ports in use.
+    pub snat: Vec<SnatUse>,
+}
+
 /// See the module. Both families' tables are walked one after the other.
 pub struct Sweeper {
     tables: Tables,
@@ -52,6 +66,9 @@ pub struct Sweeper {
     service_expired: Array<MapData, u64>,
     backend_expired: Array<MapData, u64>,
     walk: Walk,
+    /// Where the established tables of this walk have been read, and the others have not.
+    waiting: bool,
+    last: Option<Pass>,
     ended: Vec<FlowEnd>,
 }
 
@@ -80,6 +97,7 @@ struct Walk {
     recorded: BTreeSet<u32>,
     services: Census,
     backends: Census,
+    ports: Ports,
 }
 
 /// Counters as they were when the walk began, and the flows seen since.
@@ -111,11 +129,13 @@ impl Sweeper {
             service_expired: open(pins, name::SERVICE_EXPIRED)?,
             backend_expired: open(pins, name::BACKEND_EXPIRED)?,
             walk: Walk::default(),
+            waiting: false,
+            last: None,
             ended: Vec::new(),
         })
     }
 
-    /// Looks at about `budget` entries.
+    /// Looks at about `budget` entries of the established table, and at half as many of the others.
     ///
     /// # Errors
     /// Where a map cannot be read or written; the next step goes on from there.
@@ -128,13 +148,34 @@ impl Sweeper {
         std::mem::take(&mut self.ended)
     }
 
+    /// What the last whole walk found; `None` before the first has ended.
+    pub fn last_pass(&self) -> Option<&Pass> {
+        self.last.as_ref()
+    }
+
     fn step_at(&mut self, now: u64, budget: usize) -> Result<SweepReport, PortError> {
+        let mut report = if self.waiting { SweepReport::default() } else { self.established(now, budget)? };
+        self.walk.ports.step(&self.tables, now, budget / 2)?;
+        if self.waiting && self.walk.ports.is_finished() {
+            report.finished = true;
+            self.waiting = false;
+            let ports = std::mem::take(&mut self.walk.ports);
+            let mut entries = ports.entries().clone();
+            entries.insert(name::ESTABLISHED, self.v4.last_entries);
+            entries.insert(name::ESTABLISHED_V6, self.v6.last_entries);
+            self.last = Some(Pass { at: now, entries, snat: ports.finish(&self.tables)? });
+        }
+        report.fill = self.v4.fill().max(self.v6.fill());
+        Ok(report)
+    }
+
+    /// A step in the established tables.
+    fn established(&mut self, now: u64, budget: usize) -> Result<SweepReport, PortError> {
         if !self.walk.begun {
             self.begin()?;
         }
         let mut expired = Expired::default();
-        let fill = self.v4.fill().max(self.v6.fill());
-        let mut report = SweepReport { fill, ..SweepReport::default() };
+        let mut report = SweepReport::default();
         let mut walked = Ok(());
         if !self.v4.cursor.is_finished() {
             walked = self.v4.step(&self.tables, &mut self.walk, now, budget, &mut report, &mut expired);
@@ -149,7 +190,7 @@ impl Sweeper {
         add(&mut self.backend_expired, &expired.backends)?;
         walked?;
         if self.v4.cursor.is_finished() && self.v6.cursor.is_finished() {
-            report.finished = true;
+            self.waiting = true;
             self.finish()?;
         }
         Ok(report)
@@ -162,6 +203,7 @@ impl Sweeper {
         let recorded = state.iter().filter(|(_, entry)| is_recorded(entry)).map(|(number, _)| *number).collect();
         self.walk = Walk {
             begun: true,
+            ports: Ports::begin(&state),
             recorded,
             timeouts: state.into_iter().map(|(number, entry)| (number, entry.established_timeout)).collect(),
             services: Census { before: self.tables.service_stats(services)?, seen: BTreeMap::new() },
@@ -171,7 +213,8 @@ impl Sweeper {
     }
 
     fn finish(&mut self) -> Result<(), PortError> {
-        let walk = std::mem::take(&mut self.walk);
+        let mut walk = std::mem::take(&mut self.walk);
+        self.walk.ports = std::mem::take(&mut walk.ports);
         self.v4.rewind();
         self.v6.rewind();
         let (services, backends) = self.tables.numbers()?;
@@ -239,7 +282,12 @@ where
                 *expired.services.entry(flow.service).or_default() += 1;
                 *expired.backends.entry(flow.backend).or_default() += 1;
                 report.expired += 1;
-            } else if ended == Ended::Nothing && flow.direction == FORWARD {
+                continue;
+            }
+            if ended == Ended::Nothing {
+                walk.ports.see(&flow);
+            }
+            if ended == Ended::Nothing && flow.direction == FORWARD {
                 *walk.services.seen.entry(flow.service).or_default() += 1;
                 *walk.backends.seen.entry(flow.backend).or_default() += 1;
             }

@@ -378,6 +378,36 @@ pub fn wait_readable(fd: std::os::fd::RawFd, timeout: std::time::Duration) -> io
     }
 }
 
+/// True where the driver takes VLAN tags off received frames before a program sees them (`ethtool -k`, rx-vlan-offload);
+/// `None` where it does not say.
+pub fn strips_vlan_tags(interface: &str) -> Option<bool> {
+    /// `ETHTOOL_GFLAGS` and its bit `ETH_FLAG_RXVLAN` (include/uapi/linux/ethtool.h).
+    const GET_FLAGS: u32 = 0x25;
+    const RX_VLAN: u32 = 1 << 8;
+    const SIOCETHTOOL: libc::c_ulong = 0x8946;
+    // SAFETY: takes integers only.
+    let socket = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
+    if socket < 0 {
+        return None;
+    }
+    // SAFETY: the kernel has just given this descriptor to us, and nobody else knows it.
+    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+    // `struct ethtool_value`: the command, and the answer.
+    let mut value = [GET_FLAGS, 0];
+    // SAFETY: integers and a union of integers and pointers, for which all zeroes are valid.
+    let mut request: libc::ifreq = unsafe { MaybeUninit::zeroed().assume_init() };
+    let name = interface.as_bytes();
+    // The last byte ends the string.
+    let room = request.ifr_name.len().checked_sub(1)?;
+    for (to, from) in request.ifr_name.get_mut(..room)?.iter_mut().zip(name) {
+        *to = libc::c_char::from_ne_bytes([*from]);
+    }
+    request.ifr_ifru.ifru_data = value.as_mut_ptr().cast();
+    // SAFETY: an open socket; the request and the two integers it points to outlive the call.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL as _, std::ptr::from_mut(&mut request)) };
+    (result == 0).then_some(value[1] & RX_VLAN != 0)
+}
+
 /// CLOCK_MONOTONIC, ns: the clock of every time in a flow entry.
 pub fn monotonic_ns() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };

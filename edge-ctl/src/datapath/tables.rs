@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 
 use edge_common::{
     filter,
-    maps::{BackendEntry, BackendSignals, Chunk, Control, ServiceEntry, ServiceStats, SourceKey, SourceRange, name},
+    maps::{
+        BackendEntry, BackendSignals, Chunk, Control, PortSet, ServiceEntry, ServiceStats, SourceKey, SourceRange, name,
+    },
     verdict::REASONS,
 };
 
@@ -96,6 +98,25 @@ impl Tables {
         let mut services = self.array::<ServiceEntry>(name::SERVICES)?;
         services.retain(|_, entry| entry.protocol != 0);
         Ok(services)
+    }
+
+    /// Backends by number, those that only drain included.
+    ///
+    /// # Errors
+    /// Where the map cannot be read.
+    pub fn backends(&self) -> Result<BTreeMap<u32, BackendEntry>, PortError> {
+        let mut backends = self.array::<BackendEntry>(name::BACKENDS)?;
+        backends.retain(|_, entry| entry.protocol != 0);
+        Ok(backends)
+    }
+
+    /// Ports that SNAT may use on the host's addresses.
+    ///
+    /// # Errors
+    /// Where the map cannot be read.
+    pub fn snat_ports(&self) -> Result<PortSet, PortError> {
+        let bytes = self.reader(name::SNAT_PORTS)?.get(&0_u32.to_ne_bytes())?;
+        Ok(bytes.and_then(|bytes| from_bytes(&bytes)).unwrap_or(PortSet([0; 1024])))
     }
 
     /// Source ranges with their counters.
@@ -260,7 +281,11 @@ impl Tables {
         Ok(all)
     }
 
-    fn labels(&self) -> Result<BTreeMap<u32, String>, PortError> {
+    /// The operator's names of services, by number.
+    ///
+    /// # Errors
+    /// Where the map cannot be read.
+    pub fn labels(&self) -> Result<BTreeMap<u32, String>, PortError> {
         let labels = self.array::<[u8; 64]>(name::SERVICE_LABELS)?;
         Ok(labels.into_iter().map(|(number, bytes)| (number, label_text(&bytes))).collect())
     }

@@ -131,6 +131,9 @@ impl<K: Kernel> Actor<K> {
                 let _ = reply.send(());
             }
             Command::Routes(reply) => drop(reply.send(self.rows())),
+            Command::OwnAddresses(reply) => {
+                drop(reply.send(self.known.addresses.iter().map(|known| known.address).collect()));
+            }
             Command::KernelPrefixes(reply) => drop(reply.send(self.kernel_prefixes())),
             Command::Stale(reply) => drop(reply.send(self.stale.clone())),
             Command::RouteTo(destination, reply) => drop(reply.send(self.route_to(destination).await)),

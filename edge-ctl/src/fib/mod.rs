@@ -153,6 +153,7 @@ enum Command {
     FinishRestart(RouteSet, Reply<()>),
     Routes(Reply<Vec<RouteRow>>),
     KernelPrefixes(Reply<Vec<(IpNet, Option<IpAddr>)>>),
+    OwnAddresses(Reply<std::collections::BTreeSet<IpAddr>>),
     Stale(Reply<RouteSet>),
     RouteTo(IpAddr, Reply<Option<RouteTo>>),
     HoldVip(IpAddr, Reply<Result<(), FibError>>),
@@ -190,6 +191,11 @@ impl FibHandle {
     /// Connected and static prefixes with their gateway: neither default routes, nor BGP's, nor those of `lo`.
     pub async fn kernel_prefixes(&self) -> Vec<(IpNet, Option<IpAddr>)> {
         self.ask(Command::KernelPrefixes).await.unwrap_or_default()
+    }
+
+    /// Every address of this host.
+    pub async fn own_addresses(&self) -> std::collections::BTreeSet<IpAddr> {
+        self.ask(Command::OwnAddresses).await.unwrap_or_default()
     }
 
     /// BGP routes that stood in the kernel at start and wait for [`FibHandle::finish_restart`].

@@ -5,9 +5,11 @@ pub mod capture;
 mod health;
 mod protect;
 pub mod query;
+mod resolver;
 mod route;
 mod selection;
 mod service;
+mod snat;
 pub mod view;
 
 pub use health::{
@@ -15,9 +17,12 @@ pub use health::{
     PassiveCounters, PassiveSignals, Tls, Verdict,
 };
 pub use protect::{Limits, Protection, RangeAction, Rate, SourceRanges};
+pub use resolver::ResolverPolicy;
 pub use route::{PathAttributes, RouteSet, RouteUpdate};
 pub use selection::{Selection, StaticBackend, TableShape, Tier};
+
 pub use service::{
     Announce, BackendSource, Balance, Frontend, Mode, ParseFrontendError, PoolMember, PoolSnapshot, PoolState,
     Protocol, RecordType, Resolver, Service, Snat, within,
 };
+pub use snat::{SnatAlarms, SnatLevel, SnatRow};

@@ -10,10 +10,10 @@ use serde::{Deserialize, Serialize};
 
 use super::capture::{CaptureOrder, CaptureRow};
 use super::{
-    BackendVerb,
+    BackendVerb, RecordType,
     view::{
-        BackendRow, BgpPeerRow, BgpRouteRow, DnsRow, EventRow, FlowRow, HealthEventRow, HealthRow, MapRow, RouteRow,
-        ServiceRow, StatusRow, XdpRow,
+        BackendRow, BgpPeerRow, BgpRouteRow, DnsRecordRow, DnsRow, DnsZoneRow, EventRow, FlowRow, HealthEventRow,
+        HealthRow, MapRow, RouteRow, ServiceRow, StatusRow, XdpRow,
     },
 };
 
@@ -38,6 +38,22 @@ pub enum Query {
     },
     /// Names asked of the resolvers: [`Answer::Dns`].
     Dns,
+    /// Resolvers and their servers: [`Answer::DnsZones`].
+    DnsZones,
+    /// Ask a resolver: [`Answer::DnsRecords`].
+    DnsQuery {
+        /// A name, or an address whose name is asked for.
+        name: String,
+        /// `a`, `aaaa` or `srv`; `None`: A.
+        record: Option<RecordType>,
+        /// The resolver's name; `None`: the one that a service asks for this name, else the first.
+        resolver: Option<String>,
+    },
+    /// Ask again now: [`Answer::Dns`].
+    DnsRefresh {
+        /// Only this name.
+        name: Option<String>,
+    },
     /// BGP peers: [`Answer::BgpPeers`].
     BgpPeers,
     /// The Loc-RIB, paths that lost included: [`Answer::BgpRoutes`].
@@ -116,6 +132,17 @@ impl Query {
             }
             Self::Flows { service: None, limit } => format!("/v1/flows?limit={limit}"),
             Self::Dns => "/v1/dns".to_owned(),
+            Self::DnsZones => "/v1/dns/stats".to_owned(),
+            Self::DnsQuery { name, record, resolver } => {
+                let record = record.map(|record| format!("&record={}", record.to_string().to_ascii_lowercase()));
+                let resolver = resolver.as_ref().map(|text| format!("&resolver={}", percent_encode(text)));
+                let (record, resolver) = (record.unwrap_or_default(), resolver.unwrap_or_default());
+                return ("POST", format!("/v1/dns/query?name={}{record}{resolver}", percent_encode(name)));
+            }
+            Self::DnsRefresh { name } => {
+                let name = name.as_ref().map(|name| format!("?name={}", percent_encode(name)));
+                return ("POST", format!("/v1/dns/refresh{}", name.unwrap_or_default()));
+            }
             Self::BgpPeers => "/v1/bgp/peers".to_owned(),
             Self::BgpRoutes => "/v1/bgp/routes".to_owned(),
             Self::BgpReceived(peer) => format!("/v1/bgp/peers/{peer}/received"),
@@ -177,8 +204,12 @@ pub enum Answer {
     Backends(Vec<BackendRow>),
     /// To [`Query::Flows`].
     Flows(Vec<FlowRow>),
-    /// To [`Query::Dns`].
+    /// To [`Query::Dns`] and [`Query::DnsRefresh`].
     Dns(Vec<DnsRow>),
+    /// To [`Query::DnsZones`].
+    DnsZones(Vec<DnsZoneRow>),
+    /// To [`Query::DnsQuery`].
+    DnsRecords(Vec<DnsRecordRow>),
     /// To [`Query::BgpPeers`].
     BgpPeers(Vec<BgpPeerRow>),
     /// To [`Query::BgpRoutes`], [`Query::BgpReceived`] and [`Query::BgpAdvertised`].

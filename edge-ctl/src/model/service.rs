@@ -165,7 +165,8 @@ impl fmt::Display for RecordType {
 pub enum BackendSource {
     /// A DNS name asked of a configured resolver.
     Dns {
-        /// Fully qualified name, without a final dot.
+        /// The name, fully qualified without a final dot; where the resolver has search domains, relative to them unless
+        /// there is a final dot.
         name: String,
         /// Port of every backend; SRV answers bring their own.
         port: Option<u16>,
@@ -278,6 +279,8 @@ pub struct Resolver {
     pub servers: Vec<SocketAddr>,
     /// Overrides the TTL of answers; `None`: the answer's own.
     pub valid: Option<Duration>,
+    /// How far its answers are believed.
+    pub policy: super::ResolverPolicy,
 }
 
 #[cfg(test)]

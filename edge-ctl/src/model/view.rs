@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::SnatRow;
+
 /// One frontend in `service list`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ServiceRow {
@@ -44,6 +46,21 @@ pub struct ServiceRow {
     pub bytes_out: u64,
     /// Dropped packets by reason, non-zero ones.
     pub drops: std::collections::BTreeMap<String, u64>,
+    /// Flows begun (first packets that were given a backend) since the maps exist, whatever became of them.
+    #[serde(default)]
+    pub attempts: u64,
+    /// Packets dropped, for whichever reason.
+    #[serde(default)]
+    pub discarded: u64,
+    /// How long a client stays with its backend, seconds; 0: no affinity.
+    #[serde(default)]
+    pub affinity: u64,
+    /// Slots of the selection table in force, of the backup tier's in `backup_slots`; 0: no pool yet, or no such tier.
+    #[serde(default)]
+    pub slots: u64,
+    /// As `slots`, of the table that serves while no primary backend can.
+    #[serde(default)]
+    pub backup_slots: u64,
     /// True while too few backends are healthy and health is ignored.
     #[serde(default)]
     pub panic: bool,
@@ -117,6 +134,15 @@ pub struct BackendRow {
     /// `tcp` or `udp`.
     #[serde(default)]
     pub proto: String,
+    /// `primary` or `backup`.
+    #[serde(default)]
+    pub tier: String,
+    /// Share of its weight that it has while it starts slowly, percent; 100: all of it.
+    #[serde(default)]
+    pub share: u32,
+    /// SNAT ports towards it, by source address, as of the sweep's last walk; empty where only the maps are read.
+    #[serde(default)]
+    pub snat: Vec<SnatRow>,
     /// What it must fulfil to be given new flows, in the order of the chain; empty where only the maps are read.
     #[serde(default)]
     pub conditions: Vec<ConditionRow>,
@@ -227,7 +253,7 @@ pub struct DnsRow {
     pub resolver: String,
     /// Addresses in use.
     pub addresses: Vec<String>,
-    /// `fresh`, `last-good`, `unknown`.
+    /// `fresh`, `held`, `last-good`, `unknown`.
     pub state: String,
     /// Seconds since the last good answer.
     pub age: Option<u64>,
@@ -239,8 +265,76 @@ pub struct DnsRow {
     pub requests: u64,
     /// Answers by class: success, format_error, server_failure, host_not_found, unimplemented, refused, unknown, timed_out.
     pub responses: std::collections::BTreeMap<String, u64>,
-    /// Addresses refused because they lie outside `pod_networks`.
+    /// Addresses refused so far, in every answer.
     pub refused_addresses: u64,
+    /// The change that is held, and what it waits for.
+    #[serde(default)]
+    pub held: Option<String>,
+    /// Seconds since it is held.
+    #[serde(default)]
+    pub held_age: Option<u64>,
+    /// Addresses in use that the answer left out.
+    #[serde(default)]
+    pub held_addresses: Vec<String>,
+    /// Addresses of the last answer that are refused: why, and for how long.
+    #[serde(default)]
+    pub refused: Vec<String>,
+    /// Times that the addresses in use changed.
+    #[serde(default)]
+    pub changes: u64,
+    /// Times that a change was held.
+    #[serde(default)]
+    pub holds: u64,
+}
+
+/// One resolver in `dns stats`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct DnsZoneRow {
+    /// Resolver name.
+    pub resolver: String,
+    /// Requests by type: name (A, AAAA), srv, addr (PTR).
+    pub requests: std::collections::BTreeMap<String, u64>,
+    /// Answers by class, as in [`DnsRow::responses`].
+    pub responses: std::collections::BTreeMap<String, u64>,
+    /// Its servers, in the order of the configuration.
+    pub servers: Vec<DnsServerRow>,
+}
+
+/// One server in `dns servers`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct DnsServerRow {
+    /// Address and port.
+    pub server: String,
+    /// `up`, `failing`, `not asked`.
+    pub state: String,
+    /// Queries in a row without an answer that can be used.
+    pub failures: u32,
+    /// Seconds since the last answer that could be used.
+    pub age: Option<u64>,
+    /// How long that took, milliseconds.
+    pub took_ms: Option<f64>,
+    /// Why the last query failed, if it did.
+    pub error: Option<String>,
+    /// Queries asked.
+    pub requests: u64,
+    /// Answers by class.
+    pub responses: std::collections::BTreeMap<String, u64>,
+}
+
+/// One record in `dns query`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct DnsRecordRow {
+    /// Owner.
+    pub name: String,
+    /// Record type.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Seconds that it may be kept.
+    pub ttl: u32,
+    /// What it says.
+    pub data: String,
+    /// Resolver that was asked.
+    pub resolver: String,
 }
 
 /// One peer in `bgp summary` and `bgp peers`. The first fields are FRR's columns.
@@ -359,6 +453,9 @@ pub struct MapRow {
     pub max_entries: u32,
     /// Entries in use, where they can be counted.
     pub entries: Option<u64>,
+    /// Seconds since `entries` were counted by the sweep; absent: they were counted for this answer.
+    #[serde(default)]
+    pub counted: Option<u64>,
     /// Bytes of kernel memory.
     pub memory: u64,
     /// Pin path.

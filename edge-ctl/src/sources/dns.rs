@@ -1,10 +1,17 @@
-//! Pools read from DNS: one task for each distinct source, over what [`tracker`] decides.
+//! Pools read from DNS: one task for each distinct question, over what [`tracker`] decides. Services that ask the same
+//! question share its answers, whatever their ports.
 
+mod evidence;
+mod guard;
 mod query;
+mod show;
 pub mod tracker;
+mod zone;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    hash::{BuildHasher, Hasher},
+    net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -17,12 +24,16 @@ use tokio::{
     time::Instant,
 };
 
-pub use self::query::{Class, Counts};
-use self::{
-    query::Servers,
-    tracker::{Outcome, PoolTracker, Timing},
+pub use self::{
+    evidence::{Evidence, gather},
+    guard::{Guard, Refusal},
+    query::{Class, Counts},
 };
-use crate::model::{BackendSource, PoolSnapshot, PoolState, RecordType, Resolver, view::DnsRow};
+use self::{
+    tracker::{Outcome, PoolTracker, Step, Timing},
+    zone::Zone,
+};
+use crate::model::{BackendSource, PoolMember, PoolSnapshot, PoolState, RecordType, Resolver};
 
 /// Timings that the configuration does not name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,13 +42,47 @@ pub struct DnsOptions {
     pub server_timeout: Duration,
     /// How soon a failed query is repeated.
     pub retry: Duration,
-    /// How long NXDOMAIN or NODATA must last before a pool becomes empty; `valid` where that is longer.
-    pub hold: Duration,
 }
 
 impl Default for DnsOptions {
     fn default() -> Self {
-        Self { server_timeout: Duration::from_secs(1), retry: Duration::from_secs(1), hold: Duration::from_secs(10) }
+        Self { server_timeout: Duration::from_secs(1), retry: Duration::from_secs(1) }
+    }
+}
+
+/// Longest that one refresh of a name may take, over all servers, aliases and SRV targets.
+const LONGEST_REFRESH: Duration = Duration::from_secs(30);
+/// Refreshes come up to a tenth early, so that names asked for together do not stay together.
+const JITTER_PARTS: u32 = 10;
+
+/// What is asked for.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Question {
+    /// The name, as configured.
+    pub name: String,
+    /// Name of the `[resolver.NAME]` table.
+    pub resolver: String,
+    /// Record type.
+    pub record: RecordType,
+}
+
+impl Question {
+    /// What a source asks; `None`: it is not DNS.
+    pub fn of(source: &BackendSource) -> Option<Self> {
+        match source {
+            BackendSource::Dns { name, resolver, record, .. } => {
+                Some(Self { name: name.clone(), resolver: resolver.clone(), record: *record })
+            }
+            BackendSource::Static(_) => None,
+        }
+    }
+
+    /// A backend's address as the answer names it: SRV brings ports, the others do not.
+    pub fn as_member(&self, backend: SocketAddr) -> SocketAddr {
+        match self.record {
+            RecordType::Srv => backend,
+            RecordType::A | RecordType::Aaaa => SocketAddr::new(backend.ip(), 0),
+        }
     }
 }
 
@@ -45,30 +90,38 @@ impl Default for DnsOptions {
 /// or the state of a pool change. Nothing is sent for a pool about which nothing is known yet.
 pub fn spawn_dns(
     sources: Vec<(BackendSource, Resolver)>,
-    pod_networks: Vec<IpNet>,
+    guard: impl Into<Guard>,
     out: mpsc::Sender<PoolSnapshot>,
 ) -> DnsHandle {
-    spawn_dns_with(DnsOptions::default(), sources, pod_networks, out)
+    spawn_dns_with(DnsOptions::default(), sources, guard, out)
 }
 
 /// As [`spawn_dns`], with other timings.
 pub fn spawn_dns_with(
     options: DnsOptions,
     sources: Vec<(BackendSource, Resolver)>,
-    pod_networks: Vec<IpNet>,
+    guard: impl Into<Guard>,
     out: mpsc::Sender<PoolSnapshot>,
 ) -> DnsHandle {
-    let handle = DnsHandle { tasks: Arc::default(), options, out };
-    handle.reconfigure(sources, pod_networks);
+    let handle = DnsHandle { book: Arc::default(), options, out };
+    handle.reconfigure(sources, guard);
     handle
 }
 
 /// The way to the tasks. Cheap to clone; they end with the last handle.
 #[derive(Clone)]
 pub struct DnsHandle {
-    tasks: Arc<Mutex<BTreeMap<BackendSource, Task>>>,
+    book: Arc<Mutex<Book>>,
     options: DnsOptions,
     out: mpsc::Sender<PoolSnapshot>,
+}
+
+/// What runs.
+#[derive(Default)]
+struct Book {
+    tasks: BTreeMap<Question, Task>,
+    /// Resolvers that are asked, by name.
+    zones: BTreeMap<String, Arc<Zone>>,
 }
 
 /// Aborts its task when dropped.
@@ -85,6 +138,7 @@ impl Drop for Task {
 
 struct Shared {
     state: Mutex<State>,
+    zone: Arc<Zone>,
     /// Ask now: a refresh, or other settings.
     wake: Notify,
     started: Instant,
@@ -92,105 +146,176 @@ struct Shared {
 
 struct State {
     resolver: Resolver,
-    networks: Vec<IpNet>,
-    servers: Arc<Servers>,
+    /// Who asks.
+    sources: BTreeSet<BackendSource>,
+    /// Those that are to be told of the pool before the next query.
+    untold: BTreeSet<BackendSource>,
     tracker: PoolTracker,
+    /// Where the resolver has search domains: the name that was found, which is asked from then on.
+    found: Option<Name>,
     counts: Counts,
     next_at: Option<Instant>,
-    /// To be sent before the next query.
-    pending: Option<PoolSnapshot>,
+}
+
+impl State {
+    /// The snapshot for one of those that ask.
+    fn snapshot(&self, source: &BackendSource) -> PoolSnapshot {
+        let pool = self.tracker.pool();
+        let port = match source {
+            BackendSource::Dns { port, .. } => *port,
+            BackendSource::Static(_) => None,
+        };
+        let with_port = |member: &PoolMember| match port {
+            Some(port) => PoolMember { address: SocketAddr::new(member.address.ip(), port), ..*member },
+            None => *member,
+        };
+        PoolSnapshot {
+            source: source.clone(),
+            members: pool.members.iter().map(with_port).collect(),
+            state: pool.state.clone(),
+        }
+    }
 }
 
 impl DnsHandle {
-    /// One row for each source, by name.
-    pub fn rows(&self) -> Vec<DnsRow> {
-        let tasks = self.tasks();
-        tasks.iter().filter_map(|(source, task)| row(source, &task.shared)).collect()
+    /// Asks for every name now, or for one; how many that are.
+    pub fn refresh(&self, name: Option<&str>) -> usize {
+        let book = self.book();
+        let wanted = |question: &&Question| name.is_none_or(|name| same_name(&question.name, name));
+        let woken = book.tasks.keys().filter(wanted).filter_map(|question| book.tasks.get(question));
+        woken.map(|task| task.shared.wake.notify_one()).count()
     }
 
-    /// Queries by record type and responses by class, summed over all sources.
-    pub fn counts(&self) -> Counts {
-        let mut sum = Counts::default();
-        for task in self.tasks().values() {
-            let state = task.shared.state();
-            for (kind, count) in &state.counts.requests {
-                *sum.requests.entry(kind).or_default() += count;
+    /// The way to these networks has changed: connections to servers there are made anew, and their names asked now.
+    pub fn rerouted(&self, prefixes: &[IpNet]) {
+        let book = self.book();
+        for task in book.tasks.values() {
+            let servers = task.shared.state().resolver.servers.clone();
+            if servers.iter().any(|server| prefixes.iter().any(|prefix| prefix.contains(&server.ip()))) {
+                task.shared.zone.reconnect(&servers, self.options.server_timeout);
+                task.shared.wake.notify_one();
             }
-            for (class, count) in &state.counts.responses {
-                *sum.responses.entry(*class).or_default() += count;
-            }
-        }
-        sum
-    }
-
-    /// Asks for every source now, as when a route to the servers has appeared.
-    pub fn refresh(&self) {
-        for task in self.tasks().values() {
-            task.shared.wake.notify_one();
         }
     }
 
-    /// Takes over another set of sources, resolvers and networks. What a source has learnt stays, whatever of its
-    /// settings changes; sources that are no longer named are forgotten.
-    pub fn reconfigure(&self, sources: Vec<(BackendSource, Resolver)>, pod_networks: Vec<IpNet>) {
-        let mut tasks = self.tasks();
-        let named: BTreeSet<&BackendSource> = sources.iter().map(|(source, _)| source).collect();
-        tasks.retain(|source, _| named.contains(source));
-        for (source, resolver) in sources {
-            if !matches!(source, BackendSource::Dns { .. }) {
+    /// Takes in what checks say of members. A name whose held change they agree to is asked at once.
+    pub fn heed(&self, mut evidence: BTreeMap<Question, Evidence>) {
+        for (question, task) in &self.book().tasks {
+            if task.shared.state().tracker.heed(evidence.remove(question).unwrap_or_default()) {
+                task.shared.wake.notify_one();
+            }
+        }
+    }
+
+    /// The pool that serves `source` from an earlier life: see [`PoolTracker::adopt`].
+    pub fn adopt(&self, source: &BackendSource, members: impl IntoIterator<Item = PoolMember>) {
+        let Some(question) = Question::of(source) else { return };
+        if let Some(task) = self.book().tasks.get(&question) {
+            let named = |member: PoolMember| PoolMember { address: question.as_member(member.address), ..member };
+            task.shared.state().tracker.adopt(members.into_iter().map(named).collect());
+        }
+    }
+
+    /// This host's addresses are others.
+    pub fn own_addresses(&self, own: &BTreeSet<IpAddr>) {
+        for task in self.book().tasks.values() {
+            let mut state = task.shared.state();
+            if state.tracker.guard().own == *own {
                 continue;
             }
-            match tasks.get(&source) {
-                Some(task) => self.change(&task.shared, resolver, &pod_networks),
+            let guard = Guard { own: own.clone(), ..state.tracker.guard().clone() };
+            let timing = self.timing(&state.resolver);
+            if state.tracker.reconfigure(timing, guard) {
+                state.untold = state.sources.clone();
+                task.shared.wake.notify_one();
+            }
+        }
+    }
+
+    /// Takes over another set of sources, resolvers and rules. What a name has learnt stays, whatever of its settings
+    /// changes; names that are no longer asked for are forgotten.
+    pub fn reconfigure(&self, sources: Vec<(BackendSource, Resolver)>, guard: impl Into<Guard>) {
+        let guard = guard.into();
+        let mut asked: BTreeMap<Question, (Resolver, BTreeSet<BackendSource>)> = BTreeMap::new();
+        for (source, resolver) in sources {
+            if let Some(question) = Question::of(&source) {
+                asked.entry(question).or_insert_with(|| (resolver, BTreeSet::new())).1.insert(source);
+            }
+        }
+        let mut book = self.book();
+        book.tasks.retain(|question, _| asked.contains_key(question));
+        book.zones.retain(|name, _| asked.keys().any(|question| question.resolver == *name));
+        for (question, (resolver, sources)) in asked {
+            let timeout = self.options.server_timeout;
+            let zone =
+                book.zones.entry(resolver.name.clone()).or_insert_with(|| Arc::new(Zone::new(&resolver, timeout)));
+            zone.reconfigure(&resolver, timeout);
+            let zone = Arc::clone(zone);
+            match book.tasks.get(&question) {
+                Some(task) => self.change(&task.shared, resolver, sources, &guard),
                 None => {
-                    let task = self.start(source.clone(), resolver, pod_networks.clone());
-                    tasks.insert(source, task);
+                    let task = self.start(question.clone(), resolver, sources, zone, guard.clone());
+                    book.tasks.insert(question, task);
                 }
             }
         }
     }
 
     fn timing(&self, resolver: &Resolver) -> Timing {
-        Timing { valid: resolver.valid, retry: self.options.retry, hold: self.options.hold }
+        Timing {
+            valid: resolver.valid,
+            retry: self.options.retry,
+            hold: resolver.policy.hold,
+            shrink_hold: resolver.policy.shrink_hold,
+            shrink_limit: resolver.policy.shrink_limit,
+        }
     }
 
-    fn servers(&self, resolver: &Resolver) -> Arc<Servers> {
-        Arc::new(Servers::new(&resolver.servers, self.options.server_timeout))
-    }
-
-    fn change(&self, shared: &Shared, resolver: Resolver, networks: &[IpNet]) {
+    fn change(&self, shared: &Shared, resolver: Resolver, sources: BTreeSet<BackendSource>, guard: &Guard) {
         let mut state = shared.state();
-        if state.resolver == resolver && state.networks == networks {
+        let new: Vec<BackendSource> = sources.difference(&state.sources).cloned().collect();
+        if new.is_empty() && state.sources == sources && state.resolver == resolver && state.tracker.guard() == guard {
             return;
         }
-        if state.resolver.servers != resolver.servers {
-            state.servers = self.servers(&resolver);
+        state.untold.extend(new);
+        state.sources = sources;
+        if state.resolver.policy.search != resolver.policy.search {
+            state.found = None;
         }
-        let changed = state.tracker.reconfigure(self.timing(&resolver), networks.to_vec());
-        state.pending = changed.or(state.pending.take());
-        state.networks = networks.to_vec();
+        let timing = self.timing(&resolver);
+        if state.tracker.reconfigure(timing, guard.clone()) {
+            state.untold = state.sources.clone();
+        }
         state.resolver = resolver;
         drop(state);
         shared.wake.notify_one();
     }
 
-    fn start(&self, source: BackendSource, resolver: Resolver, networks: Vec<IpNet>) -> Task {
+    fn start(
+        &self,
+        question: Question,
+        resolver: Resolver,
+        sources: BTreeSet<BackendSource>,
+        zone: Arc<Zone>,
+        guard: Guard,
+    ) -> Task {
         let state = State {
-            servers: self.servers(&resolver),
-            tracker: PoolTracker::new(source.clone(), self.timing(&resolver), networks.clone()),
+            tracker: PoolTracker::new(self.timing(&resolver), guard),
             resolver,
-            networks,
+            sources,
+            untold: BTreeSet::new(),
+            found: None,
             counts: Counts::default(),
             next_at: None,
-            pending: None,
         };
-        let shared = Arc::new(Shared { state: Mutex::new(state), wake: Notify::new(), started: Instant::now() });
-        let task = tokio::spawn(ask_for_ever(source, Arc::clone(&shared), self.out.clone()));
+        let shared = Shared { state: Mutex::new(state), zone, wake: Notify::new(), started: Instant::now() };
+        let shared = Arc::new(shared);
+        let task = tokio::spawn(ask_for_ever(question, Arc::clone(&shared), self.out.clone()));
         Task { shared, abort: task.abort_handle() }
     }
 
-    fn tasks(&self) -> MutexGuard<'_, BTreeMap<BackendSource, Task>> {
-        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+    fn book(&self) -> MutexGuard<'_, Book> {
+        self.book.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -200,30 +325,24 @@ impl Shared {
     }
 }
 
+/// Names are equal whatever their case and final dot (RFC 4343).
+fn same_name(one: &str, other: &str) -> bool {
+    one.trim_end_matches('.').eq_ignore_ascii_case(other.trim_end_matches('.'))
+}
+
 /// Asks, sends what changed, waits: until the receiver of the snapshots is gone.
-async fn ask_for_ever(source: BackendSource, shared: Arc<Shared>, out: mpsc::Sender<PoolSnapshot>) {
-    let BackendSource::Dns { name: text, port, record, .. } = &source else { return };
-    // Fully qualified: search lists and `ndots` are for hosts, not for a daemon.
-    let name = Name::from_ascii(format!("{}.", text.trim_end_matches('.')));
+async fn ask_for_ever(question: Question, shared: Arc<Shared>, out: mpsc::Sender<PoolSnapshot>) {
     loop {
-        let pending = shared.state().pending.take();
-        if let Some(snapshot) = pending
-            && out.send(snapshot).await.is_err()
-        {
+        if tell(&shared, &out).await.is_none() {
             return;
         }
-        let (servers, mut counts) = {
-            let state = shared.state();
-            (Arc::clone(&state.servers), Counts::default())
-        };
-        let outcome = match &name {
-            Ok(name) => servers.members(name, *record, *port, &mut counts).await,
-            Err(error) => Outcome::Failure { reason: format!("`{text}` is not a DNS name: {error}") },
-        };
-        let (snapshot, next) = conclude(&shared, text, *record, outcome, counts);
-        if let Some(snapshot) = snapshot
-            && out.send(snapshot).await.is_err()
-        {
+        let mut counts = Counts::default();
+        let refresh = tokio::time::timeout(LONGEST_REFRESH, ask(&question, &shared, &mut counts)).await;
+        let outcome = refresh.unwrap_or_else(|_| Outcome::Failure {
+            reason: format!("aliases and SRV targets took longer than {LONGEST_REFRESH:?}"),
+        });
+        let next = conclude(&shared, &question, outcome, &counts);
+        if tell(&shared, &out).await.is_none() {
             return;
         }
         tokio::select! {
@@ -233,59 +352,125 @@ async fn ask_for_ever(source: BackendSource, shared: Arc<Shared>, out: mpsc::Sen
     }
 }
 
-fn conclude(
-    shared: &Shared,
-    name: &str,
-    record: RecordType,
-    outcome: Outcome,
-    counts: Counts,
-) -> (Option<PoolSnapshot>, Duration) {
+/// Sends what those that ask do not know yet; `None` where nobody listens any more.
+async fn tell(shared: &Shared, out: &mpsc::Sender<PoolSnapshot>) -> Option<()> {
+    let snapshots: Vec<PoolSnapshot> = {
+        let mut state = shared.state();
+        let untold = std::mem::take(&mut state.untold);
+        let known = state.tracker.pool().state != PoolState::Unknown;
+        untold.iter().filter(|_| known).map(|source| state.snapshot(source)).collect()
+    };
+    for snapshot in snapshots {
+        out.send(snapshot).await.ok()?;
+    }
+    Some(())
+}
+
+/// One refresh. With search domains the first name that exists is taken, and asked from then on: that it has no records
+/// for a while must not make another one's the pool.
+async fn ask(question: &Question, shared: &Shared, counts: &mut Counts) -> Outcome {
+    let (candidates, known) = {
+        let state = shared.state();
+        match &state.found {
+            Some(found) => (vec![Ok(found.clone())], true),
+            None => (candidates(&question.name, &state.resolver.policy.search), false),
+        }
+    };
+    let several = candidates.len() > 1;
+    let mut last = Outcome::Failure { reason: "no name to ask for".into() };
+    for name in candidates {
+        let name = match name {
+            Ok(name) => name,
+            Err(reason) => return Outcome::Failure { reason },
+        };
+        last = shared.zone.members(&name, question.record, counts).await;
+        match &last {
+            Outcome::Negative { .. } => {}
+            Outcome::Failure { .. } => break,
+            Outcome::Answer { .. } => {
+                if several && !known {
+                    tracing::info!(name = question.name, found = %name, "the name was found by search domain");
+                    shared.state().found = Some(name);
+                }
+                break;
+            }
+        }
+    }
+    last
+}
+
+/// What is asked in turn: the name under each search domain, then as it stands.
+fn candidates(name: &str, search: &[String]) -> Vec<Result<Name, String>> {
+    let absolute = |text: &str| {
+        let text = format!("{}.", text.trim_end_matches('.'));
+        Name::from_ascii(&text).map_err(|error| format!("`{text}` is not a DNS name: {error}"))
+    };
+    let under = search.iter().filter(|_| !name.ends_with('.'));
+    under.map(|domain| absolute(&format!("{name}.{domain}"))).chain([absolute(name)]).collect()
+}
+
+fn conclude(shared: &Shared, question: &Question, outcome: Outcome, counts: &Counts) -> Duration {
     let mut state = shared.state();
-    for (kind, count) in counts.requests {
-        *state.counts.requests.entry(kind).or_default() += count;
-    }
-    for (class, count) in counts.responses {
-        *state.counts.responses.entry(class).or_default() += count;
-    }
+    state.counts.add(counts);
     let step = state.tracker.step(shared.started.elapsed(), outcome);
-    state.next_at = Some(Instant::now() + step.next);
-    for address in &step.newly_refused {
-        tracing::warn!(name, %record, %address, "address outside pod_networks in a DNS answer; not used");
+    let next = match state.tracker.held() {
+        Some(_) => step.next,
+        None => early(step.next, random()),
+    };
+    state.next_at = Some(Instant::now() + next);
+    report(question, &state.tracker, &step);
+    if step.changed {
+        state.untold = state.sources.clone();
     }
-    if let Some(snapshot) = &step.snapshot {
-        let members = snapshot.members.len();
-        match &snapshot.state {
+    next
+}
+
+fn report(question: &Question, tracker: &PoolTracker, step: &Step) {
+    let (name, record) = (&question.name, question.record);
+    for (address, refusal) in &step.newly_refused {
+        tracing::warn!(name, %record, %address, reason = %refusal, "address in a DNS answer refused; not used");
+    }
+    if let (true, Some(held)) = (step.hold_began, tracker.held()) {
+        tracing::warn!(name, %record, members = held.kept.len(), reason = held.reason, "change of a DNS pool held");
+    }
+    if step.changed {
+        let members = tracker.pool().members.len();
+        match &tracker.pool().state {
             PoolState::LastGood { reason } => tracing::warn!(name, %record, members, %reason, "DNS pool kept"),
             _ => tracing::info!(name, %record, members, "DNS pool changed"),
         }
     }
-    (step.snapshot, step.next)
 }
 
-fn row(source: &BackendSource, shared: &Shared) -> Option<DnsRow> {
-    let BackendSource::Dns { name, resolver, record, .. } = source else { return None };
-    let state = shared.state();
-    let now = shared.started.elapsed();
-    let tracker = &state.tracker;
-    let snapshot = tracker.snapshot();
-    let responses = Class::ALL
-        .map(|class| (class.name().to_owned(), state.counts.responses.get(&class).copied().unwrap_or_default()));
-    Some(DnsRow {
-        name: name.clone(),
-        kind: record.to_string(),
-        resolver: resolver.clone(),
-        addresses: snapshot.members.iter().map(|member| member.address.to_string()).collect(),
-        state: match snapshot.state {
-            PoolState::Unknown => "unknown",
-            PoolState::Fresh => "fresh",
-            PoolState::LastGood { .. } => "last-good",
-        }
-        .to_owned(),
-        age: tracker.last_good().map(|at| now.saturating_sub(at).as_secs()),
-        next: state.next_at.map(|at| at.saturating_duration_since(Instant::now()).as_secs()),
-        error: tracker.error().map(str::to_owned),
-        requests: state.counts.requests.values().sum(),
-        responses: responses.into(),
-        refused_addresses: tracker.refused_addresses(),
-    })
+/// An interval less up to a tenth of it.
+fn early(interval: Duration, random: u32) -> Duration {
+    interval - (interval / JITTER_PARTS).mul_f64(f64::from(random) / f64::from(u32::MAX))
+}
+
+/// Good enough to spread load: the key of a new hasher is random.
+fn random() -> u32 {
+    let bits = std::collections::hash_map::RandomState::new().build_hasher().finish();
+    (bits >> 32) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refresh_comes_up_to_a_tenth_early_and_never_late() {
+        let interval = Duration::from_secs(10);
+        assert_eq!(early(interval, 0), interval);
+        assert_eq!(early(interval, u32::MAX), Duration::from_secs(9));
+    }
+
+    #[test]
+    fn search_domains_are_tried_in_order_before_the_name_itself_and_a_final_dot_rules_them_out() {
+        let search = ["svc.cluster.local".to_owned(), "cluster.local".to_owned()];
+        let names =
+            |name| candidates(name, &search).into_iter().map(|name| name.unwrap().to_ascii()).collect::<Vec<_>>();
+        assert_eq!(names("web.prod"), ["web.prod.svc.cluster.local.", "web.prod.cluster.local.", "web.prod."]);
+        assert_eq!(names("web.example.com."), ["web.example.com."]);
+        assert_eq!(candidates("web.prod", &[]).len(), 1);
+    }
 }

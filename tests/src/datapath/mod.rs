@@ -4,6 +4,7 @@ pub mod frame;
 pub mod live;
 pub mod namespace;
 pub mod rig;
+pub mod tap;
 
 /// The product's program, but for a field more in the middle of each flow.
 pub const OTHER_LAYOUT: &[u8] = aya::include_bytes_aligned!(env!("EDGE_LAYOUT_OBJECT"));

@@ -1,7 +1,14 @@
-//! A network namespace that lives as long as one thread: nothing to clean up, and the default one is never touched.
-#![allow(unsafe_code, reason = "unshare(2) has no safe wrapper among our dependencies")]
+//! A network namespace, and a bpffs, that live as long as one thread: nothing to clean up, and the default one is never touched.
+#![allow(unsafe_code, reason = "unshare(2) and mount(2) have no safe wrapper among our dependencies")]
 
-use std::{fs, process::Command, thread};
+use std::{
+    ffi::CString,
+    fs,
+    path::PathBuf,
+    process::Command,
+    sync::atomic::{AtomicU64, Ordering},
+    thread,
+};
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -22,6 +29,44 @@ pub fn in_namespace<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<
         });
         thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
+}
+
+/// A folder with a bpffs of its own, in a mount namespace of this thread.
+#[derive(Debug)]
+pub struct Folder(pub PathBuf);
+
+impl Folder {
+    /// Mounts it; gone when dropped.
+    ///
+    /// # Errors
+    /// Where the mount is refused (needs CAP_SYS_ADMIN).
+    pub fn new() -> Result<Self> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("edge-bpffs-{}-{number}", std::process::id()));
+        fs::create_dir_all(path.join("bpf"))?;
+        let target = CString::new(path.join("bpf").to_string_lossy().into_owned())?;
+        let none = std::ptr::null();
+        // SAFETY: affects the mounts of this thread alone once it has unshared them; the strings outlive the calls.
+        let mounted = unsafe {
+            libc::unshare(libc::CLONE_NEWNS) == 0
+                && libc::mount(none, c"/".as_ptr(), none, libc::MS_REC | libc::MS_PRIVATE, none.cast()) == 0
+                && libc::mount(c"bpf".as_ptr(), target.as_ptr(), c"bpf".as_ptr(), 0, none.cast()) == 0
+        };
+        ensure!(mounted, "mount a bpffs: {}", std::io::Error::last_os_error());
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        if let Ok(target) = CString::new(self.0.join("bpf").to_string_lossy().into_owned()) {
+            // SAFETY: the string outlives the call; the mount is this thread's own.
+            unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) };
+        }
+        // A folder that stays behind is empty and in the temporary folder.
+        let _ = fs::remove_dir_all(&self.0);
+    }
 }
 
 /// Runs `ip ARGUMENTS` (split at spaces) in this thread's namespace.

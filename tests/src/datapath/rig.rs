@@ -20,7 +20,11 @@ use edge_common::{
     verdict::{REASONS, Reason},
 };
 use edge_ctl::{
-    datapath::{object::EBPF_OBJECT, pins::Pins, stages},
+    datapath::{
+        object::{EBPF_OBJECT, for_this_kernel},
+        pins::Pins,
+        stages,
+    },
     reconcile::ports::{socket_address, wire as wide},
 };
 
@@ -306,7 +310,7 @@ impl Rig {
             .map_max_entries(name::HALF_OPEN_V6, settings.lru)
             .map_max_entries(name::CLOSING_V6, settings.lru)
             .map_max_entries(name::SELECTION, 256)
-            .load(object)?;
+            .load(&for_this_kernel(object))?;
         Self::over(ebpf, hook, settings)
     }
 
@@ -320,7 +324,7 @@ impl Rig {
         for map in name::ALL.iter().copied().chain([name::LOG]) {
             loader.map_pin_path(map, pins.map(map));
         }
-        Self::over(loader.load(EBPF_OBJECT)?, hook, settings)
+        Self::over(loader.load(&for_this_kernel(EBPF_OBJECT))?, hook, settings)
     }
 
     fn over(ebpf: Ebpf, hook: Hook, settings: Settings) -> Result<Self> {

@@ -13,6 +13,8 @@ use hickory_proto::{
 };
 use serde::{Deserialize, Serialize};
 
+use super::dns_faults::Fault;
+
 /// Seconds a record may be cached, CoreDNS's default for the `kubernetes` plugin.
 const TTL: u32 = 5;
 /// Largest UDP answer to a query without EDNS (RFC 1035 4.2.1).
@@ -40,6 +42,9 @@ pub struct Zone {
     pub mode: DnsMode,
     /// Headless services by `SERVICE.NAMESPACE`.
     pub services: BTreeMap<String, HeadlessService>,
+    /// What the server does wrong, by the address it listens on; `*`: whichever.
+    #[serde(default)]
+    pub faults: BTreeMap<String, Fault>,
 }
 
 /// One headless service.

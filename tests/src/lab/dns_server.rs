@@ -13,7 +13,10 @@ use std::{
 use anyhow::{Context, Result};
 use hickory_proto::rr::Record;
 
-use super::dns::{Transport, Zone, answer};
+use super::{
+    dns::{Transport, Zone, answer},
+    dns_faults::{Sends, spoil},
+};
 
 /// CoreDNS closes an idle connection after 10 s, and one that never asked after 3 s.
 const IDLE: Duration = Duration::from_secs(10);
@@ -53,6 +56,22 @@ fn shuffle(seed: &mut u64, records: &mut [Record]) {
     }
 }
 
+/// What is sent for a query, with the fault of the server at this address, and when.
+fn replies(
+    zone: &Zone,
+    listen: SocketAddr,
+    query: &[u8],
+    transport: Transport,
+    shuffle: &mut dyn FnMut(&mut [Record]),
+) -> Sends {
+    let fault = zone.faults.get(&listen.ip().to_string()).or_else(|| zone.faults.get("*"));
+    match (answer(zone, query, transport, shuffle), fault) {
+        (None, _) => Vec::new(),
+        (Some(answer), None) => vec![(Duration::ZERO, answer)],
+        (Some(answer), Some(fault)) => spoil(fault, query, answer, transport),
+    }
+}
+
 /// Serves `zone` on `listen` until the process is ended.
 ///
 /// # Errors
@@ -65,23 +84,33 @@ pub fn serve(listen: SocketAddr, zone: &Path) -> Result<()> {
     thread::spawn(move || {
         for stream in tcp.incoming().flatten() {
             let file = Arc::clone(&streams);
-            thread::spawn(move || serve_stream(stream, &file));
+            thread::spawn(move || serve_stream(stream, listen, &file));
         }
     });
+    let udp = Arc::new(udp);
     let mut buffer = [0_u8; 4096];
     let mut seed = u64::from(std::process::id()) << 32 | 0x9e37_79b9;
     loop {
         let (length, client) = udp.recv_from(&mut buffer).context("receive a query")?;
         let zone = file.lock().unwrap_or_else(PoisonError::into_inner).current();
-        if let Some(reply) = answer(&zone, &buffer[..length], Transport::Udp, &mut |list| shuffle(&mut seed, list)) {
+        let mut mix = |list: &mut [Record]| shuffle(&mut seed, list);
+        for (wait, reply) in replies(&zone, listen, &buffer[..length], Transport::Udp, &mut mix) {
             // A client that has gone is its own affair.
-            let _ = udp.send_to(&reply, client);
+            if wait.is_zero() {
+                let _ = udp.send_to(&reply, client);
+                continue;
+            }
+            let udp = Arc::clone(&udp);
+            thread::spawn(move || {
+                thread::sleep(wait);
+                let _ = udp.send_to(&reply, client);
+            });
         }
     }
 }
 
 /// Answers the queries of one connection, in order, until it ends or idles.
-fn serve_stream(mut stream: TcpStream, file: &Mutex<ZoneFile>) -> Option<()> {
+fn serve_stream(mut stream: TcpStream, listen: SocketAddr, file: &Mutex<ZoneFile>) -> Option<()> {
     let mut seed = 0x2545_f491_4f6c_dd1d ^ u64::from(stream.peer_addr().ok()?.port());
     stream.set_read_timeout(Some(FIRST_QUERY)).ok()?;
     loop {
@@ -91,7 +120,13 @@ fn serve_stream(mut stream: TcpStream, file: &Mutex<ZoneFile>) -> Option<()> {
         stream.read_exact(&mut query).ok()?;
         stream.set_read_timeout(Some(IDLE)).ok()?;
         let zone = file.lock().unwrap_or_else(PoisonError::into_inner).current();
-        if let Some(reply) = answer(&zone, &query, Transport::Tcp, &mut |list| shuffle(&mut seed, list)) {
+        let mut mix = |list: &mut [Record]| shuffle(&mut seed, list);
+        let sends = replies(&zone, listen, &query, Transport::Tcp, &mut mix);
+        if sends.is_empty() && !zone.faults.is_empty() {
+            return None;
+        }
+        for (wait, reply) in sends {
+            thread::sleep(wait);
             let length = u16::try_from(reply.len()).ok()?;
             stream.write_all(&[&length.to_be_bytes()[..], &reply].concat()).ok()?;
         }

@@ -7,6 +7,7 @@
 
 pub mod client;
 pub mod dns;
+pub mod dns_faults;
 pub mod dns_server;
 pub mod echo;
 pub mod edge;
@@ -16,7 +17,7 @@ pub mod pods;
 pub mod smoke;
 pub mod speaker;
 pub mod topology;
-mod xdp_pass;
+pub(crate) mod xdp_pass;
 
 use std::{
     collections::BTreeSet,

@@ -183,7 +183,11 @@ http {{
     pub(super) fn make_zone(&self) -> Result<()> {
         let ports = [("_http._tcp".to_owned(), 80), ("_https._tcp".to_owned(), 443)].into();
         let service = HeadlessService { ports, addresses: Vec::new() };
-        self.write_zone(&Zone { mode: DnsMode::Normal, services: [(SERVICE.to_owned(), service)].into() })
+        self.write_zone(&Zone {
+            mode: DnsMode::Normal,
+            services: [(SERVICE.to_owned(), service)].into(),
+            ..Zone::default()
+        })
     }
 
     fn write_zone(&self, zone: &Zone) -> Result<()> {

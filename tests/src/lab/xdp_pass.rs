@@ -19,7 +19,12 @@ use super::{exec, netns};
 
 const BPF_PROG_LOAD: libc::c_int = 5;
 const BPF_OBJ_PIN: libc::c_int = 6;
+const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_PROG_TYPE_XDP: u32 = 6;
+/// `BPF_XDP` of `enum bpf_attach_type`.
+const BPF_XDP: u32 = 37;
+/// `XDP_FLAGS_DRV_MODE`.
+const DRIVER: u32 = 4;
 /// `r0 = XDP_PASS; exit`
 const INSTRUCTIONS: [u64; 2] = [0x0000_0002_0000_00b7, 0x0000_0000_0000_0095];
 
@@ -35,6 +40,15 @@ struct Load {
     log_size: u32,
     log_buffer: u64,
     kernel_version: u32,
+    flags: u32,
+}
+
+/// `union bpf_attr` as far as making a link of XDP reads it.
+#[repr(C)]
+struct Link {
+    program: u32,
+    ifindex: u32,
+    attach_type: u32,
     flags: u32,
 }
 
@@ -65,6 +79,19 @@ fn load() -> io::Result<OwnedFd> {
     let descriptor = bpf(BPF_PROG_LOAD, &attributes)?;
     // SAFETY: the kernel has just given this descriptor to us, and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+}
+
+/// Attaches the program to an interface of this thread's namespace, as long as the link lives.
+///
+/// # Errors
+/// Where the kernel refuses.
+pub(crate) fn listen(ifindex: u32) -> Result<OwnedFd> {
+    let program = load().context("load an XDP program")?;
+    let attributes =
+        Link { program: program.as_raw_fd().cast_unsigned(), ifindex, attach_type: BPF_XDP, flags: DRIVER };
+    let link = bpf(BPF_LINK_CREATE, &attributes).with_context(|| format!("attach XDP to interface {ifindex}"))?;
+    // SAFETY: the kernel has just given this descriptor to us, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(link) })
 }
 
 /// Attaches the program to an interface. `pin` is a path on bpffs that is used for the handing over and free again

@@ -4,10 +4,10 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures::StreamExt;
@@ -22,7 +22,28 @@ use hickory_resolver::{
 };
 
 use super::tracker::Outcome;
-use crate::model::{PoolMember, RecordType};
+use crate::model::{PoolMember, RecordType, Tier};
+
+/// Most members that a pool takes from an answer. A DNS message holds some 4,000 addresses, and the edge's table 8,191
+/// backends of all services.
+const MOST_MEMBERS: usize = 2048;
+/// Longest chain of aliases that is followed; BIND follows 16, CoreDNS 10.
+const MOST_ALIASES: usize = 8;
+/// Most SRV targets whose addresses are asked for one by one.
+const MOST_TARGETS: usize = 256;
+
+/// One record, as text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// Owner.
+    pub name: String,
+    /// Record type.
+    pub kind: String,
+    /// Seconds that it may be kept.
+    pub ttl: u32,
+    /// What it says.
+    pub data: String,
+}
 
 /// Class of a response, as NGINX Plus counts them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -94,9 +115,62 @@ pub struct Counts {
     pub responses: BTreeMap<Class, u64>,
 }
 
-/// The servers of one resolver. Each is its own pool of one, so that failing over, and counting, is ours.
+impl Counts {
+    /// Adds what another counted.
+    pub fn add(&mut self, other: &Self) {
+        for (kind, count) in &other.requests {
+            *self.requests.entry(kind).or_default() += count;
+        }
+        for (class, count) in &other.responses {
+            *self.responses.entry(*class).or_default() += count;
+        }
+    }
+
+    fn asked(&mut self, wire: WireType) {
+        *self.requests.entry(type_name(wire)).or_default() += 1;
+    }
+
+    fn answered(&mut self, class: Class) {
+        *self.responses.entry(class).or_default() += 1;
+    }
+
+    /// Responses by class name, those that never came included.
+    pub fn by_class(&self) -> BTreeMap<String, u64> {
+        let count = |class| self.responses.get(&class).copied().unwrap_or_default();
+        Class::ALL.map(|class| (class.name().to_owned(), count(class))).into()
+    }
+}
+
+/// What one server has done so far.
+#[derive(Clone, Debug, Default)]
+pub(super) struct ServerState {
+    pub counts: Counts,
+    /// Queries in a row without an answer that can be used.
+    pub failures: u32,
+    /// When the last answer that can be used came.
+    pub answered: Option<Instant>,
+    /// How long that took.
+    pub took: Option<Duration>,
+    /// Why the last query failed, if it did.
+    pub error: Option<String>,
+}
+
+/// One server. It is its own pool of one, so that failing over, and counting, is ours.
+pub(super) struct Server {
+    pub address: SocketAddr,
+    pool: NameServerPool<TokioRuntimeProvider>,
+    state: Arc<Mutex<ServerState>>,
+}
+
+impl Server {
+    pub fn state(&self) -> MutexGuard<'_, ServerState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The servers of one resolver.
 pub(super) struct Servers {
-    pools: Vec<(SocketAddr, NameServerPool<TokioRuntimeProvider>)>,
+    pub list: Vec<Server>,
     timeout: Duration,
     /// The server that answered last is asked first: a dead one costs its timeout once, not with every query.
     first: AtomicUsize,
@@ -108,16 +182,32 @@ enum Said {
     Nothing { reason: String, ttl: Option<Duration> },
 }
 
+/// A name's records, aliases followed.
+enum Resolved {
+    Found {
+        response: Box<DnsResponse>,
+        /// Who owns the records: the name, or what it is an alias of.
+        owner: Name,
+        /// Shortest TTL of the aliases on the way.
+        ttl: u32,
+    },
+    Nothing {
+        reason: String,
+        ttl: Option<Duration>,
+    },
+}
+
 impl Servers {
-    /// `timeout`: how long one server may take, retransmissions and the change to TCP included.
-    pub(super) fn new(addresses: &[SocketAddr], timeout: Duration) -> Self {
+    /// `timeout`: how long one server may take, retransmissions and the change to TCP included. What `former` knows of a
+    /// server stays; its connections do not.
+    pub(super) fn new(addresses: &[SocketAddr], timeout: Duration, former: Option<&Self>) -> Self {
         let mut options = ResolverOpts::default();
         options.timeout = timeout;
         options.attempts = 1;
         options.num_concurrent_reqs = 1;
         // Without it the port is any from 1024 on, which may be one that SNAT gives to a flow towards the same server.
         options.os_port_selection = true;
-        let pools = addresses
+        let list = addresses
             .iter()
             .filter_map(|address| {
                 // Fails only where TLS is compiled in and finds no certificates; it is not.
@@ -129,132 +219,195 @@ impl Servers {
                 let config = NameServerConfig::new(address.ip(), true, connections.into());
                 let context = Arc::new(PoolContext::new(options.clone(), tls));
                 let pool = NameServerPool::from_config([config], context, TokioRuntimeProvider::default());
-                Some((*address, pool))
+                let known = former.and_then(|former| former.list.iter().find(|server| server.address == *address));
+                let state = known.map_or_else(Arc::default, |server| Arc::clone(&server.state));
+                Some(Server { address: *address, pool, state })
             })
             .collect();
-        Self { pools, timeout, first: AtomicUsize::new(0) }
+        Self { list, timeout, first: AtomicUsize::new(0) }
     }
 
-    /// Asks for the members of a pool. `port`: of every backend; SRV answers bring their own.
-    pub(super) async fn members(
-        &self,
-        name: &Name,
-        record: RecordType,
-        port: Option<u16>,
-        counts: &mut Counts,
-    ) -> Outcome {
+    /// Asks for the members of a pool. Ports are those of SRV answers, and 0 otherwise.
+    pub(super) async fn members(&self, name: &Name, record: RecordType, counts: &mut Counts) -> Outcome {
         let wire = match record {
             RecordType::A => WireType::A,
             RecordType::Aaaa => WireType::AAAA,
             RecordType::Srv => WireType::SRV,
         };
-        let response = match self.ask(name, wire, counts).await {
-            Ok(Said::Records(response)) => response,
-            Ok(Said::Nothing { reason, ttl }) => return Outcome::Negative { reason, ttl },
+        let (response, owner, ttl) = match self.resolve(name, wire, counts).await {
+            Ok(Resolved::Found { response, owner, ttl }) => (response, owner, ttl),
+            Ok(Resolved::Nothing { reason, ttl }) => return Outcome::Negative { reason, ttl },
             Err(reason) => return Outcome::Failure { reason },
         };
         if record == RecordType::Srv {
-            return self.srv_members(&response, counts).await;
+            return self.srv_members(&response, &owner, ttl, counts).await;
         }
-        let Some(port) = port else {
-            return Outcome::Failure { reason: format!("{record} records name no port, and none is configured") };
-        };
         let mut members = BTreeSet::new();
-        let mut ttl = u32::MAX;
-        for (address, record) in addresses(&response.answers, None) {
-            members.insert(PoolMember::new(SocketAddr::new(address, port), 1));
-            ttl = ttl.min(record.ttl);
+        let mut shortest = ttl;
+        for (address, record) in addresses(&response.answers, &owner) {
+            members.insert(PoolMember::new(SocketAddr::new(address, 0), 1));
+            shortest = shortest.min(record.ttl);
         }
-        answer(members, ttl)
+        answer(members, shortest)
     }
 
-    /// Only the lowest priority counts (RFC 2782); weight 0 becomes 1, which is as small a share as there is.
-    async fn srv_members(&self, response: &DnsResponse, counts: &mut Counts) -> Outcome {
-        let services: Vec<(&SRV, u32)> = response
-            .answers
-            .iter()
+    /// The records of a name as text, for people: PTR where it is an address.
+    pub(super) async fn look_up(&self, name: &Name, wire: WireType, counts: &mut Counts) -> Result<Vec<Found>, String> {
+        match self.resolve(name, wire, counts).await? {
+            Resolved::Nothing { reason, .. } => Err(reason),
+            Resolved::Found { response, .. } => {
+                let found = |record: &Record| Found {
+                    name: record.name.to_ascii(),
+                    kind: record.record_type().to_string(),
+                    ttl: record.ttl,
+                    data: record.data.to_string(),
+                };
+                Ok(response.answers.iter().chain(&response.additionals).map(found).collect())
+            }
+        }
+    }
+
+    /// The lowest priority is the primary tier, all others the backup tier (RFC 2782: a client must attempt the lowest
+    /// that it can reach); weight 0 becomes 1, which is as small a share as there is.
+    async fn srv_members(&self, response: &DnsResponse, owner: &Name, ttl: u32, counts: &mut Counts) -> Outcome {
+        let records = response.answers.iter().filter(|record| record.name == *owner);
+        let services: Vec<(&SRV, u32)> = records
             .filter_map(|record| match &record.data {
                 RData::SRV(srv) => Some((srv, record.ttl)),
                 _ => None,
             })
             .collect();
-        let Some(lowest) = services.iter().map(|(srv, _)| srv.priority).min() else {
-            return answer(BTreeSet::new(), 0);
-        };
+        let lowest = services.iter().map(|(srv, _)| srv.priority).min().unwrap_or_default();
         let mut members = BTreeSet::new();
-        let mut shortest = u32::MAX;
-        for (srv, ttl) in services.into_iter().filter(|(srv, _)| srv.priority == lowest) {
+        let mut shortest = ttl;
+        let mut asked: BTreeMap<&Name, (BTreeSet<IpAddr>, u32)> = BTreeMap::new();
+        for (srv, ttl) in services {
             // Target "." says that the service is decidedly not available here (RFC 2782).
             if srv.target.is_root() {
                 continue;
             }
-            let (targets, target_ttl) = match self.target(response, &srv.target, counts).await {
-                Ok(found) => found,
-                // Half a pool is worse than the last good one.
-                Err(reason) => return Outcome::Failure { reason: format!("SRV target {}: {reason}", srv.target) },
-            };
-            shortest = shortest.min(ttl).min(target_ttl);
-            for address in targets {
-                let address = SocketAddr::new(address, srv.port);
-                members.insert(PoolMember::new(address, srv.weight.max(1)));
+            if !asked.contains_key(&srv.target) {
+                let found = match gather(&response.additionals, &srv.target) {
+                    Some(found) => found,
+                    None if asked.len() >= MOST_TARGETS => {
+                        return Outcome::Failure { reason: format!("more than {MOST_TARGETS} SRV targets to ask for") };
+                    }
+                    None => match self.target(&srv.target, counts).await {
+                        Ok(found) => found,
+                        // Half a pool is worse than the last good one.
+                        Err(reason) => {
+                            return Outcome::Failure { reason: format!("SRV target {}: {reason}", srv.target) };
+                        }
+                    },
+                };
+                asked.insert(&srv.target, found);
             }
+            let Some((targets, target_ttl)) = asked.get(&srv.target) else { continue };
+            shortest = shortest.min(ttl).min(*target_ttl);
+            let tier = if srv.priority == lowest { Tier::Primary } else { Tier::Backup };
+            let member = |address: &IpAddr| PoolMember {
+                address: SocketAddr::new(*address, srv.port),
+                weight: srv.weight.max(1),
+                tier,
+            };
+            members.extend(targets.iter().map(member));
         }
         answer(members, shortest)
     }
 
-    /// Addresses of an SRV target: from the additional section, else by asking.
-    async fn target(
-        &self,
-        response: &DnsResponse,
-        target: &Name,
-        counts: &mut Counts,
-    ) -> Result<(BTreeSet<IpAddr>, u32), String> {
-        let gather = |records: &[Record], owner: Option<&Name>| {
-            let mut ttl = u32::MAX;
-            let mut found = BTreeSet::new();
-            for (address, record) in addresses(records, owner) {
-                found.insert(address);
-                ttl = ttl.min(record.ttl);
-            }
-            (found, ttl)
-        };
-        let (found, ttl) = gather(&response.additionals, Some(target));
-        if !found.is_empty() {
-            return Ok((found, ttl));
-        }
+    /// Addresses of an SRV target that came without them: the IPv4 ones, else the IPv6 ones.
+    async fn target(&self, target: &Name, counts: &mut Counts) -> Result<(BTreeSet<IpAddr>, u32), String> {
         for wire in [WireType::A, WireType::AAAA] {
-            if let Said::Records(response) = Box::pin(self.ask(target, wire, counts)).await? {
-                let (found, ttl) = gather(&response.answers, None);
-                if !found.is_empty() {
-                    return Ok((found, ttl));
-                }
+            if let Resolved::Found { response, owner, ttl } = Box::pin(self.resolve(target, wire, counts)).await?
+                && let Some((found, shortest)) = gather(&response.answers, &owner)
+            {
+                return Ok((found, shortest.min(ttl)));
             }
         }
         Ok((BTreeSet::new(), u32::MAX))
+    }
+
+    /// Asks for a name and follows its aliases, within the answer and by asking again where it ends in one.
+    async fn resolve(&self, name: &Name, wire: WireType, counts: &mut Counts) -> Result<Resolved, String> {
+        let (mut owner, mut ttl, mut hops) = (name.clone(), u32::MAX, 0);
+        loop {
+            let response = match self.ask(&owner, wire, counts).await? {
+                Said::Records(response) => response,
+                Said::Nothing { reason, ttl } => return Ok(Resolved::Nothing { reason, ttl }),
+            };
+            let before = hops;
+            while let Some((target, alias_ttl)) = alias(&response.answers, &owner) {
+                hops += 1;
+                if hops > MOST_ALIASES {
+                    return Err(format!("more than {MOST_ALIASES} aliases (CNAME) after {name}"));
+                }
+                (owner, ttl) = (target, ttl.min(alias_ttl));
+            }
+            if response.answers.iter().any(|record| record.record_type() == wire && record.name == owner) {
+                return Ok(Resolved::Found { response, owner, ttl });
+            }
+            if hops == before {
+                // Records of other names only: an answer to something that was not asked.
+                return Err(format!("the answer has no record of {owner}"));
+            }
+        }
     }
 
     /// Asks one server after the other until one knows. NXDOMAIN is knowledge; SERVFAIL and the like are not.
     async fn ask(&self, name: &Name, wire: WireType, counts: &mut Counts) -> Result<Said, String> {
         let mut failures = Vec::new();
         let first = self.first.load(Ordering::Relaxed);
-        for turn in 0..self.pools.len() {
-            let index = (first + turn) % self.pools.len();
-            let Some((server, pool)) = self.pools.get(index) else { continue };
-            *counts.requests.entry(type_name(wire)).or_default() += 1;
-            let (class, said) = ask_one(pool, self.timeout, name, wire).await;
-            *counts.responses.entry(class).or_default() += 1;
-            match said {
+        for turn in 0..self.list.len() {
+            let index = (first + turn) % self.list.len();
+            let Some(server) = self.list.get(index) else { continue };
+            match self.ask_server(server, name, wire, counts).await {
                 Ok(said) => {
                     self.first.store(index, Ordering::Relaxed);
                     return Ok(said);
                 }
-                Err(reason) => failures.push(format!("{server}: {reason}")),
+                Err(reason) => failures.push(format!("{}: {reason}", server.address)),
             }
         }
         if failures.is_empty() {
             failures.push("no server is configured".into());
         }
         Err(failures.join("; "))
+    }
+
+    async fn ask_server(
+        &self,
+        server: &Server,
+        name: &Name,
+        wire: WireType,
+        counts: &mut Counts,
+    ) -> Result<Said, String> {
+        // A server that knows no EDNS says FORMERR, NOTIMP or BADVERS and is asked again without (RFC 6891 section 7).
+        for edns in [true, false] {
+            counts.asked(wire);
+            server.state().counts.asked(wire);
+            let began = Instant::now();
+            let (class, said) = ask_one(&server.pool, self.timeout, name, wire, edns).await;
+            counts.answered(class);
+            let mut state = server.state();
+            state.counts.answered(class);
+            match said {
+                Ok(said) => {
+                    state.failures = 0;
+                    state.error = None;
+                    state.answered = Some(Instant::now());
+                    state.took = Some(began.elapsed());
+                    return Ok(said);
+                }
+                Err(_) if edns && matches!(class, Class::FormatError | Class::Unimplemented) => {}
+                Err(reason) => {
+                    state.failures = state.failures.saturating_add(1);
+                    state.error = Some(reason.clone());
+                    return Err(reason);
+                }
+            }
+        }
+        // Not reached: the second turn returns.
+        Err("not asked".into())
     }
 }
 
@@ -263,8 +416,11 @@ async fn ask_one(
     timeout: Duration,
     name: &Name,
     wire: WireType,
+    edns: bool,
 ) -> (Class, Result<Said, String>) {
-    let mut answers = pool.lookup(Query::query(name.clone(), wire), DnsRequestOptions::default());
+    let mut options = DnsRequestOptions::default();
+    options.use_edns = edns;
+    let mut answers = pool.lookup(Query::query(name.clone(), wire), options);
     let timed_out = || format!("timed out after {timeout:?}");
     let answer = match tokio::time::timeout(timeout, answers.next()).await {
         Ok(Some(answer)) => answer,
@@ -282,6 +438,13 @@ async fn ask_one(
                 _ => (class, Err(response.response_code.to_string())),
             }
         }
+        // Neither records nor an SOA, but other servers to ask: it does not serve the zone (RFC 2308 section 2.2).
+        Err(NetError::Dns(DnsError::NoRecordsFound(NoRecords {
+            response_code: code @ ResponseCode::NoError,
+            soa: None,
+            ns: Some(_),
+            ..
+        }))) => (Class::of(code), Err("lame: it refers to other servers instead of answering".into())),
         Err(NetError::Dns(DnsError::NoRecordsFound(NoRecords { response_code, negative_ttl, .. }))) => {
             let ttl = negative_ttl.map(|ttl| Duration::from_secs(ttl.into()));
             (Class::of(response_code), Ok(Said::Nothing { reason: negative_text(response_code, wire), ttl }))
@@ -297,22 +460,45 @@ async fn ask_one(
 }
 
 fn has_records(response: &DnsResponse, wire: WireType) -> bool {
-    response.answers.iter().any(|record| record.record_type() == wire)
+    response.answers.iter().any(|record| [wire, WireType::CNAME].contains(&record.record_type()))
 }
 
-fn addresses<'a>(records: &'a [Record], owner: Option<&Name>) -> impl Iterator<Item = (IpAddr, &'a Record)> {
-    records.iter().filter(move |record| owner.is_none_or(|owner| record.name == *owner)).filter_map(|record| {
-        match &record.data {
-            RData::A(address) => Some((IpAddr::V4(address.0), record)),
-            RData::AAAA(address) => Some((IpAddr::V6(address.0), record)),
-            _ => None,
-        }
+/// What `owner` is an alias of, if it is one, with the TTL of that.
+fn alias(records: &[Record], owner: &Name) -> Option<(Name, u32)> {
+    records.iter().filter(|record| record.name == *owner).find_map(|record| match &record.data {
+        RData::CNAME(target) => Some((target.0.clone(), record.ttl)),
+        _ => None,
+    })
+}
+
+/// The addresses of `owner` and their shortest TTL; `None`: there are none.
+fn gather(records: &[Record], owner: &Name) -> Option<(BTreeSet<IpAddr>, u32)> {
+    let mut ttl = u32::MAX;
+    let mut found = BTreeSet::new();
+    for (address, record) in addresses(records, owner) {
+        found.insert(address);
+        ttl = ttl.min(record.ttl);
+    }
+    (!found.is_empty()).then_some((found, ttl))
+}
+
+fn addresses<'a>(records: &'a [Record], owner: &Name) -> impl Iterator<Item = (IpAddr, &'a Record)> {
+    // Names are equal whatever their case (RFC 4343).
+    records.iter().filter(move |record| record.name == *owner).filter_map(|record| match &record.data {
+        RData::A(address) => Some((IpAddr::V4(address.0), record)),
+        RData::AAAA(address) => Some((IpAddr::V6(address.0), record)),
+        _ => None,
     })
 }
 
 fn answer(members: BTreeSet<PoolMember>, ttl: u32) -> Outcome {
     if members.is_empty() {
         return Outcome::Negative { reason: "the answer holds no address".into(), ttl: None };
+    }
+    // A part of it would be arbitrary, and another with the next answer.
+    if members.len() > MOST_MEMBERS {
+        let reason = format!("the answer has {} members; a pool has at most {MOST_MEMBERS}", members.len());
+        return Outcome::Failure { reason };
     }
     Outcome::Answer { members, ttl: Duration::from_secs(ttl.into()) }
 }
@@ -338,6 +524,7 @@ fn type_name(wire: WireType) -> &'static str {
     match wire {
         WireType::A => "A",
         WireType::AAAA => "AAAA",
+        WireType::PTR => "PTR",
         _ => "SRV",
     }
 }
@@ -369,18 +556,25 @@ mod tests {
         message.add_additionals(additionals);
         let response = DnsResponse::from_message(message).unwrap();
         // Without servers every question fails.
-        let servers = Servers::new(&[], Duration::from_millis(1));
-        servers.srv_members(&response, &mut Counts::default()).await
+        let servers = Servers::new(&[], Duration::from_millis(1), None);
+        let owner = name("_https._tcp.web.");
+        servers.srv_members(&response, &owner, u32::MAX, &mut Counts::default()).await
     }
 
     #[tokio::test]
-    async fn only_the_lowest_priority_counts_and_weight_zero_becomes_one() {
-        let answers = vec![srv(10, 0, "a."), srv(10, 50, "b."), srv(20, 100, "c.")];
-        let additionals = vec![glue("A.", [10, 1, 0, 4]), glue("b.", [10, 1, 1, 4]), glue("c.", [10, 1, 2, 4])];
-        let expected = [("10.1.0.4:8443", 1), ("10.1.1.4:8443", 50)]
-            .map(|(address, weight)| PoolMember::new(address.parse().unwrap(), weight));
+    async fn the_lowest_priority_is_primary_others_are_backup_and_weight_zero_becomes_one() {
+        let answers = vec![srv(10, 0, "a."), srv(10, 50, "b."), srv(20, 100, "c."), srv(30, 7, "d.")];
+        let additionals = ["A.", "b.", "c.", "d."].iter().zip(0..).map(|(name, net)| glue(name, [10, 1, net, 4]));
+        let member = |address: &str, weight, tier| PoolMember { address: address.parse().unwrap(), weight, tier };
+        let expected = [
+            member("10.1.0.4:8443", 1, Tier::Primary),
+            member("10.1.1.4:8443", 50, Tier::Primary),
+            member("10.1.2.4:8443", 100, Tier::Backup),
+            member("10.1.3.4:8443", 7, Tier::Backup),
+        ];
         let ttl = Duration::from_secs(5);
-        assert_eq!(members(answers, additionals).await, Outcome::Answer { members: expected.into(), ttl });
+        let outcome = members(answers, additionals.collect()).await;
+        assert_eq!(outcome, Outcome::Answer { members: expected.into(), ttl });
     }
 
     #[tokio::test]
@@ -392,5 +586,15 @@ mod tests {
     #[tokio::test]
     async fn a_root_target_says_that_there_is_no_service() {
         assert!(matches!(members(vec![srv(0, 0, ".")], Vec::new()).await, Outcome::Negative { .. }));
+    }
+
+    #[test]
+    fn more_members_than_a_pool_takes_are_a_failure_and_not_a_part_of_them() {
+        let many = |count: usize| {
+            let address = |number: usize| SocketAddr::from(([10, 1, (number >> 8) as u8, number as u8], 0));
+            answer((0..count).map(|number| PoolMember::new(address(number), 1)).collect(), 5)
+        };
+        assert!(matches!(many(MOST_MEMBERS), Outcome::Answer { .. }));
+        assert!(matches!(many(MOST_MEMBERS + 1), Outcome::Failure { reason } if reason.contains("2049")));
     }
 }

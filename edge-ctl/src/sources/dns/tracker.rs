@@ -1,24 +1,29 @@
-//! What a DNS outcome means for a pool. Pure: time comes in, a snapshot and the delay of the next query come out.
+//! What a DNS outcome means for a pool. Pure: time comes in, a pool and the delay of the next query come out.
 //!
 //! | outcome | pool | next query after |
 //! |---|---|---|
-//! | answer with addresses inside the pod networks | those addresses, at once, however many left | `valid`, else TTL |
-//! | answer with addresses, all outside | kept | retry |
-//! | timeout, SERVFAIL, REFUSED, truncated and TCP failed, ... | kept | retry |
-//! | NXDOMAIN or NODATA | kept for the hold time, then empty | `valid`, else SOA TTL; at the end of the hold time |
+//! | answer with addresses that may be backends | those addresses, at once | `valid`, else TTL |
+//! | the same, but more than `shrink_limit` percent fewer | they and the missing ones, until every missing one is found dead by checks or such answers have lasted for `shrink_hold` | the same; at the end of the hold |
+//! | answer with addresses, all refused | kept | retry |
+//! | timeout, SERVFAIL, REFUSED, malformed, lame, truncated and TCP failed, ... | kept | retry |
+//! | NXDOMAIN or NODATA | kept for `hold`, and while checks find a member alive; then empty | `valid`, else SOA TTL; at the end of the hold |
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
     time::Duration,
 };
 
-use ipnet::IpNet;
-
-use crate::model::{BackendSource, PoolMember, PoolSnapshot, PoolState, within};
+use super::{
+    evidence::Evidence,
+    guard::{Guard, Refusal},
+};
+use crate::model::{PoolMember, PoolState};
 
 /// Shortest interval between good answers: a TTL of 0 must not become a busy loop.
 const MIN_INTERVAL: Duration = Duration::from_secs(1);
+/// Longest: a TTL of years must not end discovery.
+const MAX_INTERVAL: Duration = Duration::from_secs(3600);
 
 /// Intervals of a tracker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,22 +35,30 @@ pub struct Timing {
     /// How long NXDOMAIN or NODATA must last before the pool becomes empty; `valid` where that is longer. CoreDNS says
     /// NXDOMAIN for a headless service without a ready pod, and passingly while it starts.
     pub hold: Duration,
+    /// How long an answer must last that takes more than `shrink_limit` of the pool; zero: it counts at once.
+    pub shrink_hold: Duration,
+    /// Most that an answer may take at once, percent of the members.
+    pub shrink_limit: u8,
 }
 
 impl Timing {
     fn interval(&self, ttl: Option<Duration>) -> Duration {
-        self.valid.or(ttl).unwrap_or(MIN_INTERVAL).max(MIN_INTERVAL)
+        self.valid.unwrap_or_else(|| ttl.unwrap_or(MIN_INTERVAL).clamp(MIN_INTERVAL, MAX_INTERVAL)).max(MIN_INTERVAL)
     }
 
     fn hold(&self) -> Duration {
         self.hold.max(self.valid.unwrap_or_default())
+    }
+
+    fn shrinks_too_much(&self, from: usize, to: usize) -> bool {
+        !self.shrink_hold.is_zero() && from.saturating_sub(to) * 100 > from * usize::from(self.shrink_limit)
     }
 }
 
 /// How one query ended, over all servers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// Addresses, with port and weight; and the shortest TTL among their records.
+    /// Addresses, with port, weight and tier; and the shortest TTL among their records.
     Answer {
         /// At least one member.
         members: BTreeSet<PoolMember>,
@@ -66,72 +79,140 @@ pub enum Outcome {
     },
 }
 
+/// The members of a name and how far they can be trusted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pool {
+    /// Members that the guard lets in.
+    pub members: BTreeSet<PoolMember>,
+    /// How far they can be trusted.
+    pub state: PoolState,
+}
+
+/// A change that is not made yet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// Since when answers have asked for it.
+    pub since: Duration,
+    /// What it is and what it waits for, for users.
+    pub reason: String,
+    /// Members that stay although the answer left them out.
+    pub kept: BTreeSet<SocketAddr>,
+    /// Members when it began.
+    from: usize,
+    /// The answer left nothing.
+    empty: bool,
+}
+
 /// What to do after an outcome.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Step {
     /// Members or state changed: to be sent on.
-    pub snapshot: Option<PoolSnapshot>,
+    pub changed: bool,
     /// Delay of the next query.
     pub next: Duration,
-    /// Addresses outside the pod networks, those not already seen in the answer before.
-    pub newly_refused: Vec<IpAddr>,
+    /// Addresses refused, those not already seen in the answer before.
+    pub newly_refused: Vec<(IpAddr, Refusal)>,
+    /// A hold began.
+    pub hold_began: bool,
 }
 
-/// The pool of one DNS source through time.
+/// The pool of one name through time.
 #[derive(Clone, Debug)]
 pub struct PoolTracker {
     timing: Timing,
-    networks: Vec<IpNet>,
-    snapshot: PoolSnapshot,
-    /// When the first negative answer since the last good one came.
-    negative_since: Option<Duration>,
+    guard: Guard,
+    evidence: Evidence,
+    pool: Pool,
+    /// Survives failures: an answer that cannot be had neither ends a hold nor makes it come true.
+    held: Option<Held>,
     last_good: Option<Duration>,
     error: Option<String>,
-    refused_addresses: u64,
-    refused_last: BTreeSet<IpAddr>,
+    refused: BTreeMap<IpAddr, (Refusal, Duration)>,
+    counts: TrackerCounts,
+}
+
+/// What happened so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TrackerCounts {
+    /// Addresses refused, counted in every answer.
+    pub refused: u64,
+    /// Changes of the members.
+    pub changes: u64,
+    /// Changes that were held.
+    pub holds: u64,
 }
 
 impl PoolTracker {
     /// A pool about which nothing is known.
-    pub fn new(source: BackendSource, timing: Timing, networks: Vec<IpNet>) -> Self {
-        let snapshot = PoolSnapshot { source, members: BTreeSet::new(), state: PoolState::Unknown };
+    pub fn new(timing: Timing, guard: Guard) -> Self {
         Self {
             timing,
-            networks,
-            snapshot,
-            negative_since: None,
+            guard,
+            evidence: Evidence::default(),
+            pool: Pool { members: BTreeSet::new(), state: PoolState::Unknown },
+            held: None,
             last_good: None,
             error: None,
-            refused_addresses: 0,
-            refused_last: BTreeSet::new(),
+            refused: BTreeMap::new(),
+            counts: TrackerCounts::default(),
+        }
+    }
+
+    /// Takes in the members that serve although no answer has come in this life: what the first answer leaves out of
+    /// them is held as from any pool.
+    pub fn adopt(&mut self, members: BTreeSet<PoolMember>) {
+        if self.pool.state == PoolState::Unknown {
+            self.pool.members.extend(members.into_iter().filter(|one| self.guard.refuses(one.address.ip()).is_none()));
         }
     }
 
     /// Takes in how a query ended at `now`, a time on any clock that never goes back.
     pub fn step(&mut self, now: Duration, outcome: Outcome) -> Step {
-        let before = self.snapshot.clone();
+        let (before, held) = (self.pool.clone(), self.held.is_some());
         let mut newly_refused = Vec::new();
         let next = match outcome {
             Outcome::Answer { members, ttl } => self.answer(now, members, ttl, &mut newly_refused),
             Outcome::Negative { reason, ttl } => self.negative(now, reason, ttl),
             Outcome::Failure { reason } => self.failure(reason),
         };
-        Step { snapshot: (self.snapshot != before).then(|| self.snapshot.clone()), next, newly_refused }
+        let hold_began = self.held.is_some() && !held;
+        self.counts.holds += u64::from(hold_began);
+        self.counts.changes += u64::from(self.pool.members != before.members);
+        Step { changed: self.pool != before, next, newly_refused, hold_began }
     }
 
-    /// Changes intervals and networks; the snapshot, where members had to go.
-    pub fn reconfigure(&mut self, timing: Timing, networks: Vec<IpNet>) -> Option<PoolSnapshot> {
+    /// Takes in what checks say. True where a held change now has the agreement that it waited for: to be asked again at
+    /// once, since only an answer makes it come true.
+    pub fn heed(&mut self, evidence: Evidence) -> bool {
+        let agreed = |held: &Held, evidence: &Evidence| held.kept.is_subset(&evidence.dead);
+        let before = self.held.as_ref().is_some_and(|held| agreed(held, &self.evidence));
+        self.evidence = evidence;
+        !before && self.held.as_ref().is_some_and(|held| agreed(held, &self.evidence))
+    }
+
+    /// Changes intervals and what may be a backend. True where members had to go.
+    pub fn reconfigure(&mut self, timing: Timing, guard: Guard) -> bool {
         self.timing = timing;
-        self.networks = networks;
-        let before = self.snapshot.members.len();
-        let networks = &self.networks;
-        self.snapshot.members.retain(|member| within(networks, member.address.ip()));
-        (self.snapshot.members.len() != before).then(|| self.snapshot.clone())
+        self.guard = guard;
+        let before = self.pool.members.len();
+        let guard = &self.guard;
+        self.pool.members.retain(|member| guard.refuses(member.address.ip()).is_none());
+        if let Some(held) = &mut self.held {
+            held.kept.retain(|member| guard.refuses(member.ip()).is_none());
+        }
+        let changed = self.pool.members.len() != before;
+        self.counts.changes += u64::from(changed);
+        changed
+    }
+
+    /// What may be a backend.
+    pub fn guard(&self) -> &Guard {
+        &self.guard
     }
 
     /// The pool as it is.
-    pub fn snapshot(&self) -> &PoolSnapshot {
-        &self.snapshot
+    pub fn pool(&self) -> &Pool {
+        &self.pool
     }
 
     /// When the last good answer came.
@@ -144,9 +225,19 @@ impl PoolTracker {
         self.error.as_deref()
     }
 
-    /// Addresses refused so far because they lay outside the pod networks, counted in every answer.
-    pub fn refused_addresses(&self) -> u64 {
-        self.refused_addresses
+    /// The change that waits, if one does.
+    pub fn held(&self) -> Option<&Held> {
+        self.held.as_ref()
+    }
+
+    /// Addresses that the last answer held and that may not be backends, with the time since when.
+    pub fn refused(&self) -> &BTreeMap<IpAddr, (Refusal, Duration)> {
+        &self.refused
+    }
+
+    /// What happened so far.
+    pub fn counts(&self) -> TrackerCounts {
+        self.counts
     }
 
     fn answer(
@@ -154,38 +245,100 @@ impl PoolTracker {
         now: Duration,
         members: BTreeSet<PoolMember>,
         ttl: Duration,
-        newly_refused: &mut Vec<IpAddr>,
+        newly_refused: &mut Vec<(IpAddr, Refusal)>,
     ) -> Duration {
-        let (inside, outside): (BTreeSet<PoolMember>, BTreeSet<PoolMember>) =
-            members.into_iter().partition(|member| within(&self.networks, member.address.ip()));
-        let outside: BTreeSet<IpAddr> = outside.iter().map(|member| member.address.ip()).collect();
-        self.refused_addresses += outside.len() as u64;
-        newly_refused.extend(outside.difference(&self.refused_last));
-        let refused = outside.len();
-        self.refused_last = outside;
+        let inside = self.let_in(now, members, newly_refused);
         if inside.is_empty() {
-            return self.failure(format!("all {refused} addresses of the answer lie outside pod_networks"));
+            return self.failure(format!("all {} addresses of the answer are refused", self.refused.len()));
         }
-        self.negative_since = None;
         self.last_good = Some(now);
         self.error = None;
-        self.snapshot.members = one_weight_each(inside);
-        self.snapshot.state = PoolState::Fresh;
-        self.timing.interval(Some(ttl))
+        let answer = one_each(inside);
+        let interval = self.timing.interval(Some(ttl));
+        let Some(held) = self.shrink(now, &answer) else {
+            self.held = None;
+            self.pool = Pool { members: answer, state: PoolState::Fresh };
+            return interval;
+        };
+        let kept = self.pool.members.iter().filter(|member| held.kept.contains(&member.address)).copied();
+        let members = one_each(kept.chain(answer).collect());
+        self.pool = Pool { members, state: PoolState::LastGood { reason: held.reason.clone() } };
+        let left = self.timing.shrink_hold.saturating_sub(now.saturating_sub(held.since));
+        self.held = Some(held);
+        interval.min(left.max(MIN_INTERVAL))
+    }
+
+    /// Members that may be backends; takes note of the others.
+    fn let_in(
+        &mut self,
+        now: Duration,
+        members: BTreeSet<PoolMember>,
+        newly_refused: &mut Vec<(IpAddr, Refusal)>,
+    ) -> BTreeSet<PoolMember> {
+        let mut refused = BTreeMap::new();
+        let mut inside = BTreeSet::new();
+        for member in members {
+            let address = member.address.ip();
+            match self.guard.refuses(address) {
+                None => drop(inside.insert(member)),
+                Some(refusal) => {
+                    let since = self.refused.get(&address).map_or(now, |(_, since)| *since);
+                    refused.insert(address, (refusal, since));
+                }
+            }
+        }
+        self.counts.refused += refused.len() as u64;
+        let new = refused.iter().filter(|(address, _)| !self.refused.contains_key(*address));
+        newly_refused.extend(new.map(|(address, (refusal, _))| (*address, *refusal)));
+        self.refused = refused;
+        inside
+    }
+
+    /// The hold that `answer` begins or goes on with; `None`: it counts.
+    fn shrink(&self, now: Duration, answer: &BTreeSet<PoolMember>) -> Option<Held> {
+        let going_on = self.held.as_ref().filter(|held| !held.empty);
+        let from = going_on.map_or(self.pool.members.len(), |held| held.from);
+        let since = going_on.map_or(now, |held| held.since);
+        let named: BTreeSet<SocketAddr> = answer.iter().map(|member| member.address).collect();
+        let missing = self.pool.members.iter().map(|member| member.address).filter(|known| !named.contains(known));
+        let kept: BTreeSet<SocketAddr> = missing.filter(|missing| !self.evidence.dead.contains(missing)).collect();
+        let over = now.saturating_sub(since) >= self.timing.shrink_hold;
+        if over || kept.is_empty() || !self.timing.shrinks_too_much(from, named.len()) {
+            return None;
+        }
+        let reason = format!(
+            "the answer has {} of {from} members; the missing ones stay until checks find them down, or for {:?}",
+            named.len(),
+            self.timing.shrink_hold
+        );
+        Some(Held { since, reason, kept, from, empty: false })
     }
 
     fn negative(&mut self, now: Duration, reason: String, ttl: Option<Duration>) -> Duration {
-        let since = *self.negative_since.get_or_insert(now);
-        let held = now.saturating_sub(since);
+        let since = self.held.as_ref().filter(|held| held.empty).map_or(now, |held| held.since);
+        let age = now.saturating_sub(since);
         let interval = self.timing.interval(ttl);
         self.error = Some(reason.clone());
-        if held >= self.timing.hold() {
-            self.snapshot.members.clear();
-            self.snapshot.state = PoolState::Fresh;
+        if self.pool.members.is_empty() && self.pool.state == PoolState::Fresh {
             return interval;
         }
+        let kept: BTreeSet<SocketAddr> = self.pool.members.iter().map(|member| member.address).collect();
+        let agreed = !self.evidence.checked || kept.is_subset(&self.evidence.dead);
+        if age >= self.timing.hold() && agreed {
+            self.held = None;
+            self.pool = Pool { members: BTreeSet::new(), state: PoolState::Fresh };
+            return interval;
+        }
+        let waits = match age < self.timing.hold() {
+            true => format!("kept for {:?}", self.timing.hold()),
+            false => "kept while checks find a member alive".to_owned(),
+        };
+        self.held = Some(Held { since, reason: format!("{reason}; {waits}"), from: kept.len(), kept, empty: true });
         self.doubt(reason);
-        interval.min(self.timing.hold() - held)
+        match self.timing.hold().saturating_sub(age) {
+            Duration::ZERO => interval,
+            left => interval.min(left),
+        }
     }
 
     fn failure(&mut self, reason: String) -> Duration {
@@ -196,233 +349,22 @@ impl PoolTracker {
 
     /// Keeps the members. What was never known stays unknown.
     fn doubt(&mut self, reason: String) {
-        if self.snapshot.state != PoolState::Unknown {
-            self.snapshot.state = PoolState::LastGood { reason };
+        if self.pool.state != PoolState::Unknown {
+            self.pool.state = PoolState::LastGood { reason };
         }
     }
 }
 
-/// An SRV answer may list the same address and port twice; the pool has it once, with the larger weight.
-fn one_weight_each(members: BTreeSet<PoolMember>) -> BTreeSet<PoolMember> {
-    let mut single: std::collections::BTreeMap<SocketAddr, u16> = std::collections::BTreeMap::new();
+/// An answer may list the same address and port twice; the pool has it once, with the larger weight and the first tier.
+fn one_each(members: BTreeSet<PoolMember>) -> BTreeSet<PoolMember> {
+    let mut single: BTreeMap<SocketAddr, PoolMember> = BTreeMap::new();
     for member in members {
-        let weight = single.entry(member.address).or_insert(member.weight);
-        *weight = (*weight).max(member.weight);
+        let known = single.entry(member.address).or_insert(member);
+        known.weight = known.weight.max(member.weight);
+        known.tier = known.tier.min(member.tier);
     }
-    single.into_iter().map(|(address, weight)| PoolMember::new(address, weight)).collect()
+    single.into_values().collect()
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::model::RecordType;
-
-    const HOLD: Duration = Duration::from_secs(10);
-    const RETRY: Duration = Duration::from_secs(1);
-
-    fn tracker(valid: Option<u64>) -> PoolTracker {
-        let source = BackendSource::Dns {
-            name: "nginx-ingress-svc.nginx-ingress.svc.cluster.local".into(),
-            port: Some(443),
-            resolver: "kube-dns".into(),
-            record: RecordType::A,
-        };
-        let timing = Timing { valid: valid.map(Duration::from_secs), retry: RETRY, hold: HOLD };
-        PoolTracker::new(source, timing, vec!["10.1.0.0/16".parse().unwrap()])
-    }
-
-    fn members(hosts: &[&str]) -> BTreeSet<PoolMember> {
-        hosts.iter().map(|host| PoolMember::new(format!("{host}:443").parse().unwrap(), 1)).collect()
-    }
-
-    fn good(hosts: &[&str]) -> Outcome {
-        Outcome::Answer { members: members(hosts), ttl: Duration::from_secs(5) }
-    }
-
-    fn nxdomain() -> Outcome {
-        Outcome::Negative { reason: "NXDOMAIN".into(), ttl: Some(Duration::from_secs(5)) }
-    }
-
-    fn failure() -> Outcome {
-        Outcome::Failure { reason: "SERVFAIL".into() }
-    }
-
-    fn at(seconds: u64) -> Duration {
-        Duration::from_secs(seconds)
-    }
-
-    #[test]
-    fn valid_overrides_the_ttl_and_without_it_a_ttl_of_zero_becomes_one_second() {
-        assert_eq!(tracker(Some(10)).step(at(0), good(&["10.1.0.4"])).next, at(10));
-        assert_eq!(tracker(None).step(at(0), good(&["10.1.0.4"])).next, at(5));
-        let zero = Outcome::Answer { members: members(&["10.1.0.4"]), ttl: Duration::ZERO };
-        assert_eq!(tracker(None).step(at(0), zero).next, at(1));
-    }
-
-    #[test]
-    fn identical_answers_are_reported_once() {
-        let mut pool = tracker(Some(10));
-        assert!(pool.step(at(0), good(&["10.1.0.4", "10.1.1.4"])).snapshot.is_some());
-        assert!(pool.step(at(10), good(&["10.1.1.4", "10.1.0.4"])).snapshot.is_none());
-    }
-
-    #[test]
-    fn a_shrink_of_more_than_half_is_applied_at_once() {
-        let mut pool = tracker(Some(10));
-        pool.step(at(0), good(&["10.1.0.4", "10.1.1.4", "10.1.2.4"]));
-        let snapshot = pool.step(at(10), good(&["10.1.1.4"])).snapshot.unwrap();
-        assert_eq!(snapshot.members, members(&["10.1.1.4"]));
-    }
-
-    #[test]
-    fn a_failure_keeps_the_pool_and_is_retried_soon_whatever_valid_says() {
-        let mut pool = tracker(Some(3600));
-        pool.step(at(0), good(&["10.1.0.4"]));
-        let step = pool.step(at(3600), failure());
-        assert_eq!(step.next, RETRY);
-        let snapshot = step.snapshot.unwrap();
-        assert_eq!(snapshot.members, members(&["10.1.0.4"]));
-        assert_eq!(snapshot.state, PoolState::LastGood { reason: "SERVFAIL".into() });
-        assert_eq!(pool.step(at(3601), good(&["10.1.0.4"])).snapshot.unwrap().state, PoolState::Fresh);
-    }
-
-    #[test]
-    fn a_failure_before_the_first_answer_leaves_the_pool_unknown_and_sends_nothing() {
-        let mut pool = tracker(Some(10));
-        assert_eq!(pool.step(at(0), failure()).snapshot, None);
-        assert_eq!(pool.snapshot().state, PoolState::Unknown);
-        assert_eq!(pool.error(), Some("SERVFAIL"));
-    }
-
-    #[test]
-    fn addresses_outside_the_pod_networks_are_counted_and_never_in_the_pool() {
-        let mut pool = tracker(Some(10));
-        let step = pool.step(at(0), good(&["10.1.0.4", "192.0.2.66"]));
-        assert_eq!(step.snapshot.unwrap().members, members(&["10.1.0.4"]));
-        assert_eq!(step.newly_refused, ["192.0.2.66".parse::<IpAddr>().unwrap()]);
-        let again = pool.step(at(10), good(&["10.1.0.4", "192.0.2.66"]));
-        assert_eq!(again.newly_refused, Vec::<IpAddr>::new());
-        assert_eq!(pool.refused_addresses(), 2);
-    }
-
-    #[test]
-    fn an_answer_wholly_outside_the_pod_networks_keeps_the_last_good_pool() {
-        let mut pool = tracker(Some(10));
-        pool.step(at(0), good(&["10.1.0.4"]));
-        let step = pool.step(at(10), good(&["192.0.2.66"]));
-        let snapshot = step.snapshot.unwrap();
-        assert_eq!(snapshot.members, members(&["10.1.0.4"]));
-        assert!(matches!(snapshot.state, PoolState::LastGood { .. }));
-        assert_eq!(step.next, RETRY);
-    }
-
-    #[test]
-    fn nxdomain_empties_the_pool_only_after_the_hold_time() {
-        let mut pool = tracker(None);
-        pool.step(at(0), good(&["10.1.0.4"]));
-        assert_eq!(pool.step(at(5), nxdomain()).snapshot.unwrap().members, members(&["10.1.0.4"]));
-        let held = pool.step(at(10), nxdomain());
-        assert_eq!((held.snapshot, held.next), (None, at(5)));
-        let emptied = pool.step(at(15), nxdomain()).snapshot.unwrap();
-        assert_eq!((emptied.members.len(), emptied.state), (0, PoolState::Fresh));
-    }
-
-    #[test]
-    fn the_hold_time_is_never_shorter_than_valid_and_is_asked_again_at_its_end() {
-        let mut pool = tracker(Some(30));
-        pool.step(at(0), good(&["10.1.0.4"]));
-        assert_eq!(pool.step(at(30), nxdomain()).next, at(30));
-        assert_eq!(pool.step(at(40), nxdomain()).next, at(20));
-        assert!(!pool.snapshot().members.is_empty());
-        pool.step(at(60), nxdomain());
-        assert!(pool.snapshot().members.is_empty());
-    }
-
-    #[test]
-    fn a_good_answer_ends_the_hold_and_the_next_nxdomain_starts_another() {
-        let mut pool = tracker(None);
-        pool.step(at(0), good(&["10.1.0.4"]));
-        pool.step(at(1), nxdomain());
-        pool.step(at(6), good(&["10.1.0.4"]));
-        pool.step(at(12), nxdomain());
-        assert!(!pool.snapshot().members.is_empty());
-    }
-
-    #[test]
-    fn a_server_that_fails_at_the_end_of_the_hold_does_not_empty_the_pool() {
-        let mut pool = tracker(None);
-        pool.step(at(0), good(&["10.1.0.4"]));
-        pool.step(at(5), nxdomain());
-        pool.step(at(20), failure());
-        assert!(!pool.snapshot().members.is_empty());
-    }
-
-    #[test]
-    fn other_networks_take_members_out_at_once() {
-        let mut pool = tracker(Some(10));
-        pool.step(at(0), good(&["10.1.0.4", "10.1.1.4"]));
-        let timing = Timing { valid: None, retry: RETRY, hold: HOLD };
-        let changed = pool.reconfigure(timing, vec!["10.1.1.0/24".parse().unwrap()]).unwrap();
-        assert_eq!(changed.members, members(&["10.1.1.4"]));
-    }
-
-    fn outcome() -> impl Strategy<Value = Outcome> {
-        let host = (0u8..4, 1u8..6, any::<bool>()).prop_map(|(net, host, inside)| {
-            let address = if inside { format!("10.1.{net}.{host}:443") } else { format!("192.0.2.{host}:443") };
-            PoolMember::new(address.parse().unwrap(), 1)
-        });
-        prop_oneof![
-            3 => (proptest::collection::btree_set(host, 1..5), 0u64..60)
-                .prop_map(|(members, ttl)| Outcome::Answer { members, ttl: Duration::from_secs(ttl) }),
-            1 => Just(failure()),
-            1 => Just(nxdomain()),
-        ]
-    }
-
-    proptest! {
-        #[test]
-        fn whatever_happens_members_lie_inside_and_only_good_or_lasting_negative_answers_change_them(
-            valid in proptest::option::of(1u64..30),
-            steps in proptest::collection::vec((outcome(), 0u64..8), 1..60),
-        ) {
-            let mut pool = tracker(valid);
-            let (mut now, mut sent) = (Duration::ZERO, pool.snapshot().clone());
-            let mut negative_since: Option<Duration> = None;
-            let hold = HOLD.max(Duration::from_secs(valid.unwrap_or(0)));
-            for (outcome, pause) in steps {
-                now += Duration::from_secs(pause);
-                let before = pool.snapshot().members.clone();
-                let step = pool.step(now, outcome.clone());
-                let after = pool.snapshot().clone();
-                prop_assert!(after.members.iter().all(|member| member.address.ip().to_string().starts_with("10.1.")));
-                prop_assert!(step.next > Duration::ZERO);
-                prop_assert!(step.next <= Duration::from_secs(valid.unwrap_or(60).max(1)));
-                prop_assert_eq!(step.snapshot.is_some(), after != sent);
-                match outcome {
-                    Outcome::Answer { members, .. } => {
-                        let inside: BTreeSet<PoolMember> =
-                            members.into_iter().filter(|member| member.address.ip().to_string().starts_with("10.1.")).collect();
-                        if inside.is_empty() {
-                            prop_assert_eq!(&after.members, &before);
-                        } else {
-                            prop_assert_eq!(&after.members, &inside);
-                            negative_since = None;
-                        }
-                    }
-                    Outcome::Failure { .. } => prop_assert_eq!(&after.members, &before),
-                    Outcome::Negative { .. } => {
-                        let since = *negative_since.get_or_insert(now);
-                        if now - since < hold {
-                            prop_assert_eq!(&after.members, &before);
-                        } else {
-                            prop_assert!(after.members.is_empty());
-                        }
-                    }
-                }
-                sent = after;
-            }
-        }
-    }
-}
+mod tests;
