@@ -32,6 +32,11 @@ pub mod stages;
 
 pub use events::{BackendSignals, DropSample, FlowEnd};
 
+mod fragment;
+mod icmp;
+pub use fragment::*;
+pub use icmp::*;
+
 /// Map names as in the object file and under the pin folder.
 pub mod name {
     /// `HashMap<FlowKeyV4, FlowV4>`, preallocated: flows that proved themselves.
@@ -110,6 +115,19 @@ pub mod name {
     /// `PerCpuArray<u64>`, one element: records that the full [`EVENTS`] ring buffer refused.
     pub const EVENTS_LOST: &str = "EVENTS_LOST";
 
+    /// `HashMap<u32, OwnAddresses>`: ifindex to the addresses that this edge signs its ICMP messages with there.
+    pub const OWN_ADDRESSES: &str = "OWN_ADDRESSES";
+    /// `PerCpuArray<u64>`, one element: when the next ICMP message is due at the full rate, ns of CLOCK_MONOTONIC.
+    pub const ICMP_PACE: &str = "ICMP_PACE";
+
+    /// `PerCpuArray<FlowV4>`, one element: the flow that an ICMP error is assumed to be about, while it is translated.
+    pub const ASSUMED_FLOW: &str = "ASSUMED_FLOW";
+
+    /// `LruHashMap<FragmentKey, Fragment>`: first fragments, by which the rest follow.
+    pub const FRAGMENTS: &str = "FRAGMENTS";
+    /// `Array<u32>`: counters of the IDs that fragmented packets get, by a hash of the address pair.
+    pub const FRAGMENT_IDS: &str = "FRAGMENT_IDS";
+
     /// Every map of the pipeline, in the order in which they are listed to users.
     pub const ALL: &[&str] = &[
         ESTABLISHED,
@@ -147,6 +165,11 @@ pub mod name {
         SOURCES,
         BACKEND_SIGNALS,
         EVENTS_LOST,
+        OWN_ADDRESSES,
+        ICMP_PACE,
+        ASSUMED_FLOW,
+        FRAGMENTS,
+        FRAGMENT_IDS,
     ];
 
     /// aya-log's ring buffer, named by aya-log. Pinned like the others, so that a new daemon goes on reading it; not a
@@ -668,5 +691,8 @@ mod pod {
         AffinityKey,
         AffinityEntry,
         Pending,
+        OwnAddresses,
+        FragmentKey,
+        Fragment,
     );
 }

@@ -13,6 +13,16 @@ pub enum Action {
     Drop,
 }
 
+/// What an ICMP message of our own is about. Numbers as in [`Verdict`]: even, since nothing is sent yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Question {
+    /// The TTL or hop limit ended here.
+    TimeExceeded = 8,
+    /// Longer than the next hop's MTU, and not to be fragmented.
+    TooBig = 10,
+}
+
 /// An [`Action`] in one register, which is all a BPF function can return.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(transparent)]
@@ -53,6 +63,24 @@ impl Verdict {
 
     /// For a stage that leaves the packet to be sent to the next one. Dropped where nothing sends it.
     pub const FORWARD: Self = Self(6);
+
+    /// The sender is to be told by ICMP, and the packet dropped, which is what [`Verdict::action`] says of it: `question`
+    /// and `service` below 256 and 65,536. Leaves the packet as it came.
+    #[inline(always)]
+    pub const fn answer(question: Question, service: u32, mtu: u32) -> Self {
+        Self((mtu as u64) << 32 | (service as u64 & 0xffff) << 16 | question as u64)
+    }
+
+    /// What the sender is to be told, for which service, and the MTU (bytes) it is told.
+    #[inline(always)]
+    pub const fn question(self) -> Option<(Question, u32, u32)> {
+        let (service, mtu) = ((self.0 >> 16) as u32 & 0xffff, (self.0 >> 32) as u32);
+        match self.0 as u32 & 0xff {
+            8 => Some((Question::TimeExceeded, service, mtu)),
+            10 => Some((Question::TooBig, service, mtu)),
+            _ => None,
+        }
+    }
 
     /// [`Action::Redirect`].
     #[inline(always)]
@@ -103,13 +131,13 @@ reasons! {
     NeighbourUnresolved = 2, "neighbour-unresolved";
     /// Passed rewritten: egress interface cannot take redirected packets.
     ViaStack = 3, "via-stack";
-    /// Passed: a fragment to one of our addresses (fragments are not translated yet).
+    /// Passed: a later fragment to or from one of our addresses whose first one has not been seen, or is nobody's of ours.
     Fragment = 4, "fragment";
     /// Passed: IPv6 extension headers that only the stack can judge: too many, or a routing header not done with.
     ExtensionHeaders = 54, "extension-headers";
     /// Dropped: headers cut short or inconsistent.
     Malformed = 8, "malformed";
-    /// Dropped: TTL expired.
+    /// Dropped: TTL expired; the sender was told.
     TtlExpired = 9, "ttl-expired";
     /// Dropped: no eligible backend in the pool.
     NoBackend = 10, "no-backend";
@@ -119,7 +147,7 @@ reasons! {
     EstablishedFull = 12, "established-full";
     /// Dropped: no route towards the rewritten destination.
     NoRoute = 13, "no-route";
-    /// Dropped: longer than the egress MTU and must not be fragmented.
+    /// Dropped: longer than the egress MTU and must not be fragmented; the sender was told.
     TooBig = 14, "too-big";
     /// Dropped: from a dnat backend, without a flow; passing it would leak the pod's address.
     ReplyWithoutFlow = 15, "reply-without-flow";
@@ -141,6 +169,19 @@ reasons! {
     SourceHalfOpen = 29, "source-half-open";
     /// Dropped: every eligible backend has as many connections as it may have.
     BackendsFull = 36, "backends-full";
+    /// Dropped as expired or too big, and the sender not told: too many messages were sent this moment.
+    IcmpLimited = 20, "icmp-limited";
+    /// Dropped as expired or too big, and the sender not told: nobody may be told about this packet (RFC 1812, 4.3.2.7),
+    /// or no address to tell it from is known.
+    IcmpUnanswered = 21, "icmp-unanswered";
+    /// Dropped: an ICMP error that expired or is too big itself; nobody is told about errors.
+    IcmpUndeliverable = 22, "icmp-undeliverable";
+    /// Dropped: a later fragment of a packet whose flow has gone meanwhile.
+    FragmentWithoutFlow = 23, "fragment-without-flow";
+    /// Sent on: an ICMP error about a flow's packet, translated.
+    IcmpTranslated = 48, "icmp-translated";
+    /// Passed: an ICMP error about one of our addresses whose quote matches no flow.
+    IcmpUnmatched = 49, "icmp-unmatched";
 }
 
 impl Reason {
@@ -167,5 +208,21 @@ mod tests {
         let redirect = Verdict::redirect(u32::MAX);
         assert_eq!((redirect.reported(), redirect.action()), (None, Action::Redirect(u32::MAX)));
         assert!(redirect.is_sent() && Verdict::TRANSMIT.is_sent() && !Verdict::PASS.is_sent());
+    }
+
+    #[test]
+    fn an_answer_is_told_from_every_other_verdict_and_is_a_drop_until_it_is_made() {
+        for (question, mtu) in [(Question::TimeExceeded, 0), (Question::TooBig, 1400)] {
+            let answer = Verdict::answer(question, 1023, mtu);
+            assert_eq!(answer.question(), Some((question, 1023, mtu)));
+            assert_eq!((answer.action(), answer.reported(), answer.is_sent()), (Action::Drop, None, false));
+        }
+        let report = Verdict::dropped(Reason::NoBackend, 1023, true);
+        let redirect = Verdict::redirect(u32::MAX);
+        for other in
+            [Verdict::PASS, Verdict::TRANSMIT, Verdict::DROP, Verdict::UNDECIDED, Verdict::FORWARD, report, redirect]
+        {
+            assert_eq!(other.question(), None);
+        }
     }
 }

@@ -4,12 +4,17 @@
 mod access_log;
 mod acl;
 mod announcer;
+mod audit;
+mod commit;
+mod commits;
+mod flow_ends;
 mod orders;
 mod recorder;
 mod slow_start;
 mod start;
 mod swept;
 mod throttle;
+mod traffic;
 mod views;
 mod world;
 
@@ -32,12 +37,19 @@ use tracing::{error, info, warn};
 pub use start::{StartError, run};
 
 use self::{
-    acl::Acl, orders::Orders, recorder::Recorder, slow_start::SlowStart, swept::Swept, throttle::Throttle, world::World,
+    acl::Acl,
+    commit::{Commits, Texts},
+    flow_ends::FlowEnds,
+    orders::Orders,
+    recorder::Recorder,
+    slow_start::SlowStart,
+    swept::Swept,
+    throttle::Throttle,
+    world::World,
 };
 use crate::{
     bgp::{BgpEvent, BgpHandle},
     config::{
-        self,
         diff::{self, Changes},
         valid::Config,
     },
@@ -47,8 +59,8 @@ use crate::{
     desired::{self, DesiredState},
     fib::{FibEvent, FibHandle, sysctl},
     model::{
-        BackendSource, BackendVerb, HealthKey, Mode, PoolSnapshot, Resolver,
-        query::{Query, ReloadRow, ViewError},
+        BackendSource, BackendVerb, FlowSelector, HealthKey, Mode, PoolSnapshot, Resolver,
+        query::{ConfigChange, Query, ReloadRow, ViewError},
     },
     notify,
     sources::{
@@ -71,6 +83,8 @@ const SWEEP_WALK: Duration = Duration::from_secs(4);
 const ROUTE_GENERATION_PAUSE: Duration = Duration::from_millis(100);
 /// Route changes told to the kernel between two looks at other events.
 const ROUTE_CHUNK: usize = 512;
+/// Between two steps of ending flows on order: the default tables in less than a second.
+const END_STEP: Duration = Duration::from_millis(5);
 
 /// What the views may ask of the loop.
 enum Request {
@@ -87,11 +101,17 @@ enum Request {
     },
     /// Give or take back a source range; the answer is the service's name.
     Acl(Query, oneshot::Sender<Result<String, ViewError>>),
+    /// Compare or change the configuration.
+    Change(ConfigChange, oneshot::Sender<Result<ReloadRow, ViewError>>),
+    /// End these flows.
+    KillFlows(FlowSelector, flow_ends::Reply),
 }
 
 /// State that the loop writes and the views read.
 struct Shared {
     file: PathBuf,
+    /// The texts of the configuration in force.
+    texts: Texts,
     started: Instant,
     /// The configuration in force and when it came into force.
     config: (Config, Instant),
@@ -141,6 +161,8 @@ struct Daemon {
     next_share: Option<Instant>,
     program_log: ProgramLog,
     recorder: Recorder,
+    flow_ends: FlowEnds,
+    commits: Commits,
     fib: FibHandle,
     bgp: Option<BgpHandle>,
     dns: DnsHandle,
@@ -162,6 +184,8 @@ impl Daemon {
         housekeeping.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut sweep = interval(SWEEP_STEP);
         sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut ends = interval(END_STEP);
+        ends.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut watchdog = interval(notify::watchdog_interval().unwrap_or(HOUSEKEEPING));
         watchdog.set_missed_tick_behavior(MissedTickBehavior::Delay);
         self.refresh_kernel_prefixes().await;
@@ -172,6 +196,7 @@ impl Daemon {
         let speaks = self.bgp.is_some();
         loop {
             let (bump_at, share_at) = (self.route_generation.due(), self.next_share);
+            let back_at = self.commits.due();
             tokio::select! {
                 event = inbox.bgp.recv(), if speaks => self.on_bgp(event.ok_or_else(|| ended("BGP"))?).await,
                 event = inbox.fib.recv() => self.on_fib(event.ok_or_else(|| ended("the kernel's routes"))?).await,
@@ -192,8 +217,12 @@ impl Daemon {
                     self.bump_route_generation();
                 }
                 () = sleep_until(share_at.unwrap_or_else(Instant::now).into()), if share_at.is_some() => self.publish(),
+                () = sleep_until(back_at.unwrap_or_else(Instant::now).into()), if back_at.is_some() => {
+                    self.roll_back_in_time().await;
+                }
                 _ = housekeeping.tick() => self.housekeeping().await,
                 _ = sweep.tick() => self.sweep(),
+                _ = ends.tick(), if self.flow_ends.is_busy() => self.flow_ends.step(&self.recorder),
                 _ = watchdog.tick() => notify::alive(),
                 _ = &mut inbox.reconciler => return Err(ended("the datapath")),
                 _ = terminate.recv() => break,
@@ -213,6 +242,8 @@ impl Daemon {
         match request {
             Request::Order { key, verb, reply } => drop(reply.send(self.order(&key, verb))),
             Request::Reload(reply) => drop(reply.send(self.reload().await)),
+            Request::Change(change, reply) => drop(reply.send(self.change_config(change).await)),
+            Request::KillFlows(selector, reply) => self.flow_ends.kill(selector, reply),
             Request::Acl(change, reply) => drop(reply.send(self.change_acl(&change))),
         }
     }
@@ -329,6 +360,7 @@ impl Daemon {
             changed
         });
         self.health.retarget(desired::targets(&self.config, &desired));
+        self.flow_ends.look(&self.config, &desired);
         shared.desired = desired;
     }
 
@@ -419,6 +451,7 @@ impl Daemon {
             problems.extend(failures.iter().map(|(interface, error)| format!("{interface}: {error}")));
             problems.extend(shared.datapath.notes().iter().cloned());
             problems.extend(self.recorder.problem());
+            problems.extend(self.commits.problem());
             for problem in problems.iter().filter(|problem| !before.contains(*problem)) {
                 warn!(%problem, "degraded");
             }
@@ -505,20 +538,6 @@ impl Daemon {
         if let Err(error) = lock(&self.shared).swept.take(pass, self.kernel.tables(), now) {
             warn!(%error, "the use of SNAT ports cannot be told");
         }
-    }
-
-    /// Parses, validates, compares, applies; on any error the running configuration stays.
-    async fn reload(&mut self) -> Result<ReloadRow, ViewError> {
-        notify::reloading();
-        let file = lock(&self.shared).file.clone();
-        let result = match config::load(&file) {
-            Ok(config) => self.apply_config(config).await,
-            Err(error) => Err(ViewError::Invalid(error.lines())),
-        };
-        notify::ready("serving");
-        let Changes { applied, needs_restart } = result?;
-        info!(changes = applied.len(), "configuration reloaded");
-        Ok(ReloadRow { file: file.display().to_string(), changes: applied, needs_restart })
     }
 
     async fn apply_config(&mut self, new: Config) -> Result<Changes, ViewError> {

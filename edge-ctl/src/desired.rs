@@ -23,8 +23,9 @@ pub use self::eligibility::{Exclusion, Facts};
 use crate::{
     config::valid::Config,
     model::{
-        AdminOrders, AdminState, BackendSource, Balance, Frontend, Mode, PathAttributes, PoolMember, PoolSnapshot,
-        PoolState, Protection, Protocol, RouteSet, Selection, Service, Snat, StaticBackend, Tier, Verdict, within,
+        AdminOrders, AdminState, BackendSource, Balance, Check, Frontend, Mode, PathAttributes, PoolMember,
+        PoolSnapshot, PoolState, Protection, Protocol, RouteSet, Selection, Service, Snat, StaticBackend, Tier,
+        Verdict, within,
     },
     sources::health::{Target, Targets, Verdicts, panic::panics},
 };
@@ -135,6 +136,8 @@ pub struct DesiredBackend {
     pub share: u8,
     /// When it is used.
     pub tier: Tier,
+    /// Connections it may have at once; `None`: no limit.
+    pub limit: Option<u32>,
     /// `None`: eligible; else why it gets no new flows: what [`eligibility::judge`] says of `facts`.
     pub excluded: Option<Exclusion>,
     /// What that rests on.
@@ -365,8 +368,8 @@ fn build_backend(
     let needs_source = service.mode == Mode::FullNat && !service.snat.addresses.iter().any(same_family);
     let starts_as = match (&service.health, before) {
         (None, _) => Verdict::Up,
-        // What got no flows before a restart has to show that it may have some.
-        (Some(_), Some(backend)) if !backend.eligible => Verdict::Down,
+        // What got no flows before a restart has to show that it may have some, where there is a check to show it.
+        (Some(health), Some(backend)) if !backend.eligible && health.check != Check::None => Verdict::Down,
         (Some(health), None) if health.mandatory => Verdict::Checking,
         (Some(_), _) => Verdict::Up,
     };
@@ -404,6 +407,7 @@ fn build_backend(
         weight: order.weight.unwrap_or(weight),
         share: 100,
         tier,
+        limit: order.limit.or(service.selection.max_connections),
         excluded: eligibility::judge(&facts),
         facts,
         node,
@@ -417,7 +421,7 @@ mod tests {
     use super::*;
     use crate::{
         config::valid::{Bgp, Edge, Hook, Tables},
-        model::{Announce, RouteUpdate},
+        model::{Announce, OnDown, RouteUpdate},
     };
 
     const SOURCE: &str = "ingress.cluster.local";
@@ -442,6 +446,7 @@ mod tests {
             snat: Snat::default(),
             announce: Some(Announce { min_backends: 1, attributes: PathAttributes::default() }),
             health: None,
+            on_down: OnDown::default(),
             protection: Protection::default(),
         };
         Config {
@@ -707,7 +712,7 @@ mod tests {
         let state = world.build();
         assert_eq!((only(&state).eligible(), only(&state).panic), (2, Some((1, 2))), "50 % are below 60 %");
         let key = ("ingress".to_owned(), "10.1.1.5:443".parse().unwrap());
-        let order = crate::model::AdminOrder { state: AdminState::Down, weight: None };
+        let order = crate::model::AdminOrder { state: AdminState::Down, ..crate::model::AdminOrder::default() };
         world.orders.insert(key, order);
         let state = world.build();
         assert_eq!(verdicts(&state)[1].1, Some(Exclusion::Down));

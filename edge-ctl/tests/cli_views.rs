@@ -139,6 +139,7 @@ impl Views for Edge {
                     file: text("/etc/edge/edge.toml"),
                     changes: vec![text("service web added")],
                     needs_restart: vec![text("[edge] interfaces")],
+                    ..ReloadRow::default()
                 }),
                 Query::Reload => {
                     return Err(ViewError::Invalid(vec![text("edge.toml:1: first"), text("edge.toml:2: second")]));

@@ -69,6 +69,7 @@ fn desired(backends: &[&str]) -> DesiredState {
     let backend = |text: &&str| DesiredBackend {
         address: text.parse().unwrap(),
         weight: 1,
+        limit: None,
         share: 100,
         tier: Tier::Primary,
         excluded: None,

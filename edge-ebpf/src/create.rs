@@ -6,7 +6,7 @@ use edge_common::{
     flow::FlowKey,
     hash::{scatter, spread},
     maps::{BackendEntry, Flow, SNAT_ADDRESSES, ServiceEntry, flow_flag, mode},
-    verdict::{Reason, Verdict},
+    verdict::{Question, Reason, Verdict},
 };
 
 use crate::{
@@ -38,7 +38,7 @@ pub const CREATED: Verdict = Verdict::UNDECIDED;
 pub fn flow<A: Family>(parsed: &Parsed<A>, past: &Past<A>) -> Verdict {
     let service_number = past.service;
     if parsed.ttl <= 1 {
-        return because(Reason::TtlExpired, service_number);
+        return Verdict::answer(Question::TimeExceeded, service_number, 0);
     }
     let Some(service) = maps::service(service_number) else {
         return because(Reason::NotReady, service_number);
@@ -286,12 +286,17 @@ fn end_stalled<A: Family>(plan: &Plan<A>, reply: &FlowKey<A>) -> bool {
     let Some(flow) = maps::flow(Table::HalfOpen, reply) else {
         return true;
     };
-    let client = flow.twin();
-    if maps::flow(Table::HalfOpen, &client).is_some_and(|client| plan.now.saturating_sub(client.last_seen) < STALLED) {
-        return false;
+    let client_key = flow.twin();
+    // A client's half that leads elsewhere is another flow's: this reply's has been evicted.
+    if let Some(client) = maps::flow(Table::HalfOpen, &client_key)
+        && leads_back(client, reply)
+    {
+        if plan.now.saturating_sub(client.last_seen) < STALLED {
+            return false;
+        }
+        maps::remove_flow(Table::HalfOpen, &client_key);
     }
     protect::half_open_ended(flow);
-    maps::remove_flow(Table::HalfOpen, &client);
     true
 }
 

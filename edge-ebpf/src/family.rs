@@ -8,9 +8,10 @@ use edge_common::{
 use network_types::ip::Ipv4Hdr;
 
 use crate::{
+    fragment,
     maps::{self, FlowTables},
     packet::Packet,
-    parse::{IP, Ipv6Header, ipv6_field},
+    parse::{IP, Ipv6Header, Parsed, ipv6_field},
     stages::Handover,
 };
 
@@ -22,6 +23,9 @@ pub trait Family: FlowTables {
     const CREATE: u32;
     /// Number of the stage that sends a packet.
     const SEND: u32;
+
+    /// Remembers a first fragment that was sent on by `flow`, so that the rest follow it.
+    fn remember_fragment<P: Packet>(packet: &mut P, parsed: &Parsed<Self>, flow: &Flow<Self>);
 
     /// This CPU's room for what the stages of one hook leave each other.
     fn handover(hook: u32) -> Option<&'static mut Handover<Self>>;
@@ -35,6 +39,11 @@ impl Family for u32 {
     const TRACK: u32 = stages::TRACK;
     const CREATE: u32 = stages::CREATE;
     const SEND: u32 = stages::SEND;
+
+    #[inline(always)]
+    fn remember_fragment<P: Packet>(packet: &mut P, parsed: &Parsed<Self>, flow: &FlowV4) {
+        fragment::remember(packet, parsed, flow);
+    }
 
     #[inline(always)]
     fn handover(hook: u32) -> Option<&'static mut Handover<Self>> {
@@ -59,6 +68,9 @@ impl Family for Wide {
     const TRACK: u32 = stages::TRACK_V6;
     const CREATE: u32 = stages::CREATE_V6;
     const SEND: u32 = stages::SEND_V6;
+
+    #[inline(always)]
+    fn remember_fragment<P: Packet>(_packet: &mut P, _parsed: &Parsed<Self>, _flow: &FlowV6) {}
 
     #[inline(always)]
     fn handover(hook: u32) -> Option<&'static mut Handover<Self>> {

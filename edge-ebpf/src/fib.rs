@@ -24,7 +24,7 @@ pub mod resolution {
     pub const STACK: u32 = 2;
     /// No route, or one that refuses.
     pub const NO_ROUTE: u32 = 3;
-    /// Longer than the route's MTU.
+    /// Longer than the route's MTU, which is in the upper half.
     pub const TOO_LONG: u32 = 4;
     /// There is no next-hop number for it: the link-layer addresses are in this packet already, and the egress
     /// interface is in the upper half.
@@ -89,7 +89,7 @@ fn direct<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, route: &Rout
         return u64::from(resolution::STACK);
     }
     if length(packet, parsed) > mtu(route) as usize {
-        return u64::from(resolution::TOO_LONG);
+        return u64::from(mtu(route)) << 32 | u64::from(resolution::TOO_LONG);
     }
     let Some(eth) = packet.header::<EthHdr>(0) else {
         return u64::from(resolution::STACK);

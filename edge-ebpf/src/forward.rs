@@ -3,7 +3,7 @@
 use edge_common::{
     conntrack::{due, tcp_flag::SYN, ticks},
     maps::{Control, Flow, NextHop, capture::side, flow_flag, next_hop_flag},
-    verdict::{Action, Reason, Verdict},
+    verdict::{Action, Question, Reason, Verdict},
 };
 use network_types::eth::EthHdr;
 
@@ -51,7 +51,7 @@ pub fn any<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut 
 #[inline(always)]
 fn send<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut Flow<A>, now: u64) -> Verdict {
     if parsed.ttl <= 1 {
-        return because(Reason::TtlExpired, flow.service);
+        return Verdict::answer(Question::TimeExceeded, flow.service, 0);
     }
     let Some(control) = maps::control() else {
         return because(Reason::NotReady, flow.service);
@@ -85,7 +85,7 @@ fn deliver<A: Family, P: Packet>(
         return because(Reason::NotReady, flow.service);
     };
     if fib::length(packet, parsed) > hop.mtu as usize {
-        return too_long(packet, parsed, flow, now);
+        return too_long(packet, parsed, flow, now, hop.mtu);
     }
     let same = hop.ifindex == packet.ingress();
     if !P::REDIRECTS_ANYWHERE && !same && hop.flags & next_hop_flag::VIA_STACK != 0 {
@@ -126,7 +126,7 @@ fn unlisted<A: Family, P: Packet>(
     match resolved as u32 {
         resolution::NO_NEIGHBOUR => to_stack(packet, parsed, flow, now, Reason::NeighbourUnresolved),
         resolution::STACK => to_stack(packet, parsed, flow, now, Reason::ViaStack),
-        resolution::TOO_LONG => too_long(packet, parsed, flow, now),
+        resolution::TOO_LONG => too_long(packet, parsed, flow, now, (resolved >> 32) as u32),
         resolution::DIRECT if translate(packet, parsed, flow, now) => {
             let ifindex = (resolved >> 32) as u32;
             if ifindex == packet.ingress() { Verdict::TRANSMIT } else { Verdict::redirect(ifindex) }
@@ -138,9 +138,15 @@ fn unlisted<A: Family, P: Packet>(
 
 /// The stack fragments what may be fragmented.
 #[inline(always)]
-fn too_long<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut Flow<A>, now: u64) -> Verdict {
+fn too_long<A: Family, P: Packet>(
+    packet: &mut P,
+    parsed: &Parsed<A>,
+    flow: &mut Flow<A>,
+    now: u64,
+    mtu: u32,
+) -> Verdict {
     if parsed.must_not_fragment {
-        because(Reason::TooBig, flow.service)
+        Verdict::answer(Question::TooBig, flow.service, mtu)
     } else {
         to_stack(packet, parsed, flow, now, Reason::ViaStack)
     }

@@ -31,6 +31,11 @@ use edge_common::{
 pub mod scratch;
 pub mod stages;
 
+mod fragment;
+mod icmp;
+pub use fragment::*;
+pub use icmp::*;
+
 #[map]
 static ESTABLISHED: HashMap<FlowKeyV4, FlowV4> = HashMap::with_max_entries(layout::ESTABLISHED_ENTRIES, 0);
 #[map]

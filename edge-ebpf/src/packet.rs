@@ -92,11 +92,26 @@ pub trait Packet {
     /// A header at `offset`, if the packet is that long.
     fn header<T: Header>(&mut self, offset: usize) -> Option<&mut T>;
 
+    /// As [`Packet::header`], where headers at several variable offsets are touched in turn. The compiler then does not keep
+    /// the packet's start in a 32-bit register, as which the kernel declares it, and from which the verifier takes none.
+    fn header_anew<T: Header>(&mut self, offset: usize) -> Option<&mut T>;
+
     /// Applies a difference to a layer-4 checksum; false where the packet is too short.
     fn fix_l4(&mut self, fix: L4Fix) -> bool;
 
     /// Gives a copy of the packet's beginning to `edge-ctl capture`.
     fn capture(&self, header: &CaptureHeader);
+
+    /// Cuts the packet to `keep` bytes from its IP header on and makes room for `front` bytes before that; the Ethernet
+    /// header and the new bytes hold anything. False where the packet cannot be changed so; it is then to be dropped.
+    fn quote(&mut self, front: usize, keep: usize) -> bool;
+
+    /// True where the layer-4 checksum field at `offset` holds the pseudo-header's sum only, and whoever sends the packet
+    /// finishes it.
+    fn has_unfinished_checksum(&mut self, offset: usize) -> bool;
+
+    /// Tells a sum that the NIC took over the whole packet about bytes that add up to `sum`, put where zeroes were.
+    fn add_to_sum(&mut self, sum: u16);
 
     /// Asks the kernel's FIB; the answer overwrites the question. 0: found; above: why not, as the kernel's
     /// `BPF_FIB_LKUP_RET_*`; below: an errno.
@@ -160,6 +175,16 @@ fn at<'a, T: Header>(data: usize, end: usize, offset: usize) -> Option<&'a mut T
     Some(unsafe { &mut *((data + offset) as *mut T) })
 }
 
+/// A field of the context, which the compiler must not merge with another reading of it.
+///
+/// # Safety
+/// `field` is one of a valid context's.
+#[inline(always)]
+unsafe fn read(field: *const u32) -> usize {
+    // SAFETY: the caller's promise.
+    unsafe { field.read_volatile() as usize }
+}
+
 impl Packet for XdpPacket {
     const REDIRECTS_ANYWHERE: bool = false;
     const HOOK: u32 = maps::stages::XDP;
@@ -203,6 +228,13 @@ impl Packet for XdpPacket {
     }
 
     #[inline(always)]
+    fn header_anew<T: Header>(&mut self, offset: usize) -> Option<&mut T> {
+        // SAFETY: as in `ingress`; both fields are aligned u32 of the context.
+        let (data, end) = unsafe { (read(&raw const (*self.ctx).data), read(&raw const (*self.ctx).data_end)) };
+        at(data, end, offset)
+    }
+
+    #[inline(always)]
     fn fix_l4(&mut self, fix: L4Fix) -> bool {
         use edge_common::checksum::{add, apply, apply_udp};
         let Some(field) = self.header::<[u8; 2]>(fix.offset) else {
@@ -224,6 +256,26 @@ impl Packet for XdpPacket {
     fn capture(&self, header: &CaptureHeader) {
         maps::capture::put(&XdpContext::new(self.ctx), header);
     }
+
+    #[inline(always)]
+    fn quote(&mut self, front: usize, keep: usize) -> bool {
+        // Hidden from the compiler, which would subtract the two pointers as the 32 bits that are needed of the result.
+        let len = core::hint::black_box(self.frame_len());
+        let cut = (EthHdr::LEN + keep) as i64 - len as i64;
+        // SAFETY: valid context; the kernel checks both amounts.
+        unsafe {
+            generated::bpf_xdp_adjust_tail(self.ctx, cut as i32) == 0
+                && generated::bpf_xdp_adjust_head(self.ctx, -(front as i32)) == 0
+        }
+    }
+
+    #[inline(always)]
+    fn has_unfinished_checksum(&mut self, _offset: usize) -> bool {
+        false
+    }
+
+    #[inline(always)]
+    fn add_to_sum(&mut self, _sum: u16) {}
 
     #[inline(always)]
     fn route(&mut self, query: &mut Route) -> i64 {
@@ -286,6 +338,13 @@ impl Packet for SkbPacket {
     }
 
     #[inline(always)]
+    fn header_anew<T: Header>(&mut self, offset: usize) -> Option<&mut T> {
+        // SAFETY: as in `ingress`; both fields are aligned u32 of the context.
+        let (data, end) = unsafe { (read(&raw const (*self.ctx).data), read(&raw const (*self.ctx).data_end)) };
+        at(data, end, offset)
+    }
+
+    #[inline(always)]
     fn fix_l4(&mut self, fix: L4Fix) -> bool {
         // The kernel knows whether the field is whole, partial (pseudo-header only, so no ports) or summed up in
         // skb->csum; from = 0 and size = 0 mean "to is a difference".
@@ -311,11 +370,52 @@ impl Packet for SkbPacket {
     }
 
     #[inline(always)]
+    fn quote(&mut self, front: usize, keep: usize) -> bool {
+        let flags = 0;
+        // SAFETY: valid context; the kernel checks both amounts. Cutting first ends segmentation, which the second helper
+        // would refuse for UDP.
+        let moved = unsafe {
+            generated::bpf_skb_change_tail(self.ctx, (EthHdr::LEN + keep) as u32, flags) == 0
+                && generated::bpf_skb_adjust_room(self.ctx, front as i32, BPF_ADJ_ROOM_MAC, flags) == 0
+        };
+        if moved {
+            self.pull(EthHdr::LEN + front + keep);
+        }
+        moved
+    }
+
+    #[inline(always)]
+    fn has_unfinished_checksum(&mut self, offset: usize) -> bool {
+        let Some(field) = self.header_anew::<[u8; 2]>(offset) else {
+            return false;
+        };
+        let before = *field;
+        // A change that is not the pseudo-header's is not for an unfinished field (inet_proto_csum_replace4).
+        // SAFETY: valid context; the kernel checks the offset.
+        let asked = unsafe { generated::bpf_l4_csum_replace(self.ctx, offset as u32, 0, 1, 0) } == 0;
+        let Some(field) = self.header_anew::<[u8; 2]>(offset) else {
+            return false;
+        };
+        let unfinished = asked && *field == before;
+        *field = before;
+        unfinished
+    }
+
+    #[inline(always)]
+    fn add_to_sum(&mut self, sum: u16) {
+        // SAFETY: valid context. Refused where there is no such sum, which is as well.
+        unsafe { generated::bpf_csum_update(self.ctx, u32::from(sum)) };
+    }
+
+    #[inline(always)]
     fn route(&mut self, query: &mut Route) -> i64 {
         // SAFETY: valid context; the kernel writes at most the size given.
         unsafe { generated::bpf_fib_lookup(self.ctx.cast(), &raw mut query.0, size_of::<bpf_fib_lookup>() as i32, 0) }
     }
 }
+
+/// `BPF_ADJ_ROOM_MAC`: room between the link-layer and the IP header.
+const BPF_ADJ_ROOM_MAC: u32 = 1;
 
 /// Asks the kernel to send the packet out of `ifindex` once the program returns this action.
 #[inline(always)]

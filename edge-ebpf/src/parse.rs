@@ -39,11 +39,25 @@ const DONT_FRAGMENT: u16 = 0x4000;
 const MORE_FRAGMENTS: u16 = 0x2000;
 const FRAGMENT_OFFSET: u16 = 0x1fff;
 
+impl<A> Ip<A> {
+    /// Routers must not fragment it.
+    #[inline(always)]
+    pub fn must_not_fragment(&self) -> bool {
+        self.fragment & DONT_FRAGMENT != 0
+    }
+}
+
 impl Ip<u32> {
     /// Part of a fragmented packet.
     #[inline(always)]
     pub fn is_fragment(&self) -> bool {
         self.fragment & (MORE_FRAGMENTS | FRAGMENT_OFFSET) != 0
+    }
+
+    /// Part of a fragmented packet, without its ports.
+    #[inline(always)]
+    pub fn is_later_fragment(&self) -> bool {
+        self.fragment & FRAGMENT_OFFSET != 0
     }
 }
 
@@ -73,6 +87,21 @@ pub struct Parsed<A> {
     /// tunnels, and no service is one). Dropped where it is a service's, since the host may well end a tunnel.
     pub lacks_checksum: bool,
 }
+
+/// No packet, to be filled.
+pub const NOTHING: Parsed<u32> = Parsed {
+    key: FlowKey::new(0, 0, 0, 0, 0),
+    seq: 0,
+    ack: 0,
+    total_len: 0,
+    flags: 0,
+    ttl: 0,
+    tos: 0,
+    header_len: 0,
+    l4_len: 0,
+    must_not_fragment: false,
+    lacks_checksum: false,
+};
 
 impl<A: Family> Parsed<A> {
     /// Offset of the layer-4 header.
@@ -244,7 +273,7 @@ pub fn transport<A: Family, P: Packet>(packet: &mut P, ip: &Ip<A>) -> Option<Par
         tos: ip.tos,
         header_len: ip.header_len,
         l4_len: UdpHdr::LEN as u8,
-        must_not_fragment: ip.fragment & DONT_FRAGMENT != 0,
+        must_not_fragment: ip.must_not_fragment(),
         lacks_checksum: false,
     };
     if ip.protocol == TCP {

@@ -6,6 +6,7 @@ use edge_common::{
     address::Address,
     conntrack::tcp_flag::{FIN, RST, SYN},
     flow::{TCP, UDP},
+    icmp::ICMP,
     maps::stages::IPV6,
     verdict::{Reason, Verdict},
 };
@@ -31,7 +32,8 @@ pub enum Side {
     FromBackend,
 }
 
-/// Decides about a packet, and rewrites it where the verdict is not to pass it untouched.
+/// Decides about a packet, and rewrites it where the verdict is not to pass it untouched, or turns it into an ICMP message
+/// to its sender.
 #[inline(always)]
 pub fn run<P: Packet>(packet: &mut P) -> Verdict {
     if packet.has_hidden_tag() {
@@ -54,14 +56,14 @@ fn ipv4<P: Packet>(packet: &mut P) -> Verdict {
     let Some(ip) = parse::ipv4(packet) else {
         return Verdict::PASS;
     };
-    let Some(side) = prefilter(&ip) else {
-        return Verdict::PASS;
+    let Some(side) = prefilter(ip.src, ip.dst) else {
+        return if ip.protocol == ICMP { stages::icmp(packet) } else { Verdict::PASS };
     };
     if ip.protocol != TCP && ip.protocol != UDP {
-        return Verdict::PASS;
+        return if ip.protocol == ICMP { stages::icmp(packet) } else { Verdict::PASS };
     }
     if ip.is_fragment() {
-        return because(Reason::Fragment, 0);
+        return stages::fragment(packet);
     }
     serve(packet, &ip, side)
 }
@@ -73,7 +75,7 @@ pub fn ipv6<P: Packet>(packet: &mut P) -> Verdict {
     let Some(mut ip) = parse::ipv6(packet) else {
         return Verdict::PASS;
     };
-    let Some(side) = prefilter(&ip) else {
+    let Some(side) = prefilter(ip.src, ip.dst) else {
         return Verdict::PASS;
     };
     if ip.protocol != TCP && ip.protocol != UDP {
@@ -101,6 +103,9 @@ fn serve<A: Family, P: Packet>(packet: &mut P, ip: &Ip<A>, side: Side) -> Verdic
         if verdict.is_sent() {
             return verdict;
         }
+        if verdict.question().is_some() {
+            return stages::question(packet, parsed, side, verdict);
+        }
         if verdict != TOO_LATE {
             return events::sampled(&parsed, verdict);
         }
@@ -114,10 +119,11 @@ pub fn ingress<P: Packet>(packet: &P) -> u32 {
     packet.ingress()
 }
 
+/// The side of a packet with these addresses; `None` where neither can be ours.
 #[inline(always)]
-fn prefilter<A: Address>(ip: &Ip<A>) -> Option<Side> {
+pub fn prefilter<A: Address>(src: A, dst: A) -> Option<Side> {
     let filter = maps::address_filter()?;
-    let (destination, source) = (ip.dst.filter_bit(), ip.src.filter_bit());
+    let (destination, source) = (dst.filter_bit(), src.filter_bit());
     if filter.destinations[(destination >> 6) as usize] >> (destination & 63) & 1 != 0 {
         Some(Side::ToUs)
     } else if filter.sources[(source >> 6) as usize] >> (source & 63) & 1 != 0 {

@@ -59,6 +59,9 @@ stage! {
     stages::track::<u32, _>: edge_xdp_track, edge_tc_track;
     stages::create::<u32, _>: edge_xdp_create, edge_tc_create;
     stages::send::<u32, _>: edge_xdp_send, edge_tc_send;
+    stages::relay: edge_xdp_relay, edge_tc_relay;
+    stages::answer: edge_xdp_answer, edge_tc_answer;
+    stages::frag: edge_xdp_frag, edge_tc_frag;
     pipeline::ipv6: edge_xdp_ipv6, edge_tc_ipv6;
     stages::track::<Wide, _>: edge_xdp_track6, edge_tc_track6;
     stages::create::<Wide, _>: edge_xdp_creat6, edge_tc_creat6;

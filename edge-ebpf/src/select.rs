@@ -66,6 +66,34 @@ pub fn backend<A: Family>(number: u32, service: &ServiceEntry, key: &FlowKey<A>)
     if maps::met_full() { FULL } else { NONE }
 }
 
+/// The backend that every edge chooses for a new flow of `key`, or [`NONE`] where they need not agree: only Maglev's choice
+/// follows from the tuple alone. What only one edge knows (a client's home, a full backend) may make its choice another.
+#[inline(never)]
+pub fn agreed<A: Family>(service: &ServiceEntry, key: &FlowKey<A>) -> u32 {
+    if service.balance != balance::MAGLEV {
+        return NONE;
+    }
+    let Some(control) = maps::control() else {
+        return NONE;
+    };
+    let ports = if service.affinity_timeout == 0 { key.src_port } else { 0 };
+    let hash = hash::tuple(control.seed, &FlowKey::new(key.src, key.dst, ports, key.dst_port, key.protocol));
+    let draw = Draw { first: hash, second: hash, two: false };
+    let tick = Pending::tick(maps::now());
+    let mut region = service.selection;
+    for _tier in 0..2 {
+        let Some(header) = header(region) else {
+            break;
+        };
+        let found = in_tier(&header, &draw, tick);
+        if found != NONE {
+            return found;
+        }
+        region = header.backup;
+    }
+    NONE
+}
+
 /// Counts a flow that is about to begin towards the limit of its backend.
 #[inline(always)]
 pub fn begun(backend: u32, limit: u32, now: u64) {

@@ -202,7 +202,8 @@ fn the_ttl_ends_here_at_one() -> Result<()> {
             rig.service(1, 8443, TCP, mode::FULL_NAT, 1, 443)?;
             for ttl in [0, 1] {
                 let frame = Frame { ttl, ..Frame::tcp(client(), vip(), flag::SYN) };
-                assert_eq!(rig.run(&frame.bytes(), rig.uplink)?.action, Action::Drop);
+                // What goes back is datapath_icmp_own.rs's subject.
+                assert_ne!(rig.run(&frame.bytes(), rig.uplink)?.action, Action::Pass);
             }
             assert_eq!(rig.reasons()?, [("ttl-expired", 2)]);
             assert!(rig.flows(name::HALF_OPEN)?.is_empty(), "no flow for a packet that goes nowhere");
@@ -215,14 +216,14 @@ fn the_ttl_ends_here_at_one() -> Result<()> {
 }
 
 #[test]
-fn a_packet_longer_than_the_route_s_mtu_is_dropped_or_left_to_the_stack_to_fragment() -> Result<()> {
+fn a_packet_longer_than_the_route_s_mtu_is_refused_or_left_to_the_stack_to_fragment() -> Result<()> {
     for hook in HOOKS {
         in_namespace(|| {
             let mut rig = Rig::new(hook, Settings::default())?;
             rig.service(1, 8443, UDP, mode::FULL_NAT, 1, 443)?;
             let long = Frame::udp(client(), vip()).payload(vec![7; 1473]);
             let whole = Frame { fragment: 0x4000, ..long.clone() };
-            assert_eq!(rig.run(&whole.bytes(), rig.uplink)?.action, Action::Drop);
+            assert_ne!(rig.run(&whole.bytes(), rig.uplink)?.action, Action::Pass);
             assert_eq!(rig.reason(1, Reason::TooBig)?, 1);
             let outcome = rig.run(&long.bytes(), rig.uplink)?;
             assert_eq!(outcome.action, Action::Pass);

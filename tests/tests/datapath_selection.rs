@@ -1,6 +1,6 @@
 //! Which backend a new flow gets: the methods, affinity, the backup tier, limits, and the live counters under them.
 
-use std::{collections::BTreeMap, net::SocketAddrV4};
+use std::{collections::BTreeMap, net::SocketAddr};
 
 use anyhow::{Context, Result};
 use edge_common::{
@@ -22,12 +22,12 @@ use edge_tests::datapath::{
 /// Where the tests put their regions: the rig's own are below.
 const CHUNK: u32 = 128;
 
-fn vip() -> SocketAddrV4 {
-    SocketAddrV4::new(VIP, 8443)
+fn vip() -> SocketAddr {
+    SocketAddr::new(VIP.into(), 8443)
 }
 
-fn client(port: u16) -> SocketAddrV4 {
-    SocketAddrV4::new(CLIENT, port)
+fn client(port: u16) -> SocketAddr {
+    SocketAddr::new(CLIENT.into(), port)
 }
 
 fn forward_key(port: u16) -> Key {

@@ -4,7 +4,7 @@
 use std::{
     fs,
     io::{ErrorKind, Read, Write},
-    net::{SocketAddrV4, TcpListener, TcpStream, UdpSocket},
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::AsRawFd as _,
     path::Path,
     sync::{
@@ -35,8 +35,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Time between two datagrams: 2,000 a second.
 const PACE: Duration = Duration::from_micros(500);
 
-fn vip() -> SocketAddrV4 {
-    SocketAddrV4::new(VIP, 8443)
+fn vip() -> SocketAddr {
+    SocketAddr::new(VIP.into(), 8443)
 }
 
 fn edge(folder: &Path, hook: Hook) -> Edge {

@@ -16,21 +16,31 @@ pub const CREATE: u32 = 1;
 /// A packet whose flow is known: sent on its way.
 pub const SEND: u32 = 2;
 
+/// An ICMP packet: where it is an error about a flow's packet, it is translated.
+pub const RELAY: u32 = 3;
+/// A packet whose sender is told by ICMP what became of it.
+pub const ANSWER: u32 = 4;
+/// A fragment: the first goes on to [`TRACK`], the rest follow it.
+pub const FRAG: u32 = 5;
+
 /// An IPv6 packet: all that the entry program does for an IPv4 one. A stage, so that IPv4 packets pay nothing for it and it
 /// has a verifier's budget of its own.
-pub const IPV6: u32 = 3;
+pub const IPV6: u32 = 6;
 /// As [`TRACK`], of IPv6.
-pub const TRACK_V6: u32 = 4;
+pub const TRACK_V6: u32 = 7;
 /// As [`CREATE`], of IPv6.
-pub const CREATE_V6: u32 = 5;
+pub const CREATE_V6: u32 = 8;
 /// As [`SEND`], of IPv6.
-pub const SEND_V6: u32 = 6;
+pub const SEND_V6: u32 = 9;
 
 /// Every stage: its number, and its program's name after `edge_xdp_` or `edge_tc_`. The kernel keeps 15 bytes of the whole.
 pub const ALL: &[(u32, &str)] = &[
     (TRACK, "track"),
     (CREATE, "create"),
     (SEND, "send"),
+    (RELAY, "relay"),
+    (ANSWER, "answer"),
+    (FRAG, "frag"),
     (IPV6, "ipv6"),
     (TRACK_V6, "track6"),
     (CREATE_V6, "creat6"),

@@ -1,6 +1,10 @@
 //! Routes, and how questions and answers look in HTTP.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    sync::Arc,
+};
 
 use axum::{
     Json, Router,
@@ -17,8 +21,8 @@ use serde::Deserialize;
 use super::{Answer, Query, ViewError, Views, metrics};
 use crate::model::capture::CaptureOrder;
 use crate::model::{
-    BackendVerb, RecordType,
-    query::{DEFAULT_LIMIT, Refusal, ServiceDetail},
+    BackendVerb, FlowSelector, MOST_CONNECTIONS, Protocol, RecordType,
+    query::{ConfigChange, ConfigVerb, DEFAULT_LIMIT, Refusal, ServiceDetail},
 };
 
 /// Rows that one answer may have; more would hold up the daemon.
@@ -39,6 +43,7 @@ pub(super) fn api(views: Shared) -> Router {
         ("/v1/routes", Query::Routes),
         ("/v1/maps", Query::Maps),
         ("/v1/xdp", Query::Xdp),
+        ("/v1/audit", Query::Audit),
         ("/v1/reasons", Query::Reasons),
         ("/v1/acl", Query::Acl),
         ("/v1/events", Query::Events),
@@ -52,6 +57,7 @@ pub(super) fn api(views: Shared) -> Router {
     router
         .route("/v1/services/{name}", get(service))
         .route("/v1/flows", get(flows))
+        .route("/v1/flows/kill", post(kill_flows))
         .route("/v1/maps/{name}", get(map))
         .route("/v1/bgp/peers/{peer}/received", get(received))
         .route("/v1/bgp/peers/{peer}/advertised", get(advertised))
@@ -60,6 +66,7 @@ pub(super) fn api(views: Shared) -> Router {
         .route("/v1/capture", post(capture))
         .route("/v1/dns/query", post(dns_query))
         .route("/v1/dns/refresh", post(dns_refresh))
+        .route("/v1/config/{verb}", post(change))
         .route("/v1/reload", post(|State(views): State<Shared>| ask(views, Query::Reload)))
         .route("/v1/backends/{service}/{backend}/{verb}", post(order))
         .route("/metrics", get(scrape))
@@ -105,8 +112,8 @@ async fn not_found(uri: Uri) -> Response {
 
 async fn wrong_method(uri: Uri) -> Response {
     let error = format!(
-        "{} does not take that method (GET everywhere, POST for /v1/reload, /v1/capture, /v1/acl/add, /v1/acl/remove, \
-         /v1/dns/query, /v1/dns/refresh and /v1/backends/SERVICE/ADDRESS:PORT/VERB)",
+        "{} does not take that method (GET everywhere, POST for /v1/reload, /v1/flows/kill, /v1/config/VERB, /v1/capture, \
+         /v1/acl/add, /v1/acl/remove, /v1/dns/query, /v1/dns/refresh and /v1/backends/SERVICE/ADDRESS:PORT/VERB)",
         uri.path()
     );
     (StatusCode::METHOD_NOT_ALLOWED, Json(Refusal { error, problems: Vec::new() })).into_response()
@@ -133,6 +140,68 @@ async fn flows(State(views): State<Shared>, parameters: Listed) -> Response {
         Ok(Parameters(parameters)) => {
             let limit = parameters.limit();
             ask(views, Query::Flows { service: parameters.service, limit }).await
+        }
+        Err(rejection) => bad_request(rejection.body_text()),
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ChangeParameters {
+    /// Seconds.
+    confirm: Option<u64>,
+}
+
+async fn change(
+    State(views): State<Shared>,
+    verb: Named,
+    parameters: Result<Parameters<ChangeParameters>, QueryRejection>,
+    body: String,
+) -> Response {
+    let (verb, confirm) = match (verb, parameters) {
+        (Ok(Path(verb)), Ok(Parameters(ChangeParameters { confirm }))) => (verb, confirm),
+        (Err(rejection), _) => return bad_request(rejection.body_text()),
+        (_, Err(rejection)) => return bad_request(rejection.body_text()),
+    };
+    let files = match serde_json::from_str::<Vec<(PathBuf, String)>>(&body) {
+        _ if body.is_empty() => None,
+        Ok(files) if !files.is_empty() => Some(files),
+        Ok(_) => return bad_request("the body holds no file".to_owned()),
+        Err(error) => return bad_request(format!("the body is not [[FILE, TEXT], ...]: {error}")),
+    };
+    let verb = match (verb.as_str(), confirm) {
+        ("commit", Some(0)) => return bad_request("`confirm` is at least 1 s".to_owned()),
+        ("commit", confirm) => ConfigVerb::Commit(confirm),
+        (_, Some(_)) => return bad_request(format!("`{verb}` takes no `confirm`")),
+        ("diff", None) => ConfigVerb::Diff,
+        ("confirm", None) => ConfigVerb::Confirm,
+        ("rollback", None) => ConfigVerb::Rollback,
+        _ => return bad_request(format!("`{verb}` is not diff, commit, confirm or rollback")),
+    };
+    ask(views, Query::Change(ConfigChange { verb, files })).await
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct KillParameters {
+    service: String,
+    backend: Option<SocketAddr>,
+    client: Option<IpAddr>,
+    port: Option<u16>,
+    protocol: Option<Protocol>,
+}
+
+async fn kill_flows(
+    State(views): State<Shared>,
+    meant: Result<Parameters<KillParameters>, QueryRejection>,
+) -> Response {
+    match meant {
+        Ok(Parameters(KillParameters { client: None, port: Some(_), .. })) => {
+            bad_request("`port` is the client's: it needs `client`".to_owned())
+        }
+        Ok(Parameters(KillParameters { service, backend, client, port, protocol })) => {
+            let client = client.map(|address| (address, port));
+            ask(views, Query::FlowKill(FlowSelector { service, backend, client, protocol })).await
         }
         Err(rejection) => bad_request(rejection.body_text()),
     }
@@ -261,33 +330,43 @@ fn mismatch(what: &str) -> Response {
 #[serde(deny_unknown_fields)]
 struct OrderParameters {
     weight: Option<u16>,
+    limit: Option<u32>,
 }
 
 type Ordered = Result<Parameters<OrderParameters>, QueryRejection>;
 type Addressed = Result<Path<(String, String, String)>, PathRejection>;
 
 async fn order(State(views): State<Shared>, path: Addressed, parameters: Ordered) -> Response {
-    let (service, backend, verb, weight) = match (path, parameters) {
-        (Ok(Path((service, backend, verb))), Ok(Parameters(parameters))) => (service, backend, verb, parameters.weight),
+    let (service, backend, verb, parameters) = match (path, parameters) {
+        (Ok(Path((service, backend, verb))), Ok(Parameters(parameters))) => (service, backend, verb, parameters),
         (Err(rejection), _) => return bad_request(rejection.body_text()),
         (_, Err(rejection)) => return bad_request(rejection.body_text()),
     };
     let Ok(backend) = backend.parse() else {
         return bad_request(format!("`{backend}` is not ADDRESS:PORT of a backend"));
     };
-    let verb = match (verb.as_str(), weight) {
-        ("weight", Some(0)) => {
-            return bad_request("a weight is from 1 to 65535; `down` takes a backend out".to_owned());
+    match backend_verb(&verb, &parameters) {
+        Ok(verb) => ask(views, Query::Order { service, backend, verb }).await,
+        Err(why) => bad_request(why),
+    }
+}
+
+fn backend_verb(verb: &str, parameters: &OrderParameters) -> Result<BackendVerb, String> {
+    Ok(match (verb, parameters.weight, parameters.limit) {
+        ("weight", Some(0), None) => return Err("a weight is from 1 to 65535; `down` takes a backend out".to_owned()),
+        ("weight", weight, None) => BackendVerb::Weight(weight),
+        ("limit", None, limit) if limit.is_none_or(|limit| (1..=MOST_CONNECTIONS).contains(&limit)) => {
+            BackendVerb::Limit(limit)
         }
-        ("weight", weight) => BackendVerb::Weight(weight),
-        (_, Some(_)) => return bad_request(format!("`{verb}` takes no weight")),
-        ("down", None) => BackendVerb::Down,
-        ("up", None) => BackendVerb::Up,
-        ("drain", None) => BackendVerb::Drain,
-        ("undrain", None) => BackendVerb::Undrain,
-        _ => return bad_request(format!("`{verb}` is not down, up, drain, undrain or weight")),
-    };
-    ask(views, Query::Order { service, backend, verb }).await
+        ("limit", None, _) => return Err(format!("a limit is from 1 to {MOST_CONNECTIONS}")),
+        (_, Some(_), _) => return Err(format!("`{verb}` takes no weight")),
+        (_, _, Some(_)) => return Err(format!("`{verb}` takes no limit")),
+        ("down", None, None) => BackendVerb::Down,
+        ("up", None, None) => BackendVerb::Up,
+        ("drain", None, None) => BackendVerb::Drain,
+        ("undrain", None, None) => BackendVerb::Undrain,
+        _ => return Err(format!("`{verb}` is not down, up, drain, undrain, weight or limit")),
+    })
 }
 
 async fn received(State(views): State<Shared>, peer: Named) -> Response {

@@ -73,6 +73,8 @@ fn rows(query: Query) -> Result<Answer, ViewError> {
             kind: text("A"),
             state: text("fresh"),
             age: Some(4),
+            held: Some(text("NXDOMAIN")),
+            held_age: Some(2),
             responses: map(&[("success", 9)]),
             ..DnsRow::default()
         }]),
@@ -122,6 +124,9 @@ fn rows(query: Query) -> Result<Answer, ViewError> {
         }]),
         Query::Events => Answer::Events(vec![EventRow { kind: text("drop"), ..EventRow::default() }]),
         Query::Config => Answer::Config(ConfigRow { file: text("edge.toml"), ..ConfigRow::default() }),
+        Query::Audit => Answer::Audit(Vec::new()),
+        Query::FlowKill(meant) => Answer::Killed(crate::model::query::KilledRow { service: meant.service, flows: 1 }),
+        Query::Change(_) => Answer::Reloaded(crate::model::query::ReloadRow::default()),
         Query::Capture(order) => Answer::Capturing(CaptureRow { vip: order.vip, ..CaptureRow::default() }),
         Query::Health => Answer::Health(vec![crate::model::view::HealthRow {
             service: text("web"),

@@ -141,14 +141,6 @@ pub fn policy(bgp: &valid::Bgp, peer: &valid::Peer) -> Policy {
     Policy { internal: peer.remote_asn == bgp.asn, import: peer.import.clone(), export: peer.export.clone() }
 }
 
-/// True where a change from `old` to `new` needs a new session.
-pub fn needs_reset(old: &valid::Peer, new: &valid::Peer) -> bool {
-    let transport = |peer: &valid::Peer| {
-        (peer.remote_asn, peer.port, peer.passive, peer.local_address, peer.keepalive, peer.hold, peer.ebgp_multihop)
-    };
-    transport(old) != transport(new)
-}
-
 /// Families of the addresses of peers.
 pub fn families(bgp: &valid::Bgp) -> BTreeSet<Family> {
     bgp.peers.keys().map(|address: &IpAddr| Family::of_address(*address)).collect()

@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::acl::AclVerb;
 use super::dns::DnsVerb;
+use super::flows::{Client, KillArgs};
 use super::orders::{One, Order};
 use crate::model::query::DEFAULT_LIMIT;
 
@@ -247,6 +248,18 @@ pub(super) enum FlowVerb {
     /// List them
     #[command(alias = "ls")]
     List(FlowArgs),
+    /// Those of one client
+    Get {
+        /// ADDRESS or ADDRESS:PORT
+        client: Client,
+    },
+    /// How many are established
+    Count {
+        /// Only those of this service
+        service: Option<String>,
+    },
+    /// End them: a connection's next packet is answered with RST, a datagram starts a new flow
+    Kill(KillArgs),
 }
 
 #[derive(Debug, Args)]
@@ -302,6 +315,8 @@ pub(super) enum MapVerb {
     List,
     /// Entries of one map
     Dump(DumpArgs),
+    /// Compare the maps with what should be in them; exit code 3 where they differ
+    Audit,
 }
 
 #[derive(Debug, Args)]
@@ -327,6 +342,30 @@ pub(super) enum ConfigVerb {
     Check,
     /// The configuration in force
     Show,
+    /// What a file would change, and which flows and sessions that touches; nothing is changed
+    Diff {
+        /// The file, with conf.d beside it [default: the one that the daemon was started with]
+        file: Option<PathBuf>,
+    },
+    /// Put a file in force; without FILE and --confirm, keep what waits to be confirmed
+    Commit {
+        /// Roll back after this time unless confirmed, such as 5m
+        #[arg(long, value_name = "TIME", value_parser = confirm)]
+        confirm: Option<Duration>,
+        /// The file, with conf.d beside it [default with --confirm: the one that the daemon was started with]
+        file: Option<PathBuf>,
+    },
+    /// Take back what waits to be confirmed
+    Rollback,
+    /// The JSON schema of the configuration
+    Schema,
+}
+
+fn confirm(text: &str) -> Result<Duration, String> {
+    match crate::config::duration(text) {
+        Ok(time) if (1..=86_400).contains(&time.as_secs()) => Ok(time),
+        _ => Err("expected 1s to 1d, such as 5m".to_owned()),
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -465,9 +504,13 @@ mod tests {
             "backend drain web 10.1.0.4:443 --wait",
             "backend undrain web 10.1.0.4:443",
             "backend weight web 10.1.0.4:443 default",
+            "backend limit web 10.1.0.4:443 100",
             "health list web",
             "health history",
             "flow list",
+            "flow get 203.0.113.7:1234",
+            "flow count web",
+            "flow kill web --backend 10.1.0.4:443 --client 203.0.113.7 --protocol tcp",
             "dns list",
             "dns stats",
             "dns servers",
@@ -490,6 +533,11 @@ mod tests {
             "xdp status",
             "config check",
             "config check -c x.toml",
+            "config diff /tmp/new.toml",
+            "config commit --confirm 5m /tmp/new.toml",
+            "config commit",
+            "config rollback",
+            "config schema",
             "reload",
             "version",
         ] {

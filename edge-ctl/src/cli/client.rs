@@ -7,7 +7,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http_body_util::{BodyExt, Empty};
+use http_body_util::{BodyExt, Full};
 use hyper::{Request, StatusCode, header};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
@@ -90,7 +90,7 @@ async fn exchange(socket: &Path, query: &Query) -> Result<Value, ClientError> {
         .method(method)
         .uri(path)
         .header(header::HOST, "edge")
-        .body(Empty::<Bytes>::new())
+        .body(Full::new(Bytes::from(query.body())))
         .map_err(|error| garbled(&error))?;
     let response = sender.send_request(request).await.map_err(|error| garbled(&error))?;
     let status = response.status();

@@ -16,8 +16,9 @@ use super::{
         BackendVerb, BgpVerb, Cli, Colour, Command, ConfigVerb, DescribeNoun, FlowArgs, FlowVerb, GetNoun, Global,
         HealthVerb, MapVerb, Output, ServiceVerb, ShowIp, ShowNoun, Which, XdpVerb,
     },
-    client, describe,
+    change, client, describe,
     dns::{self, DnsVerb},
+    flows::{self, Client},
     orders::{self, One, Order},
     table::{self, Column},
     views::{self, View},
@@ -37,6 +38,8 @@ enum Show {
     Health(Option<String>),
     HealthHistory(Option<String>),
     Flows(FlowArgs),
+    FlowCount(Option<String>),
+    FlowsOf(Client),
     Acl(Option<String>),
     Dns,
     DnsStats,
@@ -49,6 +52,7 @@ enum Show {
     BgpAdvertised(Option<IpAddr>),
     Routes,
     Maps,
+    Audit,
     Map(String, usize),
     Xdp,
     Events,
@@ -62,7 +66,16 @@ pub(super) fn execute(cli: Cli, wiring: &Wiring<'_>) -> Exit {
     let show = match cli.command {
         Command::Run => return (wiring.run)(&config),
         Command::Config { verb: ConfigVerb::Check } => return check(&config, wiring, global),
-        Command::Reload => return with_source(global, wiring, reload),
+        Command::Config { verb: ConfigVerb::Schema } => {
+            print(crate::config::SCHEMA);
+            return Exit::Ok;
+        }
+        Command::Config {
+            verb: ref verb @ (ConfigVerb::Diff { .. } | ConfigVerb::Commit { .. } | ConfigVerb::Rollback),
+        } => {
+            return with_source(global, wiring, |source| change::change(source, verb));
+        }
+        Command::Reload => return with_source(global, wiring, |source| change::ask(source, &Query::Reload, "applied")),
         Command::Acl { verb: Some(ref verb) } if acl::change(verb).is_some() => {
             return with_source(global, wiring, |source| change_acl(source, verb));
         }
@@ -71,6 +84,9 @@ pub(super) fn execute(cli: Cli, wiring: &Wiring<'_>) -> Exit {
         }
         Command::Capture(args) => return with_source(global, wiring, |source| capture(source, &args)),
         Command::Version => return with_source(global, wiring, version),
+        Command::Flow { verb: Some(FlowVerb::Kill(args)) } => {
+            return with_source(global, wiring, |source| flows::kill(source, &args));
+        }
         Command::Backend { verb: Some(BackendVerb::Order(given)) } => {
             return with_source(global, wiring, |source| order(source, &given));
         }
@@ -88,7 +104,14 @@ fn view_of(command: Command) -> Option<Show> {
         | Command::Reload
         | Command::Capture(_)
         | Command::Version
-        | Command::Config { verb: ConfigVerb::Check } => return None,
+        | Command::Config {
+            verb:
+                ConfigVerb::Check
+                | ConfigVerb::Diff { .. }
+                | ConfigVerb::Commit { .. }
+                | ConfigVerb::Rollback
+                | ConfigVerb::Schema,
+        } => return None,
         Command::Status => Show::Status,
         Command::Service { verb: Some(ServiceVerb::Describe { service }) } => Show::Service(service),
         Command::Service { verb: Some(ServiceVerb::List { service }) } => Show::Services(service),
@@ -101,6 +124,9 @@ fn view_of(command: Command) -> Option<Show> {
         Command::Health { verb: Some(HealthVerb::History { service }) } => Show::HealthHistory(service),
         Command::Health { verb: None } => Show::Health(None),
         Command::Flow { verb: Some(FlowVerb::List(args)) } => Show::Flows(args),
+        Command::Flow { verb: Some(FlowVerb::Count { service }) } => Show::FlowCount(service),
+        Command::Flow { verb: Some(FlowVerb::Get { client }) } => Show::FlowsOf(client),
+        Command::Flow { verb: Some(FlowVerb::Kill(_)) } => return None,
         Command::Flow { verb: None } => Show::Flows(all_flows()),
         Command::Acl { verb: Some(AclVerb::List { service }) } => Show::Acl(service),
         Command::Acl { .. } => Show::Acl(None),
@@ -110,6 +136,7 @@ fn view_of(command: Command) -> Option<Show> {
         Command::Bgp { verb } => bgp(verb),
         Command::Route { .. } => Show::Routes,
         Command::Map { verb: Some(MapVerb::Dump(args)) } => Show::Map(args.name, args.limit),
+        Command::Map { verb: Some(MapVerb::Audit) } => Show::Audit,
         Command::Map { .. } => Show::Maps,
         Command::Xdp { verb: Some(XdpVerb::Stats) } => Show::Reasons,
         Command::Xdp { .. } => Show::Xdp,
@@ -166,8 +193,8 @@ fn vtysh(noun: ShowNoun) -> Option<Show> {
 }
 
 /// Where rows come from, and how they are to look.
-struct Source<'a> {
-    global: &'a Global,
+pub(super) struct Source<'a> {
+    pub global: &'a Global,
     wiring: &'a Wiring<'a>,
     socket: PathBuf,
     pins: PathBuf,
@@ -175,18 +202,18 @@ struct Source<'a> {
 }
 
 /// What went wrong, and what the shell is told.
-struct Failure {
-    exit: Exit,
-    message: String,
+pub(super) struct Failure {
+    pub exit: Exit,
+    pub message: String,
 }
 
 impl Failure {
-    fn error(message: impl ToString) -> Self {
+    pub fn error(message: impl ToString) -> Self {
         Self { exit: Exit::Error, message: message.to_string() }
     }
 }
 
-type Outcome<T> = Result<T, Failure>;
+pub(super) type Outcome<T> = Result<T, Failure>;
 
 fn with_source(global: &Global, wiring: &Wiring<'_>, command: impl FnOnce(&Source<'_>) -> Outcome<Exit>) -> Exit {
     let outcome = Source::new(global, wiring).and_then(|source| command(&source));
@@ -221,7 +248,7 @@ impl<'a> Source<'a> {
         })
     }
 
-    fn ask(&self, query: &Query) -> Outcome<Value> {
+    pub fn ask(&self, query: &Query) -> Outcome<Value> {
         if self.global.kernel {
             let answer = self.wiring.kernel.answer(&self.pins, query).map_err(Failure::error)?;
             return serde_json::to_value(answer).map_err(Failure::error);
@@ -232,7 +259,7 @@ impl<'a> Source<'a> {
         })
     }
 
-    fn rows(&self, query: &Query) -> Outcome<Vec<Value>> {
+    pub fn rows(&self, query: &Query) -> Outcome<Vec<Value>> {
         match self.ask(query)? {
             Value::Array(rows) => Ok(rows),
             one => Ok(vec![one]),
@@ -241,7 +268,7 @@ impl<'a> Source<'a> {
 }
 
 /// Text to print, and what the shell is told.
-type Shown = (String, Exit);
+pub(super) type Shown = (String, Exit);
 
 fn once(source: &Source<'_>, show: &Show) -> Outcome<Exit> {
     let (text, exit) = shown(source, show)?;
@@ -270,7 +297,7 @@ fn watch(source: &Source<'_>, show: &Show) -> Outcome<Exit> {
 }
 
 /// False where nobody reads any more (`edge-ctl ... | head`).
-fn print(text: &str) -> bool {
+pub(super) fn print(text: &str) -> bool {
     let mut stdout = io::stdout().lock();
     stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).is_ok()
 }
@@ -298,6 +325,8 @@ fn shown(source: &Source<'_>, show: &Show) -> Outcome<Shown> {
         Show::Flows(FlowArgs { service, limit }) => {
             list(&views::FLOWS, &Query::Flows { service: service.clone(), limit: *limit })
         }
+        Show::FlowCount(service) => of_service(&views::FLOW_COUNTS, &Query::Services, "name", service),
+        Show::FlowsOf(client) => flows::of_client(source, client),
         Show::Acl(service) => of_service(&views::ACL, &Query::Acl, "service", service),
         Show::Dns => list(&views::DNS, &Query::Dns),
         Show::DnsStats => rows(source, &views::DNS_STATS, dns::flat_stats(source.rows(&Query::DnsZones)?)),
@@ -310,6 +339,7 @@ fn shown(source: &Source<'_>, show: &Show) -> Outcome<Shown> {
         Show::BgpAdvertised(peer) => peer_routes(source, *peer, Query::BgpAdvertised),
         Show::Routes => routes(source),
         Show::Maps => list(&views::MAPS, &Query::Maps),
+        Show::Audit => audit(source),
         Show::Map(name, limit) => list(&views::MAP_ENTRIES, &Query::Map { name: name.clone(), limit: *limit }),
         Show::Xdp => list(&views::XDP, &Query::Xdp),
         Show::Events => list(&views::EVENTS, &Query::Events),
@@ -319,7 +349,7 @@ fn shown(source: &Source<'_>, show: &Show) -> Outcome<Shown> {
 }
 
 /// Rows of a view in the format asked for.
-fn rows(source: &Source<'_>, view: &View, mut rows: Vec<Value>) -> Outcome<Shown> {
+pub(super) fn rows(source: &Source<'_>, view: &View, mut rows: Vec<Value>) -> Outcome<Shown> {
     if let Some(name) = &source.global.sort_by {
         table::sort(view.columns, &mut rows, name).map_err(|message| Failure { exit: Exit::Usage, message })?;
     }
@@ -352,7 +382,7 @@ fn name_of(view: &View, row: &Value) -> String {
 }
 
 /// One object, as text that `pretty` makes of it or in the structured format asked for.
-fn single(source: &Source<'_>, view: &View, row: Value, pretty: fn(&Value) -> String) -> Outcome<String> {
+pub(super) fn single(source: &Source<'_>, view: &View, row: Value, pretty: fn(&Value) -> String) -> Outcome<String> {
     match source.global.output {
         Output::Table | Output::Wide => Ok(pretty(&row)),
         output => structured(output, view, &[row]),
@@ -360,7 +390,7 @@ fn single(source: &Source<'_>, view: &View, row: Value, pretty: fn(&Value) -> St
 }
 
 static EDGE: View = View { kind: "edge", names: &["pid"], columns: &[] };
-static CONFIG: View = View { kind: "config", names: &["file"], columns: &[] };
+pub(super) static CONFIG: View = View { kind: "config", names: &["file"], columns: &[] };
 
 fn status(source: &Source<'_>) -> Outcome<Shown> {
     let row = source.ask(&Query::Status)?;
@@ -463,28 +493,12 @@ fn configuration(source: &Source<'_>) -> Outcome<Shown> {
     Ok((single(source, &CONFIG, row, text)?, Exit::Ok))
 }
 
-fn reload(source: &Source<'_>) -> Outcome<Exit> {
-    if source.global.kernel {
-        return Err(Failure { exit: Exit::Usage, message: "`reload` is for the daemon; `--kernel` only reads".into() });
-    }
-    let row = source.ask(&Query::Reload)?;
-    let pretty = |row: &Value| {
-        let lines = |key: &str| {
-            let values = row.get(key).and_then(Value::as_array).cloned().unwrap_or_default();
-            values.iter().map(table::plain).collect::<Vec<_>>()
-        };
-        let file = row.get("file").map(table::plain).unwrap_or_default();
-        let (changes, restart) = (lines("changes"), lines("needs_restart"));
-        let mut text = match (changes.is_empty(), restart.is_empty()) {
-            (true, true) => format!("{file}: nothing changed\n"),
-            _ => format!("{file}: applied\n"),
-        };
-        text.extend(changes.iter().map(|change| format!("  {change}\n")));
-        text.extend(restart.iter().map(|change| format!("  needs a restart: {change}\n")));
-        text
-    };
-    print(&single(source, &CONFIG, row, pretty)?);
-    Ok(Exit::Ok)
+/// Nothing to show is how it should be; with a difference, the exit code of what is degraded.
+fn audit(source: &Source<'_>) -> Outcome<Shown> {
+    let found = source.rows(&Query::Audit)?;
+    let exit = if found.is_empty() { Exit::Ok } else { Exit::Degraded };
+    let (text, _) = rows(source, &views::AUDIT, found)?;
+    Ok((text, exit))
 }
 
 fn change_acl(source: &Source<'_>, verb: &AclVerb) -> Outcome<Exit> {

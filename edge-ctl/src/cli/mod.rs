@@ -4,10 +4,12 @@
 mod acl;
 mod args;
 mod capture;
+mod change;
 mod client;
 mod commands;
 mod describe;
 mod dns;
+mod flows;
 mod orders;
 mod table;
 mod views;
@@ -80,6 +82,9 @@ pub struct CheckedConfig {
     pub warnings: Vec<String>,
 }
 
+/// Opens the program's capture below a pin folder, or says why it cannot.
+pub type OpenTap = dyn Fn(&Path) -> Result<Box<dyn Tap>, String>;
+
 /// What the command line calls but may not import.
 pub struct Wiring<'a> {
     /// Runs the daemon with a configuration file until it is told to stop; prints its own errors.
@@ -89,7 +94,7 @@ pub struct Wiring<'a> {
     /// Answers for `--kernel`.
     pub kernel: &'a dyn KernelViews,
     /// Opens the program's capture below a pin folder.
-    pub tap: &'a dyn Fn(&Path) -> Result<Box<dyn Tap>, String>,
+    pub tap: &'a OpenTap,
 }
 
 /// Parses `arguments` (the program's name first), does what they say, prints to stdout and stderr.

@@ -4,7 +4,7 @@ use std::{net::SocketAddr, time::Duration};
 
 use clap::{Args, Subcommand};
 
-use crate::model::{BackendVerb as Verb, query::Query};
+use crate::model::{BackendVerb as Verb, MOST_CONNECTIONS, query::Query};
 
 /// Between two looks at a backend that drains.
 pub(super) const LOOK: Duration = Duration::from_millis(500);
@@ -42,6 +42,26 @@ pub(super) enum Order {
         #[arg(value_parser = weight)]
         weight: Weight,
     },
+    /// Another limit of connections at once than the service's `max_connections`
+    Limit {
+        #[command(flatten)]
+        one: One,
+        /// From 1 to 10000000, or `default`
+        #[arg(value_parser = limit)]
+        limit: Limit,
+    },
+}
+
+/// `None`: the service's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Limit(Option<u32>);
+
+fn limit(text: &str) -> Result<Limit, String> {
+    match (text, text.parse()) {
+        ("default", _) => Ok(Limit(None)),
+        (_, Ok(limit @ 1..=MOST_CONNECTIONS)) => Ok(Limit(Some(limit))),
+        _ => Err(format!("expected 1 to {MOST_CONNECTIONS}, or `default`; `down` takes a backend out")),
+    }
 }
 
 /// `None`: the source's.
@@ -65,6 +85,7 @@ impl Order {
             Self::Drain { one, .. } => (one, Verb::Drain),
             Self::Undrain(one) => (one, Verb::Undrain),
             Self::Weight { one, weight } => (one, Verb::Weight(weight.0)),
+            Self::Limit { one, limit } => (one, Verb::Limit(limit.0)),
         };
         Query::Order { service: one.service.clone(), backend: one.backend, verb }
     }
@@ -81,6 +102,15 @@ impl Order {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_limit_is_a_number_from_1_or_the_services_own() {
+        assert_eq!(limit("10000000"), Ok(Limit(Some(10_000_000))));
+        assert_eq!(limit("default"), Ok(Limit(None)));
+        for text in ["0", "-1", "10000001", "", "none"] {
+            assert!(limit(text).is_err(), "{text}");
+        }
+    }
 
     #[test]
     fn a_weight_is_a_number_from_1_or_the_sources_own() {

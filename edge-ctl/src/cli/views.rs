@@ -196,6 +196,23 @@ pub(super) static FLOWS: View = View {
     ],
 };
 
+pub(super) static AUDIT: View = View {
+    kind: "write",
+    names: &["write"],
+    columns: &[column("WRITE", "write", Show::Text), column("DETAIL", "detail", Show::Text)],
+};
+
+pub(super) static FLOW_COUNTS: View = View {
+    kind: "service",
+    names: &["name", "vip", "proto"],
+    columns: &[
+        column("SERVICE", "name", Show::Text),
+        column("VIP", "vip", Show::Text),
+        column("PROTO", "proto", Show::Text),
+        column("ESTABLISHED", "active", Show::Number),
+    ],
+};
+
 pub(super) static DNS: View = View {
     kind: "dns",
     names: &["name", "type"],

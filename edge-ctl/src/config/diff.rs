@@ -2,7 +2,8 @@
 
 use std::{collections::BTreeMap, fmt::Display};
 
-use super::valid::{Bgp, Config};
+use super::valid::{Bgp, Config, Peer};
+use crate::model::Service;
 
 /// One line for each difference.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -57,6 +58,76 @@ pub fn changes(old: &Config, new: &Config) -> Changes {
         _ => changes.needs_restart.push("[bgp]".to_owned()),
     }
     changes
+}
+
+/// Something that serves now and that a change means something for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Touched {
+    /// A service.
+    Service {
+        /// Its name.
+        name: String,
+        /// What happens to its flows.
+        what: String,
+    },
+    /// A BGP session.
+    Session {
+        /// The peer's address.
+        peer: String,
+        /// What happens to it.
+        what: String,
+    },
+}
+
+/// What the way from `old` to `new` means for flows and sessions that there are.
+pub fn touches(old: &Config, new: &Config) -> Vec<Touched> {
+    let mut touched = Vec::new();
+    for (name, before) in &old.services {
+        let what = match new.services.get(name) {
+            None => "takes no new flows; those that there are go on until they end".to_owned(),
+            Some(after) if after != before => service(before, after),
+            Some(_) => continue,
+        };
+        touched.push(Touched::Service { name: name.clone(), what });
+    }
+    let (Some(old), Some(new)) = (&old.bgp, &new.bgp) else { return touched };
+    let speaker = (old.asn, old.router_id) != (new.asn, new.router_id);
+    for (address, before) in &old.peers {
+        let what = match new.peers.get(address) {
+            None => "ends",
+            Some(after) if speaker || needs_new_session(before, after) => "starts anew",
+            Some(after) if after != before => "stays",
+            Some(_) => continue,
+        };
+        touched.push(Touched::Session { peer: address.to_string(), what: what.to_owned() });
+    }
+    touched
+}
+
+/// True where a change from `old` to `new` needs a new session.
+pub fn needs_new_session(old: &Peer, new: &Peer) -> bool {
+    let transport = |peer: &Peer| {
+        (peer.remote_asn, peer.port, peer.passive, peer.local_address, peer.keepalive, peer.hold, peer.ebgp_multihop)
+    };
+    transport(old) != transport(new)
+}
+
+fn service(before: &Service, after: &Service) -> String {
+    let gone = before.listen.iter().filter(|frontend| !after.listen.contains(frontend)).count();
+    let mut parts = Vec::new();
+    if gone > 0 {
+        parts.push(format!("{gone} of {} listen addresses take no new flows", before.listen.len()));
+    }
+    if before.mode != after.mode {
+        parts.push(format!("new flows are {}, those that there are stay {}", after.mode, before.mode));
+    }
+    if before.backends != after.backends {
+        parts.push("the pool is read anew".to_owned());
+    }
+    if parts.is_empty() {
+        parts.push("new flows only".to_owned());
+    }
+    parts.join("; ") + "; no flow ends"
 }
 
 /// What `new` makes of a daemon that runs with `running`: what takes effect at the next start only stays as it is, and is

@@ -2,14 +2,10 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use super::{
-    raw::Value,
-    read::{Section, not_yet},
-    values,
-};
-use crate::model::{Check, Exchange, Health, Http, Passive, Protocol, Tls};
+use super::{raw::Value, read::Section, values};
+use crate::model::{Check, Exchange, Health, Http, OnDown, Passive, Protocol, Tls};
 
-const KINDS: &str = "one of tcp, tls, http, https, udp, grpc, such as { tcp = {} }";
+const KINDS: &str = "one of tcp, tls, http, https, udp, grpc, such as { tcp = {} }, or `passive` alone";
 const SHORTEST: Duration = Duration::from_millis(100);
 const LONGEST: Duration = Duration::from_secs(3600);
 
@@ -27,11 +23,22 @@ pub(super) fn health(service: &Section<'_>, protocols: &[Protocol]) -> Option<He
     }
     let timeout = within(&section, "timeout", Duration::from_millis(10), LONGEST);
     let port = section.port("port", 1);
-    if port.is_none() && protocols.contains(&Protocol::Udp) && !matches!(check, Some(Check::Udp(_)) | None) {
+    if port.is_none()
+        && protocols.contains(&Protocol::Udp)
+        && !matches!(check, Some(Check::Udp(_) | Check::None) | None)
+    {
         let message = "a udp service's port speaks no TCP: check it by `udp`, or name the TCP `port` to be checked";
         section.fault(section.place(), message.into());
     }
     let passive = passive(&section);
+    if check == Some(Check::None) {
+        for key in ["interval", "fast_interval", "jitter", "timeout", "fall", "rise", "port", "mandatory"] {
+            if section.has(key) {
+                section
+                    .fault(section.place(), format!("`{key}` is for checks, of which none is given; expected {KINDS}"));
+            }
+        }
+    }
     let health = Health {
         check: check?,
         interval,
@@ -68,6 +75,9 @@ fn check(section: &Section<'_>) -> Option<Check> {
         section.get(key);
     }
     let given: Vec<&'static str> = KEYS.into_iter().filter(|key| section.has(key)).collect();
+    if given.is_empty() && section.has("passive") {
+        return Some(Check::None);
+    }
     let [kind] = given[..] else {
         let message = match &given[..] {
             [] => format!("no kind of check is given; expected {KINDS}"),
@@ -162,21 +172,38 @@ fn grpc(table: &Section<'_>) -> Check {
 }
 
 fn passive(section: &Section<'_>) -> Option<Passive> {
-    let node = section.get("passive")?;
-    // The program does not count these per backend yet, and a threshold that can never be reached would be a lie.
-    if matches!(node.value, Value::Table(_)) {
-        section.fault(&node.at, not_yet("`passive`"));
-    } else {
-        section.wrong_kind("passive", node, "a table");
+    let table = section.table("passive")?;
+    let eject = within(&table, "eject", Duration::from_secs(1), LONGEST).unwrap_or(Duration::from_secs(30));
+    let eject_most = within(&table, "eject_most", Duration::from_secs(1), Duration::from_secs(24 * 3600));
+    if eject_most.is_some_and(|most| most < eject) {
+        table.fault(table.place(), "`eject_most` is shorter than `eject`, which is the first ejection's length".into());
     }
-    None
+    let share = |key, least| table.integer(key, least..=100).and_then(|share| u8::try_from(share).ok());
+    let passive = Passive {
+        failures: table.integer("failures", 1..=1_000_000).unwrap_or(5),
+        share: share("share", 1).unwrap_or(50),
+        window: within(&table, "window", Duration::from_secs(1), LONGEST).unwrap_or(Duration::from_secs(10)),
+        eject,
+        eject_most: eject_most.unwrap_or(eject.saturating_mul(10)),
+        limit: share("limit", 1).unwrap_or(50),
+    };
+    table.finish();
+    Some(passive)
 }
 
-/// `on_down`: what becomes of the flows of a backend that goes down. They are kept.
-pub(super) fn on_down(service: &Section<'_>) {
-    service.parse("on_down", "\"keep\"", |text| match text {
-        "keep" => Ok(()),
-        "reset" | "reselect" => Err(not_yet(&format!("`on_down = \"{text}\"`"))),
+/// `on_down`: what becomes of the flows of a backend that goes down.
+pub(super) fn on_down(service: &Section<'_>, protocols: &[Protocol]) -> OnDown {
+    let given = service.parse("on_down", "\"keep\", \"reset\" or \"reselect\"", |text| match text {
+        "keep" => Ok(OnDown::Keep),
+        "reset" => Ok(OnDown::Reset),
+        "reselect" => Ok(OnDown::Reselect),
         _ => Err(String::new()),
     });
+    let Some(given) = given else { return OnDown::default() };
+    if given.value == OnDown::Reselect && !protocols.contains(&Protocol::Udp) {
+        let message = "`on_down`: only udp flows can be given another backend, and nothing listens on udp here; \
+                       \"reset\" ends tcp connections";
+        service.fault(&given.at, message.into());
+    }
+    given.value
 }

@@ -67,6 +67,13 @@ fn one(name: &str, tables: &Tables, cpus: u32) -> (u32, u64) {
         name::SELECTION => (maps::SELECTION_CHUNKS, array::<maps::Chunk>(maps::SELECTION_CHUNKS)),
         name::NEXT_HOPS => (maps::NEXT_HOPS, array::<maps::NextHop>(maps::NEXT_HOPS)),
         name::NEXT_HOP_CURSOR | name::NOTICES => (1, array::<u32>(1)),
+        name::OWN_ADDRESSES => (maps::INTERFACES, hash::<u32, maps::OwnAddresses>(maps::INTERFACES, cpus)),
+        name::FRAGMENTS => {
+            (maps::FRAGMENT_ENTRIES, hash::<maps::FragmentKey, maps::Fragment>(maps::FRAGMENT_ENTRIES, cpus))
+        }
+        name::FRAGMENT_IDS => (maps::FRAGMENT_COUNTERS, array::<u32>(maps::FRAGMENT_COUNTERS)),
+        name::ASSUMED_FLOW => (1, per_cpu::<maps::FlowV4>(1, cpus)),
+        name::ICMP_PACE => (1, per_cpu::<u64>(1, cpus)),
         name::ADDRESS_FILTER => (1, array::<maps::AddressFilter>(1)),
         name::SNAT_PORTS => (1, array::<maps::PortSet>(1)),
         name::CONTROL => (1, array::<maps::Control>(1)),

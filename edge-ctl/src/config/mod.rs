@@ -29,6 +29,9 @@ pub use valid::Config;
 use raw::{Merged, Place};
 use read::{Report, Section};
 
+/// JSON schema of the configuration, draft 2020-12, for editors; [`load`] is what decides.
+pub const SCHEMA: &str = include_str!("../../../deploy/edge.schema.json");
+
 /// One fault in a configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
@@ -86,6 +89,15 @@ pub fn load(path: &Path) -> Result<Config, ConfigError> {
 /// All faults in it.
 pub fn parse(text: &str, file: &Path) -> Result<Config, ConfigError> {
     build(&[(file.to_owned(), text.to_owned())], file)
+}
+
+/// The configuration in these files, the main one first: [`read_texts`] and this are [`load`].
+///
+/// # Errors
+/// All faults in them.
+pub fn parse_texts(texts: &[(PathBuf, String)]) -> Result<Config, ConfigError> {
+    let main = texts.first().map_or(Path::new("edge.toml"), |(file, _)| file.as_path());
+    build(texts, main)
 }
 
 /// The files that [`load`] reads, with their texts: the main file first.
@@ -151,5 +163,7 @@ fn validate(merged: &Merged, at: Place, report: &Report) -> Option<Config> {
     Some(Config { edge: edge?, http, access_log, resolvers: resolvers.into_values(), bgp, services })
 }
 
+#[cfg(test)]
+mod schema_tests;
 #[cfg(test)]
 mod tests;

@@ -13,6 +13,9 @@ use super::{
 pub(super) struct Report {
     /// With the rank of the file.
     problems: RefCell<Vec<(usize, Problem)>>,
+    /// Sections and the keys that were asked for in them, for the test that holds the schema to the parser.
+    #[cfg(test)]
+    pub known: RefCell<BTreeSet<(String, &'static str)>>,
 }
 
 impl Report {
@@ -84,6 +87,8 @@ impl<'a> Section<'a> {
     /// The value of `key`, which counts as known from now on.
     pub fn get(&self, key: &'static str) -> Option<&'a Node> {
         self.asked.borrow_mut().insert(key);
+        #[cfg(test)]
+        self.report.known.borrow_mut().insert((self.name.trim_matches(['[', ']']).to_owned(), key));
         self.table.get(key)
     }
 
@@ -280,6 +285,8 @@ impl<'a> Section<'a> {
             if let Some(node) = self.get(key) {
                 self.fault(&node.at, not_yet(&format!("`{key}`")));
             }
+            #[cfg(test)]
+            self.report.known.borrow_mut().remove(&(self.name.trim_matches(['[', ']']).to_owned(), *key));
         }
     }
 

@@ -25,7 +25,7 @@ pub(super) fn selection(section: &Section<'_>, protocols: &[Protocol]) -> (Balan
     let balance = balance.map_or(Balance::default(), |balance| balance.value);
     let affinity = section.parse("affinity", "a duration from \"1s\" to \"7d\"", |text| period(text, 7 * 86_400));
     let slow_start = section.parse("slow_start", "a duration from \"1s\" to \"1h\"", |text| period(text, 3600));
-    let max_connections = section.integer("max_connections", 1..=10_000_000);
+    let max_connections = section.integer("max_connections", 1..=crate::model::MOST_CONNECTIONS);
     let sizes = maglev::SIZES.map(|size| size.to_string()).join(", ");
     let maglev_size = section.integer("maglev_size", 1..=maglev::SIZES[maglev::SIZES.len() - 1]);
     if let Some(node) = section.get("maglev_size") {

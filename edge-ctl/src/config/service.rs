@@ -129,7 +129,7 @@ fn service(
     let snat = snat(&section, mode, context);
     let announce = announce(&section, context);
     let health = health::health(&section, &protocols);
-    health::on_down(&section);
+    let on_down = health::on_down(&section, &protocols);
     let protection = protection(&section, &listen);
     section.finish();
     Some(Service {
@@ -142,6 +142,7 @@ fn service(
         snat,
         announce,
         health,
+        on_down,
         protection,
     })
 }

@@ -199,8 +199,6 @@ fn faults_of_selection_are_found_with_their_lines() {
 #[test]
 fn what_this_version_cannot_do_is_refused_and_not_ignored() {
     let service = [
-        "health = { tcp = {}, passive = {} }",
-        "on_down = \"reset\"",
         "listen = [\"[2001:db8::1]:80/tcp\"]",
         "snat = { addresses = [\"2001:db8::1\"] }",
         "backends = { kubernetes = { service = \"web\" } }",

@@ -1,16 +1,13 @@
 //! Source ranges that were given at run time, over those of the configuration, until they expire or are taken back.
 //!
 //! They are kept in `state_dir`, so that a restart neither forgets a block nor makes it last longer: expiry is a time of
-//! the wall clock. The file is replaced whole (written beside, synced, renamed): a crash leaves the old or the new one.
+//! the wall clock.
 //! A range given here decides for its prefix whatever the configuration says about the same prefix. It never changes what
 //! becomes of a source in no range: one command must not lock everybody out.
 
 use std::{
     collections::BTreeMap,
-    fs, io,
-    io::Write as _,
-    os::unix::fs::OpenOptionsExt as _,
-    path::{Path, PathBuf},
+    path::Path,
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -24,9 +21,13 @@ use crate::{
         RangeAction,
         query::{AclRow, Query, ViewError},
     },
+    state_file::{StateFile, StateFileError},
 };
 
+/// Name in `state_dir`.
 const FILE: &str = "acl.json";
+/// Format of the file.
+const VERSION: u32 = 1;
 /// Entries of the map.
 const MOST: usize = edge_common::maps::SOURCE_RANGES as usize;
 
@@ -36,9 +37,9 @@ pub fn now() -> u64 {
 }
 
 /// Ranges given at run time.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Acl {
-    file: PathBuf,
+    file: StateFile,
     entries: BTreeMap<(String, IpNet), Given>,
 }
 
@@ -70,23 +71,24 @@ impl Acl {
     ///
     /// # Errors
     /// Where the file is there and cannot be read: going on would open what somebody closed.
-    pub fn load(state_dir: &Path) -> io::Result<Self> {
-        let file = state_dir.join(FILE);
-        let bytes = match fs::read(&file) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self { file, ..Self::default() }),
-            Err(error) => return Err(unreadable(&file, &error)),
-        };
-        let lines: Vec<Line> = serde_json::from_slice(&bytes).map_err(|error| unreadable(&file, &error))?;
+    pub fn load(state_dir: &Path) -> Result<Self, StateFileError> {
+        let file = StateFile::new(state_dir, FILE, VERSION);
+        let lines: Vec<Line> = file.read()?.unwrap_or_default();
         let entry = |line: Line| ((line.service, line.prefix), Given { action: line.action, expires: line.expires });
-        Ok(Self { file, entries: lines.into_iter().map(entry).collect() })
+        Ok(Self { entries: lines.into_iter().map(entry).collect(), file })
     }
 
     /// Gives a range, or gives it anew.
     ///
     /// # Errors
     /// Where the file cannot be written; nothing has changed then.
-    pub fn add(&mut self, service: &str, prefix: IpNet, action: RangeAction, expires: Option<u64>) -> io::Result<()> {
+    pub fn add(
+        &mut self,
+        service: &str,
+        prefix: IpNet,
+        action: RangeAction,
+        expires: Option<u64>,
+    ) -> Result<(), StateFileError> {
         let mut entries = self.entries.clone();
         entries.insert((service.to_owned(), prefix), Given { action, expires });
         self.replace(entries)
@@ -96,7 +98,7 @@ impl Acl {
     ///
     /// # Errors
     /// As [`Acl::add`].
-    pub fn remove(&mut self, service: &str, prefix: IpNet) -> io::Result<bool> {
+    pub fn remove(&mut self, service: &str, prefix: IpNet) -> Result<bool, StateFileError> {
         let mut entries = self.entries.clone();
         let known = entries.remove(&(service.to_owned(), prefix)).is_some();
         if known {
@@ -111,8 +113,8 @@ impl Acl {
         let before = self.entries.len();
         self.entries.retain(|_, given| !given.is_over(now));
         let changed = before != self.entries.len();
-        if changed && let Err(error) = save(&self.file, &self.entries) {
-            tracing::warn!(file = %self.file.display(), %error, "expired source ranges could not be taken out of the file");
+        if changed && let Err(error) = self.save(&self.entries) {
+            tracing::warn!(file = %self.file.path().display(), %error, "expired source ranges could not be taken out of the file");
         }
         changed
     }
@@ -154,10 +156,21 @@ impl Acl {
         known || configured.sum::<usize>() + given.sum::<usize>() + listens(service) <= MOST
     }
 
-    fn replace(&mut self, entries: BTreeMap<(String, IpNet), Given>) -> io::Result<()> {
-        save(&self.file, &entries)?;
+    fn replace(&mut self, entries: BTreeMap<(String, IpNet), Given>) -> Result<(), StateFileError> {
+        self.save(&entries)?;
         self.entries = entries;
         Ok(())
+    }
+
+    fn save(&self, entries: &BTreeMap<(String, IpNet), Given>) -> Result<(), StateFileError> {
+        let line = |((service, prefix), given): (&(String, IpNet), &Given)| Line {
+            service: service.clone(),
+            prefix: *prefix,
+            action: given.action,
+            expires: given.expires,
+        };
+        let lines: Vec<Line> = entries.iter().map(line).collect();
+        self.file.write(&lines)
     }
 }
 
@@ -175,7 +188,7 @@ pub fn change(acl: &mut Acl, config: &Config, change: &Query, now: u64) -> Resul
     }
     let invalid = |text: String| ViewError::Invalid(vec![text]);
     let range = config::source_range(prefix).map_err(|why| invalid(format!("`{prefix}`: {why}")))?;
-    let unwritten = |error: io::Error| ViewError::Internal(format!("state_dir: {error}; nothing was changed"));
+    let unwritten = |error: StateFileError| ViewError::Internal(format!("nothing was changed: {error}"));
     if let Query::AclAdd { deny, lifetime, .. } = change {
         let lifetime = lifetime.as_ref().map(|text| match config::duration(text) {
             Ok(time) if time.as_secs() > 0 => Ok(now.saturating_add(time.as_secs())),
@@ -207,34 +220,10 @@ fn row(service: &str, prefix: IpNet, action: RangeAction, source: &str, expires:
     }
 }
 
-fn unreadable(file: &Path, error: &dyn std::fmt::Display) -> io::Error {
-    let file = file.display();
-    io::Error::other(format!(
-        "the source ranges in {file} cannot be read: {error}; repair the file, or move it away to start without them"
-    ))
-}
-
-fn save(file: &Path, entries: &BTreeMap<(String, IpNet), Given>) -> io::Result<()> {
-    let line = |((service, prefix), given): (&(String, IpNet), &Given)| Line {
-        service: service.clone(),
-        prefix: *prefix,
-        action: given.action,
-        expires: given.expires,
-    };
-    let lines: Vec<Line> = entries.iter().map(line).collect();
-    let bytes = serde_json::to_vec_pretty(&lines)?;
-    let folder = file.parent().unwrap_or(Path::new("."));
-    fs::create_dir_all(folder)?;
-    let beside = file.with_extension("json.new");
-    let mut new = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o640).open(&beside)?;
-    new.write_all(&bytes)?;
-    new.sync_all()?;
-    fs::rename(&beside, file)?;
-    fs::File::open(folder)?.sync_all()
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn prefix(text: &str) -> IpNet {

@@ -144,7 +144,7 @@ mod tests {
         orders.give(&key(), BackendVerb::Drain).unwrap();
         orders.give(&key(), BackendVerb::Weight(Some(5))).unwrap();
         let again = Orders::load(folder.path()).unwrap();
-        let expected = AdminOrder { state: AdminState::Drain, weight: Some(5) };
+        let expected = AdminOrder { state: AdminState::Drain, weight: Some(5), limit: None };
         assert_eq!(again.all(), &AdminOrders::from([(key(), expected)]));
         orders.give(&key(), BackendVerb::Up).unwrap();
         orders.give(&key(), BackendVerb::Weight(None)).unwrap();

@@ -178,7 +178,7 @@ impl Worker {
     fn drain(&mut self) {
         let mut batch = Vec::new();
         while batch.len() < BATCH
-            && let Some(event) = self.reader.next()
+            && let Some(event) = self.reader.take()
         {
             batch.push(event);
         }

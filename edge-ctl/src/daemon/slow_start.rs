@@ -102,6 +102,7 @@ mod tests {
         let backend = |(address, eligible): &(&str, bool)| DesiredBackend {
             address: address.parse().unwrap(),
             weight: 1,
+            limit: None,
             share: 100,
             tier: Tier::Primary,
             excluded: (!eligible).then_some(Exclusion::NoRoute),

@@ -18,9 +18,20 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    Daemon, Inbox, Orders, ROUTE_GENERATION_PAUSE, Shared, acl::Acl, announcer::Announcer, dns_guard, dns_sources,
-    host_problems, lock, recorder::Recorder, slow_start::SlowStart, swept::Swept, throttle::Throttle,
-    views::DaemonViews, world::World,
+    Daemon, Inbox, Orders, ROUTE_GENERATION_PAUSE, Shared,
+    acl::{self, Acl},
+    announcer::Announcer,
+    commit::{Commits, Texts},
+    dns_guard, dns_sources,
+    flow_ends::FlowEnds,
+    host_problems, lock,
+    recorder::Recorder,
+    slow_start::SlowStart,
+    swept::Swept,
+    throttle::Throttle,
+    traffic,
+    views::{DaemonViews, Parts},
+    world::World,
 };
 use crate::{
     api,
@@ -82,12 +93,18 @@ pub enum StartError {
 /// # Errors
 /// What was wrong, where, and what to do about it; nothing has been changed then.
 pub fn run(file: &Path) -> Result<(), StartError> {
-    let config = config::load(file)?;
+    let files = config::read_texts(file)?;
+    let config = config::parse_texts(&files)?;
+    let mut commits = Commits::load(&config.edge.state_dir)?;
+    let (config, texts) = match commits.at_start(&files, acl::now())? {
+        Some(texts) => (config::parse_texts(&texts)?, texts),
+        None => (config, files),
+    };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    runtime.block_on(start(file, config))
+    runtime.block_on(start(file, config, texts, commits))
 }
 
-async fn start(file: &Path, config: Config) -> Result<(), StartError> {
+async fn start(file: &Path, config: Config, texts: Texts, commits: Commits) -> Result<(), StartError> {
     let hangup = signal(SignalKind::hangup())?;
     let problems = host_problems(&config);
     if !problems.is_empty() {
@@ -125,9 +142,11 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
     let (status, reconciler_status) = watch::channel(ReconcilerStatus::default());
     let (next_hops, sweeper) = (NextHops::open(datapath.pins())?, datapath.sweeper()?);
     let program_log = datapath.program_log()?;
+    let flow_ends = FlowEnds::new(datapath.flow_ender()?);
     let recorder = Recorder::start(EventsReader::open(datapath.pins())?, config.access_log.clone())?;
     let shared = Arc::new(Mutex::new(Shared {
         file: file.to_owned(),
+        texts,
         started: Instant::now(),
         config: (config.clone(), Instant::now()),
         desired: DesiredState::default(),
@@ -141,16 +160,15 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
     let (requests, request_inbox) = mpsc::channel(4);
     let views = DaemonViews::new(
         Arc::clone(&shared),
-        fib.clone(),
-        bgp.clone(),
-        dns.clone(),
-        health.clone(),
+        Parts { fib: fib.clone(), bgp: bgp.clone(), dns: dns.clone(), health: health.clone() },
         reconciler_status.clone(),
         requests,
         recorder.told(),
     )?;
     let kernel = lock(&shared).datapath.view()?;
     let verdicts = health.verdicts();
+    let counters = Arc::new(lock(&shared).datapath.view()?);
+    tokio::spawn(traffic::watch(Arc::clone(&shared), counters, reconciler_status.clone(), health.clone()));
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = tokio::spawn(api::serve_bound(bound, Arc::new(views), async move {
         let _ = stopped.await;
@@ -167,6 +185,8 @@ async fn start(file: &Path, config: Config) -> Result<(), StartError> {
         next_share: None,
         program_log,
         recorder,
+        flow_ends,
+        commits,
         held: fib.status().await.held,
         fib,
         bgp,
@@ -209,7 +229,7 @@ fn adopt_pools(dns: &dns::DnsHandle, config: &Config, world: &World) {
 
 /// Fills selection tables. Maglev's is the same on every edge that has the seed, whatever numbers it gives its backends; it
 /// also serves to draw the two of which the less loaded is taken.
-fn table_filler(seed: [u64; 2]) -> OwnedFill {
+pub(super) fn table_filler(seed: [u64; 2]) -> OwnedFill {
     Box::new(move |pool, shape| match shape.balance {
         Balance::RoundRobin => {
             let weights: Vec<u32> = pool.iter().map(|member| u32::from(member.weight)).collect();

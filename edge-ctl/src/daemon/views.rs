@@ -14,13 +14,12 @@ use tokio::{
 use tracing::warn;
 
 use super::{
-    Request, SharedState, acl, lock,
+    Request, SharedState, acl, audit, lock,
     recorder::{self, Told},
 };
 use crate::{
     api::{BoxFuture, Views},
     bgp::BgpHandle,
-    config,
     datapath::{
         acl_view::acl_rows,
         answer::answer_from_pins,
@@ -30,10 +29,10 @@ use crate::{
     desired::{DesiredBackend, DesiredState, Exclusion},
     fib::FibHandle,
     model::{
-        BackendVerb, Frontend, HealthKey, Protocol,
+        BackendVerb, FlowSelector, Frontend, HealthKey, Protocol,
         capture::{CaptureOrder, CaptureRow},
-        query::{AclRow, Answer, ConfigRow, Query, ViewError},
-        view::{BackendRow, HealthRow, MapRow, ServiceRow, StatusRow},
+        query::{AclRow, Answer, ConfigChange, ConfigRow, Query, ViewError},
+        view::{BackendRow, ConditionRow, HealthRow, MapRow, ServiceRow, StatusRow},
     },
     reconcile::{
         actor::ReconcilerStatus,
@@ -47,6 +46,18 @@ const SAMPLE: Duration = Duration::from_secs(1);
 
 /// Rates of the newest sample.
 type Sampled = Arc<Mutex<Rates>>;
+
+/// The parts of the daemon that answer for themselves.
+pub struct Parts {
+    /// Routes.
+    pub fib: FibHandle,
+    /// Peers, where BGP is configured.
+    pub bgp: Option<BgpHandle>,
+    /// Names.
+    pub dns: DnsHandle,
+    /// Checks.
+    pub health: HealthHandle,
+}
 
 /// Answers the API's questions.
 pub struct DaemonViews {
@@ -69,14 +80,12 @@ impl DaemonViews {
     /// Where a map cannot be opened.
     pub fn new(
         shared: SharedState,
-        fib: FibHandle,
-        bgp: Option<BgpHandle>,
-        dns: DnsHandle,
-        health: HealthHandle,
+        parts: Parts,
         reconciler: watch::Receiver<ReconcilerStatus>,
         requests: mpsc::Sender<Request>,
         told: Arc<Mutex<Told>>,
     ) -> Result<Self, PortError> {
+        let Parts { fib, bgp, dns, health } = parts;
         let kernel = Arc::new(lock(&shared).datapath.view()?);
         let sampled = Sampled::default();
         tokio::spawn(sample(Arc::clone(&kernel), reconciler.clone(), Arc::clone(&sampled)));
@@ -116,10 +125,13 @@ impl DaemonViews {
             Query::Events => Answer::Events(recorder::lock(&self.told).events.iter().cloned().collect()),
             Query::Config => Answer::Config(self.config()?),
             Query::Capture(order) => Answer::Capturing(self.capture(&order)?),
+            Query::Audit => Answer::Audit(audit::audit(&self.shared, &self.kernel)?),
             Query::Reload => return self.reload().await,
+            Query::Change(change) => return self.change(change).await,
             Query::Health => Answer::Health(self.health.rows()),
             Query::HealthHistory => Answer::HealthHistory(self.health.history()),
             Query::Order { service, backend, verb } => Answer::Backends(self.order((service, backend), verb).await?),
+            Query::FlowKill(selector) => return self.kill_flows(selector).await,
             Query::Maps => Answer::Maps(self.maps()?),
             Query::Flows { .. } | Query::Map { .. } | Query::Reasons => answer_from_pins(&self.kernel, &query)?,
         })
@@ -209,6 +221,10 @@ impl DaemonViews {
                 "drained".clone_into(&mut row.state);
             }
             row.conditions = backend.facts.conditions();
+            row.conditions.push(limit_condition(row));
+            if row.state == "up" && row.limit > 0 && row.active >= row.limit {
+                "full".clone_into(&mut row.state);
+            }
             if let Some(checked) = checked.get(&(row.service.clone(), row.backend.clone())) {
                 (row.fails, row.unavail) = (checked.fails, checked.unavail);
                 (row.last_check, row.connect) = (checked.last_check, checked.connect);
@@ -231,13 +247,10 @@ impl DaemonViews {
     }
 
     fn config(&self) -> Result<ConfigRow, ViewError> {
-        let (file, age) = {
-            let shared = lock(&self.shared);
-            (shared.file.clone(), shared.config.1.elapsed().as_secs())
-        };
-        let texts = config::read_texts(&file).map_err(|error| ViewError::Invalid(error.lines()))?;
-        let text = texts.into_iter().map(|(_, text)| text).collect::<Vec<_>>().join("\n");
-        Ok(ConfigRow { file: file.display().to_string(), age, text })
+        let shared = lock(&self.shared);
+        let text = shared.texts.iter().map(|(_, text)| text.as_str()).collect::<Vec<_>>().join("\n");
+        let file = shared.texts.first().map_or(&shared.file, |(file, _)| file).display().to_string();
+        Ok(ConfigRow { file, age: shared.config.1.elapsed().as_secs(), text })
     }
 
     fn capture(&self, order: &CaptureOrder) -> Result<CaptureRow, ViewError> {
@@ -268,6 +281,25 @@ impl DaemonViews {
         let (reply, answer) = oneshot::channel();
         self.requests.send(Request::Reload(reply)).await.map_err(|_| gone())?;
         answer.await.map_err(|_| gone())?.map(Answer::Reloaded)
+    }
+
+    async fn change(&self, change: ConfigChange) -> Result<Answer, ViewError> {
+        let gone = || ViewError::Unavailable("the daemon is stopping".into());
+        let (reply, answer) = oneshot::channel();
+        self.requests.send(Request::Change(change, reply)).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?.map(Answer::Reloaded)
+    }
+
+    async fn kill_flows(&self, selector: FlowSelector) -> Result<Answer, ViewError> {
+        let gone = || ViewError::Unavailable("the daemon is stopping".into());
+        // A service that is gone from the configuration may have flows still.
+        let known = self.reconciler.borrow().state.services.values().any(|slot| slot.label == selector.service);
+        if !known {
+            return Err(ViewError::NotFound(format!("there is no service `{}`", selector.service)));
+        }
+        let (reply, answer) = oneshot::channel();
+        self.requests.send(Request::KillFlows(selector, reply)).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?.map(Answer::Killed)
     }
 
     async fn order(&self, key: HealthKey, verb: BackendVerb) -> Result<Vec<BackendRow>, ViewError> {
@@ -319,7 +351,7 @@ impl DaemonViews {
             uptime: shared.started.elapsed().as_secs(),
             config: shared.file.display().to_string(),
             services: services.len() as u64,
-            backends_eligible: backends.iter().filter(|row| row.state == "up").count() as u64,
+            backends_eligible: backends.iter().filter(|row| row.state == "up" || row.state == "full").count() as u64,
             backends: backends.len() as u64,
             peers_established: peers.iter().filter(|row| row.state == "Established").count() as u64,
             peers: peers.len() as u64,
@@ -339,6 +371,17 @@ impl Views for DaemonViews {
     fn answer(&self, query: Query) -> BoxFuture<'_, Result<Answer, ViewError>> {
         Box::pin(self.answer_one(query))
     }
+}
+
+/// The link of the chain that the program judges, for each new flow, as of now.
+fn limit_condition(row: &BackendRow) -> ConditionRow {
+    let (active, limit) = (row.active, row.limit);
+    let (holds, reason) = match limit {
+        0 => (true, "no limit".to_owned()),
+        _ if active >= limit => (false, format!("full: {active} of {limit} connections")),
+        _ => (true, format!("{active} of {limit} connections")),
+    };
+    ConditionRow { condition: "limit".to_owned(), holds, reason }
 }
 
 /// The frontend that a row is about.

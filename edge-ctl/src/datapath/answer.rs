@@ -37,6 +37,7 @@ pub fn answer_from_pins(view: &KernelView, query: &Query) -> Result<Answer, View
         Query::AclAdd { .. } | Query::AclRemove { .. } => {
             return Err(ViewError::Unavailable("changing source ranges needs the running daemon".to_owned()));
         }
+        Query::Audit => return Err(only_daemon("what should be in the maps")),
         Query::Status => return Err(only_daemon("the status")),
         Query::Dns | Query::DnsZones | Query::DnsQuery { .. } | Query::DnsRefresh { .. } => {
             return Err(only_daemon("what DNS answered"));
@@ -49,10 +50,13 @@ pub fn answer_from_pins(view: &KernelView, query: &Query) -> Result<Answer, View
         Query::Config => return Err(only_daemon("the configuration in force")),
         Query::Capture(_) => return Err(ViewError::Unavailable("a capture needs the running daemon".to_owned())),
         Query::Health | Query::HealthHistory => return Err(only_daemon("what checks found")),
+        Query::FlowKill(_) => return Err(ViewError::Unavailable("ending flows needs the running daemon".to_owned())),
         Query::Order { .. } => {
             return Err(ViewError::Unavailable("an order for a backend needs the running daemon".to_owned()));
         }
-        Query::Reload => return Err(ViewError::Unavailable("a reload needs the running daemon".to_owned())),
+        Query::Reload | Query::Change(_) => {
+            return Err(ViewError::Unavailable("a reload needs the running daemon".to_owned()));
+        }
     })
 }
 

@@ -31,6 +31,7 @@ fn backend(host: u8, weight: u16, excluded: Option<Exclusion>) -> DesiredBackend
     DesiredBackend {
         address: SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 1, 0, host)), 443),
         weight,
+        limit: None,
         share: 100,
         tier: Tier::Primary,
         excluded,

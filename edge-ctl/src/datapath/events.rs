@@ -73,7 +73,7 @@ impl EventsReader {
     }
 
     /// The next record that is there.
-    pub fn next(&mut self) -> Option<Event> {
+    pub fn take(&mut self) -> Option<Event> {
         loop {
             let item = self.ring.next()?;
             if let Some(event) = Event::parse(&item) {

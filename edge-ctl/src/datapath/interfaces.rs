@@ -191,7 +191,7 @@ fn attributes(message: &[u8]) -> Vec<(u16, &[u8])> {
 }
 
 /// Sends one request and collects the messages of its answer: up to NLMSG_DONE for a dump, else one datagram.
-fn exchange(protocol: isize, request: &[u8]) -> io::Result<Vec<Vec<u8>>> {
+pub(super) fn exchange(protocol: isize, request: &[u8]) -> io::Result<Vec<Vec<u8>>> {
     const NLMSG_ERROR: u16 = 2;
     const NLMSG_DONE: u16 = 3;
     const NLM_F_MULTI: u16 = 2;

@@ -14,15 +14,16 @@ use aya::{
 };
 use edge_common::{
     conntrack,
-    maps::{Control, PortSet, interface_flag, name},
+    maps::{Control, OwnAddresses, PortSet, interface_flag, name},
 };
 
 use super::{
     attach::{self, AttachedHook, Attachment, How},
+    flow_ends::FlowEnder,
     host, interfaces,
     kernel_view::KernelView,
     maps::Maps,
-    migrate, object,
+    migrate, object, own_addresses,
     pins::{self, Pins, chain},
     program_log::ProgramLog,
     stages,
@@ -188,6 +189,14 @@ impl Datapath {
         Maps::open(&self.pins)
     }
 
+    /// What ends flows on order.
+    ///
+    /// # Errors
+    /// Where a map cannot be opened.
+    pub fn flow_ender(&self) -> Result<FlowEnder, PortError> {
+        FlowEnder::open(&self.pins)
+    }
+
     /// The sweep over established flows.
     ///
     /// # Errors
@@ -240,7 +249,7 @@ impl Datapath {
                 }
             }
         }
-        if let Err(error) = self.sync_interfaces(&known) {
+        if let Err(error) = self.sync_interfaces(&known).and_then(|()| self.sync_own_addresses()) {
             failed.push((String::new(), error));
         }
         if failed.is_empty() {
@@ -479,6 +488,26 @@ impl Datapath {
             if flags & interface_flag::ATTACHED != 0 {
                 result.map_err(|error| object_error(what, &error))?;
             }
+            self.writes += 1;
+        }
+        Ok(())
+    }
+
+    /// Tells the program which addresses to sign its ICMP messages with; only differences are written.
+    fn sync_own_addresses(&mut self) -> Result<(), LoadError> {
+        let what = "writing the edge's own addresses";
+        let addresses = own_addresses::list().map_err(|error| object_error("listing addresses", &error))?;
+        let attached = self.attachments.values().map(|attachment| attachment.ifindex).collect();
+        let wanted = own_addresses::choose(&attached, &addresses);
+        let mut map: HashMap<MapData, u32, OwnAddresses> = pins::open(&self.pins, name::OWN_ADDRESSES)?;
+        let present: BTreeMap<u32, OwnAddresses> =
+            map.iter().collect::<Result<_, _>>().map_err(|error| object_error(what, &error))?;
+        for ifindex in present.keys().filter(|ifindex| !wanted.contains_key(ifindex)) {
+            map.remove(ifindex).map_err(|error| object_error(what, &error))?;
+            self.writes += 1;
+        }
+        for (ifindex, own) in wanted.iter().filter(|(ifindex, own)| present.get(ifindex) != Some(own)) {
+            map.insert(ifindex, own, 0).map_err(|error| object_error(what, &error))?;
             self.writes += 1;
         }
         Ok(())

@@ -29,7 +29,7 @@ const SECOND: u64 = 1_000_000_000;
 /// Fill, in thousandths, from which idle timeouts shrink.
 const CROWDED: u64 = 900;
 /// `conntrack::Direction` of packets from the client.
-const FORWARD: u8 = 0;
+pub(super) const FORWARD: u8 = 0;
 /// Idle timeout of a flow whose service is gone, seconds.
 const NO_SERVICE_TIMEOUT: u32 = 300;
 
@@ -308,7 +308,7 @@ fn shortened(timeout: u32, fill: u64) -> u32 {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Ended {
+pub(super) enum Ended {
     /// A half is still in use.
     Nothing,
     /// No flow to count: it was gone, or only a reply half was left of it.
@@ -318,7 +318,7 @@ enum Ended {
 }
 
 /// Removes both halves of a flow if both are idle, and writes what they were into `record`.
-fn end<A: Address>(
+pub(super) fn end<A: Address>(
     established: &mut HashMap<MapData, FlowKey<A>, Flow<A>>,
     flow: &Flow<A>,
     is_idle: impl Fn(&Flow<A>) -> bool,
@@ -371,7 +371,7 @@ fn describe<A: Address>(record: &mut FlowEnd, own: &Flow<A>, twin: Option<&Flow<
     record.ended = twin.map_or(own.last_seen, |twin| twin.last_seen.max(own.last_seen));
 }
 
-fn add(map: &mut Array<MapData, u64>, counts: &BTreeMap<u32, u64>) -> Result<(), PortError> {
+pub(super) fn add(map: &mut Array<MapData, u64>, counts: &BTreeMap<u32, u64>) -> Result<(), PortError> {
     for (number, count) in counts {
         let error = |error: MapError| PortError::new("counting expired flows", chain(&error));
         let before = map.get(number, 0).map_err(error)?;

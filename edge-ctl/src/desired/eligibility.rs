@@ -179,6 +179,9 @@ impl Facts {
         };
         let (healthy, checks) = match self.checks {
             Checks::None => (true, "no checks are configured".to_owned()),
+            Checks::Say(Verdict::Ejected) => {
+                (false, "ejected: too many connections of clients failed there".to_owned())
+            }
             Checks::Say(verdict) => (verdict.is_healthy(), format!("checks say: {verdict}")),
             Checks::Ignored(verdict) => (true, format!("checks say: {verdict}; ignored, since the pool panics")),
         };

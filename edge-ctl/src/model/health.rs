@@ -49,6 +49,8 @@ pub enum Check {
         /// TLS settings; `None`: HTTP/2 in the clear with prior knowledge (RFC 9113 section 3.3).
         tls: Option<Tls>,
     },
+    /// Nothing is sent: only real traffic is looked at ([`Passive`]).
+    None,
 }
 
 impl fmt::Display for Check {
@@ -60,6 +62,7 @@ impl fmt::Display for Check {
             Self::Http(_, None) => "http",
             Self::Http(_, Some(_)) => "https",
             Self::Grpc { .. } => "grpc",
+            Self::None => "passive",
         })
     }
 }
@@ -176,6 +179,9 @@ pub struct AdminOrder {
     /// Instead of the source's weight.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weight: Option<u16>,
+    /// Connections at once, instead of the service's `max_connections`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<u32>,
 }
 
 /// Whether an administrator lets a backend have new flows.
@@ -204,6 +210,8 @@ pub enum BackendVerb {
     Undrain,
     /// Another weight; `None`: the source's.
     Weight(Option<u16>),
+    /// Another limit of connections; `None`: the service's.
+    Limit(Option<u32>),
 }
 
 impl AdminOrder {
@@ -216,6 +224,7 @@ impl AdminOrder {
             BackendVerb::Undrain if self.state == AdminState::Drain => Self { state: AdminState::Up, ..self },
             BackendVerb::Undrain => self,
             BackendVerb::Weight(weight) => Self { weight, ..self },
+            BackendVerb::Limit(limit) => Self { limit, ..self },
         }
     }
 }
@@ -230,7 +239,7 @@ mod tests {
     #[test]
     fn undrain_takes_back_a_drain_and_nothing_else_and_weights_are_kept_apart() {
         let order = AdminOrder::default().after(BackendVerb::Weight(Some(3))).after(BackendVerb::Drain);
-        assert_eq!(order, AdminOrder { state: AdminState::Drain, weight: Some(3) });
+        assert_eq!(order, AdminOrder { state: AdminState::Drain, weight: Some(3), limit: None });
         assert_eq!(order.after(BackendVerb::Undrain).state, AdminState::Up);
         assert_eq!(order.after(BackendVerb::Down).after(BackendVerb::Undrain).state, AdminState::Down);
         assert_eq!(order.after(BackendVerb::Weight(None)).after(BackendVerb::Up), AdminOrder::default());

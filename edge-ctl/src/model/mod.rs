@@ -19,10 +19,10 @@ pub use health::{
 pub use protect::{Limits, Protection, RangeAction, Rate, SourceRanges};
 pub use resolver::ResolverPolicy;
 pub use route::{PathAttributes, RouteSet, RouteUpdate};
-pub use selection::{Selection, StaticBackend, TableShape, Tier};
+pub use selection::{MOST_CONNECTIONS, Selection, StaticBackend, TableShape, Tier};
 
 pub use service::{
-    Announce, BackendSource, Balance, Frontend, Mode, ParseFrontendError, PoolMember, PoolSnapshot, PoolState,
-    Protocol, RecordType, Resolver, Service, Snat, within,
+    Announce, BackendSource, Balance, FlowSelector, Frontend, Mode, OnDown, ParseFrontendError, PoolMember,
+    PoolSnapshot, PoolState, Protocol, RecordType, Resolver, Service, Snat, within,
 };
 pub use snat::{SnatAlarms, SnatLevel, SnatRow};

@@ -4,13 +4,14 @@
 use std::{
     fmt,
     net::{IpAddr, SocketAddr},
+    path::PathBuf,
 };
 
 use serde::{Deserialize, Serialize};
 
 use super::capture::{CaptureOrder, CaptureRow};
 use super::{
-    BackendVerb, RecordType,
+    BackendVerb, FlowSelector, RecordType,
     view::{
         BackendRow, BgpPeerRow, BgpRouteRow, DnsRecordRow, DnsRow, DnsZoneRow, EventRow, FlowRow, HealthEventRow,
         HealthRow, MapRow, RouteRow, ServiceRow, StatusRow, XdpRow,
@@ -36,6 +37,8 @@ pub enum Query {
         /// At most so many rows.
         limit: usize,
     },
+    /// End flows: [`Answer::Killed`].
+    FlowKill(FlowSelector),
     /// Names asked of the resolvers: [`Answer::Dns`].
     Dns,
     /// Resolvers and their servers: [`Answer::DnsZones`].
@@ -105,6 +108,10 @@ pub enum Query {
     Capture(CaptureOrder),
     /// Read the configuration again and apply it: [`Answer::Reloaded`].
     Reload,
+    /// Writes that would bring the maps to what should be in them: [`Answer::Audit`].
+    Audit,
+    /// Compare a configuration with the one in force, or put one in force: [`Answer::Reloaded`].
+    Change(ConfigChange),
     /// Checked backends: [`Answer::Health`].
     Health,
     /// What checks changed, newest first: [`Answer::HealthHistory`].
@@ -131,6 +138,18 @@ impl Query {
                 format!("/v1/flows?limit={limit}&service={}", percent_encode(service))
             }
             Self::Flows { service: None, limit } => format!("/v1/flows?limit={limit}"),
+            Self::FlowKill(FlowSelector { service, backend, client, protocol }) => {
+                let mut path = format!("/v1/flows/kill?service={}", percent_encode(service));
+                if let Some(backend) = backend {
+                    path.push_str(&format!("&backend={}", percent_encode(&backend.to_string())));
+                }
+                if let Some((address, port)) = client {
+                    path.push_str(&format!("&client={}", percent_encode(&address.to_string())));
+                    path.extend(port.map(|port| format!("&port={port}")));
+                }
+                path.extend(protocol.map(|protocol| format!("&protocol={protocol}")));
+                return ("POST", path);
+            }
             Self::Dns => "/v1/dns".to_owned(),
             Self::DnsZones => "/v1/dns/stats".to_owned(),
             Self::DnsQuery { name, record, resolver } => {
@@ -150,6 +169,7 @@ impl Query {
             Self::Routes => "/v1/routes".to_owned(),
             Self::Maps => "/v1/maps".to_owned(),
             Self::Map { name, limit } => format!("/v1/maps/{}?limit={limit}", percent_encode(name)),
+            Self::Audit => "/v1/audit".to_owned(),
             Self::Xdp => "/v1/xdp".to_owned(),
             Self::Reasons => "/v1/reasons".to_owned(),
             Self::Acl => "/v1/acl".to_owned(),
@@ -173,6 +193,7 @@ impl Query {
                 return ("POST", path);
             }
             Self::Reload => return ("POST", "/v1/reload".to_owned()),
+            Self::Change(change) => return ("POST", change.path()),
             Self::Health => "/v1/health".to_owned(),
             Self::HealthHistory => "/v1/health/history".to_owned(),
             Self::Order { service, backend, verb } => {
@@ -184,11 +205,21 @@ impl Query {
                     BackendVerb::Undrain => format!("{path}/undrain"),
                     BackendVerb::Weight(Some(weight)) => format!("{path}/weight?weight={weight}"),
                     BackendVerb::Weight(None) => format!("{path}/weight"),
+                    BackendVerb::Limit(Some(limit)) => format!("{path}/limit?limit={limit}"),
+                    BackendVerb::Limit(None) => format!("{path}/limit"),
                 };
                 return ("POST", path);
             }
         };
         ("GET", path)
+    }
+
+    /// The request's body, JSON; empty where there is none.
+    pub fn body(&self) -> String {
+        match self {
+            Self::Change(ConfigChange { files: Some(files), .. }) => serde_json::to_string(files).unwrap_or_default(),
+            _ => String::new(),
+        }
     }
 }
 
@@ -204,6 +235,10 @@ pub enum Answer {
     Backends(Vec<BackendRow>),
     /// To [`Query::Flows`].
     Flows(Vec<FlowRow>),
+    /// To [`Query::Audit`].
+    Audit(Vec<AuditRow>),
+    /// To [`Query::FlowKill`].
+    Killed(KilledRow),
     /// To [`Query::Dns`] and [`Query::DnsRefresh`].
     Dns(Vec<DnsRow>),
     /// To [`Query::DnsZones`].
@@ -279,6 +314,24 @@ pub struct AclRow {
     pub hits: u64,
 }
 
+/// One difference in `map audit`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuditRow {
+    /// Kind of write that is missing; `problem`: something that no write can bring about.
+    pub write: String,
+    /// What would be written.
+    pub detail: String,
+}
+
+/// What `flow kill` did.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KilledRow {
+    /// Service name.
+    pub service: String,
+    /// Flows that were ended, half-open ones included.
+    pub flows: u64,
+}
+
 /// The configuration in force.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConfigRow {
@@ -290,6 +343,40 @@ pub struct ConfigRow {
     pub text: String,
 }
 
+/// What is to become of the configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigChange {
+    /// What to do.
+    pub verb: ConfigVerb,
+    /// Files with their texts, the main one first; `None`: those that the daemon was started with.
+    pub files: Option<Vec<(PathBuf, String)>>,
+}
+
+/// What to do with a configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConfigVerb {
+    /// Say what it would change.
+    Diff,
+    /// Put it in force; where seconds are given, for so long unless confirmed.
+    Commit(Option<u64>),
+    /// Keep what is in force.
+    Confirm,
+    /// Go back to the one before at once.
+    Rollback,
+}
+
+impl ConfigChange {
+    fn path(&self) -> String {
+        match self.verb {
+            ConfigVerb::Diff => "/v1/config/diff".to_owned(),
+            ConfigVerb::Commit(None) => "/v1/config/commit".to_owned(),
+            ConfigVerb::Commit(Some(seconds)) => format!("/v1/config/commit?confirm={seconds}"),
+            ConfigVerb::Confirm => "/v1/config/confirm".to_owned(),
+            ConfigVerb::Rollback => "/v1/config/rollback".to_owned(),
+        }
+    }
+}
+
 /// What a reload did.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReloadRow {
@@ -299,6 +386,15 @@ pub struct ReloadRow {
     pub changes: Vec<String>,
     /// Changes in the file that need a restart to take effect.
     pub needs_restart: Vec<String>,
+    /// What the changes mean for flows and sessions that there are now.
+    #[serde(default)]
+    pub touches: Vec<String>,
+    /// Seconds until it rolls back unless confirmed.
+    #[serde(default)]
+    pub confirm_within: Option<u64>,
+    /// What is left to do.
+    #[serde(default)]
+    pub note: Option<String>,
 }
 
 /// `service describe`: the frontends of one service and the backends behind them.

@@ -4,6 +4,9 @@ use std::{net::SocketAddr, time::Duration};
 
 use super::Balance;
 
+/// Most connections at once that a backend can be limited to.
+pub const MOST_CONNECTIONS: u32 = 10_000_000;
+
 /// Settings of a service; all of them are optional.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Selection {

@@ -197,6 +197,32 @@ pub struct Announce {
     pub attributes: super::PathAttributes,
 }
 
+/// What becomes of a backend's flows when checks fail, its route is lost, or an administrator takes it down.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnDown {
+    /// They go on.
+    #[default]
+    Keep,
+    /// They are forgotten: a TCP connection's next packet finds no flow, a datagram selects anew.
+    Reset,
+    /// UDP flows are forgotten, so that the next datagram selects anew; a TCP connection goes on, since no other backend
+    /// knows it.
+    Reselect,
+}
+
+/// Flows that an order is about.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FlowSelector {
+    /// Of this service.
+    pub service: String,
+    /// With this backend only.
+    pub backend: Option<SocketAddr>,
+    /// Of this client only, with this port where one is given.
+    pub client: Option<(IpAddr, Option<u16>)>,
+    /// Of this protocol only.
+    pub protocol: Option<Protocol>,
+}
+
 /// A service, validated.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Service {
@@ -218,6 +244,8 @@ pub struct Service {
     pub announce: Option<Announce>,
     /// `None`: backends are not checked.
     pub health: Option<super::Health>,
+    /// What becomes of the flows of a backend that goes down.
+    pub on_down: OnDown,
     /// What its sources may do.
     pub protection: super::Protection,
 }

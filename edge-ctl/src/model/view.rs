@@ -75,7 +75,7 @@ pub struct BackendRow {
     pub backend: String,
     /// Node it runs on, by the BGP next hop; `-` where unknown.
     pub node: String,
-    /// `up`, or why it gets no new flows: `no-route`, `no-source-address`, `unhealthy`, `checking`, `ejected`, `down`,
+    /// `up`, `full` (at its limit), or why it gets no new flows: `no-route`, `no-source-address`, `unhealthy`, `checking`, `ejected`, `down`,
     /// `draining` (flows remain), `drained` (none does).
     pub state: String,
     /// Weight.
@@ -202,7 +202,7 @@ pub struct HealthEventRow {
 /// One condition in `backend describe`: what a backend must fulfil to be given new flows.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConditionRow {
-    /// `discovery`, `route`, `source-address`, `health`, `administrative`.
+    /// `discovery`, `route`, `source-address`, `health`, `administrative`, `limit`.
     pub condition: String,
     /// Whether it holds.
     pub holds: bool,

@@ -245,16 +245,11 @@ impl<'a> Planner<'a> {
         taken.extend(&self.reserved.backends);
         let mut free = (1..self.state.capacity.backends).filter(|number| !taken.contains(number));
         let mut overflow = 0_usize;
-        let limits: BTreeMap<u32, u32> = self
-            .served()
-            .into_iter()
-            .map(|(_, service, number)| (number, service.selection.max_connections.unwrap_or(0)))
-            .collect();
         for ((service, address, protocol), backend) in self.wanted() {
             let number = known.get(&(service, address, protocol)).copied();
             let before = number.and_then(|number| self.state.backends.get(&number)).map(|slot| slot.entry);
             let mut entry = backend_entry(service, protocol, backend, before);
-            entry.limit = limits.get(&service).copied().unwrap_or(0);
+            entry.limit = backend.limit.unwrap_or(0);
             match number.or_else(|| free.next()) {
                 Some(_) if before == Some(entry) => {}
                 Some(number) => self.step(Action::PutBackend { number, entry, fresh: before.is_none() }),

@@ -1,14 +1,16 @@
 //! Real sockets behind the two links of a [`Rig`]: the program attached, traffic through it.
 #![allow(unsafe_code, reason = "unshare(2) and gettid(2) have no safe wrapper among our dependencies")]
 
-use std::{sync::mpsc, thread};
+use std::{os::fd::OwnedFd, sync::mpsc, thread};
 
 use anyhow::{Context, Result};
 use aya::programs::{SchedClassifier, TcAttachType, Xdp, XdpMode, tc};
 use edge_ctl::datapath::attach::{AttachedHook, tc_hook};
 
+use crate::lab::xdp_pass;
+
 use super::{
-    namespace::{ip, run, sysctl},
+    namespace::{ifindex, ip, run, sysctl},
     rig::{CLIENT, CLIENT_MAC, Hook, Rig, SNAT, VIP, mac, pod, pod_mac},
 };
 
@@ -75,6 +77,8 @@ pub struct Live {
     pub client: Host,
     /// Pod 0, 10.1.0.4, on `pods`.
     pub pod: Host,
+    /// What lets the far ends of XDP links see frames that come back by XDP_TX.
+    _awake: Vec<OwnedFd>,
 }
 
 impl Live {
@@ -98,11 +102,12 @@ impl Live {
             sysctl(&format!("ipv4/conf/{interface}/accept_local"), "1")?;
             sysctl(&format!("ipv4/conf/{interface}/rp_filter"), "0")?;
         }
-        let live = Self { client: Host::new()?, pod: Host::new()? };
+        let mut live = Self { client: Host::new()?, pod: Host::new()?, _awake: Vec::new() };
         let ends = [
             (&live.client, "uplink-peer", CLIENT, CLIENT_MAC, VIP),
             (&live.pod, "pods-peer", pod(0), pod_mac(0), SNAT),
         ];
+        let mut awake = Vec::new();
         for (host, link, address, host_mac, gateway) in ends {
             if hook == Hook::Xdp {
                 // Native XDP sees frames as they are: sockets must finish their checksums and cut their segments
@@ -115,7 +120,11 @@ impl Live {
                 ip(&format!("address add {address}/24 dev {link}"))?;
                 ip(&format!("route add default via {gateway}"))
             })?;
+            if hook == Hook::Xdp {
+                awake.push(host.run(move || xdp_pass::listen(ifindex(link)?))?);
+            }
         }
+        live._awake = awake;
         if !resolved {
             for (interface, address) in [("uplink", CLIENT), ("pods", pod(0))] {
                 ip(&format!("neigh del {address} dev {interface}"))?;

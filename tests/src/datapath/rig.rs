@@ -14,8 +14,8 @@ use edge_common::{
     flow::{FlowKey, FlowKeyV4},
     maglev::{self, Candidate},
     maps::{
-        self, AddressFilter, BackendEntry, CHUNK_BYTES, Chunk, Control, Flow, FlowV4, PortSet, ServiceEntry,
-        ServiceKey, ServiceStats, backend_state, interface_flag, mode, name,
+        self, AddressFilter, BackendEntry, CHUNK_BYTES, Chunk, Control, Flow, FlowV4, OwnAddresses, PortSet,
+        ServiceEntry, ServiceKey, ServiceStats, backend_state, interface_flag, mode, name,
     },
     verdict::{REASONS, Reason},
 };
@@ -127,6 +127,8 @@ pub struct Outcome {
 pub const VIP: Ipv4Addr = Ipv4Addr::new(172, 16, 1, 88);
 /// The edge's address towards pods: what full-nat uses as source.
 pub const SNAT: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 1);
+/// What the edge signs its ICMP messages with: towards clients, and towards pods.
+pub const OWN: [Ipv4Addr; 2] = [Ipv4Addr::new(172, 16, 1, 2), Ipv4Addr::new(10, 1, 0, 2)];
 /// A client on the edge's own network.
 pub const CLIENT: Ipv4Addr = Ipv4Addr::new(172, 16, 1, 10);
 /// The IPv6 twin of [`VIP`].
@@ -175,6 +177,17 @@ pub type Entry = Flow<Wide>;
 pub fn key(src: impl Into<SocketAddr>, dst: impl Into<SocketAddr>, protocol: u8) -> Key {
     let (src, dst) = (src.into(), dst.into());
     FlowKey::new(wire(src.ip()), wire(dst.ip()), src.port().to_be(), dst.port().to_be(), protocol)
+}
+
+/// The address of an IPv4 endpoint, for tests of that family.
+///
+/// # Panics
+/// Where it is an IPv6 one.
+pub fn ipv4(endpoint: SocketAddr) -> Ipv4Addr {
+    match endpoint.ip() {
+        IpAddr::V4(address) => address,
+        IpAddr::V6(address) => unreachable!("{address} is not IPv4"),
+    }
 }
 
 /// The source that a forward entry gives its packets.
@@ -344,6 +357,10 @@ impl Rig {
         let mut interfaces: HashMap<_, u32, u32> = rig.hash(name::INTERFACES)?;
         for index in [uplink, pods] {
             interfaces.insert(index, interface_flag::ATTACHED | interface_flag::XDP_REDIRECT, 0)?;
+        }
+        let mut own: HashMap<_, u32, OwnAddresses> = rig.hash(name::OWN_ADDRESSES)?;
+        for (index, address) in [uplink, pods].into_iter().zip(OWN) {
+            own.insert(index, OwnAddresses { v4: wire(address), ..OwnAddresses::default() }, 0)?;
         }
         rig.array(name::SNAT_PORTS)?.set(0, PortSet([u64::MAX; 1024]), 0)?;
         for family in FAMILIES {

@@ -99,6 +99,9 @@ pub struct Taps {
     _listeners: Vec<OwnedFd>,
 }
 
+/// Link by which a mark comes, link by which it leaves, and its bytes before and after.
+type Mark = (Side, Side, (Vec<u8>, Vec<u8>));
+
 impl Taps {
     /// Makes the rig in this thread's namespace, lets `services` fill its maps, and attaches the program to both links.
     /// Service number 1 is taken.
@@ -185,7 +188,7 @@ impl Taps {
     }
 
     /// A mark in each direction: link by which it comes, link by which it leaves, and its bytes before and after.
-    fn next_marks(&mut self) -> [(Side, Side, (Vec<u8>, Vec<u8>)); 2] {
+    fn next_marks(&mut self) -> [Mark; 2] {
         self.marks += 1;
         let number = self.marks.to_be_bytes().to_vec();
         let (backend, source) = (SocketAddr::new(pod(0).into(), MARKS), self.mark_source);

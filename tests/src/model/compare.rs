@@ -2,7 +2,7 @@
 
 use edge_common::{
     flow::FlowKeyV4,
-    maps::{FlowV4, NextHop, ServiceStats, name},
+    maps::{FlowV4, NextHop, ServiceStats, flow_flag, name},
     verdict::{REASONS, Reason},
 };
 
@@ -28,10 +28,41 @@ pub fn packet(decision: &Decision, input: &[u8], action: Action, got: &[u8]) -> 
     }
     match &decision.rewrite {
         _ if action == Action::Drop => Ok(()),
+        None if decision.message => message(input, got),
         None if got == input => Ok(()),
         None => Err(format!("passed, but changed\n  expected {}\n  got      {}", hex(input), hex(got))),
         Some(rewrite) => rewritten(rewrite, input, got),
     }
+}
+
+/// A message to the sender that quotes the packet as it came. Its own headers are judged elsewhere (see the module above).
+fn message(input: &[u8], got: &[u8]) -> Result<(), String> {
+    let ip = wire::ipv4(input).ok_or("no IP packet was answered")?;
+    let quoted = ip.total_len.min(576 - 28) & !3;
+    let quote = wire::ETHERNET..wire::ETHERNET + quoted;
+    let front = wire::ETHERNET + 28;
+    let sent = wire::ipv4(got).ok_or_else(|| format!("no IP packet: {}", hex(got)))?;
+    if sent.protocol != 1 || sent.dst != ip.src || got.len() != front + quoted || got.get(front..) != input.get(quote) {
+        return Err(format!("no message about this packet\n  packet {}\n  got    {}", hex(input), hex(got)));
+    }
+    Ok(())
+}
+
+/// A later fragment: its IP header only.
+fn followed(rewrite: &Rewrite, input: &[u8], mut expected: Vec<u8>, got: &[u8]) -> Result<(), String> {
+    let ip = wire::ipv4(input).ok_or("no fragment was rewritten")?;
+    let at = wire::ETHERNET + 10;
+    let found = wire::word(got, at).unwrap_or(0);
+    // A header that contradicts the frame has no checksum to be right.
+    let check = if ip.header_len < 20 { None } else { wire::ip_check(input, &expected, ip.header_len) };
+    if check.is_some_and(|check| !check.admits(found, false)) {
+        return Err(format!("IP checksum {found:#06x}, expected {check:x?} of {rewrite:?}\n  got      {}", hex(got)));
+    }
+    expected[at..at + 2].copy_from_slice(&found.to_be_bytes());
+    if got != expected {
+        return Err(format!("bytes differ\n  expected {}\n  got      {}", hex(&expected), hex(got)));
+    }
+    Ok(())
 }
 
 fn rewritten(rewrite: &Rewrite, input: &[u8], got: &[u8]) -> Result<(), String> {
@@ -43,6 +74,10 @@ fn rewritten(rewrite: &Rewrite, input: &[u8], got: &[u8]) -> Result<(), String> 
     expected[22] -= 1;
     expected[26..30].copy_from_slice(&rewrite.addresses.0.to_ne_bytes());
     expected[30..34].copy_from_slice(&rewrite.addresses.1.to_ne_bytes());
+    expected[18..20].copy_from_slice(&rewrite.id.to_be_bytes());
+    if rewrite.segment.later_fragment {
+        return followed(rewrite, input, expected, got);
+    }
     let l4 = rewrite.segment.l4;
     expected[l4..l4 + 2].copy_from_slice(&rewrite.ports.0.to_ne_bytes());
     expected[l4 + 2..l4 + 4].copy_from_slice(&rewrite.ports.1.to_ne_bytes());
@@ -122,6 +157,9 @@ fn entry(
     if range.is_some_and(|(low, high)| found.touch_due.wrapping_sub(low) <= high.wrapping_sub(low)) {
         wanted.touch_due = found.touch_due;
     }
+    // How long a backend took is no rule of the dataplane's.
+    (wanted.answered_after, wanted.first_byte_after) = (found.answered_after, found.first_byte_after);
+    wanted.flags |= found.flags & flow_flag::UNANSWERED;
     deltas(&found)?;
     (wanted.address_delta, wanted.port_delta) = (found.address_delta, found.port_delta);
     if wanted != found {

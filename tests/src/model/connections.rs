@@ -57,7 +57,10 @@ pub fn opens(flags: u8) -> bool {
 /// Asks the tables for the packet's flow.
 pub fn track(state: &mut State, input: &Input, segment: &Segment) -> Tracked {
     let key = &segment.key;
-    if segment.flags & (SYN | FIN | RST) == 0 && state.flow(Table::Established, key).is_some() {
+    if segment.ip.fragment {
+        // Not by the shortest way, since it is to be remembered; a touch changes what it changes all the same.
+        touch(state, key, input.now);
+    } else if segment.flags & (SYN | FIN | RST) == 0 && state.flow(Table::Established, key).is_some() {
         state.hit(Point::EstablishedHit);
         match touch(state, key, input.now) {
             Touch::Fine => return Tracked::Decided(send(state, input, segment, Table::Established)),
@@ -109,7 +112,12 @@ fn touch(state: &mut State, key: &FlowKeyV4, now: u64) -> Touch {
         }
         Twin::Missing => {
             let twin = FlowV4 { last_seen: now, touch_due: due, ..turned(&flow) };
-            let fits = insert_established(state, twin) != Insert::Full;
+            let inserted = insert_established(state, twin);
+            let fits = inserted != Insert::Full;
+            // A flow is open as long as its client's half is there.
+            if inserted == Insert::Done && twin.direction != REPLY {
+                state.count(twin.service, twin.backend, |stats| stats.opened += 1);
+            }
             state.hit(if fits { Point::RebuiltTwin } else { Point::TwinNotRebuilt });
             Touch::Fine
         }
@@ -267,7 +275,7 @@ fn transition(segment: &Segment, table: Table, flow: &FlowV4, late: bool) -> Cha
     let acknowledges = from_client && flags & ACK != 0 && flags & SYN == 0;
     if table == Table::HalfOpen && acknowledges && flow.flags & flow_flag::SYN_ACK_SEEN != 0 {
         // [isn + 1, isn + 2^20], modulo 2^32: the floor is isn + 1.
-        if segment.ack.wrapping_sub(flow.ack_floor) <= (1 << 20) - 1 {
+        if segment.ack.wrapping_sub(flow.ack_floor) < 1 << 20 {
             return Change::Promote(fin);
         }
     }
@@ -364,6 +372,7 @@ fn close(state: &mut State, now: u64, table: Table, flow: FlowV4, flags: u16) {
         flags: half.flags | flags,
         ..half
     };
+    let had_client = has_client(state, table, &flow);
     match state.twin(table, &flow) {
         Twin::Ours(twin) => {
             state.put(Table::Closing, closing(twin));
@@ -380,14 +389,19 @@ fn close(state: &mut State, now: u64, table: Table, flow: FlowV4, flags: u16) {
     }
     state.put(Table::Closing, closing(flow));
     state.remove(table, &flow.key);
-    if table == Table::Established {
+    if table == Table::Established && had_client {
         state.count(flow.service, flow.backend, |stats| stats.closed += 1);
     }
 }
 
+/// True where the client's half of a flow is in the table.
+fn has_client(state: &State, table: Table, flow: &FlowV4) -> bool {
+    flow.direction != REPLY || matches!(state.twin(table, flow), Twin::Ours(_))
+}
+
 /// The client's tuple starts anew: its flow goes, and the reply's entry rests in the closing table.
 fn reopen(state: &mut State, now: u64, table: Table, flow: &FlowV4) -> Past {
-    if table == Table::Established {
+    if table == Table::Established && has_client(state, table, flow) {
         state.count(flow.service, flow.backend, |stats| stats.closed += 1);
     }
     if table != Table::Closing {

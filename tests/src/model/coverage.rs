@@ -20,8 +20,24 @@ points! {
     NotOurs,
     /// Neither TCP nor UDP: passes.
     OtherProtocol,
-    /// Part of a fragmented packet.
+    /// A later fragment of a packet whose first one is not known.
     Fragment,
+    /// A first fragment was sent on, for the rest to follow.
+    FirstFragment,
+    /// A later fragment of a flow.
+    LaterFragment,
+    /// A later fragment of a flow that has gone.
+    FragmentWithoutFlow,
+    /// A later fragment whose TTL ends here.
+    FragmentTtl,
+    /// A later fragment that is too long and must not be fragmented.
+    FragmentTooBig,
+    /// The sender was told.
+    Answered,
+    /// The sender would have been told, had not so many been.
+    AnswerLimited,
+    /// Nobody may be told, or by no address.
+    Unanswered,
     /// Lengths that contradict each other.
     Malformed,
     /// Established, in the middle of its life.
@@ -114,6 +130,8 @@ points! {
     CreateFullNat,
     /// full-nat: a source that a closed flow has rested on.
     CreateRestedPort,
+    /// A half-open flow whose client gave up lost its port to another.
+    CreateStalledPort,
     /// An entry that timed out gave way to the client's own port.
     Yielded,
     /// The tuple has a half-open flow beside the one that ended.

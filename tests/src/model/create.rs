@@ -12,7 +12,7 @@ use edge_common::{
 use super::{
     connections::{expired, opens, unknown},
     coverage::Point,
-    decide::{Choices, Decision, Input, refuse, send},
+    decide::{Choices, Decision, Input, answer, refuse, send},
     hash::{self, Found},
     state::{Route, State, Table, ipv4, twin_key},
     wire::{Segment, UDP},
@@ -21,6 +21,10 @@ use super::{
 const HALF_OPEN: u8 = 1;
 /// SNAT candidates that are tried.
 const PROBES: u32 = 16;
+/// From this candidate on, a port of a half-open flow counts as free once its client has been silent for [`STALLED_NS`].
+const PRESSED: u32 = 8;
+/// 200 ms: a client that has acknowledged nothing for so long gives its port up to others under pressure.
+const STALLED_NS: u64 = 200_000_000;
 /// A port whose client closed first rests this long, seconds.
 const SHORT_REST: u32 = 2;
 
@@ -85,7 +89,7 @@ fn new_flow(
 ) -> Result<Decision, String> {
     if segment.ip.ttl <= 1 {
         state.hit(Point::CreateTtl);
-        return Ok(refuse(state, Reason::TtlExpired, number));
+        return Ok(answer(state, input, Reason::TtlExpired, number));
     }
     let Some((service, pool)) = state.config.services.get(&number) else {
         state.hit(Point::CreateNoService);
@@ -206,6 +210,15 @@ fn free(state: &State, plan: &Plan, reply: &FlowKeyV4) -> bool {
             && state.flow(Table::Closing, reply).is_some_and(|entry| rested(plan, entry))
 }
 
+/// True where the source is a half-open flow's whose client has said nothing for a while, and nobody else's.
+fn given_up(state: &State, plan: &Plan, reply: &FlowKeyV4) -> bool {
+    let Some(entry) = state.flow(Table::HalfOpen, reply) else { return false };
+    let client = state.flow(Table::HalfOpen, &twin_key(entry)).filter(|client| twin_key(client) == *reply);
+    client.is_none_or(|client| plan.now.saturating_sub(client.last_seen) >= STALLED_NS)
+        && state.flow(Table::Established, reply).is_none()
+        && state.flow(Table::Closing, reply).is_none_or(|closing| rested(plan, closing))
+}
+
 fn addresses(plan: &Plan) -> Vec<u32> {
     match (plan.service.snat_count as usize).min(SNAT_ADDRESSES) {
         0 => vec![ipv4(&plan.backend.snat_address)],
@@ -239,8 +252,17 @@ fn candidate(state: &mut State, plan: &Plan, choices: &dyn Choices) -> Result<So
         return Err(format!("source port {host} is not permitted"));
     }
     let reply = plan.reply_key(address, port);
-    if !free(state, plan, &reply) {
+    let pressed = probes >= PRESSED;
+    if !(free(state, plan, &reply) || pressed && given_up(state, plan, &reply)) {
         return Err(format!("source port {host} is in use: {reply:?}"));
+    }
+    if let Some(stalled) = state.flow(Table::HalfOpen, &reply).copied() {
+        state.hit(Point::CreateStalledPort);
+        let client = twin_key(&stalled);
+        if state.flow(Table::HalfOpen, &client).is_some_and(|entry| twin_key(entry) == reply) {
+            state.remove(Table::HalfOpen, &client);
+        }
+        state.remove(Table::HalfOpen, &reply);
     }
     if let Some(closing) = state.flow(Table::Closing, &reply).copied() {
         state.hit(Point::CreateRestedPort);

@@ -5,7 +5,7 @@ use edge_common::verdict::Reason;
 use super::{
     connections::{self, Tracked},
     coverage::Point,
-    create, forward,
+    create, forward, fragments,
     state::{Config, State, Table},
     wire::{self, Ip, Segment},
 };
@@ -24,6 +24,10 @@ pub struct Input<'a> {
     pub gso_size: u32,
     /// Nanoseconds, coarse.
     pub now: u64,
+    /// The program sent something: whether a message to the sender is let through is its pace's choice.
+    pub was_sent: bool,
+    /// The IP ID that the packet left with: the program's choice where a fragmented packet gets a new source.
+    pub id_after: u16,
 }
 
 /// Where a rewritten packet's headers differ from those it came with.
@@ -35,6 +39,8 @@ pub struct Rewrite {
     pub ports: (u16, u16),
     /// Destination and source MAC; `None`: the stack sets them.
     pub macs: Option<([u8; 6], [u8; 6])>,
+    /// IP ID.
+    pub id: u16,
     /// The packet it was.
     pub segment: Original,
 }
@@ -46,6 +52,8 @@ pub struct Original {
     pub l4: usize,
     /// UDP rather than TCP.
     pub udp: bool,
+    /// A later fragment, of which only the IP header is known.
+    pub later_fragment: bool,
 }
 
 /// What must happen to a packet.
@@ -55,13 +63,15 @@ pub struct Decision {
     pub action: Action,
     /// How the packet must leave; `None`: byte for byte as it came, where it does not leave dropped.
     pub rewrite: Option<Rewrite>,
+    /// It leaves as an ICMP message to its sender.
+    pub message: bool,
 }
 
 impl Decision {
     /// To the stack, untouched.
-    pub const PASS: Self = Self { action: Action::Pass, rewrite: None };
+    pub const PASS: Self = Self { action: Action::Pass, rewrite: None, message: false };
     /// Gone. What its bytes are does not matter.
-    pub const DROP: Self = Self { action: Action::Drop, rewrite: None };
+    pub const DROP: Self = Self { action: Action::Drop, rewrite: None, message: false };
 }
 
 /// What the program chose where it is free to: looked at after it ran, and judged by the model.
@@ -94,10 +104,8 @@ pub fn decide(state: &mut State, input: &Input, choices: &dyn Choices) -> Result
 }
 
 fn transport(state: &mut State, input: &Input, ip: Ip, to_us: bool, choices: &dyn Choices) -> Result<Decision, String> {
-    if ip.fragment {
-        state.hit(Point::Fragment);
-        state.because(Reason::Fragment, 0);
-        return Ok(Decision::PASS);
+    if ip.later_fragment {
+        return Ok(fragments::follow(state, input, ip));
     }
     let Some(segment) = wire::segment(input.frame, ip) else {
         state.hit(Point::Malformed);
@@ -113,6 +121,24 @@ fn transport(state: &mut State, input: &Input, ip: Ip, to_us: bool, choices: &dy
 pub fn refuse(state: &mut State, reason: Reason, service: u32) -> Decision {
     state.because(reason, service);
     Decision::DROP
+}
+
+/// Tells the sender why the packet went no further, as far as it may be told (RFC 1812, 4.3.2.7).
+pub fn answer(state: &mut State, input: &Input, reason: Reason, service: u32) -> Decision {
+    let sender = input.frame.get(wire::ETHERNET + 12).copied().unwrap_or(0);
+    let to_many = input.frame.first().is_none_or(|byte| byte & 1 != 0);
+    if !state.config.own.contains_key(&input.ingress) || to_many || matches!(sender, 0 | 127 | 224..) {
+        state.hit(Point::Unanswered);
+        return refuse(state, Reason::IcmpUnanswered, service);
+    }
+    if !input.was_sent {
+        state.hit(Point::AnswerLimited);
+        return refuse(state, Reason::IcmpLimited, service);
+    }
+    state.hit(Point::Answered);
+    state.because(reason, service);
+    let action = if input.hook == Hook::Xdp { Action::Transmit } else { Action::Redirect };
+    Decision { action, rewrite: None, message: true }
 }
 
 /// Sends the packet on by an entry.

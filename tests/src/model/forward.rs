@@ -8,14 +8,16 @@ use edge_common::{
 
 use super::{
     coverage::Point,
-    decide::{Decision, Input, Original, Rewrite, refuse},
+    decide::{Decision, Input, Original, Rewrite, answer, refuse},
+    fragments,
     state::{Route, State, Table},
     wire::{Segment, UDP},
 };
 use crate::datapath::rig::{Action, Hook};
 
 /// Where a packet goes.
-enum Way {
+#[allow(missing_docs, reason = "named by what they are")]
+pub enum Way {
     /// A link: interface and MACs.
     Out {
         ifindex: u32,
@@ -36,7 +38,7 @@ pub fn send(state: &mut State, input: &Input, segment: &Segment, table: Table) -
     };
     if segment.ip.ttl <= 1 {
         state.hit(Point::ForwardTtl);
-        return refuse(state, Reason::TtlExpired, flow.service);
+        return answer(state, input, Reason::TtlExpired, flow.service);
     }
     let (ifindex, macs, mtu, redirectable) = match way(state, table, &flow) {
         Way::Nowhere(reason, point) => {
@@ -56,7 +58,7 @@ pub fn send(state: &mut State, input: &Input, segment: &Segment, table: Table) -
     if longest_piece(state, input, segment) > mtu as usize && (listed || reachable) {
         if segment.ip.dont_fragment {
             state.hit(Point::TooBig);
-            return refuse(state, Reason::TooBig, flow.service);
+            return answer(state, input, Reason::TooBig, flow.service);
         }
         state.hit(Point::TooLongToStack);
         return to_stack(state, input, segment, table, &flow, Reason::ViaStack);
@@ -69,10 +71,11 @@ pub fn send(state: &mut State, input: &Input, segment: &Segment, table: Table) -
     state.hit(if same { Point::Transmit } else { Point::Redirect });
     // TC has no "transmit": it redirects to the interface the packet came by.
     let action = if same && input.hook == Hook::Xdp { Action::Transmit } else { Action::Redirect };
-    Decision { action, rewrite: Some(rewritten(segment, &flow, Some(macs))) }
+    Decision { action, rewrite: Some(rewritten(state, input, segment, &flow, Some(macs))), message: false }
 }
 
-fn longest_piece(state: &mut State, input: &Input, segment: &Segment) -> usize {
+/// Its length, or a segment's.
+pub fn longest_piece(state: &mut State, input: &Input, segment: &Segment) -> usize {
     if input.hook == Hook::Tc && input.gso_size != 0 {
         state.hit(Point::Gso);
         segment.headers + input.gso_size as usize
@@ -91,19 +94,28 @@ fn to_stack(
 ) -> Decision {
     account(state, input, segment, table);
     state.because(reason, flow.service);
-    Decision { action: Action::Pass, rewrite: Some(rewritten(segment, flow, None)) }
+    Decision { action: Action::Pass, rewrite: Some(rewritten(state, input, segment, flow, None)), message: false }
 }
 
-fn rewritten(segment: &Segment, flow: &FlowV4, macs: Option<([u8; 6], [u8; 6])>) -> Rewrite {
+fn rewritten(
+    state: &mut State,
+    input: &Input,
+    segment: &Segment,
+    flow: &FlowV4,
+    macs: Option<([u8; 6], [u8; 6])>,
+) -> Rewrite {
+    let id = if segment.ip.fragment { fragments::remember(state, input, segment, flow) } else { segment.ip.id };
     Rewrite {
         addresses: (flow.new_src, flow.new_dst),
         ports: (flow.new_src_port, flow.new_dst_port),
         macs,
-        segment: Original { l4: segment.l4, udp: segment.key.protocol == UDP },
+        id,
+        segment: Original { l4: segment.l4, udp: segment.key.protocol == UDP, later_fragment: false },
     }
 }
 
-fn account(state: &mut State, input: &Input, segment: &Segment, table: Table) {
+/// Counts a packet of an entry.
+pub fn account(state: &mut State, input: &Input, segment: &Segment, table: Table) {
     let bytes = segment.ip.total_len as u64;
     let Some(flow) = state.change(table, &segment.key) else { return };
     flow.last_seen = input.now;
@@ -122,7 +134,7 @@ fn account(state: &mut State, input: &Input, segment: &Segment, table: Table) {
 }
 
 /// By the entry's next hop, or by a route lookup where it has none that is up to date.
-fn way(state: &mut State, table: Table, flow: &FlowV4) -> Way {
+pub fn way(state: &mut State, table: Table, flow: &FlowV4) -> Way {
     let generation = state.config.generation;
     if flow.next_hop != 0 && flow.route_generation == generation {
         return listed(state, flow.next_hop);

@@ -6,10 +6,15 @@
 //! through the program by BPF_PROG_TEST_RUN and through the model, and compares.
 //!
 //! Time: the program reads the coarse clock, which the run reads before and after; a packet that a tick falls into may
-//! have seen either. Longer times pass by making every entry older, in the maps and in the model.
+//! have seen either. What it stamps by the precise clock lies between the coarse one before and the precise one after.
+//! Longer times pass by making every entry older, in the maps and in the model; fragments' entries do not age here.
 //!
-//! Where the program is free (SNAT port, jitter of the touch), the model checks its choice against the rules and takes it
-//! over. A new concern (a protocol, a limit) is a new stage file beside `connections`, `create` and `forward`, called from
+//! Of ICMP messages of our own the model knows when they are made, to whom, and what they quote; their headers and checksums
+//! are left to the fixtures of `datapath_icmp_own`, translated errors to `datapath_icmp`. How fast messages follow each other
+//! depends on the run's speed, so that either of "sent" and "limited" is taken.
+//!
+//! Where the program is free (SNAT port, jitter of the touch, the ID of a fragmented packet with a new source), the model
+//! checks its choice against the rules and takes it over. A new concern (a protocol, a limit) is a new stage file beside `connections`, `create` and `forward`, called from
 //! `decide`, with its branches in `coverage` and its packets in `generate`.
 
 pub mod compare;
@@ -19,6 +24,7 @@ pub mod create;
 pub mod decide;
 pub mod dice;
 pub mod forward;
+pub mod fragments;
 pub mod generate;
 pub mod hash;
 pub mod kernel;

@@ -16,11 +16,12 @@ use super::{
     moves,
     network::{BASE, Network},
     state::{Counters, State},
+    wire,
     world::{self, ESTABLISHED, LRU, World},
 };
 use crate::datapath::{
     namespace::in_namespace,
-    rig::{Hook, Rig, Settings, load},
+    rig::{Action, Hook, Rig, Settings, load},
 };
 
 /// Steps of one world.
@@ -211,15 +212,23 @@ impl Bench {
             tally.too_short += 1;
             return Ok(());
         };
-        let to = kernel::now();
+        let (to, precise) = (kernel::now(), kernel::precise_now());
         tally.packets += 1;
         let out = out.to_vec();
-        let mut input = Input { frame, ingress: *ingress, hook: self.kernel.hook, gso_size: *gso_size, now: from };
+        let mut input = Input {
+            frame,
+            ingress: *ingress,
+            hook: self.kernel.hook,
+            gso_size: *gso_size,
+            now: from,
+            was_sent: matches!(action, Action::Transmit | Action::Redirect),
+            id_after: wire::ipv4(&out).map_or(0, |ip| ip.id),
+        };
         let judge = |state: &mut State, input: &Input| {
             let decision = decide(state, input, &self.kernel)?;
             compare::packet(&decision, frame, action, &out)
                 .map_err(|what| format!("{what}\n{}", compare::entries(state, &self.kernel, frame)))?;
-            compare::touched(state, &self.kernel, (input.now, to))
+            compare::touched(state, &self.kernel, (input.now, precise))
         };
         // Where the clock ticked during the run, the program read either value.
         let spare = (from != to).then(|| state.clone());

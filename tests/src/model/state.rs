@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use edge_common::{
     address::Wide,
     flow::FlowKeyV4,
-    maps::{BackendEntry, FlowV4, NextHop, ServiceEntry, ServiceKey, ServiceStats},
+    maps::{BackendEntry, FlowV4, NextHop, OwnAddresses, ServiceEntry, ServiceKey, ServiceStats},
     verdict::Reason,
 };
 
@@ -93,6 +93,8 @@ pub struct Config {
     pub redirectable: Vec<u32>,
     /// Routes: network (host order), prefix length, answer.
     pub routes: Vec<(u32, u8, Route)>,
+    /// The addresses that messages are signed with, by interface.
+    pub own: BTreeMap<u32, OwnAddresses>,
     /// Entries the established table holds.
     pub established: usize,
     /// Highest next-hop number.
@@ -125,12 +127,17 @@ pub struct Counters {
     pub backends: BTreeMap<u32, ServiceStats>,
 }
 
+/// Source, destination, ID and protocol of a fragment.
+pub type FragmentKey = (u32, u32, u16, u8);
+
 /// Everything.
 #[derive(Clone, Debug, Default)]
 pub struct State {
     /// What the daemon wrote.
     pub config: Config,
     tables: [BTreeMap<FlowKeyV4, FlowV4>; 3],
+    /// Ports and the ID after rewriting of first fragments, by source, destination, ID and protocol.
+    pub fragments: BTreeMap<FragmentKey, (u16, u16, u16)>,
     /// Next hops by number.
     pub next_hops: BTreeMap<u32, NextHop>,
     /// Next-hop numbers by interface and neighbour.

@@ -28,6 +28,10 @@ pub struct Ip {
     pub dont_fragment: bool,
     /// Part of a fragmented packet.
     pub fragment: bool,
+    /// Part of a fragmented packet, without its beginning.
+    pub later_fragment: bool,
+    /// Identification.
+    pub id: u16,
 }
 
 /// A TCP or UDP packet.
@@ -78,6 +82,8 @@ pub fn ipv4(frame: &[u8]) -> Option<Ip> {
         ttl: ip[8],
         dont_fragment: fragment & 0x4000 != 0,
         fragment: fragment & 0x3fff != 0,
+        later_fragment: fragment & 0x1fff != 0,
+        id: word(ip, 4)?,
     })
 }
 
@@ -173,6 +179,14 @@ fn after(old: u16, old_right: u16, new_right: u16) -> Check {
         let value = u32::from(new_right) + u32::from(old) + 0xffff - u32::from(old_right);
         Check::Wrong((value % 0xffff) as u16)
     }
+}
+
+/// The checksum that the IPv4 header of `new` must have, given that `old` was rewritten to it; `None` where the header is
+/// longer than the frame or shorter than a header.
+pub fn ip_check(old: &[u8], new: &[u8], header_len: usize) -> Option<Check> {
+    let header = ETHERNET..ETHERNET + header_len;
+    let (old_ip, new_ip) = (old.get(header.clone())?, new.get(header)?);
+    Some(after(word(old_ip, 10)?, right(&[], old_ip, 10), right(&[], new_ip, 10)))
 }
 
 /// The IPv4 header checksum and the layer-4 checksum that `new` must have, given that `old` was rewritten to it.

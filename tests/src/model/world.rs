@@ -6,8 +6,8 @@ use anyhow::Result;
 use edge_common::{
     flow::FlowKeyV4,
     maps::{
-        AddressFilter, BackendEntry, CHUNK_BYTES, Chunk, Control, NEXT_HOPS, NeighbourKey, PortSet, SNAT_ADDRESSES,
-        ServiceEntry, ServiceKey, backend_state, interface_flag, mode, name,
+        AddressFilter, BackendEntry, CHUNK_BYTES, Chunk, Control, FragmentKey, NEXT_HOPS, NeighbourKey, OwnAddresses,
+        PortSet, SNAT_ADDRESSES, ServiceEntry, ServiceKey, backend_state, interface_flag, mode, name,
     },
 };
 
@@ -21,7 +21,7 @@ use super::{
     state::{Config, Pool, State, ipv4},
     wire::{TCP, UDP},
 };
-use crate::datapath::rig::{CLIENT, SNAT, VIP, pod, wire};
+use crate::datapath::rig::{CLIENT, OWN, SNAT, VIP, pod, wire};
 
 /// Entries of the established table of every world: few, so that it fills up, and odd, so that one half of a flow may fit.
 pub const ESTABLISHED: u32 = 13;
@@ -67,6 +67,8 @@ pub fn draw(seed: u64, network: &Network) -> World {
     config.generation = 1 + dice.roll(3) as u32;
     config.routes = network.routes();
     config.redirectable = vec![network.uplink, network.pods];
+    // Where pods are, no address is known: nobody there is told anything.
+    config.own.insert(network.uplink, OwnAddresses { v4: wire(OWN[0]), ..OwnAddresses::default() });
     config.established = ESTABLISHED as usize;
     config.next_hops = NEXT_HOPS - 1;
     config.ports = vec![!dice.chance(10); 65_536];
@@ -188,6 +190,11 @@ pub fn write(world: &mut World, kernel: &Kernel) -> Result<()> {
     clear::<ServiceKey>(kernel, name::SERVICE_INDEX)?;
     clear::<ServiceKey>(kernel, name::BACKEND_INDEX)?;
     clear::<NeighbourKey>(kernel, name::NEXT_HOP_INDEX)?;
+    clear::<FragmentKey>(kernel, name::FRAGMENTS)?;
+    clear::<u32>(kernel, name::OWN_ADDRESSES)?;
+    for (interface, addresses) in &world.start.config.own {
+        kernel.map(name::OWN_ADDRESSES)?.set(interface, addresses)?;
+    }
     kernel.map(name::NEXT_HOP_CURSOR)?.set(&0u32, &world.start.next_hop_cursor)?;
     write_control(&world.start.config, kernel)?;
     write_filter(&world.start.config, kernel)?;

@@ -17,7 +17,7 @@ use super::{
     },
     Actor, Input,
 };
-use crate::config::valid;
+use crate::config::{diff::needs_new_session, valid};
 
 impl Actor {
     /// Listeners first: where one cannot be bound nothing else has changed.
@@ -37,7 +37,7 @@ impl Actor {
         for address in known {
             match (config.peers.get(&address), self.peers.get(&address)) {
                 (None, _) => self.remove(address, cease::PEER_DECONFIGURED),
-                (Some(new), Some(old)) if everyone || peer::needs_reset(&old.config, new) => {
+                (Some(new), Some(old)) if everyone || needs_new_session(&old.config, new) => {
                     self.remove(address, cease::OTHER_CONFIGURATION_CHANGE);
                 }
                 (Some(new), _) => self.change_policy(&config, address, new),

@@ -82,6 +82,18 @@ struct Entry {
     target: Target,
     checked: Checked,
     due: Duration,
+    /// It has a turn: a target without checks has none.
+    scheduled: bool,
+}
+
+impl Entry {
+    /// Other settings. Where no check is made any more, none can take back what the last ones said.
+    fn change(&mut self, now: Duration, target: &Target) {
+        if target.health.check == Check::None && self.target.health.check != Check::None {
+            self.checked = Checked::new(now, Verdict::Up);
+        }
+        self.target = target.clone();
+    }
 }
 
 impl Book {
@@ -99,9 +111,14 @@ impl Book {
         self.passive.retain(|service, _| targets.keys().any(|(name, _)| name == service));
         let mut first = Vec::new();
         for (key, target) in targets {
-            if let Some(entry) = numbers.get(key).and_then(|number| entries.get_mut(number)) {
+            if let Some((number, entry)) = numbers.get(key).and_then(|number| Some((number, entries.get_mut(number)?)))
+            {
                 if entry.target != *target {
-                    entry.target = target.clone();
+                    entry.change(now, target);
+                }
+                if !entry.scheduled && target.health.check != Check::None {
+                    (entry.scheduled, entry.due) = (true, now);
+                    first.push((*number, now));
                 }
                 continue;
             }
@@ -110,15 +127,24 @@ impl Book {
             let due = now + apart.min(target.health.interval);
             let checked = Checked::new(now, target.start);
             numbers.insert(key.clone(), self.last_number);
-            entries.insert(self.last_number, Entry { key: key.clone(), target: target.clone(), checked, due });
-            first.push((self.last_number, due));
+            let scheduled = target.health.check != Check::None;
+            let entry = Entry { key: key.clone(), target: target.clone(), checked, due, scheduled };
+            entries.insert(self.last_number, entry);
+            if scheduled {
+                first.push((self.last_number, due));
+            }
         }
         first
     }
 
-    /// The check of this number, which is due; `Err`: it is not reachable and has another turn then; `None`: it is gone.
+    /// The check of this number, which is due; `Err`: it is not reachable and has another turn then; `None`: it is gone,
+    /// or there is nothing to check any more.
     pub fn order(&mut self, now: Duration, number: u64, random: u32) -> Option<Result<Order, Duration>> {
         let entry = self.entries.get_mut(&number)?;
+        if entry.target.health.check == Check::None {
+            entry.scheduled = false;
+            return None;
+        }
         if !entry.target.reachable {
             entry.due = next_turn(entry, now, random);
             return Some(Err(entry.due));
@@ -208,7 +234,7 @@ impl Book {
     }
 
     fn row(&self, now: Duration, entry: &Entry) -> HealthRow {
-        let (Entry { key, target, checked, due }, health) = (entry, &entry.target.health);
+        let (Entry { key, target, checked, due, scheduled }, health) = (entry, &entry.target.health);
         HealthRow {
             service: key.0.clone(),
             backend: key.1.to_string(),
@@ -224,7 +250,7 @@ impl Book {
             unavail: checked.counts.unavailable,
             inconclusive: checked.counts.local,
             last_check: checked.last.map(|at| now.saturating_sub(at).as_secs()),
-            next: target.reachable.then(|| due.saturating_sub(now).as_secs()),
+            next: (target.reachable && *scheduled).then(|| due.saturating_sub(now).as_secs()),
             connect: checked.connect.map(|connect| connect.as_secs_f64() * 1000.0),
             source: target.source.map_or_else(|| "-".to_owned(), |source| source.to_string()),
             error: checked.error.clone(),

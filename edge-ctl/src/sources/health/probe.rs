@@ -122,7 +122,7 @@ async fn attempt(
         Check::Grpc { service, tls: Some(_) } => {
             grpc::ask(tls::handshake(tcp, address, connector).await?, address, service).await
         }
-        Check::Udp(_) => Ok(()),
+        Check::Udp(_) | Check::None => Ok(()),
     }
 }
 
