@@ -266,7 +266,7 @@ fn backends_routes_maps_and_flows_are_shown() {
     let sorted = lab.out("backend list --sort-by backend --no-headers");
     assert!(sorted.starts_with("ingress-https   10.1.0.9:443    kcontrol   up"), "{sorted}");
     assert!(lab.out("show ip route").ends_with("B>* 10.1.0.0/24 [20] via 172.16.1.80, ens33, 00:01:02\n"));
-    assert!(lab.out("map list").contains("25.0%    1.0Mi"), "{}", lab.out("map list"));
+    assert!(lab.out("map list").contains("25.0%       now    1.0Mi"), "{}", lab.out("map list"));
     assert_eq!(lab.out("map dump CONTROL --no-headers"), "0   seed=…\n");
     assert_eq!(lab.out("flow list web --limit 1 --no-headers").lines().count(), 1);
     assert_eq!(lab.out("show running-config"), "[edge]\n");

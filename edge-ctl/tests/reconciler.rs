@@ -100,7 +100,8 @@ fn desired(backends: &[&str]) -> DesiredState {
 }
 
 fn fill(members: &[PoolMember], _: TableShape) -> Vec<u16> {
-    (0..131).map(|slot: u16| slot % u16::try_from(members.len()).unwrap()).collect()
+    let members = u16::try_from(members.len()).unwrap();
+    if members == 0 { Vec::new() } else { (0..131).map(|slot: u16| slot % members).collect() }
 }
 
 fn quick() -> Intervals {

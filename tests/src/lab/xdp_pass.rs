@@ -43,6 +43,9 @@ struct Load {
     flags: u32,
 }
 
+/// `BPF_F_XDP_HAS_FRAGS` (5.18): a veth of more than a page of MTU takes no other program.
+const HAS_FRAGS: u32 = 1 << 5;
+
 /// `union bpf_attr` as far as making a link of XDP reads it.
 #[repr(C)]
 struct Link {
@@ -74,9 +77,12 @@ fn load() -> io::Result<OwnedFd> {
         instruction_count: INSTRUCTIONS.len() as u32,
         instructions: INSTRUCTIONS.as_ptr() as u64,
         license: license.as_ptr() as u64,
+        flags: HAS_FRAGS,
         ..Load::default()
     };
-    let descriptor = bpf(BPF_PROG_LOAD, &attributes)?;
+    // Kernels before 5.18 refuse the flag.
+    let descriptor =
+        bpf(BPF_PROG_LOAD, &attributes).or_else(|_| bpf(BPF_PROG_LOAD, &Load { flags: 0, ..attributes }))?;
     // SAFETY: the kernel has just given this descriptor to us, and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
