@@ -28,7 +28,7 @@ const TIMEOUT: Duration = Duration::from_millis(150);
 const FALL: u32 = 3;
 const RISE: u32 = 2;
 /// What the machine may add to a change, reading it by the command line included.
-const TOLERANCE: Duration = Duration::from_millis(600);
+const TOLERANCE: Duration = Duration::from_millis(2_000);
 const SOON: Duration = Duration::from_secs(20);
 /// Ports of the pods' test servers, one for each kind of check.
 const WEB: u16 = 8090;

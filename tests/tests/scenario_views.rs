@@ -26,7 +26,7 @@ const SOON: Duration = Duration::from_secs(5);
 /// Views of which the pins know everything but these columns.
 const VIEWS: [(&[&str], &[&str]); 6] = [
     (&["service", "list"], &["conn/s", "rx/s", "tx/s", "announced", "age"]),
-    (&["backend", "list"], &["conn/s", "node", "source", "snat"]),
+    (&["backend", "list"], &["conn/s", "node", "source", "snat", "conditions"]),
     (&["flow", "list"], &["idle", "age"]),
     // The daemon has the flow tables counted by its sweep, a moment ago.
     (&["map", "list"], &["entries", "counted"]),

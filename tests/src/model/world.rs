@@ -148,7 +148,9 @@ fn service(world: &mut World, dice: &mut Dice, number: u32, port: u16, protocol:
         let spread = if dice.chance(25) { 1 } else { members };
         pool.table = (0..len).map(|_| dice.roll(spread) as u16).collect();
     }
-    let ports = dice.pick(&[1, 2, 3, 8, 64, 1000]);
+    // Wide enough that no flow gets to the candidates under pressure, at which the program takes ports from clients that gave
+    // up: which of those it ends on its way is not in the model (datapath_protect and datapath_snat have the fixtures).
+    let ports = dice.pick(&[1000, 2000, 4000]);
     let snat_count = if without_source { 0 } else { dice.pick(&[0, 0, 0, 1, 2, 4]) };
     let mut snat_addresses = [[0; 4]; SNAT_ADDRESSES];
     let choices = [SNAT, Ipv4Addr::new(10, 1, 0, 2), Ipv4Addr::new(10, 1, 0, 3), VIP];
