@@ -32,7 +32,7 @@ fn each(test: impl Fn(Hook, u8) -> Result<()>) -> Result<()> {
 
 /// Sends `len` bytes there and back.
 fn echo(len: usize) -> Result<()> {
-    let mut stream = TcpStream::connect_timeout(&vip().into(), PATIENCE)?;
+    let mut stream = TcpStream::connect_timeout(&vip(), PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     let sent: Vec<u8> = (0..len).map(|i| (i % 251) as u8).collect();

@@ -70,7 +70,7 @@ fn echo_udp() -> Result<()> {
 }
 
 fn echo_tcp() -> Result<()> {
-    let stream = TcpStream::connect_timeout(&vip().into(), PATIENCE)?;
+    let stream = TcpStream::connect_timeout(&vip(), PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     let sent: Vec<u8> = (0..TCP_BYTES).map(|at| (at % 251) as u8).collect();
     let (mut reader, mut writer, copy) = (stream.try_clone()?, stream, sent.clone());
