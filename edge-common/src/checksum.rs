@@ -3,6 +3,8 @@
 //! A ones'-complement sum does not depend on byte order, so everything here works on 16-bit words loaded as they
 //! stand in the packet; no value is ever swapped.
 
+use crate::address::Address;
+
 /// What a TTL decrement adds to the IPv4 header's sum: minus one in the high byte of its word.
 pub const TTL_DECREMENT: u16 = !u16::from_ne_bytes([1, 0]);
 
@@ -21,14 +23,14 @@ pub const fn add(a: u16, b: u16) -> u16 {
 
 /// New minus old, for one 32-bit field; unfolded, at most four 16-bit words.
 #[inline(always)]
-const fn difference(old: u32, new: u32) -> u32 {
+pub(crate) const fn difference(old: u32, new: u32) -> u32 {
     (!old & 0xffff) + (!old >> 16) + (new & 0xffff) + (new >> 16)
 }
 
 /// The difference that replacing both addresses makes. Addresses as loaded from the packet.
 #[inline(always)]
-pub const fn address_delta(old_src: u32, old_dst: u32, new_src: u32, new_dst: u32) -> u16 {
-    fold(difference(old_src, new_src) + difference(old_dst, new_dst))
+pub fn address_delta<A: Address>(old_src: A, old_dst: A, new_src: A, new_dst: A) -> u16 {
+    fold(A::difference(old_src, new_src) + A::difference(old_dst, new_dst))
 }
 
 /// The difference that replacing both ports makes. Ports as loaded from the packet.
@@ -93,6 +95,20 @@ mod tests {
                 port_delta(old_ports[0], old_ports[1], new_ports[0], new_ports[1]),
             );
             prop_assert_eq!(apply(sum(old, old_ports), delta), sum(new, new_ports));
+        }
+
+        #[test]
+        fn an_incremental_update_equals_a_recomputation_for_ipv6(
+            old in any::<[[u32; 4]; 2]>(), new in any::<[[u32; 4]; 2]>(),
+            rest in proptest::collection::vec(any::<u16>(), 0..40), protocol in 1u16..,
+        ) {
+            let sum = |addresses: [[u32; 4]; 2]| {
+                let mut words = rest.clone();
+                words.push(protocol);
+                for word in addresses.as_flattened() { words.extend(halves(*word)); }
+                full(&words)
+            };
+            prop_assert_eq!(apply(sum(old), address_delta(old[0], old[1], new[0], new[1])), sum(new));
         }
 
         #[test]

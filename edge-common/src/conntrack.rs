@@ -20,7 +20,7 @@
 use crate::flow::{TCP, UDP};
 use crate::maps::flow_flag;
 
-/// Life of a flow, as kept in `FlowV4::state`.
+/// Life of a flow, as kept in `Flow::state`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum State {
@@ -54,7 +54,7 @@ impl State {
     }
 }
 
-/// Which way an entry's packets go, as kept in `FlowV4::direction`.
+/// Which way an entry's packets go, as kept in `Flow::direction`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Direction {

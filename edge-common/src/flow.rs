@@ -5,16 +5,17 @@ pub const TCP: u8 = 6;
 /// IP protocol number of UDP.
 pub const UDP: u8 = 17;
 
-/// One direction of an IPv4 TCP or UDP flow, as seen in the packet: every field in network byte order.
+/// One direction of a TCP or UDP flow, as seen in the packet: every field in network byte order.
 ///
-/// 16 bytes, alignment 4, no implicit padding; `_pad` must be zero, since maps compare keys as bytes.
+/// Without implicit padding; `_pad` must be zero, since maps compare keys as bytes. 16 bytes for IPv4, 40 for IPv6,
+/// alignment 4.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct FlowKeyV4 {
+pub struct FlowKey<A> {
     /// Source address, network order.
-    pub src: u32,
+    pub src: A,
     /// Destination address, network order.
-    pub dst: u32,
+    pub dst: A,
     /// Source port, network order.
     pub src_port: u16,
     /// Destination port, network order.
@@ -25,10 +26,15 @@ pub struct FlowKeyV4 {
     pub _pad: [u8; 3],
 }
 
-impl FlowKeyV4 {
+/// The key of an IPv4 flow.
+pub type FlowKeyV4 = FlowKey<u32>;
+/// The key of an IPv6 flow.
+pub type FlowKeyV6 = FlowKey<[u32; 4]>;
+
+impl<A: Copy> FlowKey<A> {
     /// A key from wire values (network byte order).
     #[inline(always)]
-    pub const fn new(src: u32, dst: u32, src_port: u16, dst_port: u16, protocol: u8) -> Self {
+    pub const fn new(src: A, dst: A, src_port: u16, dst_port: u16, protocol: u8) -> Self {
         Self { src, dst, src_port, dst_port, protocol, _pad: [0; 3] }
     }
 
@@ -42,4 +48,6 @@ impl FlowKeyV4 {
 const _: () = {
     assert!(size_of::<FlowKeyV4>() == 16);
     assert!(align_of::<FlowKeyV4>() == 4);
+    assert!(size_of::<FlowKeyV6>() == 40);
+    assert!(align_of::<FlowKeyV6>() == 4);
 };

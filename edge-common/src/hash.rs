@@ -1,21 +1,27 @@
 //! The keyed tuple hash (SipHash-1-3) that picks a backend: all edges of one group share the seed, so they agree
 //! without talking, and a client cannot aim at one backend without knowing it.
 
-use crate::flow::FlowKeyV4;
+use crate::{
+    address::Address,
+    flow::{FlowKey, FlowKeyV4, FlowKeyV6},
+};
 
-/// SipHash-1-3 of 16 bytes, given as two little-endian words.
+/// SipHash-1-3 of `N` little-endian words.
 #[inline(always)]
-pub const fn siphash13(seed: [u64; 2], message: [u64; 2]) -> u64 {
+pub const fn siphash13<const N: usize>(seed: [u64; 2], message: [u64; N]) -> u64 {
     let mut state = [
         seed[0] ^ 0x736f_6d65_7073_6575,
         seed[1] ^ 0x646f_7261_6e64_6f6d,
         seed[0] ^ 0x6c79_6765_6e65_7261,
         seed[1] ^ 0x7465_6462_7974_6573,
     ];
-    state = absorb(state, message[0]);
-    state = absorb(state, message[1]);
-    // The last block holds the length, 16, in its top byte and no more message bytes.
-    state = absorb(state, 16 << 56);
+    let mut word = 0;
+    while word < N {
+        state = absorb(state, message[word]);
+        word += 1;
+    }
+    // The last block holds the length in bytes in its top byte and no more message bytes.
+    state = absorb(state, (N as u64 * 8) << 56);
     state[2] ^= 0xff;
     state = round(round(round(state)));
     state[0] ^ state[1] ^ state[2] ^ state[3]
@@ -44,12 +50,34 @@ const fn round([mut a, mut b, mut c, mut d]: [u64; 4]) -> [u64; 4] {
     [a, b, c, d]
 }
 
-/// The hash of a client's tuple (client address and port, VIP and port, protocol), over the key's 16 bytes.
+/// The hash of a client's tuple (client address and port, VIP and port, protocol), over the key's bytes.
 #[inline(always)]
-pub const fn tuple(seed: [u64; 2], key: &FlowKeyV4) -> u64 {
-    let addresses = key.src.to_le() as u64 | (key.dst.to_le() as u64) << 32;
-    let rest = key.src_port.to_le() as u64 | (key.dst_port.to_le() as u64) << 16 | (key.protocol as u64) << 32;
-    siphash13(seed, [addresses, rest])
+pub fn tuple<A: Address>(seed: [u64; 2], key: &FlowKey<A>) -> u64 {
+    A::tuple_hash(seed, key)
+}
+
+/// [`tuple`] over the 16 bytes of an IPv4 key.
+#[inline(always)]
+pub(crate) const fn tuple_v4(seed: [u64; 2], key: &FlowKeyV4) -> u64 {
+    siphash13(seed, [pair(key.src, key.dst), rest(key)])
+}
+
+/// [`tuple`] over the 40 bytes of an IPv6 key.
+#[inline(always)]
+pub(crate) const fn tuple_v6(seed: [u64; 2], key: &FlowKeyV6) -> u64 {
+    let (src, dst) = (&key.src, &key.dst);
+    let message = [pair(src[0], src[1]), pair(src[2], src[3]), pair(dst[0], dst[1]), pair(dst[2], dst[3]), rest(key)];
+    siphash13(seed, message)
+}
+
+#[inline(always)]
+const fn pair(first: u32, second: u32) -> u64 {
+    first.to_le() as u64 | (second.to_le() as u64) << 32
+}
+
+#[inline(always)]
+const fn rest<A>(key: &FlowKey<A>) -> u64 {
+    key.src_port.to_le() as u64 | (key.dst_port.to_le() as u64) << 16 | (key.protocol as u64) << 32
 }
 
 /// The `index`th point of a Weyl sequence over `0..span`: consecutive indices land far apart, and each stretch of
@@ -112,6 +140,16 @@ mod tests {
             bytes[12] = 6;
             let mut hasher = std::hash::DefaultHasher::new();
             hasher.write(&bytes);
+            prop_assert_eq!(tuple([0, 0], &key), hasher.finish());
+        }
+
+        #[test]
+        fn the_tuple_hash_covers_all_bytes_of_an_ipv6_key(src in any::<[u32; 4]>(), dst in any::<[u32; 4]>(), ports in any::<[u16; 2]>()) {
+            let key = FlowKeyV6::new(src, dst, ports[0], ports[1], 17);
+            let mut hasher = std::hash::DefaultHasher::new();
+            for word in src.iter().chain(&dst) { hasher.write(&word.to_ne_bytes()); }
+            for port in ports { hasher.write(&port.to_ne_bytes()); }
+            hasher.write(&[17, 0, 0, 0]);
             prop_assert_eq!(tuple([0, 0], &key), hasher.finish());
         }
 

@@ -4,6 +4,7 @@
 //! `no_std` and without dependencies, so that the same code compiles for `bpfel-unknown-none` and for tests.
 #![no_std]
 
+pub mod address;
 pub mod checksum;
 pub mod conntrack;
 pub mod filter;

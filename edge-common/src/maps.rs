@@ -2,18 +2,28 @@
 //! alignments and the offsets that matter are asserted at compile time, because a pinned map outlives the
 //! program that made it.
 //!
+//! Addresses that one map holds for both families are [`Wide`]: 16 bytes, IPv4 as v4-mapped.
+//!
 //! Numbers: services, backends and next hops are array indices from 1; 0 means "none" (and counts what
 //! belongs to no service).
+
+use crate::{
+    address::{Address, Wide},
+    checksum,
+    conntrack::Direction,
+    filter,
+    flow::FlowKey,
+    verdict,
+};
+
+pub use crate::address::mapped;
 
 mod selection;
 pub use selection::{AFFINITY_ENTRIES, AffinityEntry, AffinityKey, Pending, active, less_loaded, load_weight};
 
-use crate::{checksum, conntrack::Direction, filter, flow::FlowKeyV4, verdict};
-
 mod protect;
 pub use protect::{
-    RANGE_PREFIX, RangeSource, SOURCE_RANGES, SOURCES, SourceId, SourceKey, SourceRange, SourceUse, mapped,
-    range_action,
+    RANGE_PREFIX, RangeSource, SOURCE_RANGES, SOURCES, SourceId, SourceKey, SourceRange, SourceUse, range_action,
 };
 
 pub mod capture;
@@ -35,7 +45,13 @@ pub mod name {
     pub const HALF_OPEN: &str = "HALF_OPEN";
     /// `LruHashMap<FlowKeyV4, FlowV4>`: flows after FIN or RST, and resting SNAT ports.
     pub const CLOSING: &str = "CLOSING";
-    /// `HashMap<ServiceKeyV4, u32>`: frontend to service number.
+    /// As [`ESTABLISHED`], `HashMap<FlowKeyV6, FlowV6>`.
+    pub const ESTABLISHED_V6: &str = "ESTABLISHED_V6";
+    /// As [`HALF_OPEN`], `LruHashMap<FlowKeyV6, FlowV6>`.
+    pub const HALF_OPEN_V6: &str = "HALF_OPEN_V6";
+    /// As [`CLOSING`], `LruHashMap<FlowKeyV6, FlowV6>`.
+    pub const CLOSING_V6: &str = "CLOSING_V6";
+    /// `HashMap<ServiceKey, u32>`: frontend to service number.
     pub const SERVICE_INDEX: &str = "SERVICE_INDEX";
     /// `Array<ServiceEntry>` by service number.
     pub const SERVICES: &str = "SERVICES";
@@ -61,7 +77,7 @@ pub mod name {
     pub const SELECTION_MET_FULL: &str = "SELECTION_MET_FULL";
     /// `LruHashMap<AffinityKey, AffinityEntry>`: where clients of services with affinity are at home.
     pub const AFFINITY: &str = "AFFINITY";
-    /// `HashMap<ServiceKeyV4, u32>`: a dnat backend's address, port, protocol to its number.
+    /// `HashMap<ServiceKey, u32>`: a dnat backend's address, port, protocol to its number.
     pub const BACKEND_INDEX: &str = "BACKEND_INDEX";
     /// `Array<Chunk>`: selection regions, see [`super::SelectionHeader`].
     pub const SELECTION: &str = "SELECTION";
@@ -117,6 +133,9 @@ pub mod name {
         ESTABLISHED,
         HALF_OPEN,
         CLOSING,
+        ESTABLISHED_V6,
+        HALF_OPEN_V6,
+        CLOSING_V6,
         SERVICE_INDEX,
         SERVICES,
         SERVICE_LABELS,
@@ -174,7 +193,7 @@ pub mod name {
 
 /// Version of the meaning of fields, part of every pin's layout hash. To be raised where a field changes its meaning and
 /// no size changes with it.
-pub const LAYOUT: u32 = 2;
+pub const LAYOUT: u32 = 3;
 
 /// Default entries of [`name::ESTABLISHED`]: two per flow.
 pub const ESTABLISHED_ENTRIES: u32 = 1 << 19;
@@ -182,6 +201,12 @@ pub const ESTABLISHED_ENTRIES: u32 = 1 << 19;
 pub const HALF_OPEN_ENTRIES: u32 = 1 << 18;
 /// Default entries of [`name::CLOSING`].
 pub const CLOSING_ENTRIES: u32 = 1 << 18;
+/// Default entries of [`name::ESTABLISHED_V6`].
+pub const ESTABLISHED_V6_ENTRIES: u32 = 1 << 17;
+/// Default entries of [`name::HALF_OPEN_V6`].
+pub const HALF_OPEN_V6_ENTRIES: u32 = 1 << 16;
+/// Default entries of [`name::CLOSING_V6`].
+pub const CLOSING_V6_ENTRIES: u32 = 1 << 16;
 /// Frontends, number 0 included.
 pub const SERVICES: u32 = 1024;
 /// Backends, number 0 included.
@@ -195,12 +220,12 @@ pub const SELECTION_CHUNKS: u32 = 1 << 16;
 /// Source addresses a service may have for SNAT.
 pub const SNAT_ADDRESSES: usize = 4;
 
-/// Key of [`name::SERVICE_INDEX`] and [`name::BACKEND_INDEX`]: address and port in network order. 8 bytes.
+/// Key of [`name::SERVICE_INDEX`] and [`name::BACKEND_INDEX`]: address and port in network order. 20 bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ServiceKeyV4 {
+pub struct ServiceKey {
     /// Address, network order.
-    pub address: u32,
+    pub address: Wide,
     /// Port, network order.
     pub port: u16,
     /// IP protocol number.
@@ -209,25 +234,25 @@ pub struct ServiceKeyV4 {
     pub _pad: u8,
 }
 
-/// A direction of a flow, and all that a packet of it needs. 104 bytes, alignment 8.
+/// A direction of a flow, and all that a packet of it needs. 104 bytes for IPv4, 152 for IPv6, alignment 8.
 ///
 /// Changed in place, never re-inserted; `key` and `sequence` tell a reader whether a copy is of one flow.
-/// The key of the other direction's entry (the twin) is the reversed rewritten tuple: [`FlowV4::twin`].
+/// The key of the other direction's entry (the twin) is the reversed rewritten tuple: [`Flow::twin`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct FlowV4 {
+pub struct Flow<A> {
     /// This entry's own key.
-    pub key: FlowKeyV4,
+    pub key: FlowKey<A>,
     /// Source address after rewriting, network order.
-    pub new_src: u32,
+    pub new_src: A,
     /// Destination address after rewriting, network order.
-    pub new_dst: u32,
+    pub new_dst: A,
     /// Source port after rewriting, network order.
     pub new_src_port: u16,
     /// Destination port after rewriting, network order.
     pub new_dst_port: u16,
     /// Ones'-complement difference of both addresses (new minus old), as 16-bit words in network order; the
-    /// pseudo-header's part of the L4 checksum and all of the IPv4 header's.
+    /// pseudo-header's part of the L4 checksum and all of the IPv4 header's (IPv6 has none).
     pub address_delta: u16,
     /// Ones'-complement difference of both ports, as above; not part of a CHECKSUM_PARTIAL.
     pub port_delta: u16,
@@ -270,11 +295,16 @@ pub struct FlowV4 {
     pub bytes: u64,
 }
 
-impl FlowV4 {
+/// A direction of an IPv4 flow.
+pub type FlowV4 = Flow<u32>;
+/// A direction of an IPv6 flow.
+pub type FlowV6 = Flow<[u32; 4]>;
+
+impl<A: Address> Flow<A> {
     /// The key of the other direction's entry.
     #[inline(always)]
-    pub const fn twin(&self) -> FlowKeyV4 {
-        FlowKeyV4::new(self.new_dst, self.new_src, self.new_dst_port, self.new_src_port, self.key.protocol)
+    pub const fn twin(&self) -> FlowKey<A> {
+        FlowKey::new(self.new_dst, self.new_src, self.new_dst_port, self.new_src_port, self.key.protocol)
     }
 
     /// Makes this entry the other direction's: reversed tuple, complemented deltas, no next hop, no packets.
@@ -297,14 +327,14 @@ impl FlowV4 {
 
     /// Writes both checksum deltas from the tuple and its rewritten form.
     #[inline(always)]
-    pub const fn set_deltas(&mut self) {
+    pub fn set_deltas(&mut self) {
         self.address_delta = checksum::address_delta(self.key.src, self.key.dst, self.new_src, self.new_dst);
         self.port_delta =
             checksum::port_delta(self.key.src_port, self.key.dst_port, self.new_src_port, self.new_dst_port);
     }
 }
 
-/// Bits of [`FlowV4::flags`].
+/// Bits of [`Flow::flags`].
 pub mod flow_flag {
     /// The backend's SYN-ACK was seen; `ack_floor` is valid.
     pub const SYN_ACK_SEEN: u16 = 1 << 0;
@@ -322,12 +352,12 @@ pub mod flow_flag {
     pub const UNANSWERED: u16 = 1 << 5;
 }
 
-/// A frontend: one listen address of one service. 80 bytes, alignment 4.
+/// A frontend: one listen address of one service. 140 bytes, alignment 4.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ServiceEntry {
     /// VIP, network order.
-    pub address: u32,
+    pub address: Wide,
     /// Listen port, network order.
     pub port: u16,
     /// IP protocol number; 0: this number is free.
@@ -339,8 +369,8 @@ pub struct ServiceEntry {
     pub selection: u32,
     /// How many of `snat_addresses` are set; 0: the backend's own `snat_address` serves.
     pub snat_count: u32,
-    /// SNAT source addresses, network order.
-    pub snat_addresses: [u32; SNAT_ADDRESSES],
+    /// SNAT source addresses, network order, of the VIP's family.
+    pub snat_addresses: [Wide; SNAT_ADDRESSES],
     /// Lowest SNAT port, host order.
     pub snat_port_min: u16,
     /// Highest SNAT port, inclusive, host order.
@@ -405,12 +435,12 @@ pub mod mode {
     pub const DNAT: u8 = 1;
 }
 
-/// A backend of one service. 20 bytes, alignment 4.
+/// A backend of one service, of its VIP's family. 44 bytes, alignment 4.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BackendEntry {
     /// Address, network order.
-    pub address: u32,
+    pub address: Wide,
     /// Port, network order.
     pub port: u16,
     /// IP protocol number; 0: this number is free.
@@ -419,8 +449,8 @@ pub struct BackendEntry {
     pub _pad: u8,
     /// The service number it belongs to.
     pub service: u32,
-    /// The host's address that the kernel would use towards this backend, network order; 0: not known yet.
-    pub snat_address: u32,
+    /// The host's address that the kernel would use towards this backend, network order; all zero: not known yet.
+    pub snat_address: Wide,
     /// Connections it may have at once; 0: no limit.
     pub limit: u32,
 }
@@ -470,14 +500,15 @@ pub struct SelectionHeader {
     pub backup: u32,
 }
 
-/// Where packets leave. 32 bytes, alignment 4. A neighbour's new MAC is one write here.
+/// Where packets leave. 44 bytes, alignment 4. A neighbour's new MAC is one write here.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct NextHop {
     /// Egress interface.
     pub ifindex: u32,
     /// The neighbour's address, network order: the gateway, or the destination itself on a connected network.
-    pub neighbour: u32,
+    /// Of either family, whatever the packets' is (RFC 8950: an IPv4 route may have an IPv6 gateway).
+    pub neighbour: Wide,
     /// Destination MAC.
     pub dst_mac: [u8; 6],
     /// Source MAC.
@@ -524,14 +555,14 @@ pub mod notice {
     }
 }
 
-/// Key of [`name::NEXT_HOP_INDEX`]. 8 bytes.
+/// Key of [`name::NEXT_HOP_INDEX`]. 20 bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NeighbourKey {
     /// Egress interface.
     pub ifindex: u32,
     /// Neighbour address, network order.
-    pub address: u32,
+    pub address: Wide,
 }
 
 /// The prefilter of [`crate::filter`]: which addresses make a packet worth a lookup. 16 KiB.
@@ -603,20 +634,24 @@ pub const REASON_SLOTS: u32 = SERVICES * verdict::REASONS;
 const INSERTED: usize = if cfg!(feature = "layout-test") { 8 } else { 0 };
 
 const _: () = {
-    assert!(size_of::<ServiceKeyV4>() == 8);
+    assert!(size_of::<ServiceKey>() == 20);
     assert!(size_of::<FlowV4>() == 104 + INSERTED && align_of::<FlowV4>() == 8);
     assert!(core::mem::offset_of!(FlowV4, new_src) == 16);
     assert!(core::mem::offset_of!(FlowV4, address_delta) == 28);
     assert!(core::mem::offset_of!(FlowV4, next_hop) == 32 + INSERTED);
     assert!(core::mem::offset_of!(FlowV4, state) == 52 + INSERTED);
     assert!(core::mem::offset_of!(FlowV4, created) == 72 + INSERTED);
-    assert!(size_of::<ServiceEntry>() == 80 && align_of::<ServiceEntry>() == 4);
-    assert!(core::mem::offset_of!(ServiceEntry, selection) == 8);
-    assert!(size_of::<BackendEntry>() == 20);
+    assert!(size_of::<FlowV6>() == 152 + INSERTED && align_of::<FlowV6>() == 8);
+    assert!(core::mem::offset_of!(FlowV6, new_src) == 40);
+    assert!(core::mem::offset_of!(FlowV6, address_delta) == 76);
+    assert!(core::mem::offset_of!(FlowV6, created) == 120 + INSERTED);
+    assert!(size_of::<ServiceEntry>() == 140 && align_of::<ServiceEntry>() == 4);
+    assert!(core::mem::offset_of!(ServiceEntry, selection) == 20);
+    assert!(size_of::<BackendEntry>() == 44);
     assert!(size_of::<Chunk>() == CHUNK_BYTES);
     assert!(size_of::<SelectionHeader>() == 20);
-    assert!(size_of::<NextHop>() == 32);
-    assert!(size_of::<NeighbourKey>() == 8);
+    assert!(size_of::<NextHop>() == 44);
+    assert!(size_of::<NeighbourKey>() == 20);
     assert!(size_of::<Control>() == 32);
     assert!(size_of::<ServiceStats>() == 56);
 };
@@ -625,6 +660,7 @@ const _: () = {
 mod pod {
     #![allow(unsafe_code, reason = "aya::Pod is an unsafe marker; this is the one place that asserts it")]
     use super::*;
+    use crate::flow::{FlowKeyV4, FlowKeyV6};
     macro_rules! pod {
         ($($t:ty),* $(,)?) => {$(
             // SAFETY: repr(C), integers only, explicit padding (asserted above), Copy and 'static.
@@ -634,7 +670,9 @@ mod pod {
     pod!(
         FlowKeyV4,
         FlowV4,
-        ServiceKeyV4,
+        FlowKeyV6,
+        FlowV6,
+        ServiceKey,
         ServiceEntry,
         BackendEntry,
         Chunk,

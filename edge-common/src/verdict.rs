@@ -133,6 +133,8 @@ reasons! {
     ViaStack = 3, "via-stack";
     /// Passed: a later fragment to or from one of our addresses whose first one has not been seen, or is nobody's of ours.
     Fragment = 4, "fragment";
+    /// Passed: IPv6 extension headers that only the stack can judge: too many, or a routing header not done with.
+    ExtensionHeaders = 54, "extension-headers";
     /// Dropped: headers cut short or inconsistent.
     Malformed = 8, "malformed";
     /// Dropped: TTL expired; the sender was told.

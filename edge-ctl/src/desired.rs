@@ -234,7 +234,8 @@ fn build_frontend(config: &Config, inputs: &Inputs<'_>, service: &Service, front
     let pool = members(inputs, service, frontend).map(|(members, source)| {
         let allowed = members.into_iter().filter(|member| within(&config.edge.pod_networks, member.address.ip()));
         let known = inputs.adopted.get(frontend).map_or(&[][..], Vec::as_slice);
-        allowed.map(|member| build_backend(inputs, service, known, member, source)).collect::<Vec<_>>()
+        let vip = frontend.address.ip();
+        allowed.map(|member| build_backend(inputs, service, vip, known, member, source)).collect::<Vec<_>>()
     });
     let (pool, panic) = match pool {
         Some(pool) => {
@@ -351,18 +352,20 @@ pub fn is_covered(routes: &RouteSet, kernel_prefixes: &[IpNet], address: IpAddr)
 fn build_backend(
     inputs: &Inputs<'_>,
     service: &Service,
+    vip: IpAddr,
     adopted: &[AdoptedBackend],
     member: PoolMember,
     source: &'static str,
 ) -> DesiredBackend {
     let address = member.address.ip();
+    let same_family = |other: &IpAddr| other.is_ipv4() == address.is_ipv4();
     let before = adopted.iter().find(|backend| backend.address == member.address);
     let route = inputs.routes.lookup(address).filter(|(prefix, _)| prefix.prefix_len() > 0);
     let benefit_of_doubt = !inputs.routes_settled && !inputs.covered_before.contains(&address);
     let covered = is_covered(inputs.routes, inputs.kernel_prefixes, address)
         || (benefit_of_doubt && before.is_some_and(|backend| backend.eligible));
     let snat_address = inputs.snat_sources.get(&address).copied().or(before.and_then(|backend| backend.snat_address));
-    let needs_source = service.mode == Mode::FullNat && service.snat.addresses.is_empty();
+    let needs_source = service.mode == Mode::FullNat && !service.snat.addresses.iter().any(same_family);
     let starts_as = match (&service.health, before) {
         (None, _) => Verdict::Up,
         // What got no flows before a restart has to show that it may have some, where there is a check to show it.
@@ -375,6 +378,7 @@ fn build_backend(
     let facts = Facts {
         source,
         start: starts_as,
+        same_family: same_family(&vip),
         route: match route {
             _ if !covered => Route::Missing,
             Some((prefix, _)) => Route::Bgp(prefix),

@@ -26,7 +26,7 @@ use aya_obj::programs::XdpAttachType;
 use edge_common::{
     filter,
     flow::{FlowKeyV4, TCP},
-    maps::{AddressFilter, FlowV4, SERVICES, ServiceEntry, ServiceKeyV4, ServiceStats, name},
+    maps::{AddressFilter, FlowV4, SERVICES, ServiceEntry, ServiceKey, ServiceStats, name},
 };
 use edge_ctl::{
     config::valid::{Edge, Hook, Tables},
@@ -44,7 +44,7 @@ use edge_ctl::{
     },
     reconcile::{
         actor::{Intervals, Reconciler},
-        ports::{AnnouncementPort, DatapathPort, PortError, wire},
+        ports::{AnnouncementPort, DatapathPort, PortError},
     },
 };
 use ipnet::IpNet;
@@ -100,7 +100,14 @@ fn edge(folder: &Path, hook: Hook, interfaces: &[&str]) -> Edge {
         socket: folder.join("edge.sock"),
         state_dir: folder.join("state"),
         seed_file: None,
-        tables: Tables { established: 4096, half_open: 4096, closing: 4096 },
+        tables: Tables {
+            established: 4096,
+            half_open: 4096,
+            closing: 4096,
+            established_v6: 4096,
+            half_open_v6: 4096,
+            closing_v6: 4096,
+        },
     }
 }
 
@@ -174,8 +181,8 @@ fn what_the_program_says_with_no_daemon_waits_for_the_next_one() {
 
         let all = AddressFilter { destinations: [u64::MAX; filter::WORDS], sources: [0; filter::WORDS] };
         pins::open::<Array<MapData, AddressFilter>>(&pins, name::ADDRESS_FILTER).unwrap().set(0, all, 0).unwrap();
-        let frontend = ServiceKeyV4 { address: 0, port: 0, protocol: TCP, _pad: 0 };
-        let mut index: HashMap<MapData, ServiceKeyV4, u32> = pins::open(&pins, name::SERVICE_INDEX).unwrap();
+        let frontend = ServiceKey { address: edge_common::address::mapped(0), port: 0, protocol: TCP, _pad: 0 };
+        let mut index: HashMap<MapData, ServiceKey, u32> = pins::open(&pins, name::SERVICE_INDEX).unwrap();
         index.insert(frontend, SERVICES, 0).unwrap();
         // A SYN from and to zeroes.
         let mut frame = [0_u8; 64];
@@ -587,7 +594,7 @@ fn what_the_reconciler_wrote_is_found_again_by_the_next_one_which_writes_nothing
         let rows = view.map_rows().unwrap();
         assert_eq!(rows.len(), name::ALL.len() + name::DAEMON.len());
         let index = rows.iter().find(|row| row.name == "SERVICE_INDEX").unwrap();
-        assert_eq!((index.entries, index.key), (Some(1), 8));
+        assert_eq!((index.entries, index.key), (Some(1), 20));
         // Tries take memory with their entries only.
         assert!(rows.iter().all(|row| row.memory > 0 || row.name == "SOURCE_RANGES" && row.entries == Some(0)));
         assert!(rows.iter().all(|row| PathBuf::from(&row.pin).exists()));
@@ -595,9 +602,8 @@ fn what_the_reconciler_wrote_is_found_again_by_the_next_one_which_writes_nothing
 }
 
 fn flow(port: u16, last_seen: u64) -> FlowV4 {
-    let client = wire("192.0.2.1".parse().unwrap());
-    let vip = wire("172.16.1.88".parse().unwrap());
-    let backend = wire("10.1.0.4".parse().unwrap());
+    let word = |address: [u8; 4]| u32::from_ne_bytes(address);
+    let (client, vip, backend) = (word([192, 0, 2, 1]), word([172, 16, 1, 88]), word([10, 1, 0, 4]));
     FlowV4 {
         key: FlowKeyV4::new(client, vip, port.to_be(), 8443_u16.to_be(), TCP),
         new_src: vip,

@@ -3,15 +3,15 @@
 
 use edge_common::{
     conntrack::ticks,
-    maps::{Control, FlowV4, capture::CaptureHeader},
+    maps::{Control, Flow, capture::CaptureHeader},
 };
 
-use crate::{maps, packet::Packet};
+use crate::{family::Family, maps, packet::Packet};
 
 /// Copies the packet of a flow, as it is now, where the capture in force asks for it. An order that nobody renews ends by
 /// itself.
 #[inline(never)]
-pub fn copy<P: Packet>(packet: &mut P, flow: &FlowV4, side: u8) {
+pub fn copy<A: Family, P: Packet>(packet: &mut P, flow: &Flow<A>, side: u8) {
     let Some(control) = maps::control() else {
         return;
     };
@@ -35,7 +35,7 @@ pub fn copy<P: Packet>(packet: &mut P, flow: &FlowV4, side: u8) {
 }
 
 #[inline(always)]
-fn wanted(control: &Control, flow: &FlowV4) -> bool {
+fn wanted<A: Family>(control: &Control, flow: &Flow<A>) -> bool {
     // The clock wraps after 52 days: the order is in force while its end lies less than half of that ahead.
     (control.capture_until.wrapping_sub(ticks(maps::now())) as i32) > 0
         && flow.service == u32::from(control.capture_service)

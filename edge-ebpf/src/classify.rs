@@ -1,32 +1,35 @@
 //! Packets without a flow: a frontend's, a dnat backend's, or somebody else's.
 
 use edge_common::{
+    address::unmapped,
     conntrack::opens,
     flow::UDP,
-    maps::ServiceKeyV4,
+    maps::ServiceKey,
     verdict::{Reason, Verdict},
 };
 
-use crate::{conntrack::Past, fib, maps, packet::Packet, parse::Parsed, pipeline::Side, stats::because};
+use crate::{
+    conntrack::Past, family::Family, fib, maps, packet::Packet, parse::Parsed, pipeline::Side, stats::because,
+};
 
 /// The packet starts a flow of the service noted in [`Past`].
 pub const NEW_FLOW: Verdict = Verdict::UNDECIDED;
 
 /// [`NEW_FLOW`] for a packet that starts a flow of a frontend; else passes the packet untouched, or drops what must not leave as it is.
 #[inline(never)]
-pub fn untracked<P: Packet>(packet: &mut P, parsed: &Parsed, side: Side, past: &mut Past) -> Verdict {
+pub fn untracked<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, side: Side, past: &mut Past<A>) -> Verdict {
     let key = &parsed.key;
-    let frontend = ServiceKeyV4 { address: key.dst, port: key.dst_port, protocol: key.protocol, _pad: 0 };
-    if let Some(service) = maps::frontend(&frontend) {
-        return if key.protocol == UDP || opens(parsed.flags) {
+    if let Some(service) = lookup(key.dst, key.dst_port, key.protocol, maps::frontend) {
+        return if parsed.lacks_checksum {
+            because(Reason::Malformed, service)
+        } else if key.protocol == UDP || opens(parsed.flags) {
             past.service = service;
             NEW_FLOW
         } else {
             because(Reason::NoFlow, service)
         };
     }
-    let source = ServiceKeyV4 { address: key.src, port: key.src_port, protocol: key.protocol, _pad: 0 };
-    match maps::dnat_backend(&source) {
+    match lookup(key.src, key.src_port, key.protocol, maps::dnat_backend) {
         Some(backend) if fib::leads_away(packet, parsed) => {
             because(Reason::ReplyWithoutFlow, maps::backend(backend).map_or(0, |backend| backend.service))
         }
@@ -34,4 +37,15 @@ pub fn untracked<P: Packet>(packet: &mut P, parsed: &Parsed, side: Side, past: &
         None if side == Side::ToUs => because(Reason::NoFrontend, 0),
         None => Verdict::PASS,
     }
+}
+
+/// The number of an address and port in a map that holds both families. A v4-mapped address in an IPv6 packet stands for
+/// nothing there: it would meet an IPv4 entry.
+#[inline(always)]
+fn lookup<A: Family>(address: A, port: u16, protocol: u8, number: impl Fn(&ServiceKey) -> Option<u32>) -> Option<u32> {
+    let address = address.wide();
+    if A::V6 && unmapped(&address).is_some() {
+        return None;
+    }
+    number(&ServiceKey { address, port, protocol, _pad: 0 })
 }

@@ -2,13 +2,14 @@
 
 use edge_common::{
     conntrack::{self, Direction, State, Step, next_touch, opens, tcp_flag::RST},
-    flow::{FlowKeyV4, UDP},
-    maps::{FlowV4, ServiceEntry, flow_flag},
+    flow::{FlowKey, UDP},
+    maps::{Flow, ServiceEntry, flow_flag},
     verdict::{Reason, Verdict},
 };
 
 use crate::{
     events,
+    family::Family,
     maps::{self, EEXIST, ENOENT, Table, scratch::scratch},
     parse::Parsed,
     protect, select,
@@ -23,7 +24,7 @@ pub const FORWARD: Verdict = Verdict::FORWARD;
 /// A packet that may change its flow's state: [`FORWARD`] by the entry in `place`, or why not; [`NO_FLOW`] where it has none,
 /// or none any more.
 #[inline(always)]
-pub fn tracked(parsed: &Parsed, place: &mut Table, past: &mut Past) -> Verdict {
+pub fn tracked<A: Family>(parsed: &Parsed<A>, place: &mut Table, past: &mut Past<A>) -> Verdict {
     let key = &parsed.key;
     // By value as well: of a number read back from `place` the verifier knows nothing.
     if let Some(flow) = maps::flow(Table::Established, key) {
@@ -44,28 +45,40 @@ pub fn tracked(parsed: &Parsed, place: &mut Table, past: &mut Past) -> Verdict {
 }
 
 /// The flow that the same client tuple had before, whose SNAT port the new one should have.
-pub struct Past {
+pub struct Past<A> {
     /// The service of the new flow, once known.
     pub service: u32,
     /// Its backend; 0: there was none.
     pub backend: u32,
     /// Its SNAT address, network order.
-    pub address: u32,
+    pub address: A,
     /// Its SNAT port, network order.
     pub port: u16,
 }
 
-impl Past {
+impl<A: Family> Past<A> {
     /// A tuple seen for the first time.
-    pub const NONE: Self = Self { service: 0, backend: 0, address: 0, port: 0 };
+    #[inline(always)]
+    pub fn none() -> Self {
+        Self { service: 0, backend: 0, address: A::default(), port: 0 }
+    }
 }
 
 /// A packet that hit an entry of `table` and may change its flow's state, or that hit one outside the established table.
 #[inline(never)]
-fn track(parsed: &Parsed, flow: &mut FlowV4, table: Table, place: &mut Table, past: &mut Past) -> Verdict {
+fn track<A: Family>(
+    parsed: &Parsed<A>,
+    flow: &mut Flow<A>,
+    table: Table,
+    place: &mut Table,
+    past: &mut Past<A>,
+) -> Verdict {
     let Some(service) = maps::service(flow.service) else {
         return because(Reason::NotReady, 0);
     };
+    if parsed.lacks_checksum {
+        return because(Reason::Malformed, flow.service);
+    }
     let now = maps::now();
     let expired = conntrack::expired(flow.last_seen, timeout(service, table), now);
     if expired && table == Table::Closing {
@@ -140,15 +153,15 @@ fn track(parsed: &Parsed, flow: &mut FlowV4, table: Table, place: &mut Table, pa
 /// A flow's other half. An LRU table may have evicted it, and its key may belong to another flow since, which is not to be
 /// touched.
 #[inline(always)]
-fn own_twin(table: Table, flow: &FlowV4) -> Option<&'static mut FlowV4> {
+fn own_twin<A: Family>(table: Table, flow: &Flow<A>) -> Option<&'static mut Flow<A>> {
     maps::flow(table, &flow.twin()).filter(|twin| twin.twin() == flow.key)
 }
 
 /// True where the client's tuple has a new flow, to which a late packet of the old backend does not belong.
 #[inline(never)]
-fn superseded(parsed: &Parsed, closing: &FlowV4) -> bool {
+fn superseded<A: Family>(parsed: &Parsed<A>, closing: &Flow<A>) -> bool {
     let client = closing.twin();
-    let other = |flow: &mut FlowV4| flow.twin() != parsed.key;
+    let other = |flow: &mut Flow<A>| flow.twin() != parsed.key;
     maps::flow(Table::Established, &client).is_some_and(other)
         || maps::flow(Table::HalfOpen, &client).is_some_and(other)
 }
@@ -167,7 +180,7 @@ fn timeout(service: &ServiceEntry, table: Table) -> u32 {
 
 /// Half-open to established: both halves in, then both out. The client's half is hit.
 #[inline(never)]
-fn promote(parsed: &Parsed, flow: &mut FlowV4, flags: u16, established_timeout: u32) -> Verdict {
+fn promote<A: Family>(parsed: &Parsed<A>, flow: &mut Flow<A>, flags: u16, established_timeout: u32) -> Verdict {
     let (service, backend) = (flow.service, flow.backend);
     let twin_key = flow.twin();
     flow.flags |= flags;
@@ -202,7 +215,7 @@ fn promote(parsed: &Parsed, flow: &mut FlowV4, flags: u16, established_timeout: 
 
 /// A copy of a half-open entry into the established table; 0 or an errno.
 #[inline(never)]
-fn add_established(half_open: &FlowV4, flags: u16, touch_due: u32) -> i32 {
+fn add_established<A: Family>(half_open: &Flow<A>, flags: u16, touch_due: u32) -> i32 {
     let Some(flow) = scratch(half_open) else {
         return ENOENT;
     };
@@ -215,7 +228,7 @@ fn add_established(half_open: &FlowV4, flags: u16, touch_due: u32) -> i32 {
 
 /// As [`add_established`], for a twin that the half-open table has evicted.
 #[inline(never)]
-fn add_missing_twin(flow: &FlowV4, touch_due: u32) -> i32 {
+fn add_missing_twin<A: Family>(flow: &Flow<A>, touch_due: u32) -> i32 {
     let Some(twin) = scratch(flow) else {
         return ENOENT;
     };
@@ -228,12 +241,12 @@ fn add_missing_twin(flow: &FlowV4, touch_due: u32) -> i32 {
 
 /// Makes a copy of an entry the other direction's.
 #[inline(always)]
-pub fn turn(flow: &mut FlowV4) {
+pub fn turn<A: Family>(flow: &mut Flow<A>) {
     flow.turn();
 }
 
 #[inline(always)]
-fn insert(table: Table, flow: &FlowV4) -> i32 {
+fn insert<A: Family>(table: Table, flow: &Flow<A>) -> i32 {
     match maps::add_flow(table, flow) {
         Ok(()) => 0,
         Err(errno) => errno,
@@ -241,19 +254,19 @@ fn insert(table: Table, flow: &FlowV4) -> i32 {
 }
 
 #[inline(always)]
-fn belongs_to(table: Table, key: &FlowKeyV4, twin: &FlowKeyV4) -> bool {
+fn belongs_to<A: Family>(table: Table, key: &FlowKey<A>, twin: &FlowKey<A>) -> bool {
     maps::flow(table, key).is_some_and(|entry| entry.twin() == *twin)
 }
 
 #[inline(always)]
-fn jitter(key: &FlowKeyV4) -> u32 {
-    (key.src ^ u32::from(key.src_port) ^ u32::from(key.dst_port)).wrapping_mul(0x9e37_79b1) >> 24
+fn jitter<A: Family>(key: &FlowKey<A>) -> u32 {
+    (key.src.mixed() ^ u32::from(key.src_port) ^ u32::from(key.dst_port)).wrapping_mul(0x9e37_79b1) >> 24
 }
 
 /// To the closing table: both halves in, then both out. False where the closing table refused: the flow then stays,
 /// and expires where it is.
 #[inline(never)]
-fn close(parsed: &Parsed, flow: &mut FlowV4, flags: u16, table: Table) -> bool {
+fn close<A: Family>(parsed: &Parsed<A>, flow: &mut Flow<A>, flags: u16, table: Table) -> bool {
     let (service, backend) = (flow.service, flow.backend);
     let twin_key = flow.twin();
     flow.flags |= flags;
@@ -290,13 +303,13 @@ fn close(parsed: &Parsed, flow: &mut FlowV4, flags: u16, table: Table) -> bool {
 }
 
 #[inline(always)]
-fn flow_of_client(flow: &FlowV4) -> bool {
+fn flow_of_client<A: Family>(flow: &Flow<A>) -> bool {
     flow.direction == Direction::Forward as u8
 }
 
 /// Copies an entry into the closing table; 0, or 1 where that refuses.
 #[inline(never)]
-fn put_closing(flow: &FlowV4) -> u32 {
+fn put_closing<A: Family>(flow: &Flow<A>) -> u32 {
     let Some(closing) = scratch(flow) else {
         return 1;
     };
@@ -308,7 +321,7 @@ fn put_closing(flow: &FlowV4) -> u32 {
 
 /// As [`put_closing`], the other direction's entry.
 #[inline(never)]
-fn put_closing_twin(flow: &FlowV4) -> u32 {
+fn put_closing_twin<A: Family>(flow: &Flow<A>) -> u32 {
     let Some(closing) = scratch(flow) else {
         return 1;
     };
@@ -323,7 +336,7 @@ fn put_closing_twin(flow: &FlowV4) -> u32 {
 /// else; the same client may have it again, since a TIME_WAIT takes a larger timestamp or sequence number of the
 /// same tuple.
 #[inline(never)]
-fn reopen(parsed: &Parsed, flow: &FlowV4, table: Table) {
+fn reopen<A: Family>(parsed: &Parsed<A>, flow: &Flow<A>, table: Table) {
     let (service, backend, of_client) = (flow.service, flow.backend, flow_of_client(flow));
     let record = if table == Table::Established { events::begin(flow, table, None) } else { None };
     if table == Table::HalfOpen {
@@ -360,7 +373,7 @@ pub mod touched {
 /// Changes nothing where a client's datagram comes after the idle timeout: that starts a new flow. A packet that is not
 /// late needs no such check, since a touch is due long before a timeout has passed.
 #[inline(never)]
-pub fn touch(parsed: &Parsed, flow: &mut FlowV4, now: u64) -> u32 {
+pub fn touch<A: Family>(parsed: &Parsed<A>, flow: &mut Flow<A>, now: u64) -> u32 {
     let seconds = maps::service(flow.service).map_or(conntrack::TOUCH_SECONDS, |service| service.established_timeout);
     let from_client = flow.direction == Direction::Forward as u8;
     if parsed.key.protocol == UDP && from_client && seconds != 0 && conntrack::expired(flow.last_seen, seconds, now) {
@@ -384,7 +397,7 @@ pub fn touch(parsed: &Parsed, flow: &mut FlowV4, now: u64) -> u32 {
 }
 
 #[inline(never)]
-fn rebuild_twin(flow: &FlowV4, now: u64) -> bool {
+fn rebuild_twin<A: Family>(flow: &Flow<A>, now: u64) -> bool {
     let Some(twin) = scratch(flow) else {
         return false;
     };

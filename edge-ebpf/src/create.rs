@@ -1,15 +1,17 @@
 //! New flows: backend, SNAT port, and the two half-open entries.
 
 use edge_common::{
+    address::is_none,
     conntrack::{Direction, State, expired, rest_seconds},
-    flow::FlowKeyV4,
+    flow::FlowKey,
     hash::{scatter, spread},
-    maps::{BackendEntry, FlowV4, SNAT_ADDRESSES, ServiceEntry, flow_flag, mode},
+    maps::{BackendEntry, Flow, SNAT_ADDRESSES, ServiceEntry, flow_flag, mode},
     verdict::{Question, Reason, Verdict},
 };
 
 use crate::{
     conntrack::{self, Past},
+    family::Family,
     maps::{self, EEXIST, ENOENT, Table, scratch},
     parse::Parsed,
     protect, select,
@@ -33,7 +35,7 @@ pub const CREATED: Verdict = Verdict::UNDECIDED;
 
 /// Starts a flow for the client's packet: [`CREATED`], or why not.
 #[inline(never)]
-pub fn flow(parsed: &Parsed, past: &Past) -> Verdict {
+pub fn flow<A: Family>(parsed: &Parsed<A>, past: &Past<A>) -> Verdict {
     let service_number = past.service;
     if parsed.ttl <= 1 {
         return Verdict::answer(Question::TimeExceeded, service_number, 0);
@@ -52,7 +54,7 @@ pub fn flow(parsed: &Parsed, past: &Past) -> Verdict {
     let mut plan = Plan {
         key: parsed.key,
         new_src: parsed.key.src,
-        new_dst: backend.address,
+        new_dst: A::narrow(&backend.address),
         new_src_port: parsed.key.src_port,
         new_dst_port: backend.port,
         service: service_number,
@@ -87,10 +89,10 @@ const FULL: u32 = 4;
 const JOINED: u32 = 5;
 
 /// What both entries are made of; they are built in the scratch element, one after the other.
-struct Plan {
-    key: FlowKeyV4,
-    new_src: u32,
-    new_dst: u32,
+struct Plan<A> {
+    key: FlowKey<A>,
+    new_src: A,
+    new_dst: A,
     new_src_port: u16,
     new_dst_port: u16,
     service: u32,
@@ -99,16 +101,16 @@ struct Plan {
     now: u64,
 }
 
-impl Plan {
+impl<A: Family> Plan<A> {
     #[inline(always)]
-    fn reply_key(&self) -> FlowKeyV4 {
-        FlowKeyV4::new(self.new_dst, self.new_src, self.new_dst_port, self.new_src_port, self.key.protocol)
+    fn reply_key(&self) -> FlowKey<A> {
+        FlowKey::new(self.new_dst, self.new_src, self.new_dst_port, self.new_src_port, self.key.protocol)
     }
 }
 
 /// Writes the forward entry.
 #[inline(always)]
-fn write_forward(plan: &Plan, flow: &mut FlowV4) {
+fn write_forward<A: Family>(plan: &Plan<A>, flow: &mut Flow<A>) {
     flow.key = plan.key;
     flow.new_src = plan.new_src;
     flow.new_dst = plan.new_dst;
@@ -127,7 +129,7 @@ fn write_forward(plan: &Plan, flow: &mut FlowV4) {
 
 /// Adds the forward entry; 0 or an errno.
 #[inline(never)]
-fn add_forward(plan: &Plan) -> i32 {
+fn add_forward<A: Family>(plan: &Plan<A>) -> i32 {
     let Some(flow) = scratch::empty() else {
         return ENOENT;
     };
@@ -137,7 +139,7 @@ fn add_forward(plan: &Plan) -> i32 {
 
 /// Adds the reply's entry; 0 or an errno.
 #[inline(never)]
-fn add_reply(plan: &Plan) -> i32 {
+fn add_reply<A: Family>(plan: &Plan<A>) -> i32 {
     let Some(flow) = scratch::empty() else {
         return ENOENT;
     };
@@ -148,7 +150,7 @@ fn add_reply(plan: &Plan) -> i32 {
 
 /// Makes both entries, the reply's first.
 #[inline(never)]
-fn open(plan: &mut Plan, service: &ServiceEntry, backend: &BackendEntry, past: &Past) -> u32 {
+fn open<A: Family>(plan: &mut Plan<A>, service: &ServiceEntry, backend: &BackendEntry, past: &Past<A>) -> u32 {
     let claimed = choose_source(plan, service, backend, past);
     if claimed != OPENED {
         return claimed;
@@ -170,9 +172,9 @@ fn open(plan: &mut Plan, service: &ServiceEntry, backend: &BackendEntry, past: &
 /// Finds the source that the backend is to see, and claims the reply's key with it: the client's own in dnat mode;
 /// the past flow's, then one candidate after another in full-nat mode.
 #[inline(always)]
-fn choose_source(plan: &mut Plan, service: &ServiceEntry, backend: &BackendEntry, past: &Past) -> u32 {
+fn choose_source<A: Family>(plan: &mut Plan<A>, service: &ServiceEntry, backend: &BackendEntry, past: &Past<A>) -> u32 {
     let dnat = service.mode == mode::DNAT;
-    if !dnat && service.snat_count == 0 && backend.snat_address == 0 {
+    if !dnat && service.snat_count == 0 && is_none(&backend.snat_address) {
         return NO_SNAT_ADDRESS;
     }
     // One call of `claim` in one loop: the verifier walks it once, and its stack stays small.
@@ -204,7 +206,7 @@ fn choose_source(plan: &mut Plan, service: &ServiceEntry, backend: &BackendEntry
 /// under another number while its old flows rest. The rest are scattered, in pairs half the span apart, so that a
 /// forbidden block of less than half the span never stops both.
 #[inline(never)]
-fn next_source(plan: &mut Plan, service: &ServiceEntry, backend: &BackendEntry, retry: u32) -> bool {
+fn next_source<A: Family>(plan: &mut Plan<A>, service: &ServiceEntry, backend: &BackendEntry, retry: u32) -> bool {
     let Some(cursor) = maps::next_candidate(plan.backend) else {
         return false;
     };
@@ -216,7 +218,7 @@ fn next_source(plan: &mut Plan, service: &ServiceEntry, backend: &BackendEntry, 
     };
     let addresses = service.snat_count.min(SNAT_ADDRESSES as u32);
     let (address, index) = if addresses == 0 {
-        (backend.snat_address, candidate)
+        (A::narrow(&backend.snat_address), candidate)
     } else {
         let which = candidate % addresses;
         (snat_address(service, which), candidate / addresses)
@@ -231,21 +233,21 @@ fn next_source(plan: &mut Plan, service: &ServiceEntry, backend: &BackendEntry, 
 /// One of the service's SNAT addresses, by constant offsets: the compiler sees that `which` is in bounds and leaves the
 /// check out, the verifier does not see it.
 #[inline(always)]
-fn snat_address(service: &ServiceEntry, which: u32) -> u32 {
-    let [first, second, third, fourth] = service.snat_addresses;
-    match which {
+fn snat_address<A: Family>(service: &ServiceEntry, which: u32) -> A {
+    let [first, second, third, fourth] = &service.snat_addresses;
+    A::narrow(match which {
         0 => first,
         1 => second,
         2 => third,
         _ => fourth,
-    }
+    })
 }
 
 /// Puts the reply's entry into the half-open table, then makes sure that no other table knows its key, and takes it
 /// out again where one does. `own`: a closing entry of the same client tuple is no conflict. `pressed`: nor is a stalled
 /// half-open flow.
 #[inline(never)]
-fn claim(plan: &Plan, service: &ServiceEntry, own: bool, pressed: bool) -> u32 {
+fn claim<A: Family>(plan: &Plan<A>, service: &ServiceEntry, own: bool, pressed: bool) -> u32 {
     let reply = plan.reply_key();
     match add_reply(plan) {
         0 => {}
@@ -280,7 +282,7 @@ fn claim(plan: &Plan, service: &ServiceEntry, own: bool, pressed: bool) -> u32 {
 /// Ends the half-open flow whose reply has this key, up to the key itself, where its client has been silent for too long
 /// or is unknown by now; else answers false.
 #[inline(never)]
-fn end_stalled(plan: &Plan, reply: &FlowKeyV4) -> bool {
+fn end_stalled<A: Family>(plan: &Plan<A>, reply: &FlowKey<A>) -> bool {
     let Some(flow) = maps::flow(Table::HalfOpen, reply) else {
         return true;
     };
@@ -300,7 +302,7 @@ fn end_stalled(plan: &Plan, reply: &FlowKeyV4) -> bool {
 
 /// Takes a closing flow out whose SNAT port has rested, or whose client has come back; false where it stays.
 #[inline(never)]
-fn clear_closing(plan: &Plan, reply: &FlowKeyV4, closing_timeout: u32, own: bool) -> bool {
+fn clear_closing<A: Family>(plan: &Plan<A>, reply: &FlowKey<A>, closing_timeout: u32, own: bool) -> bool {
     let Some(flow) = maps::flow(Table::Closing, reply) else {
         return true;
     };
@@ -316,19 +318,19 @@ fn clear_closing(plan: &Plan, reply: &FlowKeyV4, closing_timeout: u32, own: bool
 }
 
 #[inline(always)]
-fn yields(plan: &Plan, table: Table, reply: &FlowKeyV4, timeout: u32) -> bool {
+fn yields<A: Family>(plan: &Plan<A>, table: Table, reply: &FlowKey<A>, timeout: u32) -> bool {
     maps::flow(table, reply)
         .is_some_and(|flow| leads_back(flow, &plan.key) || expired(flow.last_seen, timeout, plan.now))
 }
 
 #[inline(never)]
-fn belongs_to(table: Table, key: &FlowKeyV4, twin: &FlowKeyV4) -> bool {
+fn belongs_to<A: Family>(table: Table, key: &FlowKey<A>, twin: &FlowKey<A>) -> bool {
     maps::flow(table, key).is_some_and(|flow| leads_back(flow, twin))
 }
 
 /// True where `key` is the flow's twin's, field by field: comparing whole keys calls `memcmp`, which takes a frame.
 #[inline(always)]
-fn leads_back(flow: &FlowV4, key: &FlowKeyV4) -> bool {
+fn leads_back<A: Family>(flow: &Flow<A>, key: &FlowKey<A>) -> bool {
     flow.new_src == key.dst
         && flow.new_dst == key.src
         && flow.new_src_port == key.dst_port

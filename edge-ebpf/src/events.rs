@@ -3,14 +3,15 @@
 use edge_common::{
     conntrack::{Direction, tcp_flag::RST},
     maps::{
-        DropSample, FlowEnd, FlowV4,
-        events::{End, event, mapped, micros_since, shows_silence},
+        DropSample, Flow, FlowEnd,
+        events::{End, event, micros_since, shows_silence},
         flow_flag, service_flag,
     },
     verdict::Verdict,
 };
 
 use crate::{
+    family::Family,
     maps::{
         self, Table,
         events::{Record, backend_signals, precise_now, record},
@@ -21,7 +22,7 @@ use crate::{
 /// The record of a flow that a packet ends, begun before its entries are taken out, since others may have their memory
 /// afterwards. `None` where nobody wants one. `flow` is the half that the packet hit.
 #[inline(always)]
-pub fn begin(flow: &FlowV4, table: Table, parsed: Option<&Parsed>) -> Option<Record<FlowEnd>> {
+pub fn begin<A: Family>(flow: &Flow<A>, table: Table, parsed: Option<&Parsed<A>>) -> Option<Record<FlowEnd>> {
     let wanted = maps::service(flow.service).is_some_and(|service| service.flags & service_flag::RECORD_ENDS != 0);
     if !wanted {
         return None;
@@ -46,7 +47,7 @@ pub fn begin(flow: &FlowV4, table: Table, parsed: Option<&Parsed>) -> Option<Rec
 
 /// Both halves into a record: the client's tells the addresses, turned from the backend's where it is gone.
 #[inline(always)]
-fn describe(content: &mut FlowEnd, flow: &FlowV4, table: Table) {
+fn describe<A: Family>(content: &mut FlowEnd, flow: &Flow<A>, table: Table) {
     let twin = maps::flow(table, &flow.twin());
     content.count(flow);
     if flow.direction == Direction::Forward as u8 {
@@ -71,7 +72,7 @@ pub fn finish(record: Option<Record<FlowEnd>>, ended: bool) {
 
 /// The backend's first answer to a flow; `flow` is its half.
 #[inline(never)]
-pub fn answered(flow: &mut FlowV4) {
+pub fn answered<A: Family>(flow: &mut Flow<A>) {
     if flow.answered_after != 0 {
         return;
     }
@@ -85,7 +86,7 @@ pub fn answered(flow: &mut FlowV4) {
 
 /// The backend's first payload of a flow; `flow` is its half.
 #[inline(never)]
-pub fn first_byte(flow: &mut FlowV4) {
+pub fn first_byte<A: Family>(flow: &mut Flow<A>) {
     let micros = micros_since(flow.created, precise_now());
     flow.first_byte_after = micros;
     if let Some(signals) = backend_signals(flow.backend) {
@@ -96,7 +97,7 @@ pub fn first_byte(flow: &mut FlowV4) {
 
 /// A client's SYN that hit a half-open flow: repeated, since no answer came.
 #[inline(never)]
-pub fn repeated(flow: &mut FlowV4) {
+pub fn repeated<A: Family>(flow: &mut Flow<A>) {
     if !shows_silence(flow) {
         return;
     }
@@ -109,7 +110,7 @@ pub fn repeated(flow: &mut FlowV4) {
 
 /// A backend's RST; `flow` is its half, in `table`.
 #[inline(never)]
-pub fn reset_by_backend(flow: &FlowV4) {
+pub fn reset_by_backend<A: Family>(flow: &Flow<A>) {
     let Some(signals) = backend_signals(flow.backend) else {
         return;
     };
@@ -125,7 +126,7 @@ pub fn reset_by_backend(flow: &FlowV4) {
 
 /// Reports a dropped packet where its reason's counter says that it is one of the sample; gives the verdict back.
 #[inline(always)]
-pub fn sampled(parsed: &Parsed, verdict: Verdict) -> Verdict {
+pub fn sampled<A: Family>(parsed: &Parsed<A>, verdict: Verdict) -> Verdict {
     if let Some((reason, service)) = verdict.reported() {
         report(parsed, reason, service);
     }
@@ -133,7 +134,7 @@ pub fn sampled(parsed: &Parsed, verdict: Verdict) -> Verdict {
 }
 
 #[inline(never)]
-fn report(parsed: &Parsed, reason: u8, service: u32) {
+fn report<A: Family>(parsed: &Parsed<A>, reason: u8, service: u32) {
     let Some(mut sample) = record::<DropSample>() else {
         return;
     };
@@ -143,11 +144,11 @@ fn report(parsed: &Parsed, reason: u8, service: u32) {
     content.protocol = parsed.key.protocol;
     content.flags = parsed.flags;
     content.service = service;
-    content.source = mapped(parsed.key.src);
-    content.destination = mapped(parsed.key.dst);
+    content.source = parsed.key.src.wide();
+    content.destination = parsed.key.dst.wide();
     content.source_port = parsed.key.src_port;
     content.destination_port = parsed.key.dst_port;
-    content.length = u32::from(parsed.total_len);
+    content.length = parsed.total_len;
     content.time = maps::now();
     sample.send();
 }

@@ -4,10 +4,11 @@
 use aya_ebpf::bindings::{
     BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LKUP_RET_UNSUPP_LWT,
 };
-use edge_common::maps::{FlowV4, NeighbourKey, NextHop, interface_flag, next_hop_flag, notice};
+use edge_common::maps::{Flow, NeighbourKey, NextHop, interface_flag, next_hop_flag, notice};
 use network_types::eth::EthHdr;
 
 use crate::{
+    family::Family,
     maps,
     packet::{Packet, Query, Route},
     parse::Parsed,
@@ -15,7 +16,7 @@ use crate::{
 
 /// Where a flow's packets go now; a number, so that a BPF function can return it.
 pub mod resolution {
-    /// `FlowV4::next_hop` is set.
+    /// `Flow::next_hop` is set.
     pub const RESOLVED: u32 = 0;
     /// The neighbour has no link-layer address yet: the stack finds it.
     pub const NO_NEIGHBOUR: u32 = 1;
@@ -30,12 +31,20 @@ pub mod resolution {
     pub const DIRECT: u32 = 5;
 }
 
+/// What a lookup works on, in the scratch memory.
+#[repr(C)]
+pub struct Lookup {
+    route: Route,
+    hop: NextHop,
+    key: NeighbourKey,
+}
+
 /// MTU assumed where a kernel reports none.
 const DEFAULT_MTU: u32 = 1500;
 
 /// Looks the flow's route up and remembers its next hop; a [`resolution`] in the lower half.
 #[inline(never)]
-pub fn resolve<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, generation: u32) -> u64 {
+pub fn resolve<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut Flow<A>, generation: u32) -> u64 {
     let query = Query {
         src: flow.new_src,
         dst: flow.new_dst,
@@ -45,33 +54,37 @@ pub fn resolve<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, ge
         tos: parsed.tos,
         ingress: packet.ingress(),
     };
-    let route = packet.route(query.encode());
+    let Some(Lookup { route, hop, key }) = maps::scratch::lookup() else {
+        return u64::from(resolution::NO_ROUTE);
+    };
+    query.encode(route);
+    let result = packet.route(route);
     flow.next_hop = 0;
     flow.route_generation = generation;
-    if route.result != i64::from(BPF_FIB_LKUP_RET_SUCCESS) {
-        return u64::from(match u32::try_from(route.result) {
+    if result != i64::from(BPF_FIB_LKUP_RET_SUCCESS) {
+        return u64::from(match u32::try_from(result) {
             Ok(BPF_FIB_LKUP_RET_NO_NEIGH) => resolution::NO_NEIGHBOUR,
             Ok(BPF_FIB_LKUP_RET_UNSUPP_LWT) => resolution::STACK,
             // Routes of other types, local ones included: a translated packet is never for this host.
             _ => resolution::NO_ROUTE,
         });
     }
-    if route.found.dmac == [0; 6] {
+    if route.0.dmac == [0; 6] {
         return u64::from(resolution::NO_NEIGHBOUR);
     }
-    match number(&route) {
+    match number(route, hop, key) {
         Some(number) => {
             flow.next_hop = number;
             u64::from(resolution::RESOLVED)
         }
-        None => direct(packet, parsed, &route),
+        None => direct(packet, parsed, route),
     }
 }
 
-/// One packet by its own route lookup, where next-hop numbers have run out or the gateway is an IPv6 one.
+/// One packet by its own route lookup, where next-hop numbers have run out.
 #[inline(always)]
-fn direct<P: Packet>(packet: &mut P, parsed: &Parsed, route: &Route) -> u64 {
-    let ifindex = route.found.ifindex;
+fn direct<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, route: &Route) -> u64 {
+    let ifindex = route.0.ifindex;
     if !P::REDIRECTS_ANYWHERE && ifindex != packet.ingress() && !redirectable(ifindex) {
         return u64::from(resolution::STACK);
     }
@@ -81,15 +94,15 @@ fn direct<P: Packet>(packet: &mut P, parsed: &Parsed, route: &Route) -> u64 {
     let Some(eth) = packet.header::<EthHdr>(0) else {
         return u64::from(resolution::STACK);
     };
-    eth.dst_addr = route.found.dmac;
-    eth.src_addr = route.found.smac;
+    eth.dst_addr = route.0.dmac;
+    eth.src_addr = route.0.smac;
     u64::from(ifindex) << 32 | u64::from(resolution::DIRECT)
 }
 
 /// The longest piece that a packet leaves in, from the IP header on.
 #[inline(always)]
-pub fn length<P: Packet>(packet: &P, parsed: &Parsed) -> usize {
-    packet.segment_len(usize::from(parsed.total_len), usize::from(parsed.header_len) + usize::from(parsed.l4_len))
+pub fn length<A: Family, P: Packet>(packet: &P, parsed: &Parsed<A>) -> usize {
+    packet.segment_len(parsed.total_len as usize, usize::from(parsed.header_len) + usize::from(parsed.l4_len))
 }
 
 #[inline(always)]
@@ -105,28 +118,27 @@ fn mtu(route: &Route) -> u32 {
     }
 }
 
-/// The next-hop number of a route, up to date, allocated if new; `None` where none is left, or where the gateway
-/// is no IPv4 neighbour.
+/// The next-hop number of a route, up to date, allocated if new; `None` where none is left.
 #[inline(always)]
-fn number(route: &Route) -> Option<u32> {
-    let neighbour = route.neighbour()?;
-    let ifindex = route.found.ifindex;
-    let mut hop = NextHop {
-        ifindex,
-        neighbour,
-        dst_mac: route.found.dmac,
-        src_mac: route.found.smac,
-        mtu: mtu(route),
-        vlan: 0,
-        flags: if redirectable(ifindex) { 0 } else { next_hop_flag::VIA_STACK },
-        generation: 0,
-    };
-    let key = NeighbourKey { ifindex, address: neighbour };
-    if let Some(number) = maps::next_hop_number(&key) {
+fn number(route: &Route, hop: &mut NextHop, key: &mut NeighbourKey) -> Option<u32> {
+    let neighbour = route.neighbour();
+    let ifindex = route.0.ifindex;
+    // Field by field, in place: a whole value would be made on the stack first.
+    hop.ifindex = ifindex;
+    hop.neighbour = neighbour;
+    hop.dst_mac = route.0.dmac;
+    hop.src_mac = route.0.smac;
+    hop.mtu = mtu(route);
+    hop.vlan = 0;
+    hop.flags = if redirectable(ifindex) { 0 } else { next_hop_flag::VIA_STACK };
+    hop.generation = 0;
+    key.ifindex = ifindex;
+    key.address = neighbour;
+    if let Some(number) = maps::next_hop_number(key) {
         let known = maps::next_hop(number)?;
         hop.generation = known.generation;
-        if *known != hop {
-            *known = hop;
+        if *known != *hop {
+            *known = *hop;
         }
         return Some(number);
     }
@@ -134,17 +146,17 @@ fn number(route: &Route) -> Option<u32> {
         maps::raise(notice::NEXT_HOPS_EXHAUSTED);
         return None;
     };
-    *maps::next_hop(number)? = hop;
-    match maps::add_next_hop(&key, number) {
+    *maps::next_hop(number)? = *hop;
+    match maps::add_next_hop(key, number) {
         Ok(()) => Some(number),
         // Another CPU was first; this number stays unused.
-        Err(_) => maps::next_hop_number(&key),
+        Err(_) => maps::next_hop_number(key),
     }
 }
 
 /// True where the packet, as it is, would be forwarded: its destination is not this host.
 #[inline(never)]
-pub fn leads_away<P: Packet>(packet: &mut P, parsed: &Parsed) -> bool {
+pub fn leads_away<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>) -> bool {
     let query = Query {
         src: parsed.key.src,
         dst: parsed.key.dst,
@@ -154,5 +166,9 @@ pub fn leads_away<P: Packet>(packet: &mut P, parsed: &Parsed) -> bool {
         tos: parsed.tos,
         ingress: packet.ingress(),
     };
-    packet.route(query.encode()).result != i64::from(BPF_FIB_LKUP_RET_NOT_FWDED)
+    let Some(Lookup { route, .. }) = maps::scratch::lookup() else {
+        return false;
+    };
+    query.encode(route);
+    packet.route(route) != i64::from(BPF_FIB_LKUP_RET_NOT_FWDED)
 }

@@ -2,7 +2,7 @@
 
 use edge_common::{
     conntrack::{due, tcp_flag::SYN, ticks},
-    maps::{Control, FlowV4, NextHop, capture::side, flow_flag, next_hop_flag},
+    maps::{Control, Flow, NextHop, capture::side, flow_flag, next_hop_flag},
     verdict::{Action, Question, Reason, Verdict},
 };
 use network_types::eth::EthHdr;
@@ -10,6 +10,7 @@ use network_types::eth::EthHdr;
 use crate::{
     capture,
     conntrack::{self, touched},
+    family::Family,
     fib::{self, resolution},
     maps, mss,
     packet::Packet,
@@ -23,7 +24,7 @@ pub const TOO_LATE: Verdict = Verdict::UNDECIDED;
 
 /// Sends a packet of an established flow on its way, or answers [`TOO_LATE`].
 #[inline(always)]
-pub fn established<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4) -> Verdict {
+pub fn established<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut Flow<A>) -> Verdict {
     let now = maps::now();
     if due(flow.touch_due, ticks(now)) {
         match conntrack::touch(parsed, flow, now) {
@@ -40,7 +41,7 @@ pub fn established<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4
 
 /// As [`established`], for entries of every table, without the touch; a function of its own off the hot path.
 #[inline(never)]
-pub fn any<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4) -> Verdict {
+pub fn any<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut Flow<A>) -> Verdict {
     if parsed.flags & SYN != 0 {
         mss::clamp(packet, parsed, flow.service);
     }
@@ -48,7 +49,7 @@ pub fn any<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4) -> Ver
 }
 
 #[inline(always)]
-fn send<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: u64) -> Verdict {
+fn send<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut Flow<A>, now: u64) -> Verdict {
     if parsed.ttl <= 1 {
         return Verdict::answer(Question::TimeExceeded, flow.service, 0);
     }
@@ -67,7 +68,13 @@ fn send<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: u64)
 }
 
 #[inline(always)]
-fn deliver<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: u64, control: &Control) -> Verdict {
+fn deliver<A: Family, P: Packet>(
+    packet: &mut P,
+    parsed: &Parsed<A>,
+    flow: &mut Flow<A>,
+    now: u64,
+    control: &Control,
+) -> Verdict {
     if flow.next_hop == 0 || flow.route_generation != control.route_generation {
         let resolved = fib::resolve(packet, parsed, flow, control.route_generation);
         if resolved as u32 != resolution::RESOLVED {
@@ -88,10 +95,10 @@ fn deliver<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: u
 }
 
 #[inline(always)]
-fn egress<P: Packet>(
+fn egress<A: Family, P: Packet>(
     packet: &mut P,
-    parsed: &Parsed,
-    flow: &mut FlowV4,
+    parsed: &Parsed<A>,
+    flow: &mut Flow<A>,
     now: u64,
     hop: &NextHop,
     same: bool,
@@ -109,7 +116,13 @@ fn egress<P: Packet>(
 
 /// A packet whose route gave no next-hop number.
 #[inline(never)]
-fn unlisted<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: u64, resolved: u64) -> Verdict {
+fn unlisted<A: Family, P: Packet>(
+    packet: &mut P,
+    parsed: &Parsed<A>,
+    flow: &mut Flow<A>,
+    now: u64,
+    resolved: u64,
+) -> Verdict {
     match resolved as u32 {
         resolution::NO_NEIGHBOUR => to_stack(packet, parsed, flow, now, Reason::NeighbourUnresolved),
         resolution::STACK => to_stack(packet, parsed, flow, now, Reason::ViaStack),
@@ -125,7 +138,13 @@ fn unlisted<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: 
 
 /// The stack fragments what may be fragmented.
 #[inline(always)]
-fn too_long<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: u64, mtu: u32) -> Verdict {
+fn too_long<A: Family, P: Packet>(
+    packet: &mut P,
+    parsed: &Parsed<A>,
+    flow: &mut Flow<A>,
+    now: u64,
+    mtu: u32,
+) -> Verdict {
     if parsed.must_not_fragment {
         Verdict::answer(Question::TooBig, flow.service, mtu)
     } else {
@@ -134,7 +153,13 @@ fn too_long<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: 
 }
 
 #[inline(never)]
-fn to_stack<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: u64, reason: Reason) -> Verdict {
+fn to_stack<A: Family, P: Packet>(
+    packet: &mut P,
+    parsed: &Parsed<A>,
+    flow: &mut Flow<A>,
+    now: u64,
+    reason: Reason,
+) -> Verdict {
     if !translate(packet, parsed, flow, now) {
         return because(Reason::Malformed, flow.service);
     }
@@ -142,7 +167,7 @@ fn to_stack<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: 
 }
 
 #[inline(always)]
-fn translate<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4, now: u64) -> bool {
+fn translate<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut Flow<A>, now: u64) -> bool {
     if !rewrite::apply(packet, parsed, flow) {
         return false;
     }

@@ -3,6 +3,7 @@
 //! known here, and passes untouched.
 
 use edge_common::{
+    address::mapped,
     checksum::{self, add},
     conntrack::{due, ticks},
     flow::FlowKeyV4,
@@ -18,13 +19,13 @@ use crate::{
     maps::{self, Table},
     onward,
     packet::Packet,
-    parse::{self, IP, Ipv4, Parsed},
+    parse::{self, IP, Ip, Parsed},
     stats::{because, count_packet},
 };
 
 /// Remembers the first fragment of a packet of `flow`, and gives it the ID that the rest will get.
 #[inline(never)]
-pub fn remember<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &FlowV4) -> u32 {
+pub fn remember<P: Packet>(packet: &mut P, parsed: &Parsed<u32>, flow: &FlowV4) -> u32 {
     let key = &parsed.key;
     let Some(ip) = packet.header_anew::<Ipv4Hdr>(IP) else {
         return 0;
@@ -44,7 +45,7 @@ pub fn remember<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &FlowV4) -> u3
 
 /// A later fragment; `parsed` becomes its facts, with the ports of the first.
 #[inline(never)]
-pub fn follow<P: Packet>(packet: &mut P, ip: &Ipv4, parsed: &mut Parsed) -> Verdict {
+pub fn follow<P: Packet>(packet: &mut P, ip: &Ip<u32>, parsed: &mut Parsed<u32>) -> Verdict {
     *parsed = parse::NOTHING;
     parsed.key = FlowKeyV4::new(ip.src, ip.dst, 0, 0, ip.protocol);
     parsed.total_len = ip.total_len;
@@ -85,7 +86,7 @@ pub fn follow<P: Packet>(packet: &mut P, ip: &Ipv4, parsed: &mut Parsed) -> Verd
 /// The established path leaves a first fragment to the slow one, which does not touch: a flow of nothing but fragments
 /// would lose its silent half. What comes too late, or belongs to another flow by now, the slow path sees by itself.
 #[inline(always)]
-pub fn touch(parsed: &Parsed) {
+pub fn touch(parsed: &Parsed<u32>) {
     let now = maps::now();
     if let Some(flow) = maps::flow(Table::Established, &parsed.key)
         && due(flow.touch_due, ticks(now))
@@ -117,6 +118,5 @@ fn fresh_id(flow: &FlowV4) -> Option<u16> {
 
 #[inline(always)]
 fn name(src: u32, dst: u32, id: u16, protocol: u8) -> FragmentKey {
-    let mapped = |address| [0, 0, 0xffffu32.to_be(), address];
     FragmentKey { src: mapped(src), dst: mapped(dst), id: u32::from(id), protocol: u32::from(protocol) }
 }

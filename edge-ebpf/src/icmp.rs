@@ -11,7 +11,7 @@ use edge_common::verdict::{Reason, Verdict};
 use crate::{
     maps::{self, Table},
     packet::Packet,
-    parse::Ipv4,
+    parse::Ip,
     pipeline::prefilter,
     stats::because,
 };
@@ -20,7 +20,7 @@ use quote::Quote;
 /// An unfragmented ICMP packet, to whomever, read into `quote`: an error from a router between a dnat backend and its client has
 /// neither of our addresses outside.
 #[inline(never)]
-pub fn error<P: Packet>(packet: &mut P, ip: &Ipv4, quote: &mut Quote) -> Verdict {
+pub fn error<P: Packet>(packet: &mut P, ip: &Ip<u32>, quote: &mut Quote) -> Verdict {
     if !quote::read(packet, ip, quote) {
         return Verdict::PASS;
     }

@@ -20,10 +20,11 @@ use aya_ebpf::{
     maps::{Array, HashMap, LruHashMap, PerCpuArray},
 };
 use edge_common::{
-    flow::FlowKeyV4,
+    address::{Address, Wide},
+    flow::{FlowKey, FlowKeyV4, FlowKeyV6},
     maps::{
-        self as layout, AddressFilter, BackendEntry, BackendStats, Chunk, Control, FlowV4, Label, NeighbourKey,
-        NextHop, PortSet, ServiceEntry, ServiceKeyV4, ServiceStats,
+        self as layout, AddressFilter, BackendEntry, BackendStats, Chunk, Control, Flow, FlowV4, FlowV6, Label,
+        NeighbourKey, NextHop, PortSet, ServiceEntry, ServiceKey, ServiceStats,
     },
 };
 
@@ -42,7 +43,13 @@ static HALF_OPEN: LruHashMap<FlowKeyV4, FlowV4> = LruHashMap::with_max_entries(l
 #[map]
 static CLOSING: LruHashMap<FlowKeyV4, FlowV4> = LruHashMap::with_max_entries(layout::CLOSING_ENTRIES, 0);
 #[map]
-static SERVICE_INDEX: HashMap<ServiceKeyV4, u32> = HashMap::with_max_entries(layout::SERVICES, 0);
+static ESTABLISHED_V6: HashMap<FlowKeyV6, FlowV6> = HashMap::with_max_entries(layout::ESTABLISHED_V6_ENTRIES, 0);
+#[map]
+static HALF_OPEN_V6: LruHashMap<FlowKeyV6, FlowV6> = LruHashMap::with_max_entries(layout::HALF_OPEN_V6_ENTRIES, 0);
+#[map]
+static CLOSING_V6: LruHashMap<FlowKeyV6, FlowV6> = LruHashMap::with_max_entries(layout::CLOSING_V6_ENTRIES, 0);
+#[map]
+static SERVICE_INDEX: HashMap<ServiceKey, u32> = HashMap::with_max_entries(layout::SERVICES, 0);
 #[map]
 static SERVICES: Array<ServiceEntry> = Array::with_max_entries(layout::SERVICES, 0);
 #[map]
@@ -54,7 +61,7 @@ static BACKEND_STATE: Array<u32> = Array::with_max_entries(layout::BACKENDS, 0);
 #[map]
 static BACKEND_CURSOR: Array<u32> = Array::with_max_entries(layout::BACKENDS, 0);
 #[map]
-static BACKEND_INDEX: HashMap<ServiceKeyV4, u32> = HashMap::with_max_entries(layout::BACKENDS, 0);
+static BACKEND_INDEX: HashMap<ServiceKey, u32> = HashMap::with_max_entries(layout::BACKENDS, 0);
 #[map]
 static SELECTION: Array<Chunk> = Array::with_max_entries(layout::SELECTION_CHUNKS, 0);
 #[map]
@@ -99,57 +106,94 @@ pub const EEXIST: i32 = -17;
 /// `-ENOENT`, for a map that lacks an element it always has.
 pub const ENOENT: i32 = -2;
 
+/// An address family's flow tables.
+pub trait FlowTables: Address {
+    /// The entry of `key`, if there is one.
+    fn lookup(table: Table, key: &FlowKey<Self>) -> Option<*mut Flow<Self>>;
+    /// Adds an entry; an errno where `flags` or the table refuse it.
+    fn insert(table: Table, flow: &Flow<Self>, flags: u64) -> Result<(), i32>;
+    /// Removes the entry of `key`; an errno where there was none.
+    fn delete(table: Table, key: &FlowKey<Self>) -> Result<(), i32>;
+    /// This CPU's room for an entry that is being built, see [`scratch`].
+    fn room() -> Option<*mut Flow<Self>>;
+}
+
+macro_rules! flow_tables {
+    ($address:ty, $established:ident, $half_open:ident, $closing:ident, $room:path) => {
+        impl FlowTables for $address {
+            #[inline(always)]
+            fn lookup(table: Table, key: &FlowKey<Self>) -> Option<*mut Flow<Self>> {
+                match table {
+                    Table::Established => $established.get_ptr_mut(key),
+                    Table::HalfOpen => $half_open.get_ptr_mut(key),
+                    Table::Closing => $closing.get_ptr_mut(key),
+                }
+            }
+
+            #[inline(always)]
+            fn insert(table: Table, flow: &Flow<Self>, flags: u64) -> Result<(), i32> {
+                match table {
+                    Table::Established => $established.insert(&flow.key, flow, flags),
+                    Table::HalfOpen => $half_open.insert(&flow.key, flow, flags),
+                    Table::Closing => $closing.insert(&flow.key, flow, flags),
+                }
+            }
+
+            #[inline(always)]
+            fn delete(table: Table, key: &FlowKey<Self>) -> Result<(), i32> {
+                match table {
+                    Table::Established => $established.remove(key),
+                    Table::HalfOpen => $half_open.remove(key),
+                    Table::Closing => $closing.remove(key),
+                }
+            }
+
+            #[inline(always)]
+            fn room() -> Option<*mut Flow<Self>> {
+                $room()
+            }
+        }
+    };
+}
+
+flow_tables!(u32, ESTABLISHED, HALF_OPEN, CLOSING, scratch::room);
+flow_tables!(Wide, ESTABLISHED_V6, HALF_OPEN_V6, CLOSING_V6, scratch::room_v6);
+
 /// The entry of `key`.
 #[inline(always)]
-pub fn flow(table: Table, key: &FlowKeyV4) -> Option<&'static mut FlowV4> {
-    let entry = match table {
-        Table::Established => ESTABLISHED.get_ptr_mut(key),
-        Table::HalfOpen => HALF_OPEN.get_ptr_mut(key),
-        Table::Closing => CLOSING.get_ptr_mut(key),
-    };
+pub fn flow<A: FlowTables>(table: Table, key: &FlowKey<A>) -> Option<&'static mut Flow<A>> {
     // SAFETY: a preallocated element stays mapped for this program run; see the module's text on other CPUs.
-    entry.map(|entry| unsafe { &mut *entry })
+    A::lookup(table, key).map(|entry| unsafe { &mut *entry })
 }
 
 /// Adds an entry under its own key; an errno where the key exists or the table is full.
 #[inline(always)]
-pub fn add_flow(table: Table, flow: &FlowV4) -> Result<(), i32> {
-    let (key, flags) = (&flow.key, u64::from(BPF_NOEXIST));
-    match table {
-        Table::Established => ESTABLISHED.insert(key, flow, flags),
-        Table::HalfOpen => HALF_OPEN.insert(key, flow, flags),
-        Table::Closing => CLOSING.insert(key, flow, flags),
-    }
+pub fn add_flow<A: FlowTables>(table: Table, flow: &Flow<A>) -> Result<(), i32> {
+    A::insert(table, flow, u64::from(BPF_NOEXIST))
 }
 
 /// Adds or replaces a closing entry: the latest close of a tuple is the one that counts.
 #[inline(always)]
-pub fn put_closing(flow: &FlowV4) -> bool {
-    let key = &flow.key;
-    CLOSING.insert(key, flow, u64::from(BPF_ANY)).is_ok()
+pub fn put_closing<A: FlowTables>(flow: &Flow<A>) -> bool {
+    A::insert(Table::Closing, flow, u64::from(BPF_ANY)).is_ok()
 }
 
 /// Removes the entry of `key`; false where there was none.
 #[inline(always)]
-pub fn remove_flow(table: Table, key: &FlowKeyV4) -> bool {
-    match table {
-        Table::Established => ESTABLISHED.remove(key),
-        Table::HalfOpen => HALF_OPEN.remove(key),
-        Table::Closing => CLOSING.remove(key),
-    }
-    .is_ok()
+pub fn remove_flow<A: FlowTables>(table: Table, key: &FlowKey<A>) -> bool {
+    A::delete(table, key).is_ok()
 }
 
 /// The service number of a frontend.
 #[inline(always)]
-pub fn frontend(key: &ServiceKeyV4) -> Option<u32> {
+pub fn frontend(key: &ServiceKey) -> Option<u32> {
     // SAFETY: a preallocated element stays mapped for this program run; the value is copied at once.
     unsafe { SERVICE_INDEX.get(key) }.copied()
 }
 
 /// The number of a dnat backend.
 #[inline(always)]
-pub fn dnat_backend(key: &ServiceKeyV4) -> Option<u32> {
+pub fn dnat_backend(key: &ServiceKey) -> Option<u32> {
     // SAFETY: as in `frontend`.
     unsafe { BACKEND_INDEX.get(key) }.copied()
 }

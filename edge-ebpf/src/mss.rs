@@ -4,6 +4,7 @@
 use edge_common::{checksum, flow::TCP};
 
 use crate::{
+    family::Family,
     maps,
     packet::{L4Fix, Packet},
     parse::Parsed,
@@ -27,7 +28,7 @@ const NOT_FOUND: u32 = u32::MAX;
 /// Lowers the MSS of a SYN or SYN-ACK of a service that has one. Leaves alone what has none, a smaller one, or options
 /// that contradict themselves: the receiver's stack judges those.
 #[inline(never)]
-pub fn clamp<P: Packet>(packet: &mut P, parsed: &Parsed, service: u32) {
+pub fn clamp<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, service: u32) {
     let most = maps::service(service).map_or(0, |service| service.mss);
     let options = parsed.l4() + HEADER;
     let length = usize::from(parsed.l4_len).saturating_sub(HEADER);
@@ -51,7 +52,7 @@ pub fn clamp<P: Packet>(packet: &mut P, parsed: &Parsed, service: u32) {
     let delta = checksum::add(!u16::from_ne_bytes(old), u16::from_ne_bytes(new));
     // A field at an odd offset has its bytes in two words of the sum, the other way round.
     let delta = if at & 1 == 0 { delta } else { delta.swap_bytes() };
-    packet.fix_l4(L4Fix { offset: parsed.l4() + CHECK, addresses: 0, ports: delta, udp: false });
+    packet.fix_l4(L4Fix { offset: parsed.l4() + CHECK, addresses: 0, ports: delta, udp: false, v6: A::V6 });
 }
 
 /// The place of the MSS among the options.

@@ -2,12 +2,13 @@
 //! here rewritten, and take the flow's next hop.
 
 use edge_common::{
-    maps::{FlowV4, next_hop_flag},
+    maps::{Flow, next_hop_flag},
     verdict::{Reason, Verdict},
 };
 use network_types::eth::EthHdr;
 
 use crate::{
+    family::Family,
     fib::{self, resolution},
     maps,
     packet::Packet,
@@ -18,7 +19,7 @@ use crate::{
 /// Sends the packet to the flow's next hop, or gives it to the stack where only that can. Nobody is told where it does not
 /// fit: these are no packets to tell anybody about.
 #[inline(never)]
-pub fn send<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4) -> Verdict {
+pub fn send<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut Flow<A>) -> Verdict {
     let service = flow.service;
     let Some(control) = maps::control() else {
         return because(Reason::NotReady, service);
@@ -56,7 +57,7 @@ pub fn send<P: Packet>(packet: &mut P, parsed: &Parsed, flow: &mut FlowV4) -> Ve
 }
 
 #[inline(always)]
-fn too_long(parsed: &Parsed, service: u32) -> Verdict {
+fn too_long<A: Family>(parsed: &Parsed<A>, service: u32) -> Verdict {
     if parsed.must_not_fragment {
         because(Reason::IcmpUndeliverable, service)
     } else {

@@ -9,7 +9,10 @@ use aya_ebpf::{
     helpers::generated,
     programs::{TcContext, XdpContext},
 };
-use edge_common::maps::capture::CaptureHeader;
+use edge_common::{
+    address::{Address, Wide, mapped},
+    maps::capture::CaptureHeader,
+};
 use network_types::{eth::EthHdr, ip::Ipv4Hdr, tcp::TcpHdr, udp::UdpHdr};
 
 use crate::maps;
@@ -49,15 +52,13 @@ pub struct L4Fix {
     pub ports: u16,
     /// UDP, where zero means "no checksum".
     pub udp: bool,
+    /// IPv6, whose header has no checksum that changes with the addresses.
+    pub v6: bool,
 }
 
-/// What a route lookup found; numbers as the kernel's `BPF_FIB_LKUP_RET_*`.
-pub struct Route {
-    /// 0: found; above: why not; below: an errno.
-    pub result: i64,
-    /// The kernel's answer.
-    pub found: bpf_fib_lookup,
-}
+/// A question to the kernel's FIB, and then its answer.
+#[repr(transparent)]
+pub struct Route(pub bpf_fib_lookup);
 
 /// A packet at one of the hooks, from its Ethernet header on.
 pub trait Packet {
@@ -112,8 +113,9 @@ pub trait Packet {
     /// Tells a sum that the NIC took over the whole packet about bytes that add up to `sum`, put where zeroes were.
     fn add_to_sum(&mut self, sum: u16);
 
-    /// Asks the kernel's FIB; `query` is given back with the answer.
-    fn route(&mut self, query: bpf_fib_lookup) -> Route;
+    /// Asks the kernel's FIB; the answer overwrites the question. 0: found; above: why not, as the kernel's
+    /// `BPF_FIB_LKUP_RET_*`; below: an errno.
+    fn route(&mut self, query: &mut Route) -> i64;
 
     /// Ends this program and starts a stage; returns only where the stage's slot is empty.
     fn enter(&mut self, stage: u32);
@@ -276,12 +278,9 @@ impl Packet for XdpPacket {
     fn add_to_sum(&mut self, _sum: u16) {}
 
     #[inline(always)]
-    fn route(&mut self, mut query: bpf_fib_lookup) -> Route {
+    fn route(&mut self, query: &mut Route) -> i64 {
         // SAFETY: valid context; the kernel writes at most the size given.
-        let result = unsafe {
-            generated::bpf_fib_lookup(self.ctx.cast(), &raw mut query, size_of::<bpf_fib_lookup>() as i32, 0)
-        };
-        Route { result, found: query }
+        unsafe { generated::bpf_fib_lookup(self.ctx.cast(), &raw mut query.0, size_of::<bpf_fib_lookup>() as i32, 0) }
     }
 }
 
@@ -289,11 +288,6 @@ impl Packet for SkbPacket {
     #[inline(always)]
     fn enter(&mut self, stage: u32) {
         maps::stages::enter_tc(&TcContext::new(self.ctx), stage);
-    }
-
-    #[inline(always)]
-    fn capture(&self, header: &CaptureHeader) {
-        maps::capture::put(&TcContext::new(self.ctx), header);
     }
 
     const REDIRECTS_ANYWHERE: bool = true;
@@ -357,11 +351,22 @@ impl Packet for SkbPacket {
         let mangled = if fix.udp { BPF_F_MARK_MANGLED_0 } else { 0 };
         let pseudo = u64::from(BPF_F_PSEUDO_HDR | mangled);
         let offset = fix.offset as u32;
-        // SAFETY: valid context; the kernel checks the offset.
-        unsafe {
-            generated::bpf_l4_csum_replace(self.ctx, offset, 0, u64::from(fix.addresses), pseudo) == 0
-                && generated::bpf_l4_csum_replace(self.ctx, offset, 0, u64::from(fix.ports), u64::from(mangled)) == 0
+        let addresses = |flags| {
+            // SAFETY: valid context; the kernel checks the offset.
+            unsafe { generated::bpf_l4_csum_replace(self.ctx, offset, 0, u64::from(fix.addresses), flags) == 0 }
+        };
+        // Kernels that do not know the flag (before 6.16) refuse it, and keep a wrong sum of the whole packet where the
+        // driver summed it up (CHECKSUM_COMPLETE), which only a receiver on this host would look at.
+        if !(fix.v6 && addresses(pseudo | BPF_F_IPV6) || addresses(pseudo)) {
+            return false;
         }
+        // SAFETY: as above.
+        unsafe { generated::bpf_l4_csum_replace(self.ctx, offset, 0, u64::from(fix.ports), u64::from(mangled)) == 0 }
+    }
+
+    #[inline(always)]
+    fn capture(&self, header: &CaptureHeader) {
+        maps::capture::put(&TcContext::new(self.ctx), header);
     }
 
     #[inline(always)]
@@ -403,12 +408,9 @@ impl Packet for SkbPacket {
     }
 
     #[inline(always)]
-    fn route(&mut self, mut query: bpf_fib_lookup) -> Route {
+    fn route(&mut self, query: &mut Route) -> i64 {
         // SAFETY: valid context; the kernel writes at most the size given.
-        let result = unsafe {
-            generated::bpf_fib_lookup(self.ctx.cast(), &raw mut query, size_of::<bpf_fib_lookup>() as i32, 0)
-        };
-        Route { result, found: query }
+        unsafe { generated::bpf_fib_lookup(self.ctx.cast(), &raw mut query.0, size_of::<bpf_fib_lookup>() as i32, 0) }
     }
 }
 
@@ -422,19 +424,23 @@ pub fn redirect(ifindex: u32) -> i64 {
     unsafe { generated::bpf_redirect(ifindex, 0) }
 }
 
-/// A question to the FIB about an IPv4 packet.
-pub struct Query {
+/// `bpf_l4_csum_replace`: the addresses are IPv6 ones, so that their change and the checksum's cancel out in the sum of
+/// the whole packet (kernel 6.16).
+const BPF_F_IPV6: u64 = 1 << 7;
+
+/// A question to the FIB about a packet.
+pub struct Query<A> {
     /// Translated source, network order.
-    pub src: u32,
+    pub src: A,
     /// Translated destination, network order.
-    pub dst: u32,
+    pub dst: A,
     /// Translated source port, network order.
     pub src_port: u16,
     /// Translated destination port, network order.
     pub dst_port: u16,
     /// IP protocol number.
     pub protocol: u8,
-    /// Type of service.
+    /// Type of service, or traffic class.
     pub tos: u8,
     /// Interface the packet came in by.
     pub ingress: u32,
@@ -443,40 +449,55 @@ pub struct Query {
 /// Length given to the FIB: non-zero, so that it reports the MTU; below any, so that it does not judge by it.
 const PROBE_LEN: u16 = 20;
 
-impl Query {
+impl<A: Address> Query<A> {
     /// As the kernel wants it.
     #[inline(always)]
-    pub fn encode(&self) -> bpf_fib_lookup {
+    pub fn encode(&self, route: &mut Route) {
+        let query = &mut route.0;
+        // In place, since a zeroed value would be made on the stack first.
         // SAFETY: plain integers, for which all zeroes are valid.
-        let mut query: bpf_fib_lookup = unsafe { core::mem::zeroed() };
-        query.family = AF_INET;
+        unsafe { core::ptr::write_bytes(&raw mut *query, 0, 1) };
         query.l4_protocol = self.protocol;
         query.sport = self.src_port;
         query.dport = self.dst_port;
         query.ifindex = self.ingress;
         query.__bindgen_anon_1.tot_len = PROBE_LEN;
-        query.__bindgen_anon_2.tos = self.tos;
-        query.__bindgen_anon_3.ipv4_src = self.src;
-        query.__bindgen_anon_4.ipv4_dst = self.dst;
-        query
+        let (src, dst) = (self.src.wide(), self.dst.wide());
+        if A::V6 {
+            query.family = AF_INET6;
+            query.__bindgen_anon_2.flowinfo = (u32::from(self.tos) << 20).to_be();
+            query.__bindgen_anon_3.ipv6_src = src;
+            query.__bindgen_anon_4.ipv6_dst = dst;
+        } else {
+            query.family = AF_INET;
+            query.__bindgen_anon_2.tos = self.tos;
+            query.__bindgen_anon_3.ipv4_src = src[3];
+            query.__bindgen_anon_4.ipv4_dst = dst[3];
+        }
     }
 }
 
 const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
 
 impl Route {
-    /// The neighbour's IPv4 address, network order; `None` where the gateway is an IPv6 one (RFC 5549).
+    /// The neighbour's address, which need not be of the packet's family (RFC 8950).
     #[inline(always)]
-    pub fn neighbour(&self) -> Option<u32> {
-        // SAFETY: any bits are a valid integer, and the family says whether they are an IPv4 address.
-        let address = unsafe { self.found.__bindgen_anon_4.ipv4_dst };
-        (self.found.family == AF_INET).then_some(address)
+    pub fn neighbour(&self) -> Wide {
+        // SAFETY: any bits are valid integers, and the family says which member the kernel wrote.
+        unsafe {
+            if self.0.family == AF_INET {
+                mapped(self.0.__bindgen_anon_4.ipv4_dst)
+            } else {
+                self.0.__bindgen_anon_4.ipv6_dst
+            }
+        }
     }
 
     /// The route's MTU, bytes from the IP header on.
     #[inline(always)]
     pub fn mtu(&self) -> u32 {
         // SAFETY: both members are a u16.
-        u32::from(unsafe { self.found.__bindgen_anon_1.mtu_result })
+        u32::from(unsafe { self.0.__bindgen_anon_1.mtu_result })
     }
 }

@@ -1,49 +1,53 @@
 //! Headers to a flow key. Only the address prefilter decides what is ours, so it sits between the two steps here.
 
 use edge_common::{
+    address::Wide,
     conntrack::Segment,
-    flow::{FlowKeyV4, TCP},
+    flow::{FlowKey, TCP},
 };
-use network_types::{
-    eth::{EthHdr, EtherType},
-    ip::Ipv4Hdr,
-    tcp::TcpHdr,
-    udp::UdpHdr,
-};
+use network_types::{eth::EthHdr, ip::Ipv4Hdr, tcp::TcpHdr, udp::UdpHdr};
 
-use crate::packet::Packet;
+use crate::{family::Family, packet::Packet};
 
 /// Bytes that may hold headers: Ethernet, IPv4 with all options, TCP without.
 pub const HEADERS: usize = EthHdr::LEN + 60 + TcpHdr::LEN;
-/// Offset of the IPv4 header.
+/// Offset of the IP header.
 pub const IP: usize = EthHdr::LEN;
 
-/// The IPv4 header's facts. Small, as is [`Parsed`]: both live on the program's 512 bytes of stack.
+/// The IP header's facts. Small, as is [`Parsed`]: both live on the program's 512 bytes of stack.
 #[derive(Clone, Copy)]
-pub struct Ipv4 {
+pub struct Ip<A> {
     /// Source, network order.
-    pub src: u32,
+    pub src: A,
     /// Destination, network order.
-    pub dst: u32,
-    /// Length from the IP header on, as the header says.
-    pub total_len: u16,
-    /// Flags and fragment offset, host order.
+    pub dst: A,
+    /// Length from the IP header on, bytes, as the header says.
+    pub total_len: u32,
+    /// Length of the header, with options or extension headers, bytes.
+    pub header_len: u16,
+    /// Flags and fragment offset of IPv4, host order; routers must not fragment IPv6.
     fragment: u16,
-    /// IP protocol number.
+    /// IP protocol number; of IPv6, the next header's.
     pub protocol: u8,
-    /// Time to live.
+    /// Time to live, or hop limit.
     pub ttl: u8,
-    /// Type of service.
+    /// Type of service, or traffic class.
     pub tos: u8,
-    /// Header length, bytes.
-    pub header_len: u8,
 }
 
 const DONT_FRAGMENT: u16 = 0x4000;
 const MORE_FRAGMENTS: u16 = 0x2000;
 const FRAGMENT_OFFSET: u16 = 0x1fff;
 
-impl Ipv4 {
+impl<A> Ip<A> {
+    /// Routers must not fragment it.
+    #[inline(always)]
+    pub fn must_not_fragment(&self) -> bool {
+        self.fragment & DONT_FRAGMENT != 0
+    }
+}
+
+impl Ip<u32> {
     /// Part of a fragmented packet.
     #[inline(always)]
     pub fn is_fragment(&self) -> bool {
@@ -55,41 +59,38 @@ impl Ipv4 {
     pub fn is_later_fragment(&self) -> bool {
         self.fragment & FRAGMENT_OFFSET != 0
     }
-
-    /// Routers must not fragment it.
-    #[inline(always)]
-    pub fn must_not_fragment(&self) -> bool {
-        self.fragment & DONT_FRAGMENT != 0
-    }
 }
 
-/// A TCP or UDP packet over IPv4.
-pub struct Parsed {
+/// A TCP or UDP packet.
+pub struct Parsed<A> {
     /// Its tuple.
-    pub key: FlowKeyV4,
+    pub key: FlowKey<A>,
     /// TCP sequence number, host order.
     pub seq: u32,
     /// TCP acknowledgement number, host order.
     pub ack: u32,
-    /// Length from the IP header on, as the header says.
-    pub total_len: u16,
+    /// Length from the IP header on, bytes, as the header says.
+    pub total_len: u32,
+    /// IP header length, with options or extension headers, bytes.
+    pub header_len: u16,
     /// TCP flags; 0 for UDP.
     pub flags: u8,
-    /// Time to live.
+    /// Time to live, or hop limit.
     pub ttl: u8,
-    /// Type of service.
+    /// Type of service, or traffic class.
     pub tos: u8,
-    /// IPv4 header length, bytes.
-    pub header_len: u8,
     /// Layer-4 header length, bytes.
     pub l4_len: u8,
     /// Routers must not fragment it.
     pub must_not_fragment: bool,
+    /// UDP over IPv6 without a checksum, which a receiver discards (RFC 8200, section 8.1; what RFC 6935 excepts are
+    /// tunnels, and no service is one). Dropped where it is a service's, since the host may well end a tunnel.
+    pub lacks_checksum: bool,
 }
 
 /// No packet, to be filled.
-pub const NOTHING: Parsed = Parsed {
-    key: FlowKeyV4::new(0, 0, 0, 0, 0),
+pub const NOTHING: Parsed<u32> = Parsed {
+    key: FlowKey::new(0, 0, 0, 0, 0),
     seq: 0,
     ack: 0,
     total_len: 0,
@@ -99,19 +100,20 @@ pub const NOTHING: Parsed = Parsed {
     header_len: 0,
     l4_len: 0,
     must_not_fragment: false,
+    lacks_checksum: false,
 };
 
-impl Parsed {
+impl<A: Family> Parsed<A> {
     /// Offset of the layer-4 header.
     #[inline(always)]
     pub fn l4(&self) -> usize {
-        IP + usize::from(self.header_len)
+        IP + header_len::<A>(self.header_len)
     }
 
     /// True where it carries more than headers.
     #[inline(always)]
     pub fn has_payload(&self) -> bool {
-        self.total_len > u16::from(self.header_len) + u16::from(self.l4_len)
+        self.total_len > u32::from(self.header_len) + u32::from(self.l4_len)
     }
 
     /// What it says to connection tracking.
@@ -121,40 +123,148 @@ impl Parsed {
     }
 }
 
-/// The IPv4 header, or `None` for anything else and for a header cut short: the stack's business, whoever it is for.
+/// The Ethernet header's type, as loaded from the packet; `None` for a frame cut short.
 #[inline(always)]
-pub fn ipv4<P: Packet>(packet: &mut P) -> Option<Ipv4> {
-    let eth = packet.header::<EthHdr>(0)?;
-    if eth.ether_type != u16::from(EtherType::Ipv4) {
-        return None;
-    }
+pub fn ether_type<P: Packet>(packet: &mut P) -> Option<u16> {
+    Some(packet.header::<EthHdr>(0)?.ether_type)
+}
+
+/// The IPv4 header, or `None` where it is cut short or none: the stack's business, whoever it is for.
+#[inline(always)]
+pub fn ipv4<P: Packet>(packet: &mut P) -> Option<Ip<u32>> {
     let ip = packet.header::<Ipv4Hdr>(IP)?;
     if ip.vihl >> 4 != 4 {
         return None;
     }
-    Some(Ipv4 {
+    Some(Ip {
         src: u32::from_ne_bytes(ip.src_addr),
         dst: u32::from_ne_bytes(ip.dst_addr),
         protocol: ip.proto,
         ttl: ip.ttl,
         tos: ip.tos,
-        header_len: (ip.vihl & 0xf) << 2,
-        total_len: u16::from_be_bytes(ip.tot_len),
+        header_len: u16::from((ip.vihl & 0xf) << 2),
+        total_len: u32::from(u16::from_be_bytes(ip.tot_len)),
         fragment: u16::from_be_bytes(ip.frags),
     })
+}
+
+/// The IPv6 header as 16-bit words, network order: all that its alignment in a frame allows.
+pub type Ipv6Header = [u16; 20];
+
+/// Words of an [`Ipv6Header`].
+pub mod ipv6_field {
+    /// Version and traffic class, and the first of the flow label.
+    pub const VERSION: usize = 0;
+    /// Length of what follows the header.
+    pub const PAYLOAD: usize = 2;
+    /// Next header, then hop limit.
+    pub const NEXT_AND_HOPS: usize = 3;
+    /// First of the source's eight.
+    pub const SRC: usize = 4;
+    /// First of the destination's eight.
+    pub const DST: usize = 12;
+}
+
+/// The fixed IPv6 header, or `None` where it is cut short or none.
+#[inline(always)]
+pub fn ipv6<P: Packet>(packet: &mut P) -> Option<Ip<Wide>> {
+    let ip = packet.header::<Ipv6Header>(IP)?;
+    let version = u16::from_be(ip[ipv6_field::VERSION]);
+    if version >> 12 != 6 {
+        return None;
+    }
+    let [protocol, ttl] = ip[ipv6_field::NEXT_AND_HOPS].to_ne_bytes();
+    Some(Ip {
+        src: address(ip, ipv6_field::SRC),
+        dst: address(ip, ipv6_field::DST),
+        protocol,
+        ttl,
+        tos: (version >> 4) as u8,
+        header_len: IPV6_LEN,
+        total_len: u32::from(u16::from_be(ip[ipv6_field::PAYLOAD])) + u32::from(IPV6_LEN),
+        fragment: DONT_FRAGMENT,
+    })
+}
+
+/// A header length with a bound that the verifier sees: 60 bytes are an IPv4 header's most, and [`EXTENSIONS`] headers of
+/// 2 KiB an IPv6 one's. It keeps track of offsets into a packet below 64 KiB only.
+#[inline(always)]
+fn header_len<A: Family>(header_len: u16) -> usize {
+    if A::V6 { usize::from(header_len & 0x7fff) } else { usize::from(header_len as u8) }
+}
+
+/// Length of the fixed IPv6 header.
+pub const IPV6_LEN: u16 = 40;
+
+#[inline(always)]
+fn address(ip: &Ipv6Header, at: usize) -> Wide {
+    let word = |at: usize| u32::from(ip[at]) | u32::from(ip[at + 1]) << 16;
+    [word(at), word(at + 2), word(at + 4), word(at + 6)]
+}
+
+/// Extension headers that are walked; a packet with more is the stack's business.
+const EXTENSIONS: u32 = 8;
+
+/// How a walk over extension headers ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Upper {
+    /// At another header, whose number and offset are noted.
+    Header,
+    /// At a fragment header of a packet in several pieces.
+    Fragment,
+    /// At what the stack must judge: a routing header that is not done with (a router has to act on it, RFC 8200,
+    /// section 4.4), or too many headers.
+    Stack,
+    /// The packet ends before its headers do.
+    Short,
+}
+
+/// Walks hop-by-hop options, routing, destination options and the fragment header of an unfragmented packet (RFC 6946)
+/// up to the first header of another kind. Authentication (AH) is not skipped: a translated packet would fail it.
+#[inline(never)]
+pub fn extensions<P: Packet>(packet: &mut P, ip: &mut Ip<Wide>) -> Upper {
+    const HOP_BY_HOP: u8 = 0;
+    const ROUTING: u8 = 43;
+    const FRAGMENT: u8 = 44;
+    const DESTINATION: u8 = 60;
+    for _ in 0..EXTENSIONS {
+        let kind = ip.protocol;
+        if kind != HOP_BY_HOP && kind != ROUTING && kind != FRAGMENT && kind != DESTINATION {
+            packet.pull(IP + header_len::<Wide>(ip.header_len) + TcpHdr::LEN);
+            return Upper::Header;
+        }
+        let offset = IP + header_len::<Wide>(ip.header_len);
+        packet.pull(offset + 8);
+        let Some(header) = packet.header::<[u8; 8]>(offset) else {
+            return Upper::Short;
+        };
+        let mut length = (u16::from(header[1]) + 1) << 3;
+        if kind == FRAGMENT {
+            // Offset in 8-byte units, two reserved bits, "more fragments".
+            if u16::from_be_bytes([header[2], header[3]]) & 0xfff9 != 0 {
+                return Upper::Fragment;
+            }
+            length = 8;
+        } else if kind == ROUTING && header[3] != 0 {
+            return Upper::Stack;
+        }
+        ip.protocol = header[0];
+        ip.header_len += length;
+    }
+    Upper::Stack
 }
 
 /// The layer-4 header of an unfragmented TCP or UDP packet; `None` where the headers are cut short or contradict
 /// each other.
 #[inline(always)]
-pub fn transport<P: Packet>(packet: &mut P, ip: Ipv4) -> Option<Parsed> {
-    let (header_len, total_len) = (usize::from(ip.header_len), usize::from(ip.total_len));
+pub fn transport<A: Family, P: Packet>(packet: &mut P, ip: &Ip<A>) -> Option<Parsed<A>> {
+    let (header_len, total_len) = (header_len::<A>(ip.header_len), ip.total_len as usize);
     if header_len < Ipv4Hdr::LEN || !packet.holds(IP + total_len) {
         return None;
     }
     let payload = total_len.checked_sub(header_len)?;
     let mut parsed = Parsed {
-        key: FlowKeyV4::new(ip.src, ip.dst, 0, 0, ip.protocol),
+        key: FlowKey::new(ip.src, ip.dst, 0, 0, ip.protocol),
         seq: 0,
         ack: 0,
         total_len: ip.total_len,
@@ -164,6 +274,7 @@ pub fn transport<P: Packet>(packet: &mut P, ip: Ipv4) -> Option<Parsed> {
         header_len: ip.header_len,
         l4_len: UdpHdr::LEN as u8,
         must_not_fragment: ip.must_not_fragment(),
+        lacks_checksum: false,
     };
     if ip.protocol == TCP {
         let tcp = packet.header::<[u8; TcpHdr::LEN]>(IP + header_len)?;
@@ -180,6 +291,7 @@ pub fn transport<P: Packet>(packet: &mut P, ip: Ipv4) -> Option<Parsed> {
         let udp = packet.header::<UdpHdr>(IP + header_len)?;
         parsed.key.src_port = u16::from_ne_bytes(udp.src);
         parsed.key.dst_port = u16::from_ne_bytes(udp.dst);
+        parsed.lacks_checksum = A::V6 && udp.check == [0; 2];
     }
     (usize::from(parsed.l4_len) <= payload).then_some(parsed)
 }

@@ -1,20 +1,25 @@
-//! The entry program of each hook. An established packet takes the first five lines and one hash lookup, and leaves from
-//! here; what may change a flow's state, or has none, goes on in `stages`, by a tail call.
+//! The entry program of each hook, and the stage that is an IPv6 packet's entry. An established packet takes its first five
+//! lines and one hash lookup, and leaves from here; what may change a flow's state, or has none, goes on in `stages`, by a
+//! tail call.
 
 use edge_common::{
+    address::Address,
     conntrack::tcp_flag::{FIN, RST, SYN},
-    filter,
     flow::{TCP, UDP},
     icmp::ICMP,
+    maps::stages::IPV6,
     verdict::{Reason, Verdict},
 };
+use network_types::eth::EtherType;
 
 use crate::{
     events,
+    family::Family,
     forward::{self, TOO_LATE},
     maps::{self, Table},
     packet::Packet,
-    parse, stages,
+    parse::{self, Ip, Upper},
+    stages,
     stats::because,
 };
 
@@ -35,6 +40,19 @@ pub fn run<P: Packet>(packet: &mut P) -> Verdict {
         return Verdict::PASS;
     }
     packet.pull(parse::HEADERS);
+    match parse::ether_type(packet) {
+        Some(kind) if kind == u16::from(EtherType::Ipv4) => ipv4(packet),
+        Some(kind) if kind == u16::from(EtherType::Ipv6) => {
+            packet.enter(IPV6);
+            // No such stage: the host's own IPv6 goes on.
+            Verdict::PASS
+        }
+        _ => Verdict::PASS,
+    }
+}
+
+#[inline(always)]
+fn ipv4<P: Packet>(packet: &mut P) -> Verdict {
     let Some(ip) = parse::ipv4(packet) else {
         return Verdict::PASS;
     };
@@ -47,10 +65,38 @@ pub fn run<P: Packet>(packet: &mut P) -> Verdict {
     if ip.is_fragment() {
         return stages::fragment(packet);
     }
+    serve(packet, &ip, side)
+}
+
+/// The stage of an IPv6 packet.
+#[inline(always)]
+pub fn ipv6<P: Packet>(packet: &mut P) -> Verdict {
+    packet.pull(parse::HEADERS);
+    let Some(mut ip) = parse::ipv6(packet) else {
+        return Verdict::PASS;
+    };
+    let Some(side) = prefilter(ip.src, ip.dst) else {
+        return Verdict::PASS;
+    };
+    if ip.protocol != TCP && ip.protocol != UDP {
+        match parse::extensions(packet, &mut ip) {
+            Upper::Header if ip.protocol == TCP || ip.protocol == UDP => {}
+            Upper::Header => return Verdict::PASS,
+            Upper::Fragment => return because(Reason::Fragment, 0),
+            Upper::Stack => return because(Reason::ExtensionHeaders, 0),
+            Upper::Short => return because(Reason::Malformed, 0),
+        }
+    }
+    serve(packet, &ip, side)
+}
+
+#[inline(always)]
+fn serve<A: Family, P: Packet>(packet: &mut P, ip: &Ip<A>, side: Side) -> Verdict {
     let Some(parsed) = parse::transport(packet, ip) else {
         return because(Reason::Malformed, 0);
     };
     if parsed.flags & (SYN | FIN | RST) == 0
+        && !parsed.lacks_checksum
         && let Some(flow) = maps::flow(Table::Established, &parsed.key)
     {
         let verdict = forward::established(packet, &parsed, flow);
@@ -73,11 +119,11 @@ pub fn ingress<P: Packet>(packet: &P) -> u32 {
     packet.ingress()
 }
 
-/// The side of a packet with these addresses (network order); `None` where neither can be ours.
+/// The side of a packet with these addresses; `None` where neither can be ours.
 #[inline(always)]
-pub fn prefilter(src: u32, dst: u32) -> Option<Side> {
+pub fn prefilter<A: Address>(src: A, dst: A) -> Option<Side> {
     let filter = maps::address_filter()?;
-    let (destination, source) = (filter::bit(dst), filter::bit(src));
+    let (destination, source) = (dst.filter_bit(), src.filter_bit());
     if filter.destinations[(destination >> 6) as usize] >> (destination & 63) & 1 != 0 {
         Some(Side::ToUs)
     } else if filter.sources[(source >> 6) as usize] >> (source & 63) & 1 != 0 {

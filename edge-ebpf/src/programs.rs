@@ -6,7 +6,10 @@ use aya_ebpf::{
     macros::{classifier, xdp},
     programs::{TcContext, XdpContext},
 };
-use edge_common::verdict::{Action, Verdict};
+use edge_common::{
+    address::Wide,
+    verdict::{Action, Verdict},
+};
 use edge_ebpf::{
     packet::{SkbPacket, XdpPacket, redirect},
     pipeline, stages,
@@ -35,17 +38,17 @@ pub fn at_tc(packet: &SkbPacket, verdict: Verdict) -> i32 {
 }
 
 macro_rules! stage {
-    ($($stage:ident: $at_xdp:ident, $at_tc:ident;)*) => {
+    ($($stage:path: $at_xdp:ident, $at_tc:ident;)*) => {
         $(
             #[xdp(frags)]
             pub fn $at_xdp(ctx: XdpContext) -> u32 {
-                at_xdp(stages::$stage(&mut XdpPacket::new(&ctx)))
+                at_xdp($stage(&mut XdpPacket::new(&ctx)))
             }
 
             #[classifier]
             pub fn $at_tc(ctx: TcContext) -> i32 {
                 let mut packet = SkbPacket::new(&ctx);
-                let verdict = stages::$stage(&mut packet);
+                let verdict = $stage(&mut packet);
                 at_tc(&packet, verdict)
             }
         )*
@@ -53,10 +56,14 @@ macro_rules! stage {
 }
 
 stage! {
-    track: edge_xdp_track, edge_tc_track;
-    create: edge_xdp_create, edge_tc_create;
-    send: edge_xdp_send, edge_tc_send;
-    relay: edge_xdp_relay, edge_tc_relay;
-    answer: edge_xdp_answer, edge_tc_answer;
-    frag: edge_xdp_frag, edge_tc_frag;
+    stages::track::<u32, _>: edge_xdp_track, edge_tc_track;
+    stages::create::<u32, _>: edge_xdp_create, edge_tc_create;
+    stages::send::<u32, _>: edge_xdp_send, edge_tc_send;
+    stages::relay: edge_xdp_relay, edge_tc_relay;
+    stages::answer: edge_xdp_answer, edge_tc_answer;
+    stages::frag: edge_xdp_frag, edge_tc_frag;
+    pipeline::ipv6: edge_xdp_ipv6, edge_tc_ipv6;
+    stages::track::<Wide, _>: edge_xdp_track6, edge_tc_track6;
+    stages::create::<Wide, _>: edge_xdp_creat6, edge_tc_creat6;
+    stages::send::<Wide, _>: edge_xdp_send6, edge_tc_send6;
 }

@@ -4,17 +4,17 @@
 use edge_common::{
     conntrack::Direction,
     limit::{self, HalfOpen},
-    maps::{FlowV4, RangeSource, ServiceEntry, SourceId, mapped, range_action, service_flag},
+    maps::{Flow, RangeSource, ServiceEntry, SourceId, range_action, service_flag},
     verdict::{Reason, Verdict},
 };
 
-use crate::{classify::NEW_FLOW, maps, parse::Parsed, stats::because};
+use crate::{classify::NEW_FLOW, family::Family, maps, parse::Parsed, stats::because};
 
 const ADMITTED: u32 = 0;
 
 /// [`NEW_FLOW`] where this client may start a flow of `service`; else the packet is dropped.
 #[inline(never)]
-pub fn admit(parsed: &Parsed, service: u32) -> Verdict {
+pub fn admit<A: Family>(parsed: &Parsed<A>, service: u32) -> Verdict {
     let Some(entry) = maps::service(service) else {
         return because(Reason::NotReady, service);
     };
@@ -33,8 +33,8 @@ pub fn admit(parsed: &Parsed, service: u32) -> Verdict {
 }
 
 #[inline(never)]
-fn in_ranges(parsed: &Parsed, service: u32, flags: u16) -> bool {
-    match maps::range_action(RangeSource { service, address: mapped(parsed.key.src) }) {
+fn in_ranges<A: Family>(parsed: &Parsed<A>, service: u32, flags: u16) -> bool {
+    match maps::range_action(RangeSource { service, address: parsed.key.src.wide() }) {
         Some(action) => action == range_action::ALLOW,
         None => flags & service_flag::SOURCES_REFUSED_BY_DEFAULT == 0,
     }
@@ -46,7 +46,7 @@ const PACKET_RATE: u32 = 3;
 
 /// The quota first: a refused flow takes no token.
 #[inline(never)]
-fn within_limits(parsed: &Parsed, service: u32, entry: &ServiceEntry) -> u32 {
+fn within_limits<A: Family>(parsed: &Parsed<A>, service: u32, entry: &ServiceEntry) -> u32 {
     let id = source_of(parsed.key.src, service);
     // A full map is no reason to refuse anybody.
     let Some(used) = maps::source_use(&id) else {
@@ -72,7 +72,7 @@ fn within_limits(parsed: &Parsed, service: u32, entry: &ServiceEntry) -> u32 {
 
 /// True where a packet of `flow` keeps to the packet rate of its source; those of backends do not count.
 #[inline(never)]
-pub fn packet_admitted(client: u32, flow: &FlowV4) -> bool {
+pub fn packet_admitted<A: Family>(client: A, flow: &Flow<A>) -> bool {
     if flow.direction != Direction::Forward as u8 {
         return true;
     }
@@ -96,7 +96,7 @@ pub fn packet_admitted(client: u32, flow: &FlowV4) -> bool {
 
 /// Counts a flow of `client` that entered half-open, where the service has a quota.
 #[inline(never)]
-pub fn half_opened(client: u32, service: u32) {
+pub fn half_opened<A: Family>(client: A, service: u32) {
     let Some(entry) = maps::service(service) else { return };
     if entry.source_half_open == 0 {
         return;
@@ -108,7 +108,7 @@ pub fn half_opened(client: u32, service: u32) {
 
 /// Counts a flow that was promoted or closed while it was half-open.
 #[inline(never)]
-pub fn half_open_ended(flow: &FlowV4) {
+pub fn half_open_ended<A: Family>(flow: &Flow<A>) {
     let Some(entry) = maps::service(flow.service) else { return };
     if entry.source_half_open == 0 {
         return;
@@ -121,6 +121,6 @@ pub fn half_open_ended(flow: &FlowV4) {
 }
 
 #[inline(always)]
-fn source_of(client: u32, service: u32) -> SourceId {
-    SourceId { address: limit::source(mapped(client)), service }
+fn source_of<A: Family>(client: A, service: u32) -> SourceId {
+    SourceId { address: limit::source(client.wide()), service }
 }

@@ -5,7 +5,7 @@
 //! once the primary one has nobody.
 
 use edge_common::{
-    flow::FlowKeyV4,
+    flow::FlowKey,
     hash, maglev,
     maps::{
         AffinityEntry, AffinityKey, POOL_PER_CHUNK, Pending, SLOTS_PER_CHUNK, SelectionHeader, ServiceEntry,
@@ -13,7 +13,7 @@ use edge_common::{
     },
 };
 
-use crate::maps;
+use crate::{family::Family, maps};
 
 /// Table slots tried after the first: spreads an excluded backend's share over the others.
 const NEXT_SLOTS: u32 = 16;
@@ -34,7 +34,7 @@ struct Draw {
 
 /// The number of a backend for a new flow of `service`, or [`NONE`] or [`FULL`].
 #[inline(never)]
-pub fn backend(number: u32, service: &ServiceEntry, key: &FlowKeyV4) -> u32 {
+pub fn backend<A: Family>(number: u32, service: &ServiceEntry, key: &FlowKey<A>) -> u32 {
     let now = maps::now();
     if service.affinity_timeout != 0 {
         let kept = at_home(number, service.affinity_timeout, key, now);
@@ -47,7 +47,7 @@ pub fn backend(number: u32, service: &ServiceEntry, key: &FlowKeyV4) -> u32 {
     };
     // With affinity all connections of a client that arrive before one of them is remembered agree, as do all edges.
     let ports = if service.affinity_timeout == 0 { key.src_port } else { 0 };
-    let hash = hash::tuple(control.seed, &FlowKeyV4::new(key.src, key.dst, ports, key.dst_port, key.protocol));
+    let hash = hash::tuple(control.seed, &FlowKey::new(key.src, key.dst, ports, key.dst_port, key.protocol));
     let first = if service.balance == balance::ROUND_ROBIN { u64::from(maps::next_turn(number)) } else { hash };
     let draw = Draw { first, second: hash.rotate_left(32), two: service.balance == balance::LEAST_CONNECTIONS };
     maps::set_met_full(0);
@@ -69,7 +69,7 @@ pub fn backend(number: u32, service: &ServiceEntry, key: &FlowKeyV4) -> u32 {
 /// The backend that every edge chooses for a new flow of `key`, or [`NONE`] where they need not agree: only Maglev's choice
 /// follows from the tuple alone. What only one edge knows (a client's home, a full backend) may make its choice another.
 #[inline(never)]
-pub fn agreed(service: &ServiceEntry, key: &FlowKeyV4) -> u32 {
+pub fn agreed<A: Family>(service: &ServiceEntry, key: &FlowKey<A>) -> u32 {
     if service.balance != balance::MAGLEV {
         return NONE;
     }
@@ -77,7 +77,7 @@ pub fn agreed(service: &ServiceEntry, key: &FlowKeyV4) -> u32 {
         return NONE;
     };
     let ports = if service.affinity_timeout == 0 { key.src_port } else { 0 };
-    let hash = hash::tuple(control.seed, &FlowKeyV4::new(key.src, key.dst, ports, key.dst_port, key.protocol));
+    let hash = hash::tuple(control.seed, &FlowKey::new(key.src, key.dst, ports, key.dst_port, key.protocol));
     let draw = Draw { first: hash, second: hash, two: false };
     let tick = Pending::tick(maps::now());
     let mut region = service.selection;
@@ -107,7 +107,7 @@ pub fn begun(backend: u32, limit: u32, now: u64) {
 /// A flow has proved itself: it no longer pends, and its client is at home there from now on, unless another backend that
 /// may still be used was first.
 #[inline(never)]
-pub fn promoted(number: u32, affinity_timeout: u32, client: u32, backend: u32) {
+pub fn promoted<A: Family>(number: u32, affinity_timeout: u32, client: A, backend: u32) {
     let now = maps::now();
     if maps::backend(backend).is_some_and(|entry| entry.limit != 0)
         && let Some(pending) = maps::backend_pending(backend)
@@ -117,7 +117,7 @@ pub fn promoted(number: u32, affinity_timeout: u32, client: u32, backend: u32) {
     if affinity_timeout == 0 {
         return;
     }
-    let (key, now) = (AffinityKey::v4(number, client), seconds(now));
+    let (key, now) = (AffinityKey::new(number, client.wide()), seconds(now));
     if let Some(home) = maps::affinity(&key) {
         let stays = !home.is_over(affinity_timeout, now) && is_member(number, home.backend);
         if !stays {
@@ -131,8 +131,8 @@ pub fn promoted(number: u32, affinity_timeout: u32, client: u32, backend: u32) {
 
 /// The backend that the client had before, where it may still be used; else [`NONE`].
 #[inline(never)]
-fn at_home(number: u32, timeout: u32, key: &FlowKeyV4, now: u64) -> u32 {
-    let Some(home) = maps::affinity(&AffinityKey::v4(number, key.src)) else {
+fn at_home<A: Family>(number: u32, timeout: u32, key: &FlowKey<A>, now: u64) -> u32 {
+    let Some(home) = maps::affinity(&AffinityKey::new(number, key.src.wide())) else {
         return NONE;
     };
     let backend = home.backend;

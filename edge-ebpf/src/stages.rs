@@ -4,15 +4,17 @@
 
 use edge_common::{
     icmp::ICMP,
-    maps::stages::{ANSWER, CREATE, FRAG, RELAY, SEND, TRACK},
-    verdict::{Reason, Verdict},
+    maps::stages::{ANSWER, FRAG, RELAY, TRACK},
+    verdict::{Question, Reason, Verdict},
 };
 
 use crate::{
     classify::{self, NEW_FLOW},
     conntrack::{self, FORWARD, NO_FLOW, Past},
     create::{self, CREATED},
-    events, forward, fragment, icmp, log,
+    events,
+    family::Family,
+    forward, fragment, icmp, log,
     maps::{self, Table},
     packet::Packet,
     parse::{self, Parsed},
@@ -22,15 +24,15 @@ use crate::{
 };
 
 /// What one stage leaves for the next.
-pub struct Handover {
+pub struct Handover<A> {
     /// The packet's headers.
-    pub parsed: Parsed,
+    pub parsed: Parsed<A>,
     /// Which side of the prefilter it met.
     pub side: Side,
     /// The table that its flow is in, for [`send`].
     pub table: Table,
     /// The flow it takes the place of, and its service.
-    pub past: Past,
+    pub past: Past<A>,
     /// It is the first fragment of a packet, which the rest are to follow: [`send`] remembers it.
     pub fragment: bool,
     /// For [`answer`]: what the sender is told.
@@ -39,16 +41,19 @@ pub struct Handover {
 
 /// From the entry program to [`track`].
 #[inline(always)]
-pub fn begin<P: Packet>(packet: &mut P, parsed: Parsed, side: Side) -> Verdict {
+pub fn begin<A: Family, P: Packet>(packet: &mut P, parsed: Parsed<A>, side: Side) -> Verdict {
     if !hand_over(packet, parsed, side, false, Verdict::UNDECIDED) {
         return because(Reason::NotReady, 0);
     }
-    enter(packet, TRACK)
+    enter(packet, A::TRACK)
 }
 
 /// From the entry program to [`answer`]; the packet is as it came.
 #[inline(always)]
-pub fn question<P: Packet>(packet: &mut P, parsed: Parsed, side: Side, verdict: Verdict) -> Verdict {
+pub fn question<A: Family, P: Packet>(packet: &mut P, parsed: Parsed<A>, side: Side, verdict: Verdict) -> Verdict {
+    if A::V6 {
+        return events::sampled(&parsed, unanswered(verdict));
+    }
     if !hand_over(packet, parsed, side, false, verdict) {
         return because(Reason::NotReady, 0);
     }
@@ -69,10 +74,16 @@ pub fn fragment<P: Packet>(packet: &mut P) -> Verdict {
 }
 
 #[inline(always)]
-fn hand_over<P: Packet>(_packet: &P, parsed: Parsed, side: Side, fragment: bool, question: Verdict) -> bool {
-    match maps::stages::handover(P::HOOK) {
+fn hand_over<A: Family, P: Packet>(
+    _packet: &P,
+    parsed: Parsed<A>,
+    side: Side,
+    fragment: bool,
+    question: Verdict,
+) -> bool {
+    match A::handover(P::HOOK) {
         Some(room) => {
-            *room = Handover { parsed, side, table: Table::Established, past: Past::NONE, fragment, question };
+            *room = Handover { parsed, side, table: Table::Established, past: Past::none(), fragment, question };
             true
         }
         None => false,
@@ -81,24 +92,24 @@ fn hand_over<P: Packet>(_packet: &P, parsed: Parsed, side: Side, fragment: bool,
 
 /// A packet that may change its flow's state, or that has no flow.
 #[inline(always)]
-pub fn track<P: Packet>(packet: &mut P) -> Verdict {
-    let Some(Handover { parsed, table, past, .. }) = maps::stages::handover(P::HOOK) else {
+pub fn track<A: Family, P: Packet>(packet: &mut P) -> Verdict {
+    let Some(Handover::<A> { parsed, table, past, .. }) = A::handover(P::HOOK) else {
         return because(Reason::NotReady, 0);
     };
     let verdict = conntrack::tracked(parsed, table, past);
     if verdict == FORWARD {
-        return enter(packet, SEND);
+        return enter(packet, A::SEND);
     }
     if verdict == NO_FLOW {
-        return enter(packet, CREATE);
+        return enter(packet, A::CREATE);
     }
     end(parsed, verdict)
 }
 
 /// A packet without a flow.
 #[inline(always)]
-pub fn create<P: Packet>(packet: &mut P) -> Verdict {
-    let Some(Handover { parsed, side, table, past, question, .. }) = maps::stages::handover(P::HOOK) else {
+pub fn create<A: Family, P: Packet>(packet: &mut P) -> Verdict {
+    let Some(Handover::<A> { parsed, side, table, past, question, .. }) = A::handover(P::HOOK) else {
         return because(Reason::NotReady, 0);
     };
     let mut verdict = classify::untracked(packet, parsed, *side, past);
@@ -109,31 +120,29 @@ pub fn create<P: Packet>(packet: &mut P) -> Verdict {
         verdict = create::flow(parsed, past);
         if verdict == CREATED {
             *table = Table::HalfOpen;
-            return enter(packet, SEND);
+            return enter(packet, A::SEND);
         }
     }
     if verdict.question().is_some() {
-        *question = verdict;
-        return enter(packet, ANSWER);
+        return tell::<A, P>(packet, parsed, question, verdict);
     }
     end(parsed, verdict)
 }
 
 /// A packet that the stages before decided to forward.
 #[inline(always)]
-pub fn send<P: Packet>(packet: &mut P) -> Verdict {
-    let Some(Handover { parsed, table, past, fragment, question, .. }) = maps::stages::handover(P::HOOK) else {
+pub fn send<A: Family, P: Packet>(packet: &mut P) -> Verdict {
+    let Some(Handover::<A> { parsed, table, past, fragment, question, .. }) = A::handover(P::HOOK) else {
         return because(Reason::NotReady, 0);
     };
     let verdict = match maps::flow(*table, &parsed.key) {
         Some(flow) => {
             let verdict = forward::any(packet, parsed, flow);
             if verdict.question().is_some() {
-                *question = verdict;
-                return enter(packet, ANSWER);
+                return tell::<A, P>(packet, parsed, question, verdict);
             }
             if *fragment {
-                fragment::remember(packet, parsed, flow);
+                A::remember_fragment(packet, parsed, flow);
             }
             verdict
         }
@@ -160,7 +169,7 @@ pub fn relay<P: Packet>(packet: &mut P) -> Verdict {
 /// A packet whose sender is to be told what became of it.
 #[inline(always)]
 pub fn answer<P: Packet>(packet: &mut P) -> Verdict {
-    let Some(Handover { parsed, question, .. }) = maps::stages::handover(P::HOOK) else {
+    let Some(Handover { parsed, question, .. }) = u32::handover(P::HOOK) else {
         return because(Reason::NotReady, 0);
     };
     let verdict = icmp::answer::send(packet, *question);
@@ -177,13 +186,13 @@ pub fn frag<P: Packet>(packet: &mut P) -> Verdict {
         return Verdict::PASS;
     };
     if ip.is_later_fragment() {
-        let Some(Handover { parsed, .. }) = maps::stages::handover(P::HOOK) else {
+        let Some(Handover { parsed, .. }) = u32::handover(P::HOOK) else {
             return because(Reason::NotReady, 0);
         };
         let verdict = fragment::follow(packet, &ip, parsed);
         return end(parsed, verdict);
     }
-    let Some(parsed) = parse::transport(packet, ip) else {
+    let Some(parsed) = parse::transport(packet, &ip) else {
         return because(Reason::Malformed, 0);
     };
     fragment::touch(&parsed);
@@ -191,6 +200,25 @@ pub fn frag<P: Packet>(packet: &mut P) -> Verdict {
         return because(Reason::NotReady, 0);
     }
     enter(packet, TRACK)
+}
+
+/// Has the sender told what became of its packet; nobody is told about IPv6 packets yet.
+#[inline(always)]
+fn tell<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, room: &mut Verdict, question: Verdict) -> Verdict {
+    if A::V6 {
+        return end(parsed, unanswered(question));
+    }
+    *room = question;
+    enter(packet, ANSWER)
+}
+
+#[inline(always)]
+fn unanswered(question: Verdict) -> Verdict {
+    match question.question() {
+        Some((Question::TooBig, service, _)) => because(Reason::TooBig, service),
+        Some((_, service, _)) => because(Reason::TtlExpired, service),
+        None => question,
+    }
 }
 
 /// The tail call; the verdict is of a slot that is empty.
@@ -203,7 +231,7 @@ fn enter<P: Packet>(packet: &mut P, stage: u32) -> Verdict {
 }
 
 #[inline(always)]
-fn end(parsed: &Parsed, verdict: Verdict) -> Verdict {
+fn end<A: Family>(parsed: &Parsed<A>, verdict: Verdict) -> Verdict {
     log::notices();
     events::sampled(parsed, verdict)
 }

@@ -2,11 +2,11 @@
 
 use edge_common::{
     conntrack::Direction,
-    maps::{FlowV4, ServiceStats, events::is_sampled, notice},
+    maps::{Flow, ServiceStats, events::is_sampled, notice},
     verdict::{REASONS, Reason, Verdict},
 };
 
-use crate::{events, maps, parse::Parsed};
+use crate::{events, family::Family, maps, parse::Parsed};
 
 /// Counts `reason` for a service (0: none) and gives the verdict that goes with it.
 #[inline(always)]
@@ -24,7 +24,7 @@ pub fn because(reason: Reason, service: u32) -> Verdict {
 
 /// Counts a packet of a flow, and notes the backend's first payload.
 #[inline(always)]
-pub fn count_packet(flow: &mut FlowV4, parsed: &Parsed) {
+pub fn count_packet<A: Family>(flow: &mut Flow<A>, parsed: &Parsed<A>) {
     let bytes = u64::from(parsed.total_len);
     flow.packets += 1;
     flow.bytes += bytes;

@@ -1,38 +1,38 @@
 //! New and established flows on both hooks, in both modes and directions: verdict, whole packet, counters, entries.
 
-use std::net::SocketAddrV4;
+use std::net::SocketAddr;
 
 use anyhow::{Context, Result};
 use edge_common::{
     flow::{TCP, UDP},
-    maps::{FlowV4, flow_flag, mode, name},
+    maps::{flow_flag, mode, name},
     verdict::Reason,
 };
 use edge_tests::datapath::{
     frame::{Frame, flag},
     namespace::in_namespace,
     rig::{
-        Action, CLIENT, CLIENT_MAC, HOOKS, Hook, PODS_MAC, Rig, SNAT, Settings, UPLINK_MAC, VIP, key, pod, pod_mac,
-        snat_of,
+        Action, CLIENT, CLIENT_MAC, Entry, HOOKS, Hook, PODS_MAC, Rig, SNAT, Settings, UPLINK_MAC, VIP, key, pod,
+        pod_mac, snat_of,
     },
 };
 
 const MODES: [u8; 2] = [mode::FULL_NAT, mode::DNAT];
 
-fn client() -> SocketAddrV4 {
-    SocketAddrV4::new(CLIENT, 40_000)
+fn client() -> SocketAddr {
+    SocketAddr::new(CLIENT.into(), 40_000)
 }
 
-fn vip() -> SocketAddrV4 {
-    SocketAddrV4::new(VIP, 8443)
+fn vip() -> SocketAddr {
+    SocketAddr::new(VIP.into(), 8443)
 }
 
-fn backend() -> SocketAddrV4 {
-    SocketAddrV4::new(pod(0), 443)
+fn backend() -> SocketAddr {
+    SocketAddr::new(pod(0).into(), 443)
 }
 
 /// Both entries of the one flow of a table, the client's first.
-fn halves(rig: &mut Rig, table: &str, protocol: u8) -> Result<Option<(FlowV4, FlowV4)>> {
+fn halves(rig: &mut Rig, table: &str, protocol: u8) -> Result<Option<(Entry, Entry)>> {
     let Some(forward) = rig.flow(table, &key(client(), vip(), protocol)) else {
         assert!(rig.flows(table)?.is_empty(), "no client half, yet an entry in {table}");
         return Ok(None);
@@ -56,7 +56,7 @@ fn a_tcp_flow_opens_and_is_translated_both_ways() -> Result<()> {
             assert_eq!(outcome.action, Action::Redirect, "{hook:?} mode {mode} {:?}", rig.reasons()?);
             let (forward, reply) = halves(&mut rig, name::HALF_OPEN, TCP)?.expect("half-open");
             let source = snat_of(&forward);
-            let expected = if mode == mode::DNAT { client() } else { SocketAddrV4::new(SNAT, source.port()) };
+            let expected = if mode == mode::DNAT { client() } else { SocketAddr::new(SNAT.into(), source.port()) };
             assert_eq!(source, expected);
             assert_eq!(outcome.frame, syn.translated(source, backend(), Some((pod_mac(0), PODS_MAC))));
             assert_eq!((forward.packets, reply.packets), (1, 0));
@@ -127,7 +127,7 @@ fn a_computed_udp_checksum_of_zero_is_sent_as_all_ones() -> Result<()> {
         in_namespace(|| {
             let mut rig = Rig::new(hook, Settings { snat_ports: (20_000, 20_000), ..Settings::default() })?;
             rig.service(1, 8443, UDP, mode::FULL_NAT, 1, 443)?;
-            let source = SocketAddrV4::new(SNAT, 20_000);
+            let source = SocketAddr::new(SNAT.into(), 20_000);
             // The payload word that makes the translated packet's sum zero.
             let probe = Frame::udp(source, backend()).payload(vec![0, 0]);
             let bytes = probe.bytes();
@@ -247,7 +247,7 @@ fn a_reply_leaves_by_the_interface_it_came_in_by_where_the_route_says_so() -> Re
     in_namespace(|| {
         let mut rig = Rig::new(Hook::Xdp, Settings::default())?;
         rig.service(1, 8443, TCP, mode::DNAT, 1, 443)?;
-        let neighbour = SocketAddrV4::new(pod(1), 40_000);
+        let neighbour = SocketAddr::new(pod(1).into(), 40_000);
         let syn = Frame::tcp(neighbour, vip(), flag::SYN);
         let outcome = rig.run(&syn.bytes(), rig.pods)?;
         assert_eq!(outcome.action, Action::Transmit);

@@ -1,6 +1,6 @@
 //! Fragmented packets of flows, on both hooks, in both modes and directions: verdict, whole packet, counters, entries.
 
-use std::net::SocketAddrV4;
+use std::net::SocketAddr;
 
 use anyhow::{Context, Result};
 use edge_common::{
@@ -17,20 +17,20 @@ use edge_tests::datapath::{
 const MODES: [u8; 2] = [mode::FULL_NAT, mode::DNAT];
 const TO_CLIENT: ([u8; 6], [u8; 6]) = (CLIENT_MAC, UPLINK_MAC);
 
-fn client() -> SocketAddrV4 {
-    SocketAddrV4::new(CLIENT, 40_000)
+fn client() -> SocketAddr {
+    SocketAddr::new(CLIENT.into(), 40_000)
 }
 
-fn vip() -> SocketAddrV4 {
-    SocketAddrV4::new(VIP, 8443)
+fn vip() -> SocketAddr {
+    SocketAddr::new(VIP.into(), 8443)
 }
 
-fn backend() -> SocketAddrV4 {
-    SocketAddrV4::new(pod(0), 443)
+fn backend() -> SocketAddr {
+    SocketAddr::new(pod(0).into(), 443)
 }
 
 /// A datagram of 4,000 bytes.
-fn datagram(src: SocketAddrV4, dst: SocketAddrV4) -> Frame {
+fn datagram(src: SocketAddr, dst: SocketAddr) -> Frame {
     Frame::udp(src, dst).payload((0..4000).map(|i| (i % 241) as u8).collect())
 }
 
@@ -109,7 +109,7 @@ fn two_clients_that_chose_one_id_have_two_at_the_backend() -> Result<()> {
             rig.service(1, 8443, UDP, mode::FULL_NAT, 1, 443)?;
             let mut ids = Vec::new();
             for last in 1..=100 {
-                let other = SocketAddrV4::new([172, 16, 1, last].into(), 40_000);
+                let other = SocketAddr::new([172, 16, 1, last].into(), 40_000);
                 let sent = cut(&datagram(other, vip()).bytes(), 77);
                 let got = [0, 1, 2].map(|n| rig.run(&sent[n], rig.uplink).map(|outcome| id_of(&outcome.frame)));
                 let [first, second, third] = got;
@@ -140,7 +140,7 @@ fn a_later_fragment_without_a_first_one_passes_untouched() -> Result<()> {
             };
             untouched(&mut rig, &sent[1])?;
             // Another port of ours: the host's own business, first fragment and all.
-            let other = cut(&datagram(client(), SocketAddrV4::new(VIP, 9)).bytes(), 8);
+            let other = cut(&datagram(client(), SocketAddr::new(VIP.into(), 9)).bytes(), 8);
             other.iter().try_for_each(|frame| untouched(&mut rig, frame))?;
             assert_eq!(rig.run(&sent[0], rig.uplink)?.action, Action::Redirect);
             // Another packet of the same sender, and one whose first fragment came too long ago.

@@ -2,12 +2,12 @@
 //! for byte, and on which link; everything else that comes out is a failure. New rows go into one of the tables here, or
 //! into a table of their own that a test passes to [`on_each_wire`].
 
-use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 
 use anyhow::{Context, Result, ensure};
 use edge_common::{
     flow::{TCP, UDP},
-    maps::{BackendEntry, ServiceKeyV4, mode, name},
+    maps::{BackendEntry, ServiceKey, mode, name},
 };
 use edge_tests::datapath::{
     frame::{Frame, checksum, flag},
@@ -30,11 +30,11 @@ struct Flow {
     what: &'static str,
     protocol: u8,
     mode: u8,
-    client: SocketAddrV4,
-    vip: SocketAddrV4,
+    client: SocketAddr,
+    vip: SocketAddr,
     /// What the backend sees as source.
-    source: SocketAddrV4,
-    backend: SocketAddrV4,
+    source: SocketAddr,
+    backend: SocketAddr,
     /// The link that leads to the backend.
     behind: Side,
 }
@@ -119,7 +119,7 @@ fn move_to_neighbour(rig: &mut Rig, number: u32, mode: u8) -> Result<()> {
     backend.address = wire(NEIGHBOUR);
     rig.array(name::BACKENDS)?.set(number, backend, 0)?;
     if mode == mode::DNAT {
-        let index = ServiceKeyV4 { address: backend.address, port: backend.port, protocol: backend.protocol, _pad: 0 };
+        let index = ServiceKey { address: backend.address, port: backend.port, protocol: backend.protocol, _pad: 0 };
         rig.hash(name::BACKEND_INDEX)?.insert(index, number, 0)?;
         rig.filter_source(NEIGHBOUR)?;
     }
@@ -130,15 +130,15 @@ fn move_to_neighbour(rig: &mut Rig, number: u32, mode: u8) -> Result<()> {
 fn open(taps: &mut Taps) -> Result<Vec<Flow>> {
     let mut flows = Vec::new();
     for (what, _, port, protocol, mode, backend_port, behind) in SERVICES {
-        let (client, vip) = (SocketAddrV4::new(CLIENT, 40_000), SocketAddrV4::new(VIP, port));
+        let (client, vip) = (SocketAddr::new(CLIENT.into(), 40_000), SocketAddr::new(VIP.into(), port));
         let address = if behind == Side::Pods { pod(0) } else { NEIGHBOUR };
-        let backend = SocketAddrV4::new(address, backend_port);
+        let backend = SocketAddr::new(address.into(), backend_port);
         let mut flow = Flow { what, protocol, mode, client, vip, source: client, backend, behind };
         let first = if protocol == TCP { Frame::tcp(client, vip, flag::SYN) } else { flow.request() };
         let seen = taps.pass(Side::Uplink, &first.bytes())?;
         let entry = taps.rig.flow(name::HALF_OPEN, &key(client, vip, protocol)).context("no flow")?;
         flow.source = snat_of(&entry);
-        let expected = if mode == mode::DNAT { client } else { SocketAddrV4::new(SNAT, flow.source.port()) };
+        let expected = if mode == mode::DNAT { client } else { SocketAddr::new(SNAT.into(), flow.source.port()) };
         ensure!(flow.source == expected, "{what}: source {}", flow.source);
         let wanted = [Expect::Out(behind, flow.forward(&first))];
         ensure!(seen == wanted, "{what}: first packet\n  want {wanted:02x?}\n  seen {seen:02x?}");
@@ -217,7 +217,7 @@ fn packets_of_open_flows_leave_translated_both_ways_in_every_shape() -> Result<(
 fn what_is_not_ours_reaches_the_stack_byte_for_byte() -> Result<()> {
     on_each_wire(|_, flows| {
         let flow = &flows[0];
-        let elsewhere = SocketAddrV4::new(Ipv4Addr::new(192, 0, 2, 7), 8443);
+        let elsewhere = SocketAddr::new(Ipv4Addr::new(192, 0, 2, 7).into(), 8443);
         let other = Frame::tcp(flow.client, elsewhere, flag::SYN);
         let arp: Vec<u8> = [&[0xff; 6][..], &CLIENT_MAC, &[8, 6], &[0, 1, 8, 0, 6, 4, 0, 2], &[0; 38]].concat();
         let mut ipv6 = other.bytes();
@@ -234,7 +234,7 @@ fn what_is_not_ours_reaches_the_stack_byte_for_byte() -> Result<()> {
             ("ARP", arp),
             ("broken IPv6", ipv6),
             ("GRE to the VIP", Frame { protocol: 47, ..Frame::udp(flow.client, flow.vip) }.bytes()),
-            ("another port of the VIP", Frame::tcp(flow.client, SocketAddrV4::new(VIP, 22), flag::SYN).bytes()),
+            ("another port of the VIP", Frame::tcp(flow.client, SocketAddr::new(VIP.into(), 22), flag::SYN).bytes()),
             ("another protocol of the VIP", Frame::udp(flow.client, flow.vip).bytes()),
         ];
         for len in [15, 20, 33] {
@@ -298,7 +298,7 @@ fn frames_to_a_flow_cut_short_anywhere_or_contradicting_themselves_go_nowhere() 
 fn a_dnat_backend_s_packet_without_a_flow_goes_nowhere() -> Result<()> {
     on_each_wire(|_, flows| {
         let strays = flows.iter().filter(|flow| flow.mode == mode::DNAT).map(|flow| {
-            let elsewhere = SocketAddrV4::new(CLIENT, 41_000);
+            let elsewhere = SocketAddr::new(CLIENT.into(), 41_000);
             let stray = Frame { dst: elsewhere, ..flow.reply() };
             Row::new(format!("{}: a stray reply", flow.what), flow.behind, stray.bytes(), Expect::Nothing)
         });

@@ -1,6 +1,6 @@
 //! ICMP errors about packets of flows, on both hooks, in both modes and directions: verdict, whole packet, counters, entries.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{Ipv4Addr, SocketAddr};
 
 use anyhow::{Context, Result};
 use edge_common::{
@@ -13,8 +13,8 @@ use edge_tests::datapath::{
     icmp::IcmpError,
     namespace::in_namespace,
     rig::{
-        Action, CLIENT, CLIENT_MAC, HOOKS, Hook, PODS_MAC, Rig, SNAT, Settings, UPLINK_MAC, VIP, key, pod, pod_mac,
-        snat_of,
+        Action, CLIENT, CLIENT_MAC, Entry, HOOKS, Hook, PODS_MAC, Rig, SNAT, Settings, UPLINK_MAC, VIP, ipv4, key, pod,
+        pod_mac, snat_of,
     },
 };
 
@@ -29,16 +29,16 @@ const fn pod_mac_0() -> [u8; 6] {
     [2, 0, 0, 0, 2, 4]
 }
 
-fn client() -> SocketAddrV4 {
-    SocketAddrV4::new(CLIENT, 40_000)
+fn client() -> SocketAddr {
+    SocketAddr::new(CLIENT.into(), 40_000)
 }
 
-fn vip() -> SocketAddrV4 {
-    SocketAddrV4::new(VIP, 8443)
+fn vip() -> SocketAddr {
+    SocketAddr::new(VIP.into(), 8443)
 }
 
-fn backend() -> SocketAddrV4 {
-    SocketAddrV4::new(pod(0), 443)
+fn backend() -> SocketAddr {
+    SocketAddr::new(pod(0).into(), 443)
 }
 
 /// Every message about a packet: description, type, code, second word.
@@ -53,7 +53,7 @@ const MESSAGES: [(&str, u8, u8, [u8; 4]); 6] = [
 ];
 
 /// A rig with one service, and the client's first packet sent: the source that the backend sees.
-fn opened(hook: Hook, mode: u8, protocol: u8) -> Result<(Rig, SocketAddrV4)> {
+fn opened(hook: Hook, mode: u8, protocol: u8) -> Result<(Rig, SocketAddr)> {
     let mut rig = Rig::new(hook, Settings::default())?;
     rig.service(1, 8443, protocol, mode, 1, 443)?;
     rig.run(&packet(protocol, client(), vip()).bytes(), rig.uplink)?;
@@ -61,7 +61,7 @@ fn opened(hook: Hook, mode: u8, protocol: u8) -> Result<(Rig, SocketAddrV4)> {
     Ok((rig, snat_of(&forward)))
 }
 
-fn packet(protocol: u8, src: SocketAddrV4, dst: SocketAddrV4) -> Frame {
+fn packet(protocol: u8, src: SocketAddr, dst: SocketAddr) -> Frame {
     let frame = if protocol == TCP { Frame::tcp(src, dst, flag::SYN) } else { Frame::udp(src, dst) };
     Frame { ttl: 61, ..frame.payload(vec![0x5a; 300]) }
 }
@@ -96,7 +96,7 @@ fn an_error_about_a_client_s_packet_reaches_the_client_as_if_about_the_vip() -> 
                 {
                     let about = packet(protocol, source, backend());
                     let error =
-                        IcmpError { rest, ..IcmpError::new(from, *source.ip(), kind, code, &quoted(&about, quote)) };
+                        IcmpError { rest, ..IcmpError::new(from, ipv4(source), kind, code, &quoted(&about, quote)) };
                     let outcome = rig.run(&error.bytes(), rig.pods)?;
                     let what = format!(
                         "{hook:?} mode {mode} protocol {protocol} quote {quote}: {message} {:?}",
@@ -119,7 +119,7 @@ fn an_error_about_a_client_s_packet_reaches_the_client_as_if_about_the_vip() -> 
 }
 
 /// No error keeps a flow alive, counts as its packet, or changes its state.
-fn unchanged(before: &[edge_common::maps::FlowV4], after: &[edge_common::maps::FlowV4]) {
+fn unchanged(before: &[Entry], after: &[Entry]) {
     assert_eq!(before.len(), after.len());
     for flow in after {
         let Some(then) = before.iter().find(|then| then.key == flow.key) else {
@@ -140,7 +140,7 @@ fn an_error_about_a_reply_reaches_the_backend_that_sent_it() -> Result<()> {
             let flows = rig.flows(name::HALF_OPEN)?;
             // What a full-nat backend sees is the edge, always.
             let router = if mode == mode::FULL_NAT { SNAT } else { OUTSIDE_ROUTER };
-            for (from, shown) in [(CLIENT, *source.ip()), (OUTSIDE_ROUTER, router)] {
+            for (from, shown) in [(CLIENT, ipv4(source)), (OUTSIDE_ROUTER, router)] {
                 for (quote, (message, kind, code, rest)) in
                     QUOTES.into_iter().flat_map(|quote| MESSAGES.map(|m| (quote, m)))
                 {
@@ -262,7 +262,7 @@ fn what_is_no_error_about_a_flow_passes_untouched() -> Result<()> {
                 quote[at] = value;
                 IcmpError { quote, ..good.clone() }
             };
-            let other_port = SocketAddrV4::new(SNAT, source.port() ^ 1);
+            let other_port = SocketAddr::new(SNAT.into(), source.port() ^ 1);
             let untouched = [
                 ("ping", IcmpError { kind: 8, ..good.clone() }),
                 ("ping's answer", IcmpError { kind: 0, ..good.clone() }),
@@ -313,15 +313,15 @@ fn in_dnat_mode_an_edge_without_the_flow_translates_what_maglev_says_it_is() -> 
             rig.service(1, 8443, TCP, mode::DNAT, 3, 443)?;
             rig.service(2, 8443, UDP, mode::FULL_NAT, 3, 443)?;
             for port in 40_000..40_020 {
-                let client = SocketAddrV4::new(CLIENT, port);
+                let client = SocketAddr::new(CLIENT.into(), port);
                 // Which backend it is, the flow's own edge says; the other one then has to find the same.
                 rig.run(&Frame::tcp(client, vip(), flag::SYN).bytes(), rig.uplink)?;
                 let forward = rig.flow(name::HALF_OPEN, &key(client, vip(), TCP)).context("no flow")?;
-                let chosen = Ipv4Addr::from(forward.new_dst.to_ne_bytes());
+                let chosen = ipv4(edge_ctl::reconcile::ports::socket_address(forward.new_dst, 0));
                 for key in [forward.key, forward.twin()] {
-                    rig.hash::<_, edge_common::maps::FlowV4>(name::HALF_OPEN)?.remove(&key)?;
+                    rig.remove_flow(name::HALF_OPEN, &key)?;
                 }
-                let backend = SocketAddrV4::new(chosen, 443);
+                let backend = SocketAddr::new(chosen.into(), 443);
 
                 let about = packet(TCP, vip(), client);
                 let error = IcmpError::new(OUTSIDE_ROUTER, VIP, 3, 4, &quoted(&about, 8));
@@ -332,7 +332,7 @@ fn in_dnat_mode_an_edge_without_the_flow_translates_what_maglev_says_it_is() -> 
                 assert_eq!((outcome.action, outcome.frame), (Action::Redirect, expected.bytes()), "{hook:?} {port}");
 
                 for n in 0..3 {
-                    let about = packet(TCP, client, SocketAddrV4::new(pod(n), 443));
+                    let about = packet(TCP, client, SocketAddr::new(pod(n).into(), 443));
                     // From a router: neither address outside is one of ours.
                     let error = IcmpError::new(INSIDE_ROUTER, CLIENT, 3, 4, &quoted(&about, 20));
                     let outcome = rig.run(&error.bytes(), rig.pods)?;

@@ -2,7 +2,7 @@
 
 use std::{
     io::{ErrorKind, Read, Write},
-    net::{SocketAddrV4, TcpListener, TcpStream, UdpSocket},
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     process::Command,
     thread,
     time::Duration,
@@ -22,8 +22,8 @@ use edge_tests::datapath::{
 const MODES: [u8; 2] = [mode::FULL_NAT, mode::DNAT];
 const PATIENCE: Duration = Duration::from_secs(10);
 
-fn vip() -> SocketAddrV4 {
-    SocketAddrV4::new(VIP, 8443)
+fn vip() -> SocketAddr {
+    SocketAddr::new(VIP.into(), 8443)
 }
 
 fn each(test: impl Fn(Hook, u8) -> Result<()>) -> Result<()> {
@@ -32,7 +32,7 @@ fn each(test: impl Fn(Hook, u8) -> Result<()>) -> Result<()> {
 
 /// Sends `len` bytes there and back.
 fn echo(len: usize) -> Result<()> {
-    let mut stream = TcpStream::connect_timeout(&vip().into(), PATIENCE)?;
+    let mut stream = TcpStream::connect_timeout(&vip(), PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     let sent: Vec<u8> = (0..len).map(|i| (i % 251) as u8).collect();

@@ -1,6 +1,6 @@
 //! ICMP messages that the program makes: from which packets, to whom, whole bytes, how many, and about what never.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{Ipv4Addr, SocketAddr};
 
 use anyhow::{Context, Result};
 use edge_common::{
@@ -12,21 +12,21 @@ use edge_tests::datapath::{
     frame::{Frame, flag},
     icmp::IcmpError,
     namespace::in_namespace,
-    rig::{Action, CLIENT, HOOKS, Hook, OWN, Rig, Settings, VIP, key, pod, snat_of},
+    rig::{Action, CLIENT, HOOKS, Hook, OWN, Rig, Settings, VIP, ipv4, key, pod, snat_of},
 };
 
 const MODES: [u8; 2] = [mode::FULL_NAT, mode::DNAT];
 
-fn client() -> SocketAddrV4 {
-    SocketAddrV4::new(CLIENT, 40_000)
+fn client() -> SocketAddr {
+    SocketAddr::new(CLIENT.into(), 40_000)
 }
 
-fn vip() -> SocketAddrV4 {
-    SocketAddrV4::new(VIP, 8443)
+fn vip() -> SocketAddr {
+    SocketAddr::new(VIP.into(), 8443)
 }
 
-fn backend() -> SocketAddrV4 {
-    SocketAddrV4::new(pod(0), 443)
+fn backend() -> SocketAddr {
+    SocketAddr::new(pod(0).into(), 443)
 }
 
 /// The message that a router with address `from` sends back about `frame`: at most 576 bytes, in whole words.
@@ -40,7 +40,7 @@ fn message(frame: &Frame, from: Ipv4Addr, kind: u8, code: u8, mtu: u16) -> Vec<u
         id: 0,
         fragment: 0x4000,
         rest: [0, 0, high, low],
-        ..IcmpError::new(from, *frame.src.ip(), kind, code, &bytes[14..14 + quote])
+        ..IcmpError::new(from, ipv4(frame.src), kind, code, &bytes[14..14 + quote])
     };
     error.bytes()
 }
@@ -133,7 +133,7 @@ fn nobody_is_told_who_is_no_single_host_or_by_an_edge_without_an_address() -> Re
             let mut rig = Rig::new(hook, Settings::default())?;
             rig.service(1, 8443, UDP, mode::FULL_NAT, 1, 443)?;
             let expiring = Frame { ttl: 1, ..Frame::udp(client(), vip()) };
-            let source = |address: Ipv4Addr| Frame { src: SocketAddrV4::new(address, 9), ..expiring.clone() };
+            let source = |address: Ipv4Addr| Frame { src: SocketAddr::new(address.into(), 9), ..expiring.clone() };
             let silent = [
                 source(Ipv4Addr::BROADCAST),
                 source(Ipv4Addr::UNSPECIFIED),

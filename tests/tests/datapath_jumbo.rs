@@ -3,7 +3,7 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{SocketAddrV4, TcpListener, TcpStream, UdpSocket},
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     thread,
     time::Duration,
 };
@@ -27,8 +27,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const FULL: usize = 9000 - 28;
 const TCP_BYTES: usize = 1 << 20;
 
-fn vip() -> SocketAddrV4 {
-    SocketAddrV4::new(VIP, 8443)
+fn vip() -> SocketAddr {
+    SocketAddr::new(VIP.into(), 8443)
 }
 
 /// Echoes datagrams, and the bytes of one connection.
@@ -70,7 +70,7 @@ fn echo_udp() -> Result<()> {
 }
 
 fn echo_tcp() -> Result<()> {
-    let stream = TcpStream::connect_timeout(&vip().into(), PATIENCE)?;
+    let stream = TcpStream::connect_timeout(&vip(), PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     let sent: Vec<u8> = (0..TCP_BYTES).map(|at| (at % 251) as u8).collect();
     let (mut reader, mut writer, copy) = (stream.try_clone()?, stream, sent.clone());
@@ -125,11 +125,11 @@ fn the_object_for_kernels_without_multi_buffer_xdp_forwards_and_finds_frames_cut
             let mut rig = Rig::from_object(&for_kernel(EBPF_OBJECT, false), hook, Settings::default())?;
             load(&mut rig.ebpf, hook)?;
             rig.service(1, 8443, TCP, mode::FULL_NAT, 1, 443)?;
-            let client = SocketAddrV4::new(CLIENT, 40_000);
+            let client = SocketAddr::new(CLIENT.into(), 40_000);
             let syn = Frame::tcp(client, vip(), flag::SYN);
             let outcome = rig.run(&syn.bytes(), rig.uplink)?;
             let flow = rig.flow(name::HALF_OPEN, &key(client, vip(), TCP)).context("half-open")?;
-            let backend = SocketAddrV4::new(pod(0), 443);
+            let backend = SocketAddr::new(pod(0).into(), 443);
             let expected = syn.translated(snat_of(&flow), backend, Some((pod_mac(0), PODS_MAC)));
             assert_eq!((outcome.action, outcome.frame), (Action::Redirect, expected));
             let short = &syn.bytes()[..syn.bytes().len() - 1];

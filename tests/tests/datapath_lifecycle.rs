@@ -1,34 +1,34 @@
 //! How flows end and what they leave behind: FIN, RST, expiry, re-use, exhaustion, full tables.
 
-use std::{net::SocketAddrV4, sync::Mutex};
+use std::{net::SocketAddr, sync::Mutex};
 
 use anyhow::{Context, Result};
 use aya_log::EbpfLogger;
 use edge_common::{
     conntrack::State,
-    flow::{FlowKeyV4, TCP, UDP},
-    maps::{FlowV4, SERVICES, ServiceEntry, ServiceKeyV4, flow_flag, mode, name, notice},
+    flow::{TCP, UDP},
+    maps::{SERVICES, ServiceEntry, ServiceKey, flow_flag, mode, name, notice},
     verdict::Reason,
 };
 use edge_tests::datapath::{
     frame::{Frame, flag},
     namespace::in_namespace,
-    rig::{Action, CLIENT, CLIENT_MAC, HOOKS, Rig, Settings, UPLINK_MAC, VIP, key, pod, snat_of},
+    rig::{Action, CLIENT, CLIENT_MAC, Entry, HOOKS, Key, Rig, Settings, UPLINK_MAC, VIP, key, pod, snat_of},
 };
 
-fn vip() -> SocketAddrV4 {
-    SocketAddrV4::new(VIP, 8443)
+fn vip() -> SocketAddr {
+    SocketAddr::new(VIP.into(), 8443)
 }
 
-fn client(port: u16) -> SocketAddrV4 {
-    SocketAddrV4::new(CLIENT, port)
+fn client(port: u16) -> SocketAddr {
+    SocketAddr::new(CLIENT.into(), port)
 }
 
-fn backend() -> SocketAddrV4 {
-    SocketAddrV4::new(pod(0), 443)
+fn backend() -> SocketAddr {
+    SocketAddr::new(pod(0).into(), 443)
 }
 
-fn forward_key(port: u16) -> FlowKeyV4 {
+fn forward_key(port: u16) -> Key {
     key(client(port), vip(), TCP)
 }
 
@@ -36,12 +36,12 @@ fn send(rig: &mut Rig, port: u16, flags: u8, ack: u32) -> Result<Action> {
     Ok(rig.run(&Frame::tcp(client(port), vip(), flags).ack(ack).bytes(), rig.uplink)?.action)
 }
 
-fn reply(rig: &mut Rig, to: SocketAddrV4, flags: u8, seq: u32) -> Result<Action> {
+fn reply(rig: &mut Rig, to: SocketAddr, flags: u8, seq: u32) -> Result<Action> {
     Ok(rig.run(&Frame::tcp(backend(), to, flags).seq(seq).bytes(), rig.pods)?.action)
 }
 
 /// Opens a connection from this client port; its established forward entry.
-fn establish(rig: &mut Rig, port: u16) -> Result<FlowV4> {
+fn establish(rig: &mut Rig, port: u16) -> Result<Entry> {
     assert_eq!(send(rig, port, flag::SYN, 0)?, Action::Redirect, "{:?}", rig.reasons()?);
     let half_open = rig.flow(name::HALF_OPEN, &forward_key(port)).context("not half-open")?;
     reply(rig, snat_of(&half_open), flag::SYN | flag::ACK, 1000)?;
@@ -50,7 +50,7 @@ fn establish(rig: &mut Rig, port: u16) -> Result<FlowV4> {
 }
 
 /// Makes both halves look as if their last packet were `seconds` ago.
-fn age(rig: &mut Rig, table: &str, forward: &FlowV4, seconds: u64) -> Result<()> {
+fn age(rig: &mut Rig, table: &str, forward: &Entry, seconds: u64) -> Result<()> {
     for key in [forward.key, forward.twin()] {
         rig.change_flow(table, &key, |flow| flow.last_seen = flow.last_seen.saturating_sub(seconds * 1_000_000_000))?;
     }
@@ -286,7 +286,7 @@ fn a_touch_refreshes_the_twin_and_rebuilds_a_missing_one() -> Result<()> {
         let touched = rig.flow(name::ESTABLISHED, &flow.key).expect("own").touch_due;
         assert!((flow.touch_due..flow.touch_due + 4_000).contains(&touched), "{touched} after {}", flow.touch_due);
 
-        rig.hash::<FlowKeyV4, FlowV4>(name::ESTABLISHED)?.remove(&flow.twin())?;
+        rig.remove_flow(name::ESTABLISHED, &flow.twin())?;
         rig.change_flow(name::ESTABLISHED, &flow.key, |flow| flow.touch_due = flow.touch_due.wrapping_sub(20_000))?;
         assert_eq!(send(rig, 40_000, flag::ACK, 1001)?, Action::Redirect);
         let twin = rig.flow(name::ESTABLISHED, &flow.twin()).expect("rebuilt");
@@ -400,7 +400,7 @@ fn a_dnat_client_whose_half_was_evicted_is_served_again() -> Result<()> {
             let mut rig = Rig::new(hook, Settings::default())?;
             rig.service(1, 8443, TCP, mode::DNAT, 1, 443)?;
             assert_eq!(send(&mut rig, 40_000, flag::SYN, 0)?, Action::Redirect);
-            rig.hash::<FlowKeyV4, FlowV4>(name::HALF_OPEN)?.remove(&forward_key(40_000))?;
+            rig.remove_flow(name::HALF_OPEN, &forward_key(40_000))?;
             assert_eq!(send(&mut rig, 40_000, flag::SYN, 0)?, Action::Redirect, "{:?}", rig.reasons()?);
             assert_eq!(rig.flows(name::HALF_OPEN)?.len(), 2);
             Ok(())
@@ -417,7 +417,7 @@ fn two_frontends_with_one_dnat_backend_do_not_take_each_other_s_flows() -> Resul
             rig.service(1, 8443, TCP, mode::DNAT, 1, 443)?;
             rig.service(2, 9443, TCP, mode::DNAT, 1, 443)?;
             send(&mut rig, 40_000, flag::SYN, 0)?;
-            let other = Frame::tcp(client(40_000), SocketAddrV4::new(VIP, 9443), flag::SYN);
+            let other = Frame::tcp(client(40_000), SocketAddr::new(VIP.into(), 9443), flag::SYN);
             assert_eq!(rig.run(&other.bytes(), rig.uplink)?.action, Action::Drop);
             assert_eq!(rig.reason(2, Reason::TwinTaken)?, 1);
             assert_eq!(rig.flows(name::HALF_OPEN)?.len(), 2);
@@ -452,12 +452,12 @@ fn what_the_program_has_to_say_is_said_once() -> Result<()> {
         let mut logger = EbpfLogger::init_with_logger(&mut rig.ebpf, lines)?;
         // A frontend of a service beyond the array.
         let address = forward_key(40_000).dst;
-        let frontend = ServiceKeyV4 { address, port: 9443_u16.to_be(), protocol: TCP, _pad: 0 };
+        let frontend = ServiceKey { address, port: 9443_u16.to_be(), protocol: TCP, _pad: 0 };
         rig.hash(name::SERVICE_INDEX)?.insert(frontend, SERVICES, 0)?;
         rig.array(name::NEXT_HOP_CURSOR)?.set(0, edge_common::maps::NEXT_HOPS - 1, 0)?;
         for port in 40_000..40_005 {
             assert_eq!(send(rig, port, flag::SYN, 0)?, Action::Redirect);
-            let unready = Frame::tcp(client(port), SocketAddrV4::new(VIP, 9443), flag::SYN);
+            let unready = Frame::tcp(client(port), SocketAddr::new(VIP.into(), 9443), flag::SYN);
             assert_eq!(rig.run(&unready.bytes(), rig.uplink)?.action, Action::Drop);
         }
         logger.flush();
@@ -489,7 +489,7 @@ fn a_datagram_after_the_idle_timeout_starts_a_new_flow() -> Result<()> {
             rig.run(&query, uplink)?;
             let flow = rig.flow(name::ESTABLISHED, &client_key).context("not established")?;
             let timeout = u64::from(rig.array::<ServiceEntry>(name::SERVICES)?.get(&1, 0)?.established_timeout);
-            let touch_now = |flow: &mut FlowV4| flow.touch_due = edge_common::conntrack::ticks(flow.last_seen);
+            let touch_now = |flow: &mut Entry| flow.touch_due = edge_common::conntrack::ticks(flow.last_seen);
 
             age(&mut rig, name::ESTABLISHED, &flow, timeout - 2)?;
             rig.change_flow(name::ESTABLISHED, &flow.key, touch_now)?;

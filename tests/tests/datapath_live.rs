@@ -3,7 +3,7 @@
 
 use std::{
     io::{Read, Write},
-    net::{SocketAddrV4, TcpListener, TcpStream, UdpSocket},
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     thread,
     time::Duration,
 };
@@ -22,8 +22,8 @@ use edge_tests::datapath::{
 const MODES: [u8; 2] = [mode::FULL_NAT, mode::DNAT];
 const PATIENCE: Duration = Duration::from_secs(10);
 
-fn vip() -> SocketAddrV4 {
-    SocketAddrV4::new(VIP, 8443)
+fn vip() -> SocketAddr {
+    SocketAddr::new(VIP.into(), 8443)
 }
 
 /// Every byte as it came, until the client has said all.

@@ -1,13 +1,13 @@
 //! Source ranges, rates, quotas and the MSS clamp, on both hooks.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{Ipv4Addr, SocketAddr};
 
 use anyhow::{Context, Result};
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use edge_common::{
     flow::{TCP, UDP},
     maps::{
-        RANGE_PREFIX, RangeSource, ServiceEntry, SourceRange, SourceUse, flow_flag, mapped, mode, name, range_action,
+        RANGE_PREFIX, RangeSource, ServiceEntry, SourceRange, SourceUse, flow_flag, mode, name, range_action,
         service_flag,
     },
     verdict::Reason,
@@ -21,17 +21,17 @@ use edge_tests::datapath::{
 const ALLOW: u32 = range_action::ALLOW;
 const DENY: u32 = range_action::DENY;
 
-fn vip() -> SocketAddrV4 {
-    SocketAddrV4::new(VIP, 8443)
+fn vip() -> SocketAddr {
+    SocketAddr::new(VIP.into(), 8443)
 }
 
-fn backend() -> SocketAddrV4 {
-    SocketAddrV4::new(pod(0), 443)
+fn backend() -> SocketAddr {
+    SocketAddr::new(pod(0).into(), 443)
 }
 
 #[expect(clippy::expect_used, reason = "an address written in a test")]
-fn client(address: &str, port: u16) -> SocketAddrV4 {
-    SocketAddrV4::new(address.parse().expect("an address"), port)
+fn client(address: &str, port: u16) -> SocketAddr {
+    SocketAddr::new(address.parse().expect("an address"), port)
 }
 
 fn change(rig: &mut Rig, service: u32, change: impl FnOnce(&mut ServiceEntry)) -> Result<()> {
@@ -50,7 +50,7 @@ fn range(rig: &mut Rig, service: u32, prefix: &str, action: u32) -> Result<()> {
 }
 
 fn range_key(service: u32, address: Ipv4Addr, length: u32) -> Key<RangeSource> {
-    Key::new(RANGE_PREFIX + 96 + length, RangeSource { service, address: mapped(wire(address)) })
+    Key::new(RANGE_PREFIX + 96 + length, RangeSource { service, address: wire(address) })
 }
 
 fn hits(rig: &mut Rig, service: u32, address: Ipv4Addr, length: u32) -> Result<u64> {
@@ -60,7 +60,7 @@ fn hits(rig: &mut Rig, service: u32, address: Ipv4Addr, length: u32) -> Result<u
     Ok(map.get(&range_key(service, address, length), 0)?.hits)
 }
 
-fn syn(rig: &mut Rig, from: SocketAddrV4) -> Result<bool> {
+fn syn(rig: &mut Rig, from: SocketAddr) -> Result<bool> {
     let outcome = rig.run(&Frame::tcp(from, vip(), flag::SYN).bytes(), rig.uplink)?;
     Ok(outcome.action != Action::Drop)
 }
@@ -116,7 +116,7 @@ fn a_range_is_one_service_s_own_and_a_flow_that_exists_outlives_its_denial() -> 
         range(rig, 1, "172.16.1.10/32", DENY)?;
         assert!(syn(rig, source)?, "the SYN of a flow that exists");
         assert!(!syn(rig, client("172.16.1.10", 40_001))?);
-        let other = SocketAddrV4::new(VIP, 8444);
+        let other = SocketAddr::new(VIP.into(), 8444);
         let outcome = rig.run(&Frame::tcp(source, other, flag::SYN).bytes(), rig.uplink)?;
         assert_eq!(outcome.action, Action::Redirect);
         assert_eq!((rig.reason(1, Reason::SourceDenied)?, rig.reason(2, Reason::SourceDenied)?), (1, 0));

@@ -1,33 +1,36 @@
 //! Which backend a new flow gets: the methods, affinity, the backup tier, limits, and the live counters under them.
 
-use std::{collections::BTreeMap, net::SocketAddrV4};
+use std::{collections::BTreeMap, net::SocketAddr};
 
 use anyhow::{Context, Result};
 use edge_common::{
-    flow::{FlowKeyV4, TCP},
-    maps::{AffinityEntry, AffinityKey, BackendEntry, Chunk, FlowV4, ServiceEntry, active, balance, mode, name},
+    flow::TCP,
+    maps::{AffinityEntry, AffinityKey, BackendEntry, Chunk, ServiceEntry, active, balance, mode, name},
     schedule,
     verdict::Reason,
 };
-use edge_ctl::{datapath::selection, reconcile::ports::Region};
+use edge_ctl::{
+    datapath::selection,
+    reconcile::ports::{Region, socket_address},
+};
 use edge_tests::datapath::{
     frame::{Frame, flag},
     namespace::in_namespace,
-    rig::{Action, CLIENT, HOOKS, Rig, Settings, VIP, key, snat_of, wire},
+    rig::{Action, CLIENT, Entry, HOOKS, Key, Rig, Settings, VIP, key, snat_of, wire},
 };
 
 /// Where the tests put their regions: the rig's own are below.
 const CHUNK: u32 = 128;
 
-fn vip() -> SocketAddrV4 {
-    SocketAddrV4::new(VIP, 8443)
+fn vip() -> SocketAddr {
+    SocketAddr::new(VIP.into(), 8443)
 }
 
-fn client(port: u16) -> SocketAddrV4 {
-    SocketAddrV4::new(CLIENT, port)
+fn client(port: u16) -> SocketAddr {
+    SocketAddr::new(CLIENT.into(), port)
 }
 
-fn forward_key(port: u16) -> FlowKeyV4 {
+fn forward_key(port: u16) -> Key {
     key(client(port), vip(), TCP)
 }
 
@@ -35,8 +38,8 @@ fn send(rig: &mut Rig, port: u16, flags: u8, ack: u32) -> Result<Action> {
     Ok(rig.run(&Frame::tcp(client(port), vip(), flags).ack(ack).bytes(), rig.uplink)?.action)
 }
 
-fn reply(rig: &mut Rig, flow: &FlowV4, flags: u8, seq: u32) -> Result<Action> {
-    let from = SocketAddrV4::new(flow.new_dst.to_ne_bytes().into(), u16::from_be(flow.new_dst_port));
+fn reply(rig: &mut Rig, flow: &Entry, flags: u8, seq: u32) -> Result<Action> {
+    let from = socket_address(flow.new_dst, flow.new_dst_port);
     Ok(rig.run(&Frame::tcp(from, snat_of(flow), flags).seq(seq).bytes(), rig.pods)?.action)
 }
 
@@ -47,7 +50,7 @@ fn begin(rig: &mut Rig, port: u16) -> Result<u32> {
 }
 
 /// A whole handshake from this port.
-fn establish(rig: &mut Rig, port: u16) -> Result<FlowV4> {
+fn establish(rig: &mut Rig, port: u16) -> Result<Entry> {
     begin(rig, port)?;
     let half_open = rig.flow(name::HALF_OPEN, &forward_key(port)).context("not half-open")?;
     reply(rig, &half_open, flag::SYN | flag::ACK, 1000)?;
@@ -179,7 +182,7 @@ fn a_client_stays_with_its_backend_until_its_time_is_over_or_the_backend_is_excl
         for port in 40_001..40_010 {
             assert_eq!(begin(rig, port)?, home);
         }
-        let key = AffinityKey::v4(1, wire(CLIENT));
+        let key = AffinityKey::new(1, wire(CLIENT));
         let entry: AffinityEntry = rig.hash(name::AFFINITY)?.get(&key, 0)?;
         assert_eq!(entry.backend, home);
         let old = AffinityEntry { seen: entry.seen.wrapping_sub(601), ..entry };
@@ -262,8 +265,8 @@ fn live_counters_equal_the_flows_in_the_table_after_any_sequence() -> Result<()>
                 }
                 // What the sweep does: both halves out, one flow counted by the daemon.
                 (Some(flow), _) => {
-                    rig.hash::<FlowKeyV4, FlowV4>(name::ESTABLISHED)?.remove(&flow.key)?;
-                    rig.hash::<FlowKeyV4, FlowV4>(name::ESTABLISHED)?.remove(&flow.twin())?;
+                    rig.remove_flow(name::ESTABLISHED, &flow.key)?;
+                    rig.remove_flow(name::ESTABLISHED, &flow.twin())?;
                     let expired: u64 = rig.array(name::BACKEND_EXPIRED)?.get(&flow.backend, 0)?;
                     rig.array(name::BACKEND_EXPIRED)?.set(flow.backend, expired + 1, 0)?;
                 }

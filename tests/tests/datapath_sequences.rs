@@ -3,18 +3,18 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    net::SocketAddrV4,
+    net::SocketAddr,
 };
 
 use anyhow::{Context, Result, ensure};
 use edge_common::{
-    flow::{FlowKeyV4, TCP, UDP},
-    maps::{FlowV4, mode, name},
+    flow::{TCP, UDP},
+    maps::{mode, name},
 };
 use edge_tests::datapath::{
     frame::{Frame, endpoints_if_valid, flag},
     namespace::in_namespace,
-    rig::{Action, CLIENT, HOOKS, Rig, Settings, VIP, pod},
+    rig::{Action, CLIENT, Entry, HOOKS, Key, Rig, Settings, VIP, pod},
 };
 
 const PACKETS: u32 = 4000;
@@ -37,15 +37,15 @@ impl Dice {
 /// What the outside has seen: which client a (source, backend) pair was last used for.
 #[derive(Default)]
 struct Seen {
-    owners: HashMap<(SocketAddrV4, SocketAddrV4), SocketAddrV4>,
+    owners: HashMap<(SocketAddr, SocketAddr), SocketAddr>,
 }
 
-fn vip() -> SocketAddrV4 {
-    SocketAddrV4::new(VIP, 8443)
+fn vip() -> SocketAddr {
+    SocketAddr::new(VIP.into(), 8443)
 }
 
 fn from_client(rig: &mut Rig, dice: &mut Dice, protocol: u8, seen: &mut Seen) -> Result<()> {
-    let client = SocketAddrV4::new(CLIENT, 40_000 + dice.roll(CLIENTS) as u16);
+    let client = SocketAddr::new(CLIENT.into(), 40_000 + dice.roll(CLIENTS) as u16);
     let flags = [flag::SYN, flag::ACK, flag::ACK, flag::FIN | flag::ACK, flag::RST][dice.roll(5) as usize];
     let frame = match protocol {
         TCP => Frame::tcp(client, vip(), flags).ack([1001, 1001, 1001, 7][dice.roll(4) as usize]),
@@ -55,7 +55,7 @@ fn from_client(rig: &mut Rig, dice: &mut Dice, protocol: u8, seen: &mut Seen) ->
     let outcome = rig.run(&frame.bytes(), rig.uplink)?;
     if outcome.action == Action::Redirect {
         let (source, backend) = endpoints_if_valid(&outcome.frame).context("a client's packet left invalid")?;
-        ensure!((0..2).any(|n| backend == SocketAddrV4::new(pod(n), 443)), "sent to {backend}");
+        ensure!((0..2).any(|n| backend == SocketAddr::new(pod(n).into(), 443)), "sent to {backend}");
         seen.owners.insert((source, backend), client);
     } else if outcome.action == Action::Pass {
         ensure!(outcome.frame == frame.bytes(), "passed, but changed");
@@ -102,7 +102,7 @@ fn pass_time(rig: &mut Rig, seconds: u64) -> Result<()> {
 fn check(rig: &mut Rig) -> Result<()> {
     let mut replies = HashSet::new();
     for table in TABLES {
-        let flows: HashMap<FlowKeyV4, FlowV4> = rig.flows(table)?.into_iter().map(|flow| (flow.key, flow)).collect();
+        let flows: HashMap<Key, Entry> = rig.flows(table)?.into_iter().map(|flow| (flow.key, flow)).collect();
         for flow in flows.values() {
             if flow.direction == 1 {
                 ensure!(replies.insert(flow.key), "{:?} lives in two tables, {table} is one", flow.key);

@@ -1,19 +1,19 @@
 //! SNAT ports as they fill up: how many new flows find one, against the bound in docs/architecture.md, and what the sweep
 //! says about the fill.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{Ipv4Addr, SocketAddr};
 
 use anyhow::{Context, Result, ensure};
 use edge_common::{
-    flow::{FlowKeyV4, TCP},
-    maps::{FlowV4, PortSet, mode, name},
+    flow::TCP,
+    maps::{PortSet, mode, name},
     verdict::Reason,
 };
 use edge_tests::{
     datapath::{
         frame::{Frame, flag},
         namespace::in_namespace,
-        rig::{Action, CLIENT, HOOKS, Rig, SNAT, Settings, VIP, key, pod, snat_of},
+        rig::{Action, CLIENT, Entry, HOOKS, Rig, SNAT, Settings, VIP, key, pod, snat_of},
     },
     model::dice::Dice,
 };
@@ -29,12 +29,12 @@ const SIGMAS: f64 = 5.0;
 const BOUND: [(u16, f64, f64); 5] =
     [(10, 1e-16, 3e-8), (50, 1.5e-5, 0.003), (75, 0.010, 0.080), (90, 0.185, 0.391), (100, 1.0, 1.0)];
 
-fn vip() -> SocketAddrV4 {
-    SocketAddrV4::new(VIP, 8443)
+fn vip() -> SocketAddr {
+    SocketAddr::new(VIP.into(), 8443)
 }
 
-fn client(port: u16) -> SocketAddrV4 {
-    SocketAddrV4::new(CLIENT, port)
+fn client(port: u16) -> SocketAddr {
+    SocketAddr::new(CLIENT.into(), port)
 }
 
 /// Shuffled by Fisher and Yates.
@@ -46,11 +46,11 @@ fn shuffled(mut ports: Vec<u16>, dice: &mut Dice) -> Vec<u16> {
 }
 
 /// The reply's half of somebody else's established flow from this SNAT port.
-fn taken(port: u16) -> FlowV4 {
-    let key = key(SocketAddrV4::new(pod(0), 443), SocketAddrV4::new(SNAT, port), TCP);
-    let elsewhere = SocketAddrV4::new(Ipv4Addr::new(192, 0, 2, 1), port);
+fn taken(port: u16) -> Entry {
+    let key = key(SocketAddr::new(pod(0).into(), 443), SocketAddr::new(SNAT.into(), port), TCP);
+    let elsewhere = SocketAddr::new(Ipv4Addr::new(192, 0, 2, 1).into(), port);
     let client = self::key(elsewhere, vip(), TCP);
-    FlowV4 {
+    Entry {
         key,
         new_src: client.dst,
         new_dst: client.src,
@@ -60,7 +60,7 @@ fn taken(port: u16) -> FlowV4 {
         backend: 1,
         direction: 1,
         last_seen: u64::MAX / 2,
-        ..FlowV4::default()
+        ..Entry::default()
     }
 }
 
@@ -73,9 +73,8 @@ fn failures(rig: &mut Rig) -> Result<u32> {
             Action::Drop => failed += 1,
             Action::Redirect => {
                 let flow = rig.flow(name::HALF_OPEN, &key(client, vip(), TCP)).context("not half-open")?;
-                let mut half_open = rig.hash::<FlowKeyV4, FlowV4>(name::HALF_OPEN)?;
-                half_open.remove(&flow.key)?;
-                half_open.remove(&flow.twin())?;
+                rig.remove_flow(name::HALF_OPEN, &flow.key)?;
+                rig.remove_flow(name::HALF_OPEN, &flow.twin())?;
                 let port = snat_of(&flow).port();
                 let twin = rig.flow(name::ESTABLISHED, &taken(port).key);
                 ensure!(twin.is_none(), "port {port} was another flow's");
@@ -103,10 +102,9 @@ fn follows(range: (u16, u16), permitted: impl Fn(u16) -> bool + Sync, bound: [(u
             let (mut filled, mut dropped) = (0, 0);
             for (percent, share) in bound {
                 let until = ports.len() * usize::from(percent) / 100;
-                let mut established = rig.hash::<FlowKeyV4, FlowV4>(name::ESTABLISHED)?;
                 for port in &ports[filled..until] {
                     let flow = taken(*port);
-                    established.insert(flow.key, flow, 0)?;
+                    rig.put_flow(name::ESTABLISHED, &flow)?;
                 }
                 filled = until;
                 let failed = failures(&mut rig)?;

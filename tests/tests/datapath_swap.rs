@@ -4,7 +4,7 @@
 use std::{
     fs,
     io::{ErrorKind, Read, Write},
-    net::{SocketAddrV4, TcpListener, TcpStream, UdpSocket},
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::AsRawFd as _,
     path::Path,
     sync::{
@@ -35,8 +35,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Time between two datagrams: 2,000 a second.
 const PACE: Duration = Duration::from_micros(500);
 
-fn vip() -> SocketAddrV4 {
-    SocketAddrV4::new(VIP, 8443)
+fn vip() -> SocketAddr {
+    SocketAddr::new(VIP.into(), 8443)
 }
 
 fn edge(folder: &Path, hook: Hook) -> Edge {
@@ -48,7 +48,7 @@ fn edge(folder: &Path, hook: Hook) -> Edge {
         socket: folder.join("edge.sock"),
         state_dir: folder.join("state"),
         seed_file: None,
-        tables: Tables { established: 4096, half_open: 4096, closing: 4096 },
+        tables: Tables { established: 4096, half_open: 4096, closing: 4096, ..Tables::default() },
     }
 }
 
@@ -255,7 +255,7 @@ fn flows_live_through_a_change_of_layout_and_back_under_traffic() -> Result<()> 
                 let datapath = start(edge, object)?;
                 ensure!(datapath.notes().is_empty(), "{:?}", datapath.notes());
                 let maps = pins::files(&datapath.pins().maps())?;
-                let tables = maps.iter().filter(|map| map.starts_with(name::ESTABLISHED)).count();
+                let tables = maps.iter().filter(|map| map.starts_with("ESTABLISHED-")).count();
                 ensure!(tables == 1, "the old table is retired: {maps:?}");
                 traffic()?;
             }
@@ -294,7 +294,7 @@ fn a_daemon_that_dies_between_any_two_steps_of_a_migration_is_followed_by_one_th
         traffic()?;
         let datapath = start(edge, OTHER_LAYOUT)?;
         let maps = pins::files(&datapath.pins().maps())?;
-        ensure!(maps.iter().filter(|map| map.starts_with(name::ESTABLISHED)).count() == 1, "{maps:?}");
+        ensure!(maps.iter().filter(|map| map.starts_with("ESTABLISHED-")).count() == 1, "{maps:?}");
         traffic()?;
         start(edge, EBPF_OBJECT)?;
         traffic()

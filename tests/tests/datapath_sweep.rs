@@ -1,11 +1,11 @@
 //! The sweep over pinned maps, as the daemon runs it: exact counts of active connections, and the ports it finds in use.
 
-use std::{collections::BTreeMap, net::SocketAddrV4, path::Path};
+use std::{collections::BTreeMap, net::SocketAddr, path::Path};
 
 use anyhow::{Context, Result, ensure};
 use edge_common::{
-    flow::{FlowKeyV4, TCP},
-    maps::{FlowV4, mode, name},
+    flow::TCP,
+    maps::{mode, name},
 };
 use edge_ctl::{
     config::valid::{self, Edge, Tables},
@@ -19,7 +19,7 @@ use edge_tests::{
     datapath::{
         frame::{Frame, flag},
         namespace::{Folder, in_namespace},
-        rig::{Action, CLIENT, HOOKS, Hook, Rig, Settings, VIP, key, load, pod, snat_of},
+        rig::{Action, CLIENT, Entry, HOOKS, Hook, Key, Rig, Settings, VIP, key, load, pod, snat_of, wire},
     },
     model::dice::Dice,
 };
@@ -27,15 +27,15 @@ use edge_tests::{
 const SEED: u64 = 0x0dd5_0ace;
 const SECOND: u64 = 1_000_000_000;
 
-fn client(port: u16) -> SocketAddrV4 {
-    SocketAddrV4::new(CLIENT, port)
+fn client(port: u16) -> SocketAddr {
+    SocketAddr::new(CLIENT.into(), port)
 }
 
-fn vip() -> SocketAddrV4 {
-    SocketAddrV4::new(VIP, 8443)
+fn vip() -> SocketAddr {
+    SocketAddr::new(VIP.into(), 8443)
 }
 
-fn forward_key(port: u16) -> FlowKeyV4 {
+fn forward_key(port: u16) -> Key {
     key(client(port), vip(), TCP)
 }
 
@@ -48,7 +48,7 @@ fn edge(folder: &Path) -> Edge {
         socket: folder.join("edge.sock"),
         state_dir: folder.join("state"),
         seed_file: None,
-        tables: Tables { established: 4096, half_open: 4096, closing: 4096 },
+        tables: Tables { established: 4096, half_open: 4096, closing: 4096, ..Tables::default() },
     }
 }
 
@@ -76,12 +76,12 @@ fn send(rig: &mut Rig, port: u16, flags: u8, ack: u32) -> Result<Action> {
     Ok(rig.run(&Frame::tcp(client(port), vip(), flags).ack(ack).bytes(), rig.uplink)?.action)
 }
 
-fn reply(rig: &mut Rig, flow: &FlowV4, flags: u8, seq: u32) -> Result<Action> {
-    let from = SocketAddrV4::new(flow.new_dst.to_ne_bytes().into(), u16::from_be(flow.new_dst_port));
+fn reply(rig: &mut Rig, flow: &Entry, flags: u8, seq: u32) -> Result<Action> {
+    let from = edge_ctl::reconcile::ports::socket_address(flow.new_dst, flow.new_dst_port);
     Ok(rig.run(&Frame::tcp(from, snat_of(flow), flags).seq(seq).bytes(), rig.pods)?.action)
 }
 
-fn establish(rig: &mut Rig, port: u16) -> Result<FlowV4> {
+fn establish(rig: &mut Rig, port: u16) -> Result<Entry> {
     ensure!(send(rig, port, flag::SYN, 0)? == Action::Redirect, "{:?}", rig.reasons()?);
     let half_open = rig.flow(name::HALF_OPEN, &forward_key(port)).context("not half-open")?;
     reply(rig, &half_open, flag::SYN | flag::ACK, 1000)?;
@@ -90,7 +90,7 @@ fn establish(rig: &mut Rig, port: u16) -> Result<FlowV4> {
 }
 
 /// Makes both halves look as if their last packet were `seconds` ago.
-fn age(rig: &mut Rig, table: &str, flow: &FlowV4, seconds: u64) -> Result<()> {
+fn age(rig: &mut Rig, table: &str, flow: &Entry, seconds: u64) -> Result<()> {
     for key in [flow.key, flow.twin()] {
         rig.change_flow(table, &key, |flow| flow.last_seen = flow.last_seen.saturating_sub(seconds * SECOND))?;
     }
@@ -178,8 +178,8 @@ fn the_sweep_tells_which_ports_are_in_use_and_what_the_tables_hold() -> Result<(
             Ok((pass.snat[0].used, pass.snat[0].allowed))
         };
         ensure!(used()? == (0, 10));
-        let flows: Vec<FlowV4> = (40_000..40_006).map(|port| establish(rig, port)).collect::<Result<_>>()?;
-        ensure!(flows.iter().all(|flow| flow.new_dst == u32::from_ne_bytes(pod(0).octets())));
+        let flows: Vec<Entry> = (40_000..40_006).map(|port| establish(rig, port)).collect::<Result<_>>()?;
+        ensure!(flows.iter().all(|flow| flow.new_dst == wire(pod(0))));
         ensure!(used()? == (6, 10));
         // Closed by the backend first: its TIME_WAIT holds the port.
         reply(rig, &flows[0], flag::FIN | flag::ACK, 1001)?;
@@ -193,7 +193,15 @@ fn the_sweep_tells_which_ports_are_in_use_and_what_the_tables_hold() -> Result<(
         ensure!(used()? == (5, 10), "a stalled handshake gives its port up");
         let pass = sweep(&mut sweeper)?.1;
         let entries: Vec<_> = pass.entries.into_iter().collect();
-        ensure!(entries == [(name::CLOSING, 2), (name::ESTABLISHED, 10), (name::HALF_OPEN, 2)], "{entries:?}");
+        let expected = [
+            (name::CLOSING, 2),
+            (name::CLOSING_V6, 0),
+            (name::ESTABLISHED, 10),
+            (name::ESTABLISHED_V6, 0),
+            (name::HALF_OPEN, 2),
+            (name::HALF_OPEN_V6, 0),
+        ];
+        ensure!(entries == expected, "{entries:?}");
         Ok(())
     })
 }

@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    net::{Ipv4Addr, SocketAddrV4},
+    net::{Ipv4Addr, SocketAddr},
 };
 
 use anyhow::Result;
@@ -17,12 +17,12 @@ use edge_tests::datapath::{
     rig::{Action, CLIENT, HOOKS, Hook, Rig, SNAT, Settings, VIP, key, pod, snat_of},
 };
 
-fn client(port: u16) -> SocketAddrV4 {
-    SocketAddrV4::new(CLIENT, port)
+fn client(port: u16) -> SocketAddr {
+    SocketAddr::new(CLIENT.into(), port)
 }
 
-fn vip() -> SocketAddrV4 {
-    SocketAddrV4::new(VIP, 8443)
+fn vip() -> SocketAddr {
+    SocketAddr::new(VIP.into(), 8443)
 }
 
 fn each_hook(mode: u8, pods: u8, test: impl Fn(&mut Rig, &[u32]) -> Result<()> + Sync) -> Result<()> {
@@ -49,11 +49,11 @@ fn passes_untouched(rig: &mut Rig, what: &str, frame: &[u8]) -> Result<()> {
 #[test]
 fn what_is_not_ours_passes_byte_for_byte() -> Result<()> {
     each_hook(mode::DNAT, 1, |rig, _| {
-        let elsewhere = SocketAddrV4::new(Ipv4Addr::new(192, 0, 2, 7), 8443);
+        let elsewhere = SocketAddr::new(Ipv4Addr::new(192, 0, 2, 7).into(), 8443);
         let other = Frame::tcp(client(40_000), elsewhere, flag::SYN);
         let arp: Vec<u8> =
             [&[0xff; 6][..], &[2, 0, 0, 0, 1, 10], &[8, 6], &[0, 1, 8, 0, 6, 4, 0, 1], &[0; 20]].concat();
-        let icmp = Frame { protocol: 1, ..Frame::udp(client(0), SocketAddrV4::new(VIP, 0)) };
+        let icmp = Frame { protocol: 1, ..Frame::udp(client(0), SocketAddr::new(VIP.into(), 0)) };
         let mut ipv6 = Frame::tcp(client(40_000), vip(), flag::SYN).bytes();
         ipv6[12..14].copy_from_slice(&[0x86, 0xdd]);
         let mut tagged = Frame::tcp(client(40_000), vip(), flag::SYN).bytes();
@@ -84,7 +84,7 @@ fn what_is_not_ours_passes_byte_for_byte() -> Result<()> {
 #[test]
 fn other_ports_of_the_vip_and_mid_flow_packets_without_a_flow_go_to_the_host() -> Result<()> {
     each_hook(mode::FULL_NAT, 1, |rig, _| {
-        let ssh = SocketAddrV4::new(VIP, 22);
+        let ssh = SocketAddr::new(VIP.into(), 22);
         passes_untouched(rig, "another port", &Frame::tcp(client(40_000), ssh, flag::SYN).bytes())?;
         passes_untouched(rig, "another protocol", &Frame::udp(client(40_000), vip()).bytes())?;
         assert_eq!(rig.reason(0, Reason::NoFrontend)?, 4);
@@ -224,14 +224,14 @@ fn a_service_without_a_pool_drops_new_flows() -> Result<()> {
 #[test]
 fn a_dnat_backend_s_packet_without_a_flow_never_leaves_raw() -> Result<()> {
     each_hook(mode::DNAT, 1, |rig, _| {
-        let from_backend = SocketAddrV4::new(pod(0), 443);
+        let from_backend = SocketAddr::new(pod(0).into(), 443);
         let stray = Frame::tcp(from_backend, client(40_000), flag::ACK).bytes();
         assert_eq!(rig.run(&stray, rig.pods)?.action, Action::Drop);
         assert_eq!(rig.reason(1, Reason::ReplyWithoutFlow)?, 1);
         // To the host itself, or from a port that is no backend: none of our business.
-        let to_host = Frame::tcp(from_backend, SocketAddrV4::new(SNAT, 5000), flag::ACK).bytes();
+        let to_host = Frame::tcp(from_backend, SocketAddr::new(SNAT.into(), 5000), flag::ACK).bytes();
         assert_eq!(rig.run(&to_host, rig.pods)?.action, Action::Pass);
-        let other_port = Frame::tcp(SocketAddrV4::new(pod(0), 9000), client(40_000), flag::ACK).bytes();
+        let other_port = Frame::tcp(SocketAddr::new(pod(0).into(), 9000), client(40_000), flag::ACK).bytes();
         let outcome = rig.run(&other_port, rig.pods)?;
         assert_eq!((outcome.action, outcome.frame), (Action::Pass, other_port));
         Ok(())
@@ -251,7 +251,7 @@ fn an_interface_that_takes_no_redirect_gets_packets_by_way_of_the_stack_on_xdp_o
         }
         assert_eq!(outcome.action, Action::Pass);
         let flow = rig.flow(name::HALF_OPEN, &key(client(40_000), vip(), TCP)).expect("half-open");
-        assert_eq!(outcome.frame, syn.translated(snat_of(&flow), SocketAddrV4::new(pod(0), 443), None));
+        assert_eq!(outcome.frame, syn.translated(snat_of(&flow), SocketAddr::new(pod(0).into(), 443), None));
         assert_eq!(rig.reason(1, Reason::ViaStack)?, 1);
         Ok(())
     })

@@ -1,8 +1,8 @@
 //! What the program reports: records of ended flows through a ring buffer, and per-backend signals of how well its
 //! connections go.
 
-use super::{FlowV4, flow_flag};
-use crate::{conntrack::Direction, verdict::Reason};
+use super::{Flow, flow_flag};
+use crate::{address::Address, conntrack::Direction, verdict::Reason};
 
 /// Bytes of the events ring buffer; a power of two of pages. Room for some 26,000 records, a quarter of a second of ends at
 /// 100,000 a second.
@@ -126,24 +126,18 @@ pub struct FlowEnd {
     pub first_byte_after: u32,
 }
 
-/// An IPv4 address as 16 bytes, `::ffff:a.b.c.d` (RFC 4291 2.5.5.2), network order.
-#[inline(always)]
-pub const fn mapped(address: u32) -> [u32; 4] {
-    [0, 0, 0xffff_u32.to_be(), address]
-}
-
 impl FlowEnd {
     /// Writes who talked to whom, from the half of the client's packets.
     #[inline(always)]
-    pub const fn describe(&mut self, forward: &FlowV4) {
+    pub fn describe<A: Address>(&mut self, forward: &Flow<A>) {
         self.kind = event::FLOW_END;
         self.protocol = forward.key.protocol;
         self.service = forward.service;
         self.backend = forward.backend;
-        self.client = mapped(forward.key.src);
-        self.vip = mapped(forward.key.dst);
-        self.source = mapped(forward.new_src);
-        self.target = mapped(forward.new_dst);
+        self.client = forward.key.src.wide();
+        self.vip = forward.key.dst.wide();
+        self.source = forward.new_src.wide();
+        self.target = forward.new_dst.wide();
         self.client_port = forward.key.src_port;
         self.vip_port = forward.key.dst_port;
         self.source_port = forward.new_src_port;
@@ -153,15 +147,15 @@ impl FlowEnd {
 
     /// As [`FlowEnd::describe`], from the backend's half.
     #[inline(always)]
-    pub const fn describe_reversed(&mut self, reply: &FlowV4) {
+    pub fn describe_reversed<A: Address>(&mut self, reply: &Flow<A>) {
         self.kind = event::FLOW_END;
         self.protocol = reply.key.protocol;
         self.service = reply.service;
         self.backend = reply.backend;
-        self.client = mapped(reply.new_dst);
-        self.vip = mapped(reply.new_src);
-        self.source = mapped(reply.key.dst);
-        self.target = mapped(reply.key.src);
+        self.client = reply.new_dst.wide();
+        self.vip = reply.new_src.wide();
+        self.source = reply.key.dst.wide();
+        self.target = reply.key.src.wide();
         self.client_port = reply.new_dst_port;
         self.vip_port = reply.new_src_port;
         self.source_port = reply.key.dst_port;
@@ -171,7 +165,7 @@ impl FlowEnd {
 
     /// Adds what only one of the halves counts.
     #[inline(always)]
-    pub const fn count(&mut self, half: &FlowV4) {
+    pub const fn count<A: Address>(&mut self, half: &Flow<A>) {
         if half.direction == Direction::Forward as u8 {
             self.packets_in += half.packets;
             self.bytes_in += half.bytes;
@@ -293,7 +287,7 @@ pub const fn micros_since(created: u64, now: u64) -> u32 {
 
 /// True where a client's repeated SYN shows for the first time that the backend has not answered.
 #[inline(always)]
-pub const fn shows_silence(flow: &FlowV4) -> bool {
+pub const fn shows_silence<A: Address>(flow: &Flow<A>) -> bool {
     flow.flags & (flow_flag::SYN_ACK_SEEN | flow_flag::UNANSWERED) == 0
 }
 
@@ -319,6 +313,7 @@ mod pod {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::maps::FlowV4;
 
     #[test]
     fn a_record_is_the_sum_of_both_halves_and_the_last_packet() {

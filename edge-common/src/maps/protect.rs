@@ -25,7 +25,7 @@ pub struct SourceKey {
 pub struct RangeSource {
     /// Service number; whole or not at all, so its byte order does not matter.
     pub service: u32,
-    /// Address, network order, IPv4 as [`mapped`].
+    /// Address, network order, IPv4 as [`crate::address::mapped`].
     pub address: [u32; 4],
 }
 
@@ -71,12 +71,6 @@ pub struct SourceUse {
     pub half_open: crate::limit::HalfOpen,
     /// Zero.
     pub _pad: u32,
-}
-
-/// An IPv4 address (network order) as an IPv4-mapped IPv6 address, `::ffff:a.b.c.d`.
-#[inline(always)]
-pub const fn mapped(address: u32) -> [u32; 4] {
-    [0, 0, 0xffff_u32.to_be(), address]
 }
 
 const _: () = {

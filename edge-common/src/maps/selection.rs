@@ -1,6 +1,7 @@
 //! What selection keeps between two new flows: who is how busy, whose turn it is, and where a client was before.
 
 use super::backend_state;
+use crate::address::Wide;
 
 /// Entries of [`super::name::AFFINITY`]: clients that are remembered at once, over all services.
 pub const AFFINITY_ENTRIES: u32 = 1 << 16;
@@ -18,10 +19,10 @@ pub struct AffinityKey {
 }
 
 impl AffinityKey {
-    /// The key of an IPv4 client (network order) of a service.
+    /// The key of a client of a service.
     #[inline(always)]
-    pub const fn v4(service: u32, client: u32) -> Self {
-        Self { client: [0, 0, 0x0000_ffff_u32.to_be(), client], service, _pad: 0 }
+    pub const fn new(service: u32, client: Wide) -> Self {
+        Self { client, service, _pad: 0 }
     }
 }
 

@@ -23,9 +23,29 @@ pub const ANSWER: u32 = 4;
 /// A fragment: the first goes on to [`TRACK`], the rest follow it.
 pub const FRAG: u32 = 5;
 
+/// An IPv6 packet: all that the entry program does for an IPv4 one. A stage, so that IPv4 packets pay nothing for it and it
+/// has a verifier's budget of its own.
+pub const IPV6: u32 = 6;
+/// As [`TRACK`], of IPv6.
+pub const TRACK_V6: u32 = 7;
+/// As [`CREATE`], of IPv6.
+pub const CREATE_V6: u32 = 8;
+/// As [`SEND`], of IPv6.
+pub const SEND_V6: u32 = 9;
+
 /// Every stage: its number, and its program's name after `edge_xdp_` or `edge_tc_`. The kernel keeps 15 bytes of the whole.
-pub const ALL: &[(u32, &str)] =
-    &[(TRACK, "track"), (CREATE, "create"), (SEND, "send"), (RELAY, "relay"), (ANSWER, "answer"), (FRAG, "frag")];
+pub const ALL: &[(u32, &str)] = &[
+    (TRACK, "track"),
+    (CREATE, "create"),
+    (SEND, "send"),
+    (RELAY, "relay"),
+    (ANSWER, "answer"),
+    (FRAG, "frag"),
+    (IPV6, "ipv6"),
+    (TRACK_V6, "track6"),
+    (CREATE_V6, "creat6"),
+    (SEND_V6, "send6"),
+];
 
 const _: () = {
     let mut at = 0;

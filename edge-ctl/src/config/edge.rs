@@ -110,6 +110,9 @@ fn tables(section: &Section<'_>) -> Tables {
         established: entries("established", defaults.established),
         half_open: entries("half_open", defaults.half_open),
         closing: entries("closing", defaults.closing),
+        established_v6: entries("established_v6", defaults.established_v6),
+        half_open_v6: entries("half_open_v6", defaults.half_open_v6),
+        closing_v6: entries("closing_v6", defaults.closing_v6),
     };
     tables.finish();
     read

@@ -72,6 +72,12 @@ pub struct Tables {
     pub half_open: u32,
     /// Closing flows and resting ports.
     pub closing: u32,
+    /// As `established`, of IPv6 flows.
+    pub established_v6: u32,
+    /// As `half_open`, of IPv6 flows.
+    pub half_open_v6: u32,
+    /// As `closing`, of IPv6 flows.
+    pub closing_v6: u32,
 }
 
 impl Default for Tables {
@@ -81,6 +87,9 @@ impl Default for Tables {
             established: maps::ESTABLISHED_ENTRIES,
             half_open: maps::HALF_OPEN_ENTRIES,
             closing: maps::CLOSING_ENTRIES,
+            established_v6: maps::ESTABLISHED_V6_ENTRIES,
+            half_open_v6: maps::HALF_OPEN_V6_ENTRIES,
+            closing_v6: maps::CLOSING_V6_ENTRIES,
         }
     }
 }

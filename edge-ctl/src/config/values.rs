@@ -162,7 +162,8 @@ pub(super) fn table_name(name: &str) -> Result<(), String> {
 pub(super) fn is_host(address: IpAddr) -> bool {
     let special = match address {
         IpAddr::V4(address) => address.is_broadcast() || address.is_link_local(),
-        IpAddr::V6(_) => false,
+        // A link-local one needs a scope, and v4-mapped ones never stand in packets.
+        IpAddr::V6(address) => address.is_unicast_link_local() || address.to_ipv4_mapped().is_some(),
     };
     !(special || address.is_unspecified() || address.is_loopback() || address.is_multicast())
 }

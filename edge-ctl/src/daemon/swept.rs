@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// A backend number and a SNAT address in network order.
-type Key = (u32, u32);
+type Key = (u32, edge_common::address::Wide);
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -86,7 +86,7 @@ impl Swept {
             allowed: found.allowed.into(),
             level: self.alarms.level(key),
         };
-        self.snat.range((backend, 0)..=(backend, u32::MAX)).map(row).collect()
+        self.snat.range((backend, [0; 4])..=(backend, [u32::MAX; 4])).map(row).collect()
     }
 
     /// Entries of the flow tables, and how long ago they were counted; `None` before the first walk has ended.

@@ -177,7 +177,7 @@ impl DaemonViews {
         for row in &mut rows {
             row.age = age;
             let Some(key) = frontend(&row.vip, &row.proto) else { continue };
-            if let Some(number) = service_key(key.address, key.protocol).and_then(|key| state.index.get(&key)) {
+            if let Some(number) = state.index.get(&service_key(key.address, key.protocol)) {
                 (row.conn_s, row.rx_s, row.tx_s) = sampled.service(*number);
             }
             let Some(frontend) = desired.frontends.get(&key) else { continue };

@@ -100,12 +100,13 @@ impl Btf {
         self.get(number).filter(|found| found.kind == FUNC).map(|found| self.string(found.name))
     }
 
-    /// The fields of the structure of this name, by offset, and its size; `None` where there is none, or where two
+    /// The fields of the structure of this name (as Rust writes it, without a path), by offset, and its size; `None` where there is none, or where two
     /// differ.
     pub fn structure(&self, name: &str) -> Option<(Vec<Field>, u32)> {
         let mut found: Option<(Vec<Field>, u32)> = None;
+        let name = &linked(name);
         for (number, candidate) in (1_u32..).zip(&self.types) {
-            if candidate.kind != STRUCT || self.string(candidate.name) != name {
+            if candidate.kind != STRUCT || self.string(candidate.name) != *name {
                 continue;
             }
             let mut fields = Vec::new();
@@ -150,6 +151,15 @@ impl Btf {
     }
 }
 
+/// A name as bpf-linker writes it, since the kernel takes C identifiers only: `_3C_` for `<`, for one.
+fn linked(name: &str) -> String {
+    let escape = |text: char| match text {
+        'a'..='z' | 'A'..='Z' | '0'..='9' | '_' => text.to_string(),
+        other => format!("_{:X}_", u32::from(other)),
+    };
+    name.chars().map(escape).collect()
+}
+
 /// The fields of every structure in `names`, as text: one line each, so that it may be kept beside a map and read by
 /// another version of this program.
 pub fn describe(fields: &[Field]) -> String {
@@ -182,7 +192,7 @@ mod tests {
 
     #[test]
     fn the_objects_btf_gives_the_offsets_that_the_compiler_chose() {
-        let (fields, size) = own().structure("FlowV4").unwrap();
+        let (fields, size) = own().structure("Flow<u32>").unwrap();
         assert_eq!(size as usize, size_of::<FlowV4>());
         let at = |path: &str| fields.iter().find(|field| field.path == path).map(|field| (field.offset, field.size));
         let key = std::mem::offset_of!(FlowV4, key) as u32;
@@ -194,7 +204,7 @@ mod tests {
 
     #[test]
     fn a_description_reads_back_as_it_was_written() {
-        let (fields, _) = own().structure("FlowV4").unwrap();
+        let (fields, _) = own().structure("Flow<u32>").unwrap();
         let read: Vec<Field> = described(&describe(&fields)).into_values().collect();
         assert_eq!(read.len(), fields.len());
         assert!(fields.iter().all(|field| read.contains(field)));

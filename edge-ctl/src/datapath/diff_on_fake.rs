@@ -113,7 +113,7 @@ impl World {
             if (entry.address, entry.port, entry.protocol) != (key.address, key.port, key.protocol) {
                 return Err(format!("{key:?} leads to the service of another frontend"));
             }
-            if !state.filter.destinations.contains(&edge_common::filter::bit(key.address)) {
+            if !state.filter.destinations.contains(&edge_common::address::filter_bit(&key.address)) {
                 return Err(format!("{key:?} is in the index but not in the filter"));
             }
             if entry.selection == 0 {
@@ -130,10 +130,10 @@ impl World {
                 if slot.entry.service != *number {
                     return Err(format!("service {number} selects backend {backend} of another service"));
                 }
-                if !state.filter.destinations.contains(&edge_common::filter::bit(slot.entry.snat_address)) {
+                if !state.filter.destinations.contains(&edge_common::address::filter_bit(&slot.entry.snat_address)) {
                     return Err(format!("replies to backend {backend} would not pass the filter"));
                 }
-                let is_source = state.filter.sources.contains(&edge_common::filter::bit(slot.entry.address));
+                let is_source = state.filter.sources.contains(&edge_common::address::filter_bit(&slot.entry.address));
                 if entry.mode == mode::DNAT && slot.eligible() && !is_source {
                     return Err(format!("replies of dnat backend {backend} would not pass the filter"));
                 }
@@ -185,7 +185,7 @@ fn arbitrary_state() -> impl Strategy<Value = DesiredState> {
 }
 
 fn eligible(state: &DatapathState, key: &Frontend) -> BTreeSet<(SocketAddr, u16)> {
-    let Some(number) = service_key(key.address, key.protocol).and_then(|key| state.index.get(&key)) else {
+    let Some(number) = state.index.get(&service_key(key.address, key.protocol)) else {
         return BTreeSet::new();
     };
     let backends = state.backends.values().filter(|slot| slot.entry.service == *number && slot.eligible());

@@ -193,7 +193,7 @@ fn address(words: [u32; 4], port: u16) -> SocketAddr {
 
 #[cfg(test)]
 mod tests {
-    use edge_common::maps::events::mapped;
+    use edge_common::address::mapped;
 
     use super::*;
 

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use edge_common::maps::{BackendEntry, Chunk, ServiceEntry, ServiceKeyV4, SourceKey};
+use edge_common::maps::{BackendEntry, Chunk, ServiceEntry, ServiceKey, SourceKey};
 
 use super::selection;
 use crate::reconcile::ports::{
@@ -14,7 +14,7 @@ use crate::reconcile::ports::{
 #[derive(Clone, Debug, Default)]
 pub struct FakeDatapath {
     /// The frontend index.
-    pub index: BTreeMap<ServiceKeyV4, u32>,
+    pub index: BTreeMap<ServiceKey, u32>,
     /// Services by number.
     pub services: BTreeMap<u32, ServiceEntry>,
     /// Labels by service number.
@@ -24,7 +24,7 @@ pub struct FakeDatapath {
     /// State words by backend number.
     pub states: BTreeMap<u32, u32>,
     /// The dnat index.
-    pub backend_index: BTreeMap<ServiceKeyV4, u32>,
+    pub backend_index: BTreeMap<ServiceKey, u32>,
     /// Selection chunks.
     pub chunks: BTreeMap<u32, Chunk>,
     /// Source ranges.

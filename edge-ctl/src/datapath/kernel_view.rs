@@ -4,11 +4,12 @@
 use std::{collections::BTreeMap, fs, path::Path};
 
 use edge_common::{
-    flow::FlowKeyV4,
+    address::{Address, Wide},
+    flow::{FlowKey, FlowKeyV4, FlowKeyV6},
     maps::{
-        AddressFilter, BackendEntry, Control, FlowV4, NeighbourKey, NextHop, PortSet, RANGE_PREFIX, RangeSource,
-        ServiceEntry, ServiceKeyV4, ServiceStats, SourceId, SourceKey, SourceRange, SourceUse, balance, mode, name,
-        range_action,
+        AddressFilter, BackendEntry, Control, Flow, FlowV4, FlowV6, NeighbourKey, NextHop, PortSet, RANGE_PREFIX,
+        RangeSource, ServiceEntry, ServiceKey, ServiceStats, SourceId, SourceKey, SourceRange, SourceUse, balance,
+        mode, name, range_action,
     },
     verdict::{REASONS, Reason},
 };
@@ -199,24 +200,43 @@ impl KernelView {
         let labels: BTreeMap<u32, String> = services.into_iter().map(|(number, slot)| (number, slot.label)).collect();
         let now = monotonic_ns();
         let mut rows = Vec::new();
-        for (table, state) in
-            [(name::ESTABLISHED, "established"), (name::HALF_OPEN, "half-open"), (name::CLOSING, "closing")]
-        {
-            let reader = self.tables.reader(table)?;
-            let mut cursor = Cursor::default();
-            while !cursor.is_finished() && rows.len() < limit {
-                for (_, value) in reader.page(&mut cursor, PAGE)?.iter(reader.shape) {
-                    let Some(flow) = from_bytes::<FlowV4>(value) else { continue };
-                    let label = labels.get(&flow.service).cloned().unwrap_or_else(|| "-".to_owned());
-                    let is_wanted = flow.direction == FORWARD && service.is_none_or(|wanted| wanted == label);
-                    if is_wanted && rows.len() < limit {
-                        let twin = self.tables.lookup::<FlowKeyV4, FlowV4>(table, &flow.twin())?.unwrap_or_default();
-                        rows.push(flow_row(label, state, &flow, &twin, now));
-                    }
+        let wanted = Wanted { labels: &labels, service, limit, now };
+        for (v4, v6, state) in [
+            (name::ESTABLISHED, name::ESTABLISHED_V6, "established"),
+            (name::HALF_OPEN, name::HALF_OPEN_V6, "half-open"),
+            (name::CLOSING, name::CLOSING_V6, "closing"),
+        ] {
+            self.add_flow_rows::<u32>(v4, state, &wanted, &mut rows)?;
+            self.add_flow_rows::<Wide>(v6, state, &wanted, &mut rows)?;
+        }
+        Ok(rows)
+    }
+
+    fn add_flow_rows<A: Address>(
+        &self,
+        table: &str,
+        state: &str,
+        wanted: &Wanted<'_>,
+        rows: &mut Vec<FlowRow>,
+    ) -> Result<(), PortError>
+    where
+        FlowKey<A>: aya::Pod,
+        Flow<A>: aya::Pod,
+    {
+        let reader = self.tables.reader(table)?;
+        let mut cursor = Cursor::default();
+        while !cursor.is_finished() && rows.len() < wanted.limit {
+            for (_, value) in reader.page(&mut cursor, PAGE)?.iter(reader.shape) {
+                let Some(flow) = from_bytes::<Flow<A>>(value) else { continue };
+                let label = wanted.labels.get(&flow.service).cloned().unwrap_or_else(|| "-".to_owned());
+                let is_wanted = flow.direction == FORWARD && wanted.service.is_none_or(|wanted| wanted == label);
+                if is_wanted && rows.len() < wanted.limit {
+                    let twin = self.tables.lookup::<FlowKey<A>, Flow<A>>(table, &flow.twin())?.unwrap_or_default();
+                    rows.push(flow_row(label, state, &flow, &twin, wanted.now));
                 }
             }
         }
-        Ok(rows)
+        Ok(())
     }
 
     /// One row for each map, in the order of the pipeline, every entry counted now.
@@ -423,7 +443,15 @@ fn reason(number: u32) -> Option<Reason> {
     Reason::ALL.iter().copied().find(|reason| *reason as u32 == number)
 }
 
-fn flow_row(service: String, state: &str, flow: &FlowV4, twin: &FlowV4, now: u64) -> FlowRow {
+/// Which flows a listing is about.
+struct Wanted<'a> {
+    labels: &'a BTreeMap<u32, String>,
+    service: Option<&'a str>,
+    limit: usize,
+    now: u64,
+}
+
+fn flow_row<A: Address>(service: String, state: &str, flow: &Flow<A>, twin: &Flow<A>, now: u64) -> FlowRow {
     let seconds = |since: u64| now.saturating_sub(since) / 1_000_000_000;
     FlowRow {
         service,
@@ -470,11 +498,13 @@ fn memory(data: &aya::maps::MapData) -> Option<u64> {
 
 fn key_text(map: &str, key: &[u8]) -> String {
     let text = match map {
-        name::ESTABLISHED | name::HALF_OPEN | name::CLOSING => from_bytes::<FlowKeyV4>(key).map(|key| {
-            let (src, dst) = (socket_address(key.src, key.src_port), socket_address(key.dst, key.dst_port));
-            format!("proto={} src={src} dst={dst}", protocol_name(key.protocol))
-        }),
-        name::SERVICE_INDEX | name::BACKEND_INDEX => from_bytes::<ServiceKeyV4>(key)
+        name::ESTABLISHED | name::HALF_OPEN | name::CLOSING => {
+            from_bytes::<FlowKeyV4>(key).map(|key| flow_key_text(&key))
+        }
+        name::ESTABLISHED_V6 | name::HALF_OPEN_V6 | name::CLOSING_V6 => {
+            from_bytes::<FlowKeyV6>(key).map(|key| flow_key_text(&key))
+        }
+        name::SERVICE_INDEX | name::BACKEND_INDEX => from_bytes::<ServiceKey>(key)
             .map(|key| format!("{}/{}", socket_address(key.address, key.port), protocol_name(key.protocol))),
         name::NEXT_HOP_INDEX => from_bytes::<NeighbourKey>(key)
             .map(|key| format!("ifindex={} neighbour={}", key.ifindex, crate::reconcile::ports::ip(key.address))),
@@ -510,6 +540,9 @@ const fn action_name(action: u32) -> &'static str {
 fn value_text(map: &str, value: &[u8], cpus: usize) -> String {
     let text = match map {
         name::ESTABLISHED | name::HALF_OPEN | name::CLOSING => from_bytes::<FlowV4>(value).map(|flow| flow_text(&flow)),
+        name::ESTABLISHED_V6 | name::HALF_OPEN_V6 | name::CLOSING_V6 => {
+            from_bytes::<FlowV6>(value).map(|flow| flow_text(&flow))
+        }
         name::SERVICES => from_bytes::<ServiceEntry>(value).map(|entry| service_text(&entry)),
         name::SERVICE_LABELS => from_bytes::<[u8; 64]>(value).map(|bytes| label_text(&bytes)),
         name::BACKENDS => from_bytes::<BackendEntry>(value).map(|entry| {
@@ -550,7 +583,12 @@ fn value_text(map: &str, value: &[u8], cpus: usize) -> String {
     text.unwrap_or_else(|| hex(value))
 }
 
-fn flow_text(flow: &FlowV4) -> String {
+fn flow_key_text<A: Address>(key: &FlowKey<A>) -> String {
+    let (src, dst) = (socket_address(key.src, key.src_port), socket_address(key.dst, key.dst_port));
+    format!("proto={} src={src} dst={dst}", protocol_name(key.protocol))
+}
+
+fn flow_text<A: Address>(flow: &Flow<A>) -> String {
     let (src, dst) = (socket_address(flow.new_src, flow.new_src_port), socket_address(flow.new_dst, flow.new_dst_port));
     format!(
         "src={src} dst={dst} service={} backend={} next_hop={} state={} direction={} flags={:#x} sequence={} packets={} \

@@ -572,13 +572,16 @@ fn object_error(what: &str, error: &dyn std::error::Error) -> LoadError {
 }
 
 /// Entries of a table: what is configured, but an LRU at least what its per-CPU free lists need.
-fn table_sizes(tables: &Tables) -> [(&'static str, u32); 3] {
+fn table_sizes(tables: &Tables) -> [(&'static str, u32); 6] {
     let cpus = aya::util::nr_cpus().unwrap_or(1);
     let lru = u32::try_from(128 * 8 * cpus).unwrap_or(u32::MAX);
     [
         (name::ESTABLISHED, tables.established.max(2)),
         (name::HALF_OPEN, tables.half_open.max(lru)),
         (name::CLOSING, tables.closing.max(lru)),
+        (name::ESTABLISHED_V6, tables.established_v6.max(2)),
+        (name::HALF_OPEN_V6, tables.half_open_v6.max(lru)),
+        (name::CLOSING_V6, tables.closing_v6.max(lru)),
     ]
 }
 

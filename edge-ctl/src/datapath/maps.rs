@@ -4,8 +4,8 @@ use aya::maps::{Array, HashMap, LpmTrie, MapData, MapError, PerCpuArray, PerCpuV
 use edge_common::{
     filter,
     maps::{
-        AddressFilter, BackendEntry, BackendSignals, Chunk, Label, RangeSource, ServiceEntry, ServiceKeyV4,
-        ServiceStats, SourceRange, name,
+        AddressFilter, BackendEntry, BackendSignals, Chunk, Label, RangeSource, ServiceEntry, ServiceKey, ServiceStats,
+        SourceRange, name,
     },
     verdict::REASONS,
 };
@@ -20,12 +20,12 @@ use crate::reconcile::ports::{Action, DatapathPort, DatapathState, FilterBits, F
 /// The maps that the reconciler writes. One owner: nothing else writes them.
 pub struct Maps {
     tables: Tables,
-    index: HashMap<MapData, ServiceKeyV4, u32>,
+    index: HashMap<MapData, ServiceKey, u32>,
     services: Array<MapData, ServiceEntry>,
     labels: Array<MapData, Label>,
     backends: Array<MapData, BackendEntry>,
     states: Array<MapData, u32>,
-    backend_index: HashMap<MapData, ServiceKeyV4, u32>,
+    backend_index: HashMap<MapData, ServiceKey, u32>,
     selection: Array<MapData, Chunk>,
     ranges: LpmTrie<MapData, RangeSource, SourceRange>,
     filter: Array<MapData, AddressFilter>,

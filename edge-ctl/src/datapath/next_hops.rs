@@ -38,7 +38,6 @@ impl NextHops {
     /// # Errors
     /// Where a map cannot be read or written.
     pub fn set_mac(&mut self, ifindex: u32, address: IpAddr, mac: [u8; 6]) -> Result<bool, PortError> {
-        let IpAddr::V4(address) = address else { return Ok(false) };
         let failed = |error: MapError| PortError::new("writing a next hop", chain(&error));
         let number = match self.index.get(&NeighbourKey { ifindex, address: wire(address) }, 0) {
             Ok(number) => number,

@@ -44,14 +44,17 @@ pub struct Layout {
 
 /// Structures in the maps, by their names in the object's BTF; what is not listed is one integer, or has no inner layout.
 /// A structure that the BTF does not have under this name counts as one field.
-const STRUCTURES: [(&str, &str, &str); 12] = [
-    (name::ESTABLISHED, "FlowKeyV4", "FlowV4"),
-    (name::HALF_OPEN, "FlowKeyV4", "FlowV4"),
-    (name::CLOSING, "FlowKeyV4", "FlowV4"),
-    (name::SERVICE_INDEX, "ServiceKeyV4", ""),
+const STRUCTURES: [(&str, &str, &str); 15] = [
+    (name::ESTABLISHED, "FlowKey<u32>", "Flow<u32>"),
+    (name::HALF_OPEN, "FlowKey<u32>", "Flow<u32>"),
+    (name::CLOSING, "FlowKey<u32>", "Flow<u32>"),
+    (name::ESTABLISHED_V6, "FlowKey<[u32; 4]>", "Flow<[u32; 4]>"),
+    (name::HALF_OPEN_V6, "FlowKey<[u32; 4]>", "Flow<[u32; 4]>"),
+    (name::CLOSING_V6, "FlowKey<[u32; 4]>", "Flow<[u32; 4]>"),
+    (name::SERVICE_INDEX, "ServiceKey", ""),
     (name::SERVICES, "", "ServiceEntry"),
     (name::BACKENDS, "", "BackendEntry"),
-    (name::BACKEND_INDEX, "ServiceKeyV4", ""),
+    (name::BACKEND_INDEX, "ServiceKey", ""),
     (name::NEXT_HOPS, "", "NextHop"),
     (name::NEXT_HOP_INDEX, "NeighbourKey", ""),
     (name::CONTROL, "", "Control"),
@@ -77,7 +80,8 @@ fn describe(btf: Option<&Btf>, map: &str, key: u32, value: u32) -> String {
 }
 
 /// Maps whose capacity is the operator's choice, and so no part of their layout.
-pub const SIZED: [&str; 3] = [name::ESTABLISHED, name::HALF_OPEN, name::CLOSING];
+pub const SIZED: [&str; 6] =
+    [name::ESTABLISHED, name::HALF_OPEN, name::CLOSING, name::ESTABLISHED_V6, name::HALF_OPEN_V6, name::CLOSING_V6];
 
 impl Layout {
     /// The hash in the pin's name.

@@ -8,8 +8,9 @@
 use std::collections::BTreeMap;
 
 use edge_common::{
+    address::{Address, Wide, is_none},
     conntrack::{expired, rest_seconds},
-    maps::{FlowV4, PortSet, ServiceEntry, mode, name},
+    maps::{Flow, FlowV4, FlowV6, PortSet, ServiceEntry, mode, name},
 };
 
 use super::{
@@ -25,15 +26,15 @@ const STALLED: u64 = 200_000_000;
 /// How long a closed flow rests whose service is gone, seconds.
 const NO_SERVICE_REST: u32 = 60;
 /// The tables that are read here.
-const TABLES: [&str; 2] = [name::HALF_OPEN, name::CLOSING];
+const TABLES: [&str; 4] = [name::HALF_OPEN, name::CLOSING, name::HALF_OPEN_V6, name::CLOSING_V6];
 
 /// Whose port space it is: backend, protocol and SNAT address, in network order. A port of it serves one flow at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Space {
-    backend: u32,
+    backend: Wide,
     port: u16,
     protocol: u8,
-    address: u32,
+    address: Wide,
 }
 
 /// Ports of one SNAT address towards one backend, as a service may use them.
@@ -44,7 +45,7 @@ pub struct SnatUse {
     /// Backend number.
     pub backend: u32,
     /// The source address, network order.
-    pub address: u32,
+    pub address: Wide,
     /// Ports of the range in use, by whichever service.
     pub used: u32,
     /// Ports that the range and the host leave to SNAT.
@@ -54,7 +55,7 @@ pub struct SnatUse {
 /// One walk over the flow tables.
 #[derive(Debug, Default)]
 pub struct Census {
-    /// Half of the walk's tables that is being read; past the last: done.
+    /// Which of the walk's tables is being read; past the last: done.
     table: usize,
     cursor: Cursor,
     /// Ports in use, host order; one may be listed twice while its flow moves between tables.
@@ -71,7 +72,7 @@ impl Census {
         Self { rests, ..Self::default() }
     }
 
-    /// True once both tables were read to their ends.
+    /// True once all tables were read to their ends.
     pub fn is_finished(&self) -> bool {
         self.table >= TABLES.len()
     }
@@ -91,10 +92,10 @@ impl Census {
         let page = reader.page(&mut self.cursor, budget)?;
         let mut seen = 0;
         for (_, value) in page.iter(reader.shape) {
-            let Some(flow) = from_bytes::<FlowV4>(value) else { continue };
             seen += 1;
-            if self.holds(table, &flow, now) {
-                self.see(&flow);
+            match table {
+                name::HALF_OPEN | name::CLOSING => self.look(table, from_bytes::<FlowV4>(value), now),
+                _ => self.look(table, from_bytes::<FlowV6>(value), now),
             }
         }
         *self.entries.entry(table).or_default() += seen;
@@ -104,8 +105,14 @@ impl Census {
         Ok(())
     }
 
-    fn holds(&self, table: &str, flow: &FlowV4, now: u64) -> bool {
-        if table == name::HALF_OPEN {
+    fn look<A: Address>(&mut self, table: &str, flow: Option<Flow<A>>, now: u64) {
+        if let Some(flow) = flow.filter(|flow| self.holds(table, flow, now)) {
+            self.see(&flow);
+        }
+    }
+
+    fn holds<A: Address>(&self, table: &str, flow: &Flow<A>, now: u64) -> bool {
+        if table == name::HALF_OPEN || table == name::HALF_OPEN_V6 {
             return now.saturating_sub(flow.last_seen) < STALLED;
         }
         let rest = self.rests.get(&flow.service).copied().unwrap_or(NO_SERVICE_REST);
@@ -114,12 +121,13 @@ impl Census {
 
     /// Takes note of an entry that holds its port. Both halves of a flow may be given; the reply's counts. Where the
     /// client's own address is the source there is no port to run out of.
-    pub fn see(&mut self, flow: &FlowV4) {
+    pub fn see<A: Address>(&mut self, flow: &Flow<A>) {
         let key = &flow.key;
         if flow.direction == FORWARD || (flow.new_dst, flow.new_dst_port) == (key.dst, key.dst_port) {
             return;
         }
-        let space = Space { backend: key.src, port: key.src_port, protocol: key.protocol, address: key.dst };
+        let (backend, address) = (key.src.wide(), key.dst.wide());
+        let space = Space { backend, port: key.src_port, protocol: key.protocol, address };
         self.ports.entry(space).or_default().push(u16::from_be(key.dst_port));
     }
 
@@ -160,9 +168,9 @@ impl Census {
 }
 
 /// The source addresses of a backend: its service's, else its own; none where no address is known yet.
-fn addresses(service: &ServiceEntry, own: u32) -> Vec<u32> {
+fn addresses(service: &ServiceEntry, own: Wide) -> Vec<Wide> {
     match service.snat_count {
-        0 => Some(own).filter(|address| *address != 0).into_iter().collect(),
+        0 => Some(own).filter(|address| !is_none(address)).into_iter().collect(),
         count => service.snat_addresses.into_iter().take(usize::try_from(count).unwrap_or(usize::MAX)).collect(),
     }
 }

@@ -12,8 +12,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use aya::maps::{Array, HashMap, MapData, MapError};
 use edge_common::{
-    flow::FlowKeyV4,
-    maps::{FlowEnd, FlowV4, ServiceEntry, ServiceStats, events::End, name, service_flag},
+    address::{Address, Wide},
+    flow::FlowKey,
+    maps::{Flow, FlowEnd, ServiceEntry, ServiceStats, events::End, name, service_flag},
 };
 
 use super::{
@@ -41,7 +42,8 @@ pub struct SweepReport {
     pub expired: u64,
     /// True where the walk has reached the end of the table; the next step starts anew.
     pub finished: bool,
-    /// Entries of the whole table of its capacity, in thousandths, as of the last full walk or what this one has seen.
+    /// Entries of its capacity, in thousandths, of the fuller family's table, as of the last full walk or what this one
+    /// has seen.
     pub fill: u64,
 }
 
@@ -56,26 +58,40 @@ pub struct Pass {
     pub snat: Vec<SnatUse>,
 }
 
-/// See the module.
+/// See the module. Both families' tables are walked one after the other.
 pub struct Sweeper {
     tables: Tables,
-    established: HashMap<MapData, FlowKeyV4, FlowV4>,
+    v4: FlowTable<u32>,
+    v6: FlowTable<Wide>,
     service_expired: Array<MapData, u64>,
     backend_expired: Array<MapData, u64>,
-    capacity: u64,
-    cursor: Cursor,
     walk: Walk,
-    /// Where the established table of this walk has been read, and the others have not.
+    /// Where the established tables of this walk have been read, and the others have not.
     waiting: bool,
-    last_entries: u64,
     last: Option<Pass>,
     ended: Vec<FlowEnd>,
 }
 
-/// One walk over the table.
+/// One family's established table, and how far the walk over it has come.
+struct FlowTable<A: Address>
+where
+    FlowKey<A>: aya::Pod,
+    Flow<A>: aya::Pod,
+{
+    name: &'static str,
+    flows: HashMap<MapData, FlowKey<A>, Flow<A>>,
+    capacity: u64,
+    cursor: Cursor,
+    /// Entries seen by this walk.
+    entries: u64,
+    /// Entries seen by the last one.
+    last_entries: u64,
+}
+
+/// One walk over both tables.
 #[derive(Debug, Default)]
 struct Walk {
-    entries: u64,
+    begun: bool,
     timeouts: BTreeMap<u32, u32>,
     /// Services whose ended flows are reported.
     recorded: BTreeSet<u32>,
@@ -91,6 +107,14 @@ struct Census {
     seen: BTreeMap<u32, u64>,
 }
 
+/// Flows ended by one step, by number.
+#[derive(Debug, Default)]
+struct Expired {
+    services: BTreeMap<u32, u64>,
+    backends: BTreeMap<u32, u64>,
+    records: Vec<FlowEnd>,
+}
+
 impl Sweeper {
     /// Opens the pins.
     ///
@@ -98,18 +122,14 @@ impl Sweeper {
     /// Where one is missing.
     pub fn open(pins: &Pins) -> Result<Self, PortError> {
         let tables = Tables::open(pins)?;
-        let info = tables.reader(name::ESTABLISHED)?.data().info();
-        let capacity = info.map_err(|error| PortError::new("the established table", error))?.max_entries();
         Ok(Self {
+            v4: FlowTable::open(pins, &tables, name::ESTABLISHED)?,
+            v6: FlowTable::open(pins, &tables, name::ESTABLISHED_V6)?,
             tables,
-            established: open(pins, name::ESTABLISHED)?,
             service_expired: open(pins, name::SERVICE_EXPIRED)?,
             backend_expired: open(pins, name::BACKEND_EXPIRED)?,
-            capacity: u64::from(capacity.max(1)),
-            cursor: Cursor::default(),
             walk: Walk::default(),
             waiting: false,
-            last_entries: 0,
             last: None,
             ended: Vec::new(),
         })
@@ -141,59 +161,35 @@ impl Sweeper {
             self.waiting = false;
             let ports = std::mem::take(&mut self.walk.ports);
             let mut entries = ports.entries().clone();
-            entries.insert(name::ESTABLISHED, self.last_entries);
+            entries.insert(name::ESTABLISHED, self.v4.last_entries);
+            entries.insert(name::ESTABLISHED_V6, self.v6.last_entries);
             self.last = Some(Pass { at: now, entries, snat: ports.finish(&self.tables)? });
         }
-        report.fill = self.fill();
+        report.fill = self.v4.fill().max(self.v6.fill());
         Ok(report)
     }
 
-    fn fill(&self) -> u64 {
-        self.last_entries.max(self.walk.entries).saturating_mul(1000) / self.capacity
-    }
-
-    /// A step in the established table.
+    /// A step in the established tables.
     fn established(&mut self, now: u64, budget: usize) -> Result<SweepReport, PortError> {
-        if self.walk.entries == 0 {
+        if !self.walk.begun {
             self.begin()?;
         }
-        let fill = self.fill();
+        let mut expired = Expired::default();
         let mut report = SweepReport::default();
-        let (mut services, mut backends) = (BTreeMap::new(), BTreeMap::new());
-        let reader = self.tables.reader(name::ESTABLISHED)?;
-        let page = reader.page(&mut self.cursor, budget)?;
-        for (_, value) in page.iter(reader.shape) {
-            let Some(flow) = from_bytes::<FlowV4>(value) else { continue };
-            report.scanned += 1;
-            let timeout = self.walk.timeouts.get(&flow.service).copied().unwrap_or(NO_SERVICE_TIMEOUT);
-            let limit = u64::from(shortened(timeout, fill)).saturating_mul(SECOND);
-            let is_idle = |flow: &FlowV4| now.saturating_sub(flow.last_seen) > limit;
-            let mut record = FlowEnd::default();
-            let ended = match is_idle(&flow) {
-                true => end(&mut self.established, &flow, is_idle, &mut record)?,
-                false => Ended::Nothing,
-            };
-            if ended == Ended::Flow && self.walk.recorded.contains(&flow.service) {
-                self.ended.push(record);
-            }
-            if ended == Ended::Flow {
-                *services.entry(flow.service).or_insert(0_u64) += 1;
-                *backends.entry(flow.backend).or_insert(0_u64) += 1;
-                report.expired += 1;
-                continue;
-            }
-            if ended == Ended::Nothing {
-                self.walk.ports.see(&flow);
-            }
-            if ended == Ended::Nothing && flow.direction == FORWARD {
-                *self.walk.services.seen.entry(flow.service).or_default() += 1;
-                *self.walk.backends.seen.entry(flow.backend).or_default() += 1;
-            }
+        let mut walked = Ok(());
+        if !self.v4.cursor.is_finished() {
+            walked = self.v4.step(&self.tables, &mut self.walk, now, budget, &mut report, &mut expired);
         }
-        self.walk.entries += report.scanned;
-        add(&mut self.service_expired, &services)?;
-        add(&mut self.backend_expired, &backends)?;
-        if self.cursor.is_finished() {
+        let left = budget.saturating_sub(usize::try_from(report.scanned).unwrap_or(budget));
+        if walked.is_ok() && self.v4.cursor.is_finished() && left > 0 {
+            walked = self.v6.step(&self.tables, &mut self.walk, now, left, &mut report, &mut expired);
+        }
+        // What was ended before a failure is counted, too.
+        self.ended.append(&mut expired.records);
+        add(&mut self.service_expired, &expired.services)?;
+        add(&mut self.backend_expired, &expired.backends)?;
+        walked?;
+        if self.v4.cursor.is_finished() && self.v6.cursor.is_finished() {
             self.waiting = true;
             self.finish()?;
         }
@@ -206,7 +202,7 @@ impl Sweeper {
         let is_recorded = |entry: &ServiceEntry| entry.flags & service_flag::RECORD_ENDS != 0;
         let recorded = state.iter().filter(|(_, entry)| is_recorded(entry)).map(|(number, _)| *number).collect();
         self.walk = Walk {
-            entries: 0,
+            begun: true,
             ports: Ports::begin(&state),
             recorded,
             timeouts: state.into_iter().map(|(number, entry)| (number, entry.established_timeout)).collect(),
@@ -219,11 +215,84 @@ impl Sweeper {
     fn finish(&mut self) -> Result<(), PortError> {
         let mut walk = std::mem::take(&mut self.walk);
         self.walk.ports = std::mem::take(&mut walk.ports);
-        self.cursor = Cursor::default();
-        self.last_entries = walk.entries;
+        self.v4.rewind();
+        self.v6.rewind();
         let (services, backends) = self.tables.numbers()?;
         correct(&mut self.service_expired, &walk.services, &self.tables.service_stats(services)?)?;
         correct(&mut self.backend_expired, &walk.backends, &self.tables.backend_stats(backends)?)
+    }
+}
+
+impl<A: Address> FlowTable<A>
+where
+    FlowKey<A>: aya::Pod,
+    Flow<A>: aya::Pod,
+{
+    fn open(pins: &Pins, tables: &Tables, name: &'static str) -> Result<Self, PortError> {
+        let info = tables.reader(name)?.data().info();
+        let capacity = info.map_err(|error| PortError::new(format!("the map {name}"), error))?.max_entries();
+        Ok(Self {
+            name,
+            flows: open(pins, name)?,
+            capacity: u64::from(capacity.max(1)),
+            cursor: Cursor::default(),
+            entries: 0,
+            last_entries: 0,
+        })
+    }
+
+    /// Entries of the capacity, in thousandths, as of the last full walk or what this one has seen.
+    fn fill(&self) -> u64 {
+        self.last_entries.max(self.entries).saturating_mul(1000) / self.capacity
+    }
+
+    fn rewind(&mut self) {
+        self.cursor = Cursor::default();
+        self.last_entries = std::mem::take(&mut self.entries);
+    }
+
+    fn step(
+        &mut self,
+        tables: &Tables,
+        walk: &mut Walk,
+        now: u64,
+        budget: usize,
+        report: &mut SweepReport,
+        expired: &mut Expired,
+    ) -> Result<(), PortError> {
+        let fill = self.fill();
+        let reader = tables.reader(self.name)?;
+        let page = reader.page(&mut self.cursor, budget)?;
+        for (_, value) in page.iter(reader.shape) {
+            let Some(flow) = from_bytes::<Flow<A>>(value) else { continue };
+            report.scanned += 1;
+            self.entries += 1;
+            let timeout = walk.timeouts.get(&flow.service).copied().unwrap_or(NO_SERVICE_TIMEOUT);
+            let limit = u64::from(shortened(timeout, fill)).saturating_mul(SECOND);
+            let is_idle = |flow: &Flow<A>| now.saturating_sub(flow.last_seen) > limit;
+            let mut record = FlowEnd::default();
+            let ended = match is_idle(&flow) {
+                true => end(&mut self.flows, &flow, is_idle, &mut record)?,
+                false => Ended::Nothing,
+            };
+            if ended == Ended::Flow && walk.recorded.contains(&flow.service) {
+                expired.records.push(record);
+            }
+            if ended == Ended::Flow {
+                *expired.services.entry(flow.service).or_default() += 1;
+                *expired.backends.entry(flow.backend).or_default() += 1;
+                report.expired += 1;
+                continue;
+            }
+            if ended == Ended::Nothing {
+                walk.ports.see(&flow);
+            }
+            if ended == Ended::Nothing && flow.direction == FORWARD {
+                *walk.services.seen.entry(flow.service).or_default() += 1;
+                *walk.backends.seen.entry(flow.backend).or_default() += 1;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -249,14 +318,18 @@ pub(super) enum Ended {
 }
 
 /// Removes both halves of a flow if both are idle, and writes what they were into `record`.
-pub(super) fn end(
-    established: &mut HashMap<MapData, FlowKeyV4, FlowV4>,
-    flow: &FlowV4,
-    is_idle: impl Fn(&FlowV4) -> bool,
+pub(super) fn end<A: Address>(
+    established: &mut HashMap<MapData, FlowKey<A>, Flow<A>>,
+    flow: &Flow<A>,
+    is_idle: impl Fn(&Flow<A>) -> bool,
     record: &mut FlowEnd,
-) -> Result<Ended, PortError> {
+) -> Result<Ended, PortError>
+where
+    FlowKey<A>: aya::Pod,
+    Flow<A>: aya::Pod,
+{
     let error = |error: &MapError| PortError::new("ending an idle flow", chain(error));
-    let get = |established: &HashMap<MapData, FlowKeyV4, FlowV4>, key: &FlowKeyV4| match established.get(key, 0) {
+    let get = |established: &HashMap<MapData, FlowKey<A>, Flow<A>>, key: &FlowKey<A>| match established.get(key, 0) {
         Ok(flow) => Ok(Some(flow)),
         Err(MapError::KeyNotFound) => Ok(None),
         Err(cause) => Err(error(&cause)),
@@ -268,7 +341,7 @@ pub(super) fn end(
         return Ok(Ended::Nothing);
     }
     describe(record, &own, twin.as_ref());
-    let mut remove = |key: &FlowKeyV4| match established.remove(key) {
+    let mut remove = |key: &FlowKey<A>| match established.remove(key) {
         Ok(()) => Ok(true),
         Err(MapError::KeyNotFound) => Ok(false),
         Err(MapError::SyscallError(cause)) if cause.io_error.kind() == std::io::ErrorKind::NotFound => Ok(false),
@@ -284,7 +357,7 @@ pub(super) fn end(
     Ok(if removed_client { Ended::Flow } else { Ended::Rest })
 }
 
-fn describe(record: &mut FlowEnd, own: &FlowV4, twin: Option<&FlowV4>) {
+fn describe<A: Address>(record: &mut FlowEnd, own: &Flow<A>, twin: Option<&Flow<A>>) {
     if own.direction == FORWARD {
         record.describe(own);
     } else {

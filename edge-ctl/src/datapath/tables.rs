@@ -6,8 +6,7 @@ use std::collections::BTreeMap;
 use edge_common::{
     filter,
     maps::{
-        BackendEntry, BackendSignals, Chunk, Control, PortSet, ServiceEntry, ServiceKeyV4, ServiceStats, SourceKey,
-        SourceRange, name,
+        BackendEntry, BackendSignals, Chunk, Control, PortSet, ServiceEntry, ServiceStats, SourceKey, SourceRange, name,
     },
     verdict::REASONS,
 };
@@ -328,11 +327,6 @@ impl Tables {
 
 fn length(end: u32) -> usize {
     usize::try_from(end).unwrap_or(usize::MAX)
-}
-
-/// The key of the frontend or backend that a services or backends element is about.
-pub fn key_of(address: u32, port: u16, protocol: u8) -> ServiceKeyV4 {
-    ServiceKeyV4 { address, port, protocol, _pad: 0 }
 }
 
 /// The values of all CPUs in a per-CPU map's element.

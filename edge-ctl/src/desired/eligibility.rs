@@ -5,6 +5,7 @@
 //! | condition | holds while |
 //! |---|---|
 //! | discovery | the source names it (what it does not name is in no pool) |
+//! | family | its address is of the VIP's family: nothing translates between IPv4 and IPv6 |
 //! | administrative | nobody took it down or drains it |
 //! | route | a BGP route or a connected or static prefix leads there |
 //! | source-address | full-nat: the address that packets to it leave from is known |
@@ -25,6 +26,8 @@ pub struct Facts {
     pub source: &'static str,
     /// What it counts as until its first checks have spoken.
     pub start: Verdict,
+    /// Its address is of the VIP's family.
+    pub same_family: bool,
     /// What leads there.
     pub route: Route,
     /// What packets to it leave from.
@@ -84,6 +87,8 @@ pub enum Admin {
 /// Why a member of a pool gets no new flows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exclusion {
+    /// Its address is of another family than the VIP.
+    OtherFamily,
     /// An administrator took it down.
     Down,
     /// An administrator drains it.
@@ -99,6 +104,7 @@ pub enum Exclusion {
 impl fmt::Display for Exclusion {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::OtherFamily => f.write_str("other-family"),
             Self::Down => f.write_str("down"),
             Self::Draining => f.write_str("draining"),
             Self::NoRoute => f.write_str("no-route"),
@@ -111,6 +117,7 @@ impl fmt::Display for Exclusion {
 /// `None`: it may be given new flows; else the first reason in the order of the chain.
 pub fn judge(facts: &Facts) -> Option<Exclusion> {
     match facts {
+        Facts { same_family: false, .. } => Some(Exclusion::OtherFamily),
         Facts { admin: Admin::Down, .. } => Some(Exclusion::Down),
         Facts { admin: Admin::Drain, .. } => Some(Exclusion::Draining),
         Facts { route: Route::Missing, .. } => Some(Exclusion::NoRoute),
@@ -126,6 +133,7 @@ impl Facts {
         Self {
             source,
             start: Verdict::Up,
+            same_family: true,
             route: Route::Kernel,
             source_address: SourceAddress::NotNeeded,
             checks: Checks::None,
@@ -148,6 +156,10 @@ impl Facts {
         let discovery = match self.source {
             "adopted" => "it was in the maps at the start; its source has not answered yet".to_owned(),
             source => format!("named by {source}"),
+        };
+        let family = match self.same_family {
+            true => "of the VIP's family",
+            false => "the VIP is of the other family, and nothing translates between IPv4 and IPv6",
         };
         let (up, admin) = match self.admin {
             Admin::Up => (true, "no order"),
@@ -175,6 +187,7 @@ impl Facts {
         };
         vec![
             row("discovery", true, discovery),
+            row("family", self.same_family, family.to_owned()),
             row("administrative", up, admin.to_owned()),
             row("route", self.route != Route::Missing, route),
             row("source-address", self.source_address != SourceAddress::Missing, source_address),
@@ -190,6 +203,7 @@ mod tests {
     use super::*;
 
     fn facts() -> impl Strategy<Value = Facts> {
+        let same_family = prop::bool::weighted(0.8);
         let route = prop_oneof![Just(Route::Kernel), Just(Route::BeforeRestart), Just(Route::Missing)];
         let source = prop_oneof![Just(SourceAddress::NotNeeded), Just(SourceAddress::Missing)];
         let verdict =
@@ -200,13 +214,8 @@ mod tests {
             _ => Checks::Ignored(verdict),
         });
         let admin = prop_oneof![Just(Admin::Up), Just(Admin::Drain), Just(Admin::Down)];
-        (route, source, checks, admin).prop_map(|(route, source_address, checks, admin)| Facts {
-            source: "dns",
-            start: Verdict::Up,
-            route,
-            source_address,
-            checks,
-            admin,
+        (same_family, route, source, checks, admin).prop_map(|(same_family, route, source_address, checks, admin)| {
+            Facts { source: "dns", start: Verdict::Up, same_family, route, source_address, checks, admin }
         })
     }
 
@@ -221,6 +230,7 @@ mod tests {
             prop_assert_eq!(excluded.is_none(), broken.is_none());
             if let (Some(excluded), Some(broken)) = (excluded, broken) {
                 let condition = match excluded {
+                    Exclusion::OtherFamily => "family",
                     Exclusion::Down | Exclusion::Draining => "administrative",
                     Exclusion::NoRoute => "route",
                     Exclusion::NoSnatAddress => "source-address",

@@ -31,11 +31,12 @@ use std::{
 };
 
 use edge_common::maps::{
-    BackendEntry, SNAT_ADDRESSES, ServiceEntry, ServiceKeyV4, SourceKey, backend_state, balance, mode, service_flag,
+    BackendEntry, SNAT_ADDRESSES, ServiceEntry, ServiceKey, SourceKey, backend_state, balance, mode, service_flag,
 };
 
 use super::ports::{
-    Action, DatapathState, FilterBits, Region, frontend_of, service_key, share_of, state_word, tier_of, weight_of, wire,
+    Action, DatapathState, FilterBits, Region, frontend_of, same_family, service_key, share_of, state_word, tier_of,
+    weight_of, wire,
 };
 use super::protect::{protected, ranges};
 use crate::{
@@ -159,7 +160,7 @@ impl<'a> Planner<'a> {
     }
 
     fn remove_frontends(&mut self) {
-        let desired = |key: &ServiceKeyV4| frontend_of(key).is_some_and(|f| self.desired.frontends.contains_key(&f));
+        let desired = |key: &ServiceKey| frontend_of(key).is_some_and(|f| self.desired.frontends.contains_key(&f));
         let gone: Vec<_> = self.state.index.keys().filter(|key| !desired(key)).copied().collect();
         for key in gone {
             self.step(Action::RemoveIndex { key });
@@ -174,10 +175,7 @@ impl<'a> Planner<'a> {
         let mut claimed = BTreeSet::new();
         let desired = self.desired;
         for (frontend, wanted) in desired.frontends.iter().filter(|(_, wanted)| wanted.pool.is_some()) {
-            let Some(key) = service_key(frontend.address, frontend.protocol) else {
-                self.fail(frontend, format!("{frontend}: IPv6 listen addresses have no datapath yet"));
-                continue;
-            };
+            let key = service_key(frontend.address, frontend.protocol);
             let is_same = |entry: &ServiceEntry| same_frontend(entry, &key) && entry.mode == mode_number(wanted.mode);
             let indexed = self.state.index.get(&key).copied();
             let indexed = indexed.filter(|n| self.state.services.get(n).is_some_and(|slot| is_same(&slot.entry)));
@@ -199,11 +197,13 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// The desired backends of a service number, by address and protocol number.
+    /// The desired backends of a service number, by address and protocol number: those of its VIP's family, since nothing
+    /// translates between the two.
     fn wanted(&self) -> BTreeMap<(u32, SocketAddr, u8), &'a DesiredBackend> {
         let mut wanted = BTreeMap::new();
         for (frontend, service, number) in self.served() {
-            for backend in service.pool.iter().flatten() {
+            let vip = frontend.address.ip();
+            for backend in service.pool.iter().flatten().filter(|b| same_family(b.address.ip(), vip)) {
                 wanted.insert((number, backend.address, frontend.protocol.number()), backend);
             }
         }
@@ -212,7 +212,7 @@ impl<'a> Planner<'a> {
 
     /// Service numbers whose frontend keeps what the maps have.
     fn kept(&self) -> BTreeSet<u32> {
-        let keeps = |key: &ServiceKeyV4| {
+        let keeps = |key: &ServiceKey| {
             let frontend = frontend_of(key).and_then(|frontend| self.desired.frontends.get(&frontend));
             frontend.is_some_and(|frontend| frontend.pool.is_none())
         };
@@ -246,13 +246,9 @@ impl<'a> Planner<'a> {
         let mut free = (1..self.state.capacity.backends).filter(|number| !taken.contains(number));
         let mut overflow = 0_usize;
         for ((service, address, protocol), backend) in self.wanted() {
-            let SocketAddr::V4(_) = address else {
-                self.plan.problems.push(format!("backend {address}: IPv6 backends have no datapath yet"));
-                continue;
-            };
             let number = known.get(&(service, address, protocol)).copied();
             let before = number.and_then(|number| self.state.backends.get(&number)).map(|slot| slot.entry);
-            let Some(mut entry) = backend_entry(service, protocol, backend, before) else { continue };
+            let mut entry = backend_entry(service, protocol, backend, before);
             entry.limit = backend.limit.unwrap_or(0);
             match number.or_else(|| free.next()) {
                 Some(_) if before == Some(entry) => {}
@@ -268,9 +264,8 @@ impl<'a> Planner<'a> {
     fn add_filter_bits(&mut self) {
         let mut planned = self.state.clone();
         for (frontend, service, number) in self.served() {
-            if let Some(entry) = self.service_entry(frontend, service, 0) {
-                planned.services.entry(number).or_default().entry = entry;
-            }
+            let entry = self.service_entry(frontend, service, 0);
+            planned.services.entry(number).or_default().entry = entry;
         }
         // Bits for what is there before and after: entries may still change in between.
         let needed = planned.needed_filter().union(&self.state.needed_filter());
@@ -288,7 +283,7 @@ impl<'a> Planner<'a> {
     fn index_backends(&mut self, leaving: &BTreeSet<u32>) {
         let desired: BTreeMap<u32, Mode> = self.served().into_iter().map(|(_, s, number)| (number, s.mode)).collect();
         let wanted = self.wanted();
-        let mut claims: BTreeMap<ServiceKeyV4, (bool, u32)> = BTreeMap::new();
+        let mut claims: BTreeMap<ServiceKey, (bool, u32)> = BTreeMap::new();
         for (number, slot) in self.state.backends.iter().filter(|(number, _)| !leaving.contains(number)) {
             let entry = &slot.entry;
             let old = self.state.services.get(&entry.service).map(|service| service.entry.mode == mode::DNAT);
@@ -362,10 +357,10 @@ impl<'a> Planner<'a> {
         let mut served = self.served();
         served.sort_by_key(|(_, service, _)| service.eligible() == 0);
         for (frontend, service, number) in served {
-            let Some(key) = service_key(frontend.address, frontend.protocol) else { continue };
+            let key = service_key(frontend.address, frontend.protocol);
             let before = self.state.services.get(&number).map(|slot| slot.entry).unwrap_or_default();
             let Some(selection) = self.publish_region(frontend, service, number, before.selection) else { continue };
-            let Some(entry) = self.service_entry(frontend, service, selection) else { continue };
+            let entry = self.service_entry(frontend, service, selection);
             let fresh = !same_frontend(&before, &key);
             if self.state.services.get(&number).is_none_or(|slot| slot.label != service.service) {
                 self.step(Action::PutLabel { number, label: service.service.clone() });
@@ -496,7 +491,7 @@ impl<'a> Planner<'a> {
 
     /// Keys of the dnat index that no longer lead to a backend with that address.
     fn drop_stale_backend_keys(&mut self) {
-        let leads = |key: &ServiceKeyV4, number: &u32| {
+        let leads = |key: &ServiceKey, number: &u32| {
             self.state.backends.get(number).is_some_and(|slot| backend_key(&slot.entry) == *key)
         };
         let stale: Vec<_> =
@@ -520,14 +515,13 @@ impl<'a> Planner<'a> {
         }
     }
 
-    fn service_entry(&self, frontend: &Frontend, service: &DesiredFrontend, selection: u32) -> Option<ServiceEntry> {
-        let key = service_key(frontend.address, frontend.protocol)?;
-        let mut snat_addresses = [0; SNAT_ADDRESSES];
+    fn service_entry(&self, frontend: &Frontend, service: &DesiredFrontend, selection: u32) -> ServiceEntry {
+        let key = service_key(frontend.address, frontend.protocol);
+        let mut snat_addresses = [[0; 4]; SNAT_ADDRESSES];
         let mut snat_count = 0;
-        let configured = service.snat.addresses.iter().filter_map(|address| match address {
-            IpAddr::V4(address) => Some(wire(*address)),
-            IpAddr::V6(_) => None,
-        });
+        let vip = frontend.address.ip();
+        let configured =
+            service.snat.addresses.iter().filter(|address| same_family(**address, vip)).map(|address| wire(*address));
         for (slot, address) in snat_addresses.iter_mut().zip(configured) {
             *slot = address;
             snat_count += 1;
@@ -551,11 +545,11 @@ impl<'a> Planner<'a> {
             balance: balance_number(service.balance),
             ..ServiceEntry::default()
         };
-        Some(protected(entry, &service.protection))
+        protected(entry, &service.protection)
     }
 }
 
-fn same_frontend(entry: &ServiceEntry, key: &ServiceKeyV4) -> bool {
+fn same_frontend(entry: &ServiceEntry, key: &ServiceKey) -> bool {
     (entry.address, entry.port, entry.protocol) == (key.address, key.port, key.protocol)
 }
 
@@ -593,28 +587,23 @@ const fn balance_number(balance: Balance) -> u8 {
     }
 }
 
-const fn backend_key(entry: &BackendEntry) -> ServiceKeyV4 {
-    ServiceKeyV4 { address: entry.address, port: entry.port, protocol: entry.protocol, _pad: 0 }
+const fn backend_key(entry: &BackendEntry) -> ServiceKey {
+    ServiceKey { address: entry.address, port: entry.port, protocol: entry.protocol, _pad: 0 }
 }
 
 /// The entry of a backend; a SNAT address that is not known now stays as it was.
-fn backend_entry(
-    service: u32,
-    protocol: u8,
-    backend: &DesiredBackend,
-    before: Option<BackendEntry>,
-) -> Option<BackendEntry> {
-    let SocketAddr::V4(address) = backend.address else { return None };
+fn backend_entry(service: u32, protocol: u8, backend: &DesiredBackend, before: Option<BackendEntry>) -> BackendEntry {
+    let address = backend.address;
     let snat_address = match backend.snat_address {
-        Some(IpAddr::V4(address)) => wire(address),
-        _ => before.map_or(0, |entry| entry.snat_address),
+        Some(source) if same_family(source, address.ip()) => wire(source),
+        _ => before.map(|entry| entry.snat_address).unwrap_or_default(),
     };
-    Some(BackendEntry {
-        address: wire(*address.ip()),
+    BackendEntry {
+        address: wire(address.ip()),
         port: address.port().to_be(),
         protocol,
         service,
         snat_address,
         ..BackendEntry::default()
-    })
+    }
 }

@@ -4,11 +4,14 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
-    net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
-use edge_common::maps::{
-    self, BackendEntry, POOL_PER_CHUNK, SLOTS_PER_CHUNK, ServiceEntry, ServiceKeyV4, SourceKey, backend_state, mode,
+use edge_common::{
+    address::{Address, Wide, filter_bit, is_none, mapped, unmapped},
+    maps::{
+        self, BackendEntry, POOL_PER_CHUNK, SLOTS_PER_CHUNK, ServiceEntry, ServiceKey, SourceKey, backend_state, mode,
+    },
 };
 use ipnet::IpNet;
 
@@ -21,13 +24,13 @@ use crate::{
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DatapathState {
     /// Frontend to service number.
-    pub index: BTreeMap<ServiceKeyV4, u32>,
+    pub index: BTreeMap<ServiceKey, u32>,
     /// Services by number, those that only drain included.
     pub services: BTreeMap<u32, ServiceSlot>,
     /// Backends by number, those that only drain included.
     pub backends: BTreeMap<u32, BackendSlot>,
     /// A dnat backend's address to its number.
-    pub backend_index: BTreeMap<ServiceKeyV4, u32>,
+    pub backend_index: BTreeMap<ServiceKey, u32>,
     /// Selection regions that a service refers to, by first chunk.
     pub regions: BTreeMap<u32, Region>,
     /// Source ranges: `range_action` numbers.
@@ -189,7 +192,7 @@ pub enum Action {
     /// Take a frontend out of the index: new flows are no longer ours.
     RemoveIndex {
         /// The frontend.
-        key: ServiceKeyV4,
+        key: ServiceKey,
     },
     /// Write a backend's state word: make it eligible, or exclude it from new flows.
     SetBackendState {
@@ -215,14 +218,14 @@ pub enum Action {
     /// Point a dnat backend's address at its number.
     PutBackendIndex {
         /// The backend's address, port, protocol.
-        key: ServiceKeyV4,
+        key: ServiceKey,
         /// Backend number.
         number: u32,
     },
     /// Forget a dnat backend's address.
     RemoveBackendIndex {
         /// The backend's address, port, protocol.
-        key: ServiceKeyV4,
+        key: ServiceKey,
     },
     /// Write a selection region that nothing refers to yet.
     WriteRegion {
@@ -262,7 +265,7 @@ pub enum Action {
     /// Point a frontend at its service number: new flows become ours.
     SetIndex {
         /// The frontend.
-        key: ServiceKeyV4,
+        key: ServiceKey,
         /// Service number.
         number: u32,
     },
@@ -386,7 +389,7 @@ impl DatapathState {
                 share: share_of(slot.state),
                 tier: tier_of(slot.state),
                 eligible: slot.eligible(),
-                snat_address: (slot.entry.snat_address != 0).then(|| ip(slot.entry.snat_address)),
+                snat_address: (!is_none(&slot.entry.snat_address)).then(|| ip(slot.entry.snat_address)),
             });
             adopted.insert(frontend, backends.collect());
         }
@@ -397,18 +400,18 @@ impl DatapathState {
     pub fn needed_filter(&self) -> FilterBits {
         let mut bits = FilterBits::default();
         for slot in self.services.values() {
-            bits.destinations.insert(edge_common::filter::bit(slot.entry.address));
+            bits.destinations.insert(filter_bit(&slot.entry.address));
             let count = usize::try_from(slot.entry.snat_count).unwrap_or(usize::MAX);
             for address in slot.entry.snat_addresses.iter().take(count) {
-                bits.destinations.insert(edge_common::filter::bit(*address));
+                bits.destinations.insert(filter_bit(address));
             }
         }
         for slot in self.backends.values() {
-            if slot.entry.snat_address != 0 {
-                bits.destinations.insert(edge_common::filter::bit(slot.entry.snat_address));
+            if !is_none(&slot.entry.snat_address) {
+                bits.destinations.insert(filter_bit(&slot.entry.snat_address));
             }
             if self.services.get(&slot.entry.service).is_some_and(|service| service.entry.mode == mode::DNAT) {
-                bits.sources.insert(edge_common::filter::bit(slot.entry.address));
+                bits.sources.insert(filter_bit(&slot.entry.address));
             }
         }
         bits
@@ -486,34 +489,66 @@ pub trait AnnouncementPort: Send {
     fn withdraw(&mut self, prefix: IpNet) -> Result<(), PortError>;
 }
 
-/// The map key of an IPv4 address, port and protocol; `None` for IPv6.
-pub fn service_key(address: SocketAddr, protocol: Protocol) -> Option<ServiceKeyV4> {
-    let SocketAddr::V4(address) = address else { return None };
-    Some(ServiceKeyV4 {
-        address: wire(*address.ip()),
-        port: address.port().to_be(),
-        protocol: protocol.number(),
-        _pad: 0,
-    })
+/// The map key of an address, port and protocol.
+pub fn service_key(address: SocketAddr, protocol: Protocol) -> ServiceKey {
+    ServiceKey { address: wire(address.ip()), port: address.port().to_be(), protocol: protocol.number(), _pad: 0 }
 }
 
 /// The frontend behind a map key; `None` where its protocol is not one of ours.
-pub fn frontend_of(key: &ServiceKeyV4) -> Option<Frontend> {
+pub fn frontend_of(key: &ServiceKey) -> Option<Frontend> {
     let protocol = Protocol::from_number(key.protocol)?;
     Some(Frontend { address: socket_address(key.address, key.port), protocol })
 }
 
-/// An IPv4 address as maps hold it: network order.
-pub fn wire(address: Ipv4Addr) -> u32 {
-    u32::from_ne_bytes(address.octets())
+/// An address as maps hold it: network order, IPv4 as v4-mapped.
+pub fn wire(address: IpAddr) -> Wide {
+    match address {
+        IpAddr::V4(address) => mapped(u32::from_ne_bytes(address.octets())),
+        IpAddr::V6(address) => {
+            let mut wide = Wide::default();
+            for (word, bytes) in wide.iter_mut().zip(address.octets().as_chunks::<4>().0) {
+                *word = u32::from_ne_bytes(*bytes);
+            }
+            wide
+        }
+    }
 }
 
-/// An IPv4 address from a map value in network order.
-pub fn ip(wire: u32) -> IpAddr {
-    IpAddr::V4(Ipv4Addr::from(wire.to_ne_bytes()))
+/// An address from a map value in network order.
+pub fn ip(wire: Wide) -> IpAddr {
+    match unmapped(&wire) {
+        Some(address) => IpAddr::V4(Ipv4Addr::from(address.to_ne_bytes())),
+        None => {
+            let mut octets = [0; 16];
+            for (to, from) in octets.iter_mut().zip(wire.iter().flat_map(|word| word.to_ne_bytes())) {
+                *to = from;
+            }
+            IpAddr::V6(Ipv6Addr::from(octets))
+        }
+    }
 }
 
-/// Address and port from map values in network order.
-pub fn socket_address(address: u32, port: u16) -> SocketAddr {
-    SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::from(address.to_ne_bytes()), u16::from_be(port)))
+/// Address and port from map values in network order, of either form.
+pub fn socket_address(address: impl Address, port: u16) -> SocketAddr {
+    SocketAddr::new(ip(address.wide()), u16::from_be(port))
+}
+
+/// True where both addresses are of one family.
+pub const fn same_family(a: IpAddr, b: IpAddr) -> bool {
+    a.is_ipv4() == b.is_ipv4()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_of_both_families_read_back_from_their_map_form() {
+        for text in ["172.16.1.88", "0.0.0.0", "2001:db8::1", "::", "::1"] {
+            let address: IpAddr = text.parse().unwrap();
+            assert_eq!(ip(wire(address)), address);
+        }
+        let IpAddr::V6(address) = "2001:db8::1".parse().unwrap() else { panic!("not IPv6") };
+        assert_eq!(wire(address.into())[0].to_ne_bytes(), [0x20, 0x01, 0x0d, 0xb8]);
+    }
 }

@@ -3,9 +3,10 @@
 //! edge that chose the port knows, and its SNAT address is its own, so that such an error finds it.
 
 use edge_common::{
+    address::{Address, mapped},
     conntrack::Direction,
     flow::FlowKeyV4,
-    maps::{BackendEntry, FlowV4, ServiceKeyV4, mode},
+    maps::{BackendEntry, FlowV4, ServiceKey, mode},
     verdict::{Reason, Verdict},
 };
 
@@ -50,7 +51,8 @@ fn find(quoted: &FlowKeyV4, flow: &mut FlowV4) -> u32 {
         return NOTHING;
     }
     if named != 0 {
-        client = FlowKeyV4::new(quoted.src, service.address, quoted.src_port, service.port, quoted.protocol);
+        client =
+            FlowKeyV4::new(quoted.src, u32::narrow(&service.address), quoted.src_port, service.port, quoted.protocol);
     }
     flow.service = number;
     let chosen = select::agreed(service, &client);
@@ -71,8 +73,8 @@ fn find(quoted: &FlowKeyV4, flow: &mut FlowV4) -> u32 {
 }
 
 #[inline(always)]
-fn service_key(address: u32, port: u16, protocol: u8) -> ServiceKeyV4 {
-    ServiceKeyV4 { address, port, protocol, _pad: 0 }
+fn service_key(address: u32, port: u16, protocol: u8) -> ServiceKey {
+    ServiceKey { address: mapped(address), port, protocol, _pad: 0 }
 }
 
 /// The client's half of a dnat flow.
@@ -81,7 +83,7 @@ fn write(flow: &mut FlowV4, client: &FlowKeyV4, backend: &BackendEntry) {
     flow.key = *client;
     flow.new_src = client.src;
     flow.new_src_port = client.src_port;
-    flow.new_dst = backend.address;
+    flow.new_dst = u32::narrow(&backend.address);
     flow.new_dst_port = backend.port;
     flow.set_deltas();
     flow.next_hop = 0;

@@ -8,13 +8,13 @@ use network_types::ip::Ipv4Hdr;
 
 use crate::{
     packet::Packet,
-    parse::{self, IP, Ipv4, Parsed},
+    parse::{self, IP, Ip, Parsed},
 };
 
 /// What the error's bytes say. Offsets are from the start of the frame.
 pub struct Quote {
     /// The error itself; its ports are 0.
-    pub outer: Parsed,
+    pub outer: Parsed<u32>,
     /// The tuple of the quoted packet.
     pub key: FlowKeyV4,
     /// Offset of the ICMP header.
@@ -44,10 +44,10 @@ impl Quote {
 /// Reads an unfragmented ICMP packet; false where it is no error, or does not quote the ports of a TCP or UDP packet, as
 /// one about a later fragment does not. Its checksum is left to the receiver, who sees it changed by differences only.
 #[inline(never)]
-pub fn read<P: Packet>(packet: &mut P, ip: &Ipv4, quote: &mut Quote) -> bool {
+pub fn read<P: Packet>(packet: &mut P, ip: &Ip<u32>, quote: &mut Quote) -> bool {
     packet.pull(DEPTH);
-    let header_len = usize::from(ip.header_len);
-    let end = IP + usize::from(ip.total_len);
+    let header_len = usize::from(ip.header_len as u8);
+    let end = IP + ip.total_len as usize;
     if header_len < Ipv4Hdr::LEN || end > packet.frame_len() {
         return false;
     }

@@ -8,7 +8,7 @@ use aya_ebpf::{
     maps::{PerCpuArray, ProgramArray},
     programs::{TcContext, XdpContext},
 };
-use edge_common::maps::stages::SLOTS;
+use edge_common::{address::Wide, maps::stages::SLOTS};
 
 use crate::stages::Handover;
 
@@ -19,7 +19,10 @@ static STAGES_TC: ProgramArray = ProgramArray::with_max_entries(SLOTS, 0);
 
 /// One element for each hook. Not pinned: it belongs to the programs that were loaded together.
 #[map]
-static HANDOVER: PerCpuArray<Handover> = PerCpuArray::with_max_entries(2, 0);
+static HANDOVER: PerCpuArray<Handover<u32>> = PerCpuArray::with_max_entries(2, 0);
+/// As [`HANDOVER`], of IPv6 packets.
+#[map]
+static HANDOVER_V6: PerCpuArray<Handover<Wide>> = PerCpuArray::with_max_entries(2, 0);
 
 /// The XDP programs' element of [`handover`].
 pub const XDP: u32 = 0;
@@ -36,9 +39,16 @@ pub const TC: u32 = 1;
 /// element each, so that not even that order matters between them. A test run on an old kernel does not disable bottom
 /// halves: it is no hook, and sees no traffic where the object is loaded for it alone.
 #[inline(always)]
-pub fn handover(hook: u32) -> Option<&'static mut Handover> {
+pub fn handover(hook: u32) -> Option<&'static mut Handover<u32>> {
     // SAFETY: this CPU's own element, for the reasons above; it is written by the entry program before any stage reads it.
     HANDOVER.get_ptr_mut(hook).map(|room| unsafe { &mut *room })
+}
+
+/// As [`handover`], of IPv6 packets.
+#[inline(always)]
+pub fn handover_v6(hook: u32) -> Option<&'static mut Handover<Wide>> {
+    // SAFETY: as in `handover`.
+    HANDOVER_V6.get_ptr_mut(hook).map(|room| unsafe { &mut *room })
 }
 
 /// Ends this program and starts the stage; returns only where its slot is empty. Inlined into the program's first frame:

@@ -11,8 +11,8 @@ use aya::{
 };
 use edge_common::{
     conntrack::{Direction, State},
-    flow::{FlowKeyV4, TCP},
-    maps::{FlowV4, NeighbourKey, NextHop, mode, name},
+    flow::TCP,
+    maps::{NeighbourKey, NextHop, mode, name},
 };
 use edge_ctl::datapath::stages;
 
@@ -21,8 +21,8 @@ use crate::datapath::{
     frame::{Frame, flag},
     namespace::in_namespace,
     rig::{
-        CLIENT_MAC, Hook, PODS_MAC, Rig, SNAT, Settings, UPLINK_MAC, VIP, key, load_program, pod, pod_mac, skb_context,
-        wire, xdp_context,
+        CLIENT_MAC, Entry, Hook, PODS_MAC, Rig, SNAT, Settings, UPLINK_MAC, VIP, key, load_program, pod, pod_mac,
+        skb_context, wire, xdp_context,
     },
 };
 
@@ -101,7 +101,7 @@ fn cases() -> Vec<Case> {
 
 /// The forward entry of flow `n`, established: the wrapper's arithmetic for its client, a backend and SNAT port of
 /// its own.
-fn forward(n: u32, case: &Case) -> FlowV4 {
+fn forward(n: u32, case: &Case) -> Entry {
     // The wrapper varies the source address only. A dnat reply goes to the client's, so that one is kept the same
     // there, and the VIP varies for the client's half.
     let (client, vip) = match (case.mode, case.subject) {
@@ -114,7 +114,7 @@ fn forward(n: u32, case: &Case) -> FlowV4 {
         mode::DNAT => client,
         _ => SocketAddrV4::new(SNAT, FIRST_PORT + (n % PORTS) as u16),
     };
-    let mut flow = FlowV4 {
+    let mut flow = Entry {
         key: key(client, SocketAddrV4::new(vip, LISTEN), TCP),
         new_src: wire(*source.ip()),
         new_dst: wire(*backend.ip()),
@@ -127,7 +127,7 @@ fn forward(n: u32, case: &Case) -> FlowV4 {
         sequence: 2,
         state: State::Established as u8,
         direction: Direction::Forward as u8,
-        ..FlowV4::default()
+        ..Entry::default()
     };
     flow.set_deltas();
     flow
@@ -200,18 +200,17 @@ fn fill(rig: &mut Rig, case: &Case) -> Result<()> {
     if matches!(case.subject, Subject::NotOurs) || (case.subject == Subject::NewFlow && case.flows == 1) {
         return Ok(());
     }
-    let mut map = rig.hash::<FlowKeyV4, FlowV4>(table)?;
     for n in 0..case.flows {
         let mut flow = forward(n, case);
         flow.touch_due = touch_due;
         flow.created = now;
         flow.last_seen = now;
-        map.insert(flow.key, flow, 0)?;
+        rig.put_flow(table, &flow)?;
         if case.subject != Subject::Lookup {
             flow.turn();
             flow.next_hop = 2;
             flow.route_generation = 1;
-            map.insert(flow.key, flow, 0)?;
+            rig.put_flow(table, &flow)?;
         }
     }
     Ok(())

@@ -1,6 +1,6 @@
 //! Frames built and checked byte by byte, without any product code: checksums are summed up from scratch.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 /// TCP flag bits (RFC 9293).
 pub mod flag {
@@ -22,17 +22,19 @@ pub struct Frame {
     /// Source MAC.
     pub src_mac: [u8; 6],
     /// Sender.
-    pub src: SocketAddrV4,
-    /// Receiver.
-    pub dst: SocketAddrV4,
+    pub src: SocketAddr,
+    /// Receiver, of the same family.
+    pub dst: SocketAddr,
     /// IP protocol number, 6 or 17.
     pub protocol: u8,
-    /// Time to live.
+    /// Time to live, or hop limit.
     pub ttl: u8,
-    /// Flags and fragment offset.
+    /// Flags and fragment offset; nothing of IPv6.
     pub fragment: u16,
     /// IPv4 options, a multiple of 4 bytes.
     pub options: Vec<u8>,
+    /// IPv6 extension headers: each its number and its bytes, the first of which is written here.
+    pub extensions: Vec<(u8, Vec<u8>)>,
     /// TCP flags.
     pub flags: u8,
     /// TCP sequence number.
@@ -47,16 +49,17 @@ pub struct Frame {
 
 impl Frame {
     /// A TCP segment with these flags and a few bytes of payload.
-    pub fn tcp(src: SocketAddrV4, dst: SocketAddrV4, flags: u8) -> Self {
+    pub fn tcp(src: impl Into<SocketAddr>, dst: impl Into<SocketAddr>, flags: u8) -> Self {
         Self {
             dst_mac: [2, 0, 0, 0, 0, 1],
             src_mac: [2, 0, 0, 0, 0, 2],
-            src,
-            dst,
+            src: src.into(),
+            dst: dst.into(),
             protocol: 6,
             ttl: 64,
             fragment: 0x4000,
             options: Vec::new(),
+            extensions: Vec::new(),
             flags,
             seq: 0x1234_5678,
             ack: 0x9abc_def0,
@@ -66,7 +69,7 @@ impl Frame {
     }
 
     /// A UDP datagram.
-    pub fn udp(src: SocketAddrV4, dst: SocketAddrV4) -> Self {
+    pub fn udp(src: impl Into<SocketAddr>, dst: impl Into<SocketAddr>) -> Self {
         Self { protocol: 17, fragment: 0, ..Self::tcp(src, dst, 0) }
     }
 
@@ -87,7 +90,16 @@ impl Frame {
 
     /// Length from the IP header on.
     pub fn ip_len(&self) -> usize {
-        20 + self.options.len() + self.l4_len() + self.payload.len()
+        self.header_len() + self.l4_len() + self.payload.len()
+    }
+
+    /// Length of the IP header, with options or extension headers.
+    pub fn header_len(&self) -> usize {
+        if self.src.is_ipv4() {
+            20 + self.options.len()
+        } else {
+            40 + self.extensions.iter().map(|(_, bytes)| bytes.len()).sum::<usize>()
+        }
     }
 
     fn l4_len(&self) -> usize {
@@ -99,20 +111,42 @@ impl Frame {
         let mut frame = Vec::new();
         frame.extend(self.dst_mac);
         frame.extend(self.src_mac);
+        match (self.src.ip(), self.dst.ip()) {
+            (IpAddr::V4(src), IpAddr::V4(dst)) => self.ipv4(&mut frame, src, dst),
+            (src, dst) => self.ipv6(&mut frame, as_ipv6(src), as_ipv6(dst)),
+        }
+        frame.extend(self.layer_4());
+        frame
+    }
+
+    fn ipv4(&self, frame: &mut Vec<u8>, src: Ipv4Addr, dst: Ipv4Addr) {
         frame.extend([0x08, 0x00]);
         let mut ip = vec![0x40 | (5 + self.options.len() / 4) as u8, 0];
         ip.extend((self.ip_len() as u16).to_be_bytes());
         ip.extend([0xbe, 0xef]);
         ip.extend(self.fragment.to_be_bytes());
         ip.extend([self.ttl, self.protocol, 0, 0]);
-        ip.extend(self.src.ip().octets());
-        ip.extend(self.dst.ip().octets());
+        ip.extend(src.octets());
+        ip.extend(dst.octets());
         ip.extend(&self.options);
         let check = checksum(&[&ip]);
         ip[10..12].copy_from_slice(&check.to_be_bytes());
         frame.extend(&ip);
-        frame.extend(self.layer_4());
-        frame
+    }
+
+    fn ipv6(&self, frame: &mut Vec<u8>, src: Ipv6Addr, dst: Ipv6Addr) {
+        frame.extend([0x86, 0xdd]);
+        // Version, a traffic class and a flow label.
+        frame.extend([0x6a, 0xb1, 0x23, 0x45]);
+        frame.extend(((self.ip_len() - 40) as u16).to_be_bytes());
+        let numbers: Vec<u8> = self.extensions.iter().map(|(number, _)| *number).chain([self.protocol]).collect();
+        frame.extend([numbers[0], self.ttl]);
+        frame.extend(src.octets());
+        frame.extend(dst.octets());
+        for ((_, bytes), next) in self.extensions.iter().zip(&numbers[1..]) {
+            frame.push(*next);
+            frame.extend(&bytes[1..]);
+        }
     }
 
     fn layer_4(&self) -> Vec<u8> {
@@ -131,7 +165,7 @@ impl Frame {
         };
         l4.extend(&self.payload);
         if !self.no_checksum {
-            let mut check = checksum(&[&pseudo(*self.src.ip(), *self.dst.ip(), self.protocol, l4.len()), &l4]);
+            let mut check = checksum(&[&pseudo(self.src.ip(), self.dst.ip(), self.protocol, l4.len()), &l4]);
             if check == 0 && self.protocol == 17 {
                 check = 0xffff;
             }
@@ -141,30 +175,59 @@ impl Frame {
     }
 
     /// What this frame must look like once translated to `src` -> `dst` and sent on by a router.
-    pub fn translated(&self, src: SocketAddrV4, dst: SocketAddrV4, macs: Option<([u8; 6], [u8; 6])>) -> Vec<u8> {
+    pub fn translated(
+        &self,
+        src: impl Into<SocketAddr>,
+        dst: impl Into<SocketAddr>,
+        macs: Option<([u8; 6], [u8; 6])>,
+    ) -> Vec<u8> {
+        let (src, dst) = (src.into(), dst.into());
         let (dst_mac, src_mac) = macs.unwrap_or((self.dst_mac, self.src_mac));
         Self { src, dst, dst_mac, src_mac, ttl: self.ttl - 1, ..self.clone() }.bytes()
     }
 }
 
-/// The addresses of a TCP or UDP frame without options, if its lengths and checksums are right.
-pub fn endpoints_if_valid(frame: &[u8]) -> Option<(SocketAddrV4, SocketAddrV4)> {
-    let ip = frame.get(14..34)?;
-    let total = usize::from(u16::from_be_bytes([ip[2], ip[3]]));
-    let l4 = frame.get(34..14 + total)?;
-    let (src, dst) = (Ipv4Addr::new(ip[12], ip[13], ip[14], ip[15]), Ipv4Addr::new(ip[16], ip[17], ip[18], ip[19]));
-    // Summed up with its own checksum, a correct packet gives zero.
-    if ip[0] != 0x45 || checksum(&[ip]) != 0 || checksum(&[&pseudo(src, dst, ip[9], l4.len()), l4]) != 0 {
+fn as_ipv6(address: IpAddr) -> Ipv6Addr {
+    match address {
+        IpAddr::V4(address) => address.to_ipv6_mapped(),
+        IpAddr::V6(address) => address,
+    }
+}
+
+/// The addresses of a TCP or UDP frame without options or extension headers, if its lengths and checksums are right.
+pub fn endpoints_if_valid(frame: &[u8]) -> Option<(SocketAddr, SocketAddr)> {
+    let is_ipv4 = frame.get(12..14)? == [0x08, 0x00];
+    let (ip, total, protocol) = if is_ipv4 {
+        let ip = frame.get(14..34)?;
+        (ip, usize::from(u16::from_be_bytes([ip[2], ip[3]])), ip[9])
+    } else {
+        let ip = frame.get(14..54)?;
+        (ip, 40 + usize::from(u16::from_be_bytes([ip[4], ip[5]])), ip[6])
+    };
+    let l4 = frame.get(14 + ip.len()..14 + total)?;
+    let address = |at: usize| match is_ipv4 {
+        true => <[u8; 4]>::try_from(&ip[at..at + 4]).ok().map(IpAddr::from),
+        false => <[u8; 16]>::try_from(&ip[at..at + 16]).ok().map(IpAddr::from),
+    };
+    let (src, dst) = if is_ipv4 { (address(12)?, address(16)?) } else { (address(8)?, address(24)?) };
+    // Summed up with its own checksum, a correct packet gives zero; IPv6 has no header checksum.
+    let header_is_right = if is_ipv4 { ip[0] == 0x45 && checksum(&[ip]) == 0 } else { ip[0] >> 4 == 6 };
+    if !header_is_right || checksum(&[&pseudo(src, dst, protocol, l4.len()), l4]) != 0 {
         return None;
     }
     let port = |at: usize| u16::from_be_bytes([l4[at], l4[at + 1]]);
-    Some((SocketAddrV4::new(src, port(0)), SocketAddrV4::new(dst, port(2))))
+    Some((SocketAddr::new(src, port(0)), SocketAddr::new(dst, port(2))))
 }
 
-fn pseudo(src: Ipv4Addr, dst: Ipv4Addr, protocol: u8, length: usize) -> Vec<u8> {
+/// The pseudo-header of RFC 9293 (IPv4) or RFC 8200, section 8.1 (IPv6); both sum up to the same fields.
+fn pseudo(src: IpAddr, dst: IpAddr, protocol: u8, length: usize) -> Vec<u8> {
     let mut bytes = Vec::new();
-    bytes.extend(src.octets());
-    bytes.extend(dst.octets());
+    for address in [src, dst] {
+        match address {
+            IpAddr::V4(address) => bytes.extend(address.octets()),
+            IpAddr::V6(address) => bytes.extend(address.octets()),
+        }
+    }
     bytes.extend([0, protocol]);
     bytes.extend((length as u16).to_be_bytes());
     bytes

@@ -1,6 +1,6 @@
 //! The object loaded, its maps filled, packets run through it.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use anyhow::{Context, Result, anyhow, bail};
 use aya::{
@@ -9,19 +9,23 @@ use aya::{
     programs::{SchedClassifier, Xdp},
 };
 use edge_common::{
+    address::{Address, Wide, filter_bit, unmapped},
     filter,
-    flow::FlowKeyV4,
+    flow::{FlowKey, FlowKeyV4},
     maglev::{self, Candidate},
     maps::{
-        self, AddressFilter, BackendEntry, CHUNK_BYTES, Chunk, Control, FlowV4, OwnAddresses, PortSet, ServiceEntry,
-        ServiceKeyV4, ServiceStats, backend_state, interface_flag, mode, name,
+        self, AddressFilter, BackendEntry, CHUNK_BYTES, Chunk, Control, Flow, FlowV4, OwnAddresses, PortSet,
+        ServiceEntry, ServiceKey, ServiceStats, backend_state, interface_flag, mode, name,
     },
     verdict::{REASONS, Reason},
 };
-use edge_ctl::datapath::{
-    object::{EBPF_OBJECT, for_this_kernel},
-    pins::Pins,
-    stages,
+use edge_ctl::{
+    datapath::{
+        object::{EBPF_OBJECT, for_this_kernel},
+        pins::Pins,
+        stages,
+    },
+    reconcile::ports::{socket_address, wire as wide},
 };
 
 use super::namespace::{ifindex, ip, sysctl};
@@ -37,6 +41,65 @@ pub enum Hook {
 
 /// Both, for tests that go over them.
 pub const HOOKS: [Hook; 2] = [Hook::Xdp, Hook::Tc];
+
+/// Which IP the packets of a test are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Family {
+    /// IPv4.
+    #[default]
+    V4,
+    /// IPv6.
+    V6,
+}
+
+/// Both, for tests that go over them.
+pub const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
+
+impl Family {
+    /// The address of this family.
+    fn of(self, v4: Ipv4Addr, v6: Ipv6Addr) -> IpAddr {
+        match self {
+            Self::V4 => v4.into(),
+            Self::V6 => v6.into(),
+        }
+    }
+
+    /// [`VIP`] or [`VIP6`].
+    pub fn vip(self) -> IpAddr {
+        self.of(VIP, VIP6)
+    }
+
+    /// [`SNAT`] or [`SNAT6`].
+    pub fn snat(self) -> IpAddr {
+        self.of(SNAT, SNAT6)
+    }
+
+    /// [`CLIENT`] or [`CLIENT6`].
+    pub fn client(self) -> IpAddr {
+        self.of(CLIENT, CLIENT6)
+    }
+
+    /// The address of pod `n`.
+    pub fn pod(self, n: u8) -> IpAddr {
+        self.of(pod(n), pod6(n))
+    }
+
+    /// Bytes of a plain IP header.
+    pub fn header_len(self) -> usize {
+        match self {
+            Self::V4 => 20,
+            Self::V6 => 40,
+        }
+    }
+
+    /// The layer-4 protocol of ICMP in this family.
+    pub fn icmp(self) -> u8 {
+        match self {
+            Self::V4 => 1,
+            Self::V6 => 58,
+        }
+    }
+}
 
 /// What the program said.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,7 +131,13 @@ pub const SNAT: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 1);
 pub const OWN: [Ipv4Addr; 2] = [Ipv4Addr::new(172, 16, 1, 2), Ipv4Addr::new(10, 1, 0, 2)];
 /// A client on the edge's own network.
 pub const CLIENT: Ipv4Addr = Ipv4Addr::new(172, 16, 1, 10);
-/// Its MAC.
+/// The IPv6 twin of [`VIP`].
+pub const VIP6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 0x88);
+/// The IPv6 twin of [`SNAT`].
+pub const SNAT6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0, 1);
+/// The IPv6 twin of [`CLIENT`].
+pub const CLIENT6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0xa, 0xb, 0xc, 0x10);
+/// The client's MAC.
 pub const CLIENT_MAC: [u8; 6] = [2, 0, 0, 0, 1, 10];
 /// The first pod; pod `n` has the address after the pod before it.
 pub const POD: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 4);
@@ -84,24 +153,111 @@ pub fn pod(n: u8) -> Ipv4Addr {
     Ipv4Addr::new(10, 1, 0, 4 + n)
 }
 
+/// The IPv6 address of pod `n`.
+pub fn pod6(n: u8) -> Ipv6Addr {
+    Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0xfe, 0xed, 0, 4 + u16::from(n))
+}
+
 /// The MAC of pod `n`.
 pub fn pod_mac(n: u8) -> [u8; 6] {
     [2, 0, 0, 0, 2, 4 + n]
 }
 
 /// An address as maps hold it.
-pub fn wire(address: Ipv4Addr) -> u32 {
-    u32::from_ne_bytes(address.octets())
+pub fn wire(address: impl Into<IpAddr>) -> Wide {
+    wide(address.into())
 }
 
+/// A flow key of either family, with addresses as maps hold them: [`Rig`] finds the table by them.
+pub type Key = FlowKey<Wide>;
+/// A flow entry of either family, as [`Key`].
+pub type Entry = Flow<Wide>;
+
 /// A flow key.
-pub fn key(src: SocketAddrV4, dst: SocketAddrV4, protocol: u8) -> FlowKeyV4 {
-    FlowKeyV4::new(wire(*src.ip()), wire(*dst.ip()), src.port().to_be(), dst.port().to_be(), protocol)
+pub fn key(src: impl Into<SocketAddr>, dst: impl Into<SocketAddr>, protocol: u8) -> Key {
+    let (src, dst) = (src.into(), dst.into());
+    FlowKey::new(wire(src.ip()), wire(dst.ip()), src.port().to_be(), dst.port().to_be(), protocol)
+}
+
+/// The address of an IPv4 endpoint, for tests of that family.
+///
+/// # Panics
+/// Where it is an IPv6 one.
+pub fn ipv4(endpoint: SocketAddr) -> Ipv4Addr {
+    match endpoint.ip() {
+        IpAddr::V4(address) => address,
+        IpAddr::V6(address) => unreachable!("{address} is not IPv4"),
+    }
 }
 
 /// The source that a forward entry gives its packets.
-pub fn snat_of(forward: &FlowV4) -> SocketAddrV4 {
-    SocketAddrV4::new(Ipv4Addr::from(forward.new_src.to_ne_bytes()), u16::from_be(forward.new_src_port))
+pub fn snat_of(forward: &Entry) -> SocketAddr {
+    socket_address(forward.new_src, forward.new_src_port)
+}
+
+/// The IPv4 form of a key; `None` for an IPv6 one.
+fn narrow_key(key: &Key) -> Option<FlowKeyV4> {
+    let (src, dst) = (unmapped(&key.src)?, unmapped(&key.dst)?);
+    Some(FlowKey::new(src, dst, key.src_port, key.dst_port, key.protocol))
+}
+
+/// An entry with its addresses in another form.
+fn convert<A: Address, B: Address>(flow: &Flow<A>, address: impl Fn(A) -> B) -> Flow<B> {
+    let Flow {
+        key,
+        new_src,
+        new_dst,
+        new_src_port,
+        new_dst_port,
+        address_delta,
+        port_delta,
+        next_hop,
+        route_generation,
+        service,
+        backend,
+        sequence,
+        state,
+        direction,
+        flags,
+        ack_floor,
+        touch_due,
+        answered_after,
+        first_byte_after,
+        created,
+        last_seen,
+        packets,
+        bytes,
+    } = *flow;
+    Flow {
+        key: FlowKey::new(address(key.src), address(key.dst), key.src_port, key.dst_port, key.protocol),
+        new_src: address(new_src),
+        new_dst: address(new_dst),
+        new_src_port,
+        new_dst_port,
+        address_delta,
+        port_delta,
+        next_hop,
+        route_generation,
+        service,
+        backend,
+        sequence,
+        state,
+        direction,
+        flags,
+        ack_floor,
+        touch_due,
+        answered_after,
+        first_byte_after,
+        created,
+        last_seen,
+        packets,
+        bytes,
+    }
+}
+
+/// The name of a flow table's IPv6 twin.
+pub fn v6_table(table: &str) -> String {
+    format!("{table}_V6")
 }
 
 /// Seconds and sizes that a test may choose.
@@ -115,11 +271,13 @@ pub struct Settings {
     pub snat_ports: (u16, u16),
     /// Timeouts of established, half-open and closing flows, seconds.
     pub timeouts: (u32, u32, u32),
+    /// Of [`Rig::service`].
+    pub family: Family,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { established: 1024, lru: 4096, snat_ports: (20_000, 20_999), timeouts: (300, 30, 60) }
+        Self { established: 1024, lru: 4096, snat_ports: (20_000, 20_999), timeouts: (300, 30, 60), family: Family::V4 }
     }
 }
 
@@ -161,6 +319,9 @@ impl Rig {
             .map_max_entries(name::ESTABLISHED, settings.established)
             .map_max_entries(name::HALF_OPEN, settings.lru)
             .map_max_entries(name::CLOSING, settings.lru)
+            .map_max_entries(name::ESTABLISHED_V6, settings.established)
+            .map_max_entries(name::HALF_OPEN_V6, settings.lru)
+            .map_max_entries(name::CLOSING_V6, settings.lru)
             .map_max_entries(name::SELECTION, 256)
             .load(&for_this_kernel(object))?;
         Self::over(ebpf, hook, settings)
@@ -199,12 +360,13 @@ impl Rig {
         }
         let mut own: HashMap<_, u32, OwnAddresses> = rig.hash(name::OWN_ADDRESSES)?;
         for (index, address) in [uplink, pods].into_iter().zip(OWN) {
-            let v4 = [0, 0, 0xffffu32.to_be(), wire(address)];
-            own.insert(index, OwnAddresses { v4, ..OwnAddresses::default() }, 0)?;
+            own.insert(index, OwnAddresses { v4: wire(address), ..OwnAddresses::default() }, 0)?;
         }
         rig.array(name::SNAT_PORTS)?.set(0, PortSet([u64::MAX; 1024]), 0)?;
-        rig.filter_destination(VIP)?;
-        rig.filter_destination(SNAT)?;
+        for family in FAMILIES {
+            rig.filter_destination(family.vip())?;
+            rig.filter_destination(family.snat())?;
+        }
         Ok(rig)
     }
 
@@ -228,8 +390,8 @@ impl Rig {
     ///
     /// # Errors
     /// Where the map write fails.
-    pub fn filter_destination(&mut self, address: Ipv4Addr) -> Result<()> {
-        let bit = filter::bit(wire(address)) as usize;
+    pub fn filter_destination(&mut self, address: impl Into<IpAddr>) -> Result<()> {
+        let bit = filter_bit(&wire(address)) as usize;
         self.filter.destinations[bit / 64] |= 1 << (bit % 64);
         let filter = *self.filter;
         Ok(self.array(name::ADDRESS_FILTER)?.set(0, filter, 0)?)
@@ -239,8 +401,8 @@ impl Rig {
     ///
     /// # Errors
     /// Where the map write fails.
-    pub fn filter_source(&mut self, address: Ipv4Addr) -> Result<()> {
-        let bit = filter::bit(wire(address)) as usize;
+    pub fn filter_source(&mut self, address: impl Into<IpAddr>) -> Result<()> {
+        let bit = filter_bit(&wire(address)) as usize;
         self.filter.sources[bit / 64] |= 1 << (bit % 64);
         let filter = *self.filter;
         Ok(self.array(name::ADDRESS_FILTER)?.set(0, filter, 0)?)
@@ -259,25 +421,26 @@ impl Rig {
         pods: u8,
         backend_port: u16,
     ) -> Result<Vec<u32>> {
+        let family = self.settings.family;
         let mut numbers = Vec::new();
         let mut pool = Vec::new();
         for n in 0..pods {
             self.backends += 1;
             let backend = BackendEntry {
-                address: wire(pod(n)),
+                address: wire(family.pod(n)),
                 port: backend_port.to_be(),
                 protocol,
                 service: number,
-                snat_address: wire(SNAT),
+                snat_address: wire(family.snat()),
                 ..BackendEntry::default()
             };
             let index = self.backends;
             self.array(name::BACKENDS)?.set(index, backend, 0)?;
             self.array(name::BACKEND_STATE)?.set(index, backend_state::ELIGIBLE, 0)?;
             if mode == mode::DNAT {
-                let key = ServiceKeyV4 { address: wire(pod(n)), port: backend_port.to_be(), protocol, _pad: 0 };
+                let key = ServiceKey { address: wire(family.pod(n)), port: backend_port.to_be(), protocol, _pad: 0 };
                 self.hash(name::BACKEND_INDEX)?.insert(key, index, 0)?;
-                self.filter_source(pod(n))?;
+                self.filter_source(family.pod(n))?;
             }
             pool.push(Candidate { identity: u64::from(n) << 16 | u64::from(backend_port), weight: 1 });
             numbers.push(index);
@@ -285,7 +448,7 @@ impl Rig {
         let selection = if numbers.is_empty() { 0 } else { self.region(&numbers, &pool)? };
         let (established, half_open, closing) = self.settings.timeouts;
         let entry = ServiceEntry {
-            address: wire(VIP),
+            address: wire(family.vip()),
             port: port.to_be(),
             protocol,
             mode,
@@ -298,7 +461,7 @@ impl Rig {
             ..ServiceEntry::default()
         };
         self.array(name::SERVICES)?.set(number, entry, 0)?;
-        let key = ServiceKeyV4 { address: wire(VIP), port: port.to_be(), protocol, _pad: 0 };
+        let key = ServiceKey { address: wire(family.vip()), port: port.to_be(), protocol, _pad: 0 };
         self.hash(name::SERVICE_INDEX)?.insert(key, number, 0)?;
         Ok(numbers)
     }
@@ -386,27 +549,64 @@ impl Rig {
     }
 
     /// The entry of `key` in a flow table.
-    pub fn flow(&mut self, table: &str, key: &FlowKeyV4) -> Option<FlowV4> {
-        self.hash(table).ok()?.get(key, 0).ok()
+    pub fn flow(&mut self, table: &str, key: &Key) -> Option<Entry> {
+        match narrow_key(key) {
+            Some(key) => {
+                let flow = self.hash::<FlowKeyV4, FlowV4>(table).ok()?.get(&key, 0).ok()?;
+                Some(convert(&flow, Address::wide))
+            }
+            None => self.hash(&v6_table(table)).ok()?.get(key, 0).ok(),
+        }
     }
 
-    /// Every entry of a flow table.
+    /// Adds an entry to a flow table, or replaces it.
     ///
     /// # Errors
-    /// Where the map cannot be read.
-    pub fn flows(&mut self, table: &str) -> Result<Vec<FlowV4>> {
+    /// Where the write fails.
+    pub fn put_flow(&mut self, table: &str, flow: &Entry) -> Result<()> {
+        match narrow_key(&flow.key) {
+            Some(key) => {
+                let flow = convert(flow, |address| <u32 as Address>::narrow(&address));
+                Ok(self.hash(table)?.insert(key, flow, 0)?)
+            }
+            None => Ok(self.hash(&v6_table(table))?.insert(flow.key, *flow, 0)?),
+        }
+    }
+
+    /// Takes an entry out of a flow table.
+    ///
+    /// # Errors
+    /// Where there is none.
+    pub fn remove_flow(&mut self, table: &str, key: &Key) -> Result<()> {
+        match narrow_key(key) {
+            Some(key) => Ok(self.hash::<FlowKeyV4, FlowV4>(table)?.remove(&key)?),
+            None => Ok(self.hash::<Key, Entry>(&v6_table(table))?.remove(key)?),
+        }
+    }
+
+    /// Every entry of a flow table, of both families.
+    ///
+    /// # Errors
+    /// Where a map cannot be read.
+    pub fn flows(&mut self, table: &str) -> Result<Vec<Entry>> {
         let map: HashMap<_, FlowKeyV4, FlowV4> = self.hash(table)?;
-        map.iter().map(|entry| Ok(entry?.1)).collect()
+        let mut flows: Vec<Entry> =
+            map.iter().map(|entry| Ok(convert(&entry?.1, Address::wide))).collect::<Result<_>>()?;
+        let map: HashMap<_, Key, Entry> = self.hash(&v6_table(table))?;
+        for entry in map.iter() {
+            flows.push(entry?.1);
+        }
+        Ok(flows)
     }
 
     /// Changes an entry of a flow table in place.
     ///
     /// # Errors
     /// Where there is none, or the write fails.
-    pub fn change_flow(&mut self, table: &str, key: &FlowKeyV4, change: impl FnOnce(&mut FlowV4)) -> Result<()> {
+    pub fn change_flow(&mut self, table: &str, key: &Key, change: impl FnOnce(&mut Entry)) -> Result<()> {
         let mut flow = self.flow(table, key).ok_or_else(|| anyhow!("no flow {key:?} in {table}"))?;
         change(&mut flow);
-        Ok(self.hash(table)?.insert(*key, flow, 0)?)
+        self.put_flow(table, &flow)
     }
 
     /// The sum over CPUs of a service's counters.
@@ -535,9 +735,15 @@ fn links() -> Result<()> {
         ip(&format!("link set {name}-peer up"))?;
         ip(&format!("address add {address}/24 dev {name}"))?;
     }
+    for (name, address) in [("uplink", VIP6), ("pods", SNAT6)] {
+        ip(&format!("address add {address}/64 dev {name} nodad"))?;
+    }
     sysctl("ipv4/ip_forward", "1")?;
+    sysctl("ipv6/conf/all/forwarding", "1")?;
     ip(&format!("neigh replace {CLIENT} lladdr {} dev uplink nud permanent", mac(CLIENT_MAC)))?;
+    ip(&format!("neigh replace {CLIENT6} lladdr {} dev uplink nud permanent", mac(CLIENT_MAC)))?;
     for n in 0..PODS {
+        ip(&format!("neigh replace {} lladdr {} dev pods nud permanent", pod6(n), mac(pod_mac(n))))?;
         ip(&format!("neigh replace {} lladdr {} dev pods nud permanent", pod(n), mac(pod_mac(n))))?;
     }
     Ok(())

@@ -3,7 +3,7 @@
 
 use std::{
     io,
-    net::SocketAddrV4,
+    net::SocketAddr,
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
 };
 
@@ -94,7 +94,7 @@ pub struct Taps {
     pods: Tap,
     stack: Vec<Tap>,
     marks: u64,
-    mark_source: SocketAddrV4,
+    mark_source: SocketAddr,
     /// What lets the far ends take frames that XDP sends.
     _listeners: Vec<OwnedFd>,
 }
@@ -191,7 +191,7 @@ impl Taps {
     fn next_marks(&mut self) -> [Mark; 2] {
         self.marks += 1;
         let number = self.marks.to_be_bytes().to_vec();
-        let (backend, source) = (SocketAddrV4::new(pod(0), MARKS), self.mark_source);
+        let (backend, source) = (SocketAddr::new(pod(0).into(), MARKS), self.mark_source);
         let request = Frame::udp(mark_client(), mark_vip()).payload(number.clone());
         let reply = Frame::udp(backend, source).payload(number);
         let forward = request.translated(source, backend, Some((pod_mac(0), PODS_MAC)));
@@ -209,12 +209,12 @@ impl Taps {
     }
 }
 
-fn mark_client() -> SocketAddrV4 {
-    SocketAddrV4::new(CLIENT, 7777)
+fn mark_client() -> SocketAddr {
+    SocketAddr::new(CLIENT.into(), 7777)
 }
 
-fn mark_vip() -> SocketAddrV4 {
-    SocketAddrV4::new(VIP, MARKS)
+fn mark_vip() -> SocketAddr {
+    SocketAddr::new(VIP.into(), MARKS)
 }
 
 fn attach(rig: &mut Rig, wire: Wire) -> Result<()> {

@@ -3,8 +3,9 @@
 //! The source port is the program's choice: the model judges it by the rules and takes it over.
 
 use edge_common::{
+    address::{is_none, mapped},
     flow::FlowKeyV4,
-    maps::{BackendEntry, FlowV4, SNAT_ADDRESSES, ServiceEntry, ServiceKeyV4, flow_flag, mode},
+    maps::{BackendEntry, FlowV4, SNAT_ADDRESSES, ServiceEntry, ServiceKey, flow_flag, mode},
     verdict::Reason,
 };
 
@@ -13,7 +14,7 @@ use super::{
     coverage::Point,
     decide::{Choices, Decision, Input, answer, refuse, send},
     hash::{self, Found},
-    state::{Route, State, Table, twin_key},
+    state::{Route, State, Table, ipv4, twin_key},
     wire::{Segment, UDP},
 };
 
@@ -51,7 +52,7 @@ pub fn untracked(
     choices: &dyn Choices,
 ) -> Result<Decision, String> {
     let key = segment.key;
-    let at = |address, port| ServiceKeyV4 { address, port, protocol: key.protocol, _pad: 0 };
+    let at = |address, port| ServiceKey { address: mapped(address), port, protocol: key.protocol, _pad: 0 };
     if let Some(service) = state.config.frontends.get(&at(key.dst, key.dst_port)).copied() {
         if key.protocol == UDP || opens(segment.flags) {
             return new_flow(state, input, segment, service, past, choices);
@@ -132,7 +133,7 @@ impl Plan {
     fn reply_key(&self, address: u32, port: u16) -> FlowKeyV4 {
         let protocol = self.key.protocol;
         FlowKeyV4 {
-            src: self.backend.address,
+            src: ipv4(&self.backend.address),
             dst: address,
             src_port: self.backend.port,
             dst_port: port,
@@ -154,7 +155,7 @@ fn source(state: &mut State, plan: &Plan, past: Option<Past>, choices: &dyn Choi
         state.hit(if taken { Point::CreateDnatTaken } else { Point::CreateDnat });
         return Ok(if taken { Source::Refused(Reason::TwinTaken) } else { Source::Found(address, port) });
     }
-    if plan.service.snat_count == 0 && plan.backend.snat_address == 0 {
+    if plan.service.snat_count == 0 && is_none(&plan.backend.snat_address) {
         state.hit(Point::NoSnatAddress);
         return Ok(Source::Refused(Reason::NoSnatAddress));
     }
@@ -220,8 +221,8 @@ fn given_up(state: &State, plan: &Plan, reply: &FlowKeyV4) -> bool {
 
 fn addresses(plan: &Plan) -> Vec<u32> {
     match (plan.service.snat_count as usize).min(SNAT_ADDRESSES) {
-        0 => vec![plan.backend.snat_address],
-        count => plan.service.snat_addresses[..count].to_vec(),
+        0 => vec![ipv4(&plan.backend.snat_address)],
+        count => plan.service.snat_addresses[..count].iter().map(ipv4).collect(),
     }
 }
 
@@ -298,7 +299,7 @@ fn open(state: &mut State, plan: &Plan, address: u32, port: u16) {
     let forward = FlowV4 {
         key: plan.key,
         new_src: address,
-        new_dst: plan.backend.address,
+        new_dst: ipv4(&plan.backend.address),
         new_src_port: port,
         new_dst_port: plan.backend.port,
         service: plan.number,

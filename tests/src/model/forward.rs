@@ -1,6 +1,7 @@
 //! From an entry to the wire: TTL, next hop, length, rewriting.
 
 use edge_common::{
+    address::unmapped,
     maps::{FlowV4, NextHop, next_hop_flag},
     verdict::Reason,
 };
@@ -148,16 +149,11 @@ pub fn way(state: &mut State, table: Table, flow: &FlowV4) -> Way {
         Route::Neighbour { ifindex, address, dst_mac, src_mac, mtu } => {
             let redirectable = state.config.redirectable.contains(&ifindex);
             let flags = if redirectable { 0 } else { next_hop_flag::VIA_STACK };
-            let hop = NextHop {
-                ifindex,
-                neighbour: address.unwrap_or(0),
-                dst_mac,
-                src_mac,
-                mtu,
-                flags,
-                ..NextHop::default()
-            };
-            match address.and_then(|_| number(state, hop)) {
+            let hop = NextHop { ifindex, neighbour: address, dst_mac, src_mac, mtu, flags, ..NextHop::default() };
+            if unmapped(&address).is_none() {
+                state.hit(Point::ForeignGateway);
+            }
+            match number(state, hop) {
                 Some(number) => {
                     if let Some(flow) = state.change(table, &flow.key) {
                         flow.next_hop = number;
@@ -165,7 +161,7 @@ pub fn way(state: &mut State, table: Table, flow: &FlowV4) -> Way {
                     listed(state, number)
                 }
                 None => {
-                    state.hit(if address.is_none() { Point::ForeignGateway } else { Point::NoNextHopNumber });
+                    state.hit(Point::NoNextHopNumber);
                     Way::Out { ifindex, macs: (dst_mac, src_mac), mtu, redirectable }
                 }
             }

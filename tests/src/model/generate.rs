@@ -9,13 +9,13 @@ use super::{
     connections::bits::{ACK, FIN, RST, SYN},
     dice::Dice,
     network::{BASE, FAR, NOWHERE, Network, Shape},
-    state::{State, TABLES, Table},
+    state::{State, TABLES, Table, ipv4},
     wire::{TCP, UDP},
     world::World,
 };
 use crate::datapath::{
     frame::Frame,
-    rig::{CLIENT, SNAT, VIP},
+    rig::{CLIENT, SNAT, VIP, wire},
 };
 
 /// One step of a world.
@@ -196,10 +196,9 @@ fn flags(dice: &mut Dice, reply: bool) -> u8 {
 
 /// An acknowledgement around the edges of what promotes.
 fn ack(dice: &mut Dice, state: &State, frame: &Frame) -> u32 {
-    let wire = |address: &Ipv4Addr| u32::from_ne_bytes(address.octets());
     let key = FlowKeyV4 {
-        src: wire(frame.src.ip()),
-        dst: wire(frame.dst.ip()),
+        src: ipv4(&wire(frame.src.ip())),
+        dst: ipv4(&wire(frame.dst.ip())),
         src_port: frame.src.port().to_be(),
         dst_port: frame.dst.port().to_be(),
         protocol: TCP,

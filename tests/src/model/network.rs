@@ -1,13 +1,13 @@
 //! The routes and neighbours of the world: a base that every world starts from, and the few things that change in it.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use anyhow::Result;
 
 use super::state::Route;
 use crate::datapath::{
     namespace::{ifindex, ip, sysctl},
-    rig::{CLIENT, CLIENT_MAC, PODS_MAC, UPLINK_MAC, mac, pod, pod_mac},
+    rig::{CLIENT, CLIENT_MAC, PODS_MAC, UPLINK_MAC, mac, pod, pod_mac, wire},
 };
 
 /// A host behind a gateway on `uplink`.
@@ -140,7 +140,7 @@ impl Network {
     pub fn routes(&self) -> Vec<(u32, u8, Route)> {
         let by = |ifindex, address: Ipv4Addr, dst_mac, src_mac, mtu| Route::Neighbour {
             ifindex,
-            address: Some(u32::from_ne_bytes(address.octets())),
+            address: wire(address),
             dst_mac,
             src_mac,
             mtu,
@@ -164,8 +164,13 @@ impl Network {
             (NARROW_POD, 32, pods(pod(0), pod_mac(0), self.shape.mtu)),
             (STUB_POD, 32, by(self.stub, STUB_POD, STUB_POD_MAC, STUB_MAC, 1500)),
         ];
-        let foreign =
-            Route::Neighbour { ifindex: self.pods, address: None, dst_mac: FOREIGN_MAC, src_mac: PODS_MAC, mtu: 1500 };
+        let foreign = Route::Neighbour {
+            ifindex: self.pods,
+            address: wire(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0x66)),
+            dst_mac: FOREIGN_MAC,
+            src_mac: PODS_MAC,
+            mtu: 1500,
+        };
         routes.push((FOREIGN_POD, 32, foreign));
         for n in (0..16).filter(|n| *n != CHANGING) {
             routes.push((pod(n), 32, pods(pod(n), pod_mac(n), 1500)));

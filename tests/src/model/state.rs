@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 
 use edge_common::{
+    address::Wide,
     flow::FlowKeyV4,
-    maps::{BackendEntry, FlowV4, NextHop, OwnAddresses, ServiceEntry, ServiceKeyV4, ServiceStats},
+    maps::{BackendEntry, FlowV4, NextHop, OwnAddresses, ServiceEntry, ServiceKey, ServiceStats},
     verdict::Reason,
 };
 
@@ -12,6 +13,11 @@ use super::coverage::{Coverage, Point};
 
 /// A second in nanoseconds.
 pub const SECOND: u64 = 1_000_000_000;
+
+/// The IPv4 address that maps hold in this form, network order.
+pub fn ipv4(wide: &Wide) -> u32 {
+    wide[3]
+}
 
 /// A flow table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -34,8 +40,8 @@ pub enum Route {
     Neighbour {
         /// Egress interface.
         ifindex: u32,
-        /// The neighbour's address, network order; `None`: not an IPv4 one.
-        address: Option<u32>,
+        /// The neighbour's address, of either family.
+        address: Wide,
         /// Its MAC.
         dst_mac: [u8; 6],
         /// The interface's MAC.
@@ -66,13 +72,13 @@ pub struct Config {
     /// Services by number.
     pub services: BTreeMap<u32, (ServiceEntry, Pool)>,
     /// Frontends.
-    pub frontends: BTreeMap<ServiceKeyV4, u32>,
+    pub frontends: BTreeMap<ServiceKey, u32>,
     /// Backends by number.
     pub backends: BTreeMap<u32, BackendEntry>,
     /// Which of them may have new flows.
     pub eligible: BTreeMap<u32, bool>,
     /// dnat backends by address.
-    pub dnat_backends: BTreeMap<ServiceKeyV4, u32>,
+    pub dnat_backends: BTreeMap<ServiceKey, u32>,
     /// Prefilter bits of destinations.
     pub destinations: Vec<bool>,
     /// Prefilter bits of sources.
@@ -135,7 +141,7 @@ pub struct State {
     /// Next hops by number.
     pub next_hops: BTreeMap<u32, NextHop>,
     /// Next-hop numbers by interface and neighbour.
-    pub next_hop_index: BTreeMap<(u32, u32), u32>,
+    pub next_hop_index: BTreeMap<(u32, Wide), u32>,
     /// Last next-hop number given out.
     pub next_hop_cursor: u32,
     /// SNAT cursors, as last seen.

@@ -7,7 +7,7 @@ use edge_common::{
     flow::FlowKeyV4,
     maps::{
         AddressFilter, BackendEntry, CHUNK_BYTES, Chunk, Control, FragmentKey, NEXT_HOPS, NeighbourKey, OwnAddresses,
-        PortSet, SNAT_ADDRESSES, ServiceEntry, ServiceKeyV4, backend_state, interface_flag, mode, name,
+        PortSet, SNAT_ADDRESSES, ServiceEntry, ServiceKey, backend_state, interface_flag, mode, name,
     },
 };
 
@@ -18,7 +18,7 @@ use super::{
         FAR, FAR_NARROW, FOREIGN_POD, MOVING_POD, NARROW_POD, NEAR, NOWHERE, Network, REFUSED, REFUSED_POD, SILENT,
         SILENT_POD, STUB_POD,
     },
-    state::{Config, Pool, State},
+    state::{Config, Pool, State, ipv4},
     wire::{TCP, UDP},
 };
 use crate::datapath::rig::{CLIENT, OWN, SNAT, VIP, pod, wire};
@@ -68,16 +68,13 @@ pub fn draw(seed: u64, network: &Network) -> World {
     config.routes = network.routes();
     config.redirectable = vec![network.uplink, network.pods];
     // Where pods are, no address is known: nobody there is told anything.
-    config.own.insert(
-        network.uplink,
-        OwnAddresses { v4: [0, 0, 0xffffu32.to_be(), wire(OWN[0])], ..OwnAddresses::default() },
-    );
+    config.own.insert(network.uplink, OwnAddresses { v4: wire(OWN[0]), ..OwnAddresses::default() });
     config.established = ESTABLISHED as usize;
     config.next_hops = NEXT_HOPS - 1;
     config.ports = vec![!dice.chance(10); 65_536];
     (config.destinations, config.sources) = (vec![false; 65_536], vec![false; 65_536]);
     for address in [VIP, SNAT, Ipv4Addr::new(10, 1, 0, 2), Ipv4Addr::new(10, 1, 0, 3)] {
-        config.destinations[Config::bit(wire(address))] = true;
+        config.destinations[Config::bit(ipv4(&wire(address)))] = true;
     }
     if dice.chance(30) {
         // A block of forbidden ports, of less than half of the span.
@@ -127,7 +124,7 @@ fn service(world: &mut World, dice: &mut Dice, number: u32, port: u16, protocol:
         };
         let chosen = world.backends.len() as u32 + 1;
         world.backends.push((address, backend_port, protocol));
-        let snat_address = if without_source { 0 } else { wire(SNAT) };
+        let snat_address = if without_source { [0; 4] } else { wire(SNAT) };
         let backend = BackendEntry {
             address: wire(address),
             port: backend_port.to_be(),
@@ -141,7 +138,7 @@ fn service(world: &mut World, dice: &mut Dice, number: u32, port: u16, protocol:
         config.eligible.insert(chosen, dice.chance(85));
         if mode == mode::DNAT {
             config.dnat_backends.insert(service_key(address, backend_port, protocol), chosen);
-            config.sources[Config::bit(wire(address))] = true;
+            config.sources[Config::bit(ipv4(&wire(address)))] = true;
         }
         pool.members.push(chosen);
     }
@@ -155,7 +152,7 @@ fn service(world: &mut World, dice: &mut Dice, number: u32, port: u16, protocol:
     // up: which of those it ends on its way is not in the model (datapath_protect and datapath_snat have the fixtures).
     let ports = dice.pick(&[1000, 2000, 4000]);
     let snat_count = if without_source { 0 } else { dice.pick(&[0, 0, 0, 1, 2, 4]) };
-    let mut snat_addresses = [0; SNAT_ADDRESSES];
+    let mut snat_addresses = [[0; 4]; SNAT_ADDRESSES];
     let choices = [SNAT, Ipv4Addr::new(10, 1, 0, 2), Ipv4Addr::new(10, 1, 0, 3), VIP];
     for (to, from) in snat_addresses.iter_mut().zip(choices).take(snat_count as usize) {
         *to = wire(from);
@@ -180,8 +177,8 @@ fn service(world: &mut World, dice: &mut Dice, number: u32, port: u16, protocol:
 }
 
 /// A frontend's or backend's key.
-pub fn service_key(address: Ipv4Addr, port: u16, protocol: u8) -> ServiceKeyV4 {
-    ServiceKeyV4 { address: wire(address), port: port.to_be(), protocol, _pad: 0 }
+pub fn service_key(address: Ipv4Addr, port: u16, protocol: u8) -> ServiceKey {
+    ServiceKey { address: wire(address), port: port.to_be(), protocol, _pad: 0 }
 }
 
 /// Empties the maps and writes a world into them.
@@ -192,8 +189,8 @@ pub fn write(world: &mut World, kernel: &Kernel) -> Result<()> {
     for table in [name::ESTABLISHED, name::HALF_OPEN, name::CLOSING] {
         clear::<FlowKeyV4>(kernel, table)?;
     }
-    clear::<ServiceKeyV4>(kernel, name::SERVICE_INDEX)?;
-    clear::<ServiceKeyV4>(kernel, name::BACKEND_INDEX)?;
+    clear::<ServiceKey>(kernel, name::SERVICE_INDEX)?;
+    clear::<ServiceKey>(kernel, name::BACKEND_INDEX)?;
     clear::<NeighbourKey>(kernel, name::NEXT_HOP_INDEX)?;
     clear::<FragmentKey>(kernel, name::FRAGMENTS)?;
     clear::<u32>(kernel, name::OWN_ADDRESSES)?;

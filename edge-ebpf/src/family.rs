@@ -1,0 +1,104 @@
+//! What differs between IPv4 and IPv6 in the stages: the flow tables (see `maps`), the stages' numbers, and the IP header's rewriting.
+
+use edge_common::{
+    address::Wide,
+    checksum,
+    maps::{Flow, FlowV4, FlowV6, stages},
+};
+use network_types::ip::Ipv4Hdr;
+
+use crate::{
+    fragment,
+    maps::{self, FlowTables},
+    packet::Packet,
+    parse::{IP, Ipv6Header, Parsed, ipv6_field},
+    stages::Handover,
+};
+
+/// IPv4 or IPv6, by its type of address.
+pub trait Family: FlowTables {
+    /// Number of the stage that tracks a packet's flow.
+    const TRACK: u32;
+    /// Number of the stage of packets without a flow.
+    const CREATE: u32;
+    /// Number of the stage that sends a packet.
+    const SEND: u32;
+
+    /// Remembers a first fragment that was sent on by `flow`, so that the rest follow it.
+    fn remember_fragment<P: Packet>(packet: &mut P, parsed: &Parsed<Self>, flow: &Flow<Self>);
+
+    /// This CPU's room for what the stages of one hook leave each other.
+    fn handover(hook: u32) -> Option<&'static mut Handover<Self>>;
+
+    /// Decrements the TTL or hop limit and writes the flow's addresses; false where the packet turned out to be too
+    /// short, which parsing excludes.
+    fn rewrite_header<P: Packet>(packet: &mut P, flow: &Flow<Self>) -> bool;
+}
+
+impl Family for u32 {
+    const TRACK: u32 = stages::TRACK;
+    const CREATE: u32 = stages::CREATE;
+    const SEND: u32 = stages::SEND;
+
+    #[inline(always)]
+    fn remember_fragment<P: Packet>(packet: &mut P, parsed: &Parsed<Self>, flow: &FlowV4) {
+        fragment::remember(packet, parsed, flow);
+    }
+
+    #[inline(always)]
+    fn handover(hook: u32) -> Option<&'static mut Handover<Self>> {
+        maps::stages::handover(hook)
+    }
+
+    #[inline(always)]
+    fn rewrite_header<P: Packet>(packet: &mut P, flow: &FlowV4) -> bool {
+        let Some(ip) = packet.header::<Ipv4Hdr>(IP) else {
+            return false;
+        };
+        ip.ttl -= 1;
+        ip.src_addr = flow.new_src.to_ne_bytes();
+        ip.dst_addr = flow.new_dst.to_ne_bytes();
+        let delta = checksum::add(flow.address_delta, checksum::TTL_DECREMENT);
+        ip.check = checksum::apply(u16::from_ne_bytes(ip.check), delta).to_ne_bytes();
+        true
+    }
+}
+
+impl Family for Wide {
+    const TRACK: u32 = stages::TRACK_V6;
+    const CREATE: u32 = stages::CREATE_V6;
+    const SEND: u32 = stages::SEND_V6;
+
+    #[inline(always)]
+    fn remember_fragment<P: Packet>(_packet: &mut P, _parsed: &Parsed<Self>, _flow: &FlowV6) {}
+
+    #[inline(always)]
+    fn handover(hook: u32) -> Option<&'static mut Handover<Self>> {
+        maps::stages::handover_v6(hook)
+    }
+
+    #[inline(always)]
+    fn rewrite_header<P: Packet>(packet: &mut P, flow: &FlowV6) -> bool {
+        let Some(ip) = packet.header::<Ipv6Header>(IP) else {
+            return false;
+        };
+        // The hop limit is the second byte of its word.
+        let [next, hops] = ip[ipv6_field::NEXT_AND_HOPS].to_ne_bytes();
+        ip[ipv6_field::NEXT_AND_HOPS] = u16::from_ne_bytes([next, hops - 1]);
+        write(ip, ipv6_field::SRC, &flow.new_src);
+        write(ip, ipv6_field::DST, &flow.new_dst);
+        true
+    }
+}
+
+#[inline(always)]
+fn write(ip: &mut Ipv6Header, at: usize, address: &Wide) {
+    ip[at] = address[0] as u16;
+    ip[at + 1] = (address[0] >> 16) as u16;
+    ip[at + 2] = address[1] as u16;
+    ip[at + 3] = (address[1] >> 16) as u16;
+    ip[at + 4] = address[2] as u16;
+    ip[at + 5] = (address[2] >> 16) as u16;
+    ip[at + 6] = address[3] as u16;
+    ip[at + 7] = (address[3] >> 16) as u16;
+}
