@@ -23,7 +23,7 @@ fn frames(name: &str) -> Vec<Bytes> {
 }
 
 fn context(name: &str) -> Context {
-    Context { four_octet_as: name != "bird-two-octet", internal: name == "bird-internal" }
+    Context { four_octet_as: name != "bird-two-octet", internal: name == "bird-internal", add_path: AddPath::None }
 }
 
 fn messages(name: &str) -> Vec<Message> {
@@ -185,7 +185,7 @@ fn recorded_updates() -> Vec<(Bytes, Context)> {
 }
 
 /// A name for what an UPDATE says of a prefix, whatever the list it is in.
-fn prefixes(update: &Update) -> Vec<ipnet::IpNet> {
+fn prefixes(update: &Update) -> Vec<Nlri> {
     let announced = update.announced.iter().flat_map(|announcement| announcement.prefixes.iter().copied());
     let mut all: Vec<_> = announced.chain(update.withdrawn.iter().copied()).collect();
     all.sort_unstable();
@@ -270,7 +270,7 @@ proptest! {
         bytes.extend(body);
         for internal in [false, true] {
             for four_octet_as in [false, true] {
-                let _ = wire::decode(bytes.clone().into(), Context { four_octet_as, internal });
+                let _ = wire::decode(bytes.clone().into(), Context { four_octet_as, internal, add_path: AddPath::None });
             }
         }
     }

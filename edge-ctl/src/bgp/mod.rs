@@ -2,13 +2,14 @@
 //!
 //! Pure parts decide: `wire` (messages), `fsm` (one peer), `policy`, `bestpath`, `rib`, `advertise`. One actor owns them
 //! all and acts through `session` and `listener`, so there are no locks and every decision sees one consistent state.
-//! Nothing learnt is advertised again (see `advertise`). Graceful restart is not offered.
+//! What is learnt is announced again only with `transit` (see `advertise`). Graceful restart is not offered.
 
 mod actor;
 pub mod advertise;
 pub mod bestpath;
 pub mod fsm;
 mod listener;
+pub mod nexthop;
 mod peer;
 pub mod policy;
 pub mod rib;
@@ -65,6 +66,7 @@ enum Command {
     Routes(oneshot::Sender<Vec<BgpRouteRow>>),
     Received(IpAddr, oneshot::Sender<Vec<BgpRouteRow>>),
     Advertised(IpAddr, oneshot::Sender<Vec<BgpRouteRow>>),
+    Kernel(Vec<(IpNet, Option<IpAddr>)>, oneshot::Sender<()>),
     Reload(Box<valid::Bgp>, oneshot::Sender<Result<(), BgpError>>),
     Shutdown(oneshot::Sender<()>),
 }
@@ -136,6 +138,12 @@ impl BgpHandle {
     /// Adj-RIB-Out of a peer.
     pub async fn advertised(&self, peer: IpAddr) -> Vec<BgpRouteRow> {
         self.ask(|reply| Command::Advertised(peer, reply)).await.unwrap_or_default()
+    }
+
+    /// The kernel's connected and static routes with their gateways, default routes aside: next hops are resolved by them
+    /// from the first time that they are given.
+    pub async fn kernel(&self, routes: Vec<(IpNet, Option<IpAddr>)>) {
+        self.ask(|reply| Command::Kernel(routes, reply)).await;
     }
 
     /// Applies a new configuration. Sessions whose settings did not change are untouched; changed prefix lists are

@@ -381,6 +381,8 @@ pub struct BgpPeerRow {
     pub capabilities: Vec<String>,
     /// Prefixes received before policy.
     pub pfx_received: u64,
+    /// How many it may send; absent: no limit.
+    pub max_prefixes: Option<u64>,
     /// Messages by type, `open_sent`, `open_received`, `update_sent`, and so on.
     pub messages: std::collections::BTreeMap<String, u64>,
     /// Why the last session ended.
@@ -394,7 +396,7 @@ pub struct BgpPeerRow {
 /// One path in `bgp routes`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct BgpRouteRow {
-    /// `*` valid, `>` best, `=` multipath, `i` internal; `r` rejected by policy.
+    /// `*` valid, `>` best, `=` multipath, `i` internal, `S` stale; `r` rejected by policy, `u` next hop unreachable.
     pub status: String,
     /// Prefix.
     pub network: String,
@@ -412,8 +414,14 @@ pub struct BgpRouteRow {
     pub age: u64,
     /// Why it is not best, or not accepted.
     pub reason: Option<String>,
-    /// Communities.
+    /// Communities of all kinds.
     pub communities: Vec<String>,
+    /// Path identifier (RFC 7911), where the peer sends several paths.
+    pub path_id: Option<u32>,
+    /// Gateways, where the next hop is not a neighbour itself.
+    pub via: Vec<String>,
+    /// What the path had to show in each step of selection, in order; only of `bgp routes`.
+    pub steps: Vec<String>,
 }
 
 /// One route in `route list`: what the kernel has.
