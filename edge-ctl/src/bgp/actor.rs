@@ -494,6 +494,9 @@ impl Actor {
             Command::Reload(config, reply) => {
                 let _ = reply.send(self.reload(*config));
             }
+            Command::Policy(question, reply) => {
+                let _ = reply.send(self.judge(&question));
+            }
             Command::Kernel(routes, reply) => {
                 self.rib.kernel(routes);
                 let _ = reply.send(());

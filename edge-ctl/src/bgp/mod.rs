@@ -12,6 +12,7 @@ mod listener;
 pub mod nexthop;
 mod peer;
 pub mod policy;
+mod policy_test;
 pub mod rib;
 mod session;
 mod show;
@@ -26,7 +27,8 @@ use crate::{
     config::valid,
     model::{
         PathAttributes, RouteUpdate,
-        view::{BgpPeerRow, BgpRouteRow},
+        query::PolicyQuestion,
+        view::{BgpPeerRow, BgpRouteRow, PolicyRow},
     },
 };
 
@@ -67,6 +69,7 @@ enum Command {
     Received(IpAddr, oneshot::Sender<Vec<BgpRouteRow>>),
     Advertised(IpAddr, oneshot::Sender<Vec<BgpRouteRow>>),
     Kernel(Vec<(IpNet, Option<IpAddr>)>, oneshot::Sender<()>),
+    Policy(Box<PolicyQuestion>, oneshot::Sender<Option<PolicyRow>>),
     Reload(Box<valid::Bgp>, oneshot::Sender<Result<(), BgpError>>),
     Shutdown(oneshot::Sender<()>),
 }
@@ -144,6 +147,11 @@ impl BgpHandle {
     /// from the first time that they are given.
     pub async fn kernel(&self, routes: Vec<(IpNet, Option<IpAddr>)>) {
         self.ask(|reply| Command::Kernel(routes, reply)).await;
+    }
+
+    /// What a peer's policy says of a path; `None`: no such peer.
+    pub async fn policy(&self, question: PolicyQuestion) -> Option<PolicyRow> {
+        self.ask(|reply| Command::Policy(Box::new(question), reply)).await.flatten()
     }
 
     /// Applies a new configuration. Sessions whose settings did not change are untouched; changed prefix lists are

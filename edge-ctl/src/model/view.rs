@@ -424,6 +424,35 @@ pub struct BgpRouteRow {
     pub steps: Vec<String>,
 }
 
+/// What policy says of a path, in `bgp policy test`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PolicyRow {
+    /// The peer.
+    pub peer: String,
+    /// `in` or `out`.
+    pub direction: String,
+    /// Prefix.
+    pub network: String,
+    /// Whose path it is: `received`, `ours`, `best path`, or `given` with the question.
+    pub path_from: String,
+    /// `accepted` or `refused`, `announced` or `withheld`.
+    pub verdict: String,
+    /// The term that permits it, counted from 1; absent: there is no list, or it is not known.
+    pub term: Option<u64>,
+    /// Why it is refused or withheld.
+    pub reason: Option<String>,
+    /// Next hop after policy.
+    pub next_hop: Option<String>,
+    /// MED after policy.
+    pub metric: Option<u32>,
+    /// LOCAL_PREF after policy.
+    pub locprf: Option<u32>,
+    /// AS path after policy.
+    pub path: String,
+    /// Communities after policy.
+    pub communities: Vec<String>,
+}
+
 /// One route in `route list`: what the kernel has.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RouteRow {

@@ -9,11 +9,15 @@ use super::{
         advertise::{Candidate, Terms},
         fsm::{Event, Negotiated},
         peer::Peer,
+        policy_test,
         wire::{AddPath, Context, Family, Notification},
     },
     Actor,
 };
-use crate::{config::valid, model::PathAttributes};
+use crate::{
+    config::valid,
+    model::{PathAttributes, query::PolicyQuestion, view::PolicyRow},
+};
 
 /// What a session that has just come up is.
 pub(super) fn terms(bgp: &valid::Bgp, peer: &Peer, negotiated: &Negotiated, local: IpAddr) -> Terms {
@@ -79,6 +83,25 @@ impl Actor {
             let (side, messages) = (session.side, session.out.touch(&peer.policy, candidates));
             self.send_updates(address, side, messages);
         }
+    }
+
+    /// What a peer's policy says of a path; without a session by its configuration alone.
+    pub(super) fn judge(&self, question: &PolicyQuestion) -> Option<PolicyRow> {
+        let peer = self.peers.get(&question.peer)?;
+        let without = || Terms {
+            local_asn: self.config.asn,
+            remote_asn: peer.config.remote_asn,
+            peer: question.peer,
+            next_hop: peer.config.local_address.unwrap_or(match Family::of_address(question.peer) {
+                Family::Ipv4 => IpAddr::from([0; 4]),
+                Family::Ipv6 => IpAddr::from([0; 16]),
+            }),
+            families: Family::ALL.to_vec(),
+            context: peer.context(),
+            transit: self.config.transit,
+        };
+        let terms = peer.session.as_ref().map_or_else(without, |session| session.out.terms.clone());
+        Some(policy_test::test(question, &peer.policy, &terms, &self.rib, &self.originated))
     }
 
     /// After an UPDATE: a peer that sends more prefixes than it may loses its session (RFC 4486 4).

@@ -52,7 +52,7 @@ impl Rib {
         let selection = bestpath::select(&candidates);
         let mut steps = if explain { bestpath::explain(&candidates) } else { Vec::new() };
         let mut position = 0;
-        entry
+        let mut standings: Vec<Standing<'a>> = entry
             .paths
             .iter()
             .map(|path| {
@@ -84,6 +84,8 @@ impl Rib {
                 standing.reason = selection.reasons.get(index).copied().flatten();
                 standing
             })
-            .collect()
+            .collect();
+        standings.sort_by_key(|standing| (standing.peer, standing.path.id));
+        standings
     }
 }
