@@ -10,7 +10,7 @@ use edge_common::{
 };
 
 use crate::{
-    conntrack::{self, Past},
+    conntrack::Past,
     family::Family,
     maps::{self, EEXIST, ENOENT, Table, scratch},
     parse::Parsed,
