@@ -7,6 +7,7 @@ mod announcer;
 mod audit;
 mod commit;
 mod commits;
+mod damping;
 mod flow_ends;
 mod orders;
 mod recorder;
@@ -39,6 +40,7 @@ pub use start::{StartError, run};
 use self::{
     acl::Acl,
     commit::{Commits, Texts},
+    damping::Damping,
     flow_ends::FlowEnds,
     orders::Orders,
     recorder::Recorder,
@@ -158,6 +160,7 @@ struct Daemon {
     next_hops: NextHops,
     sweeper: Sweeper,
     slow_start: SlowStart,
+    damping: Damping,
     next_share: Option<Instant>,
     program_log: ProgramLog,
     recorder: Recorder,
@@ -352,7 +355,10 @@ impl Daemon {
         self.world.datapath_ready = shared.datapath.is_ready();
         let mut desired = self.world.desired(&self.config);
         shared.acl.overlay(&mut desired, acl::now());
-        self.next_share = self.slow_start.apply(Instant::now(), self.world.adopted(), &mut desired);
+        let now = Instant::now();
+        let next_share = self.slow_start.apply(now, self.world.adopted(), &mut desired);
+        let next_announcement = self.damping.apply(now, &self.config, self.world.adopted(), &mut desired);
+        self.next_share = next_share.into_iter().chain(next_announcement).min();
         self.desired.send_if_modified(|published| {
             let changed = published.as_ref() != Some(&desired);
             if changed {
