@@ -603,5 +603,6 @@ fn dns_guard(config: &Config, own: BTreeSet<IpAddr>) -> dns::Guard {
 /// Kernel settings in the way of forwarding, in words.
 fn host_problems(config: &Config) -> Vec<String> {
     let full_nat = config.services.values().any(|service| service.mode == Mode::FullNat);
-    sysctl::check(&config.edge.interfaces, full_nat).iter().map(ToString::to_string).collect()
+    let ipv6 = addresses(config).iter().any(IpAddr::is_ipv6);
+    sysctl::check(&config.edge.interfaces, full_nat, ipv6).iter().map(ToString::to_string).collect()
 }
