@@ -14,6 +14,7 @@ pub mod edge;
 pub mod exec;
 pub mod netns;
 pub mod pods;
+pub mod rolling;
 pub mod smoke;
 pub mod speaker;
 pub mod topology;
