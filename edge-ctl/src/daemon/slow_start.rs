@@ -4,6 +4,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -38,15 +39,15 @@ impl SlowStart {
         let mut eligible = BTreeSet::new();
         let mut next = None;
         for (frontend, desired) in &mut state.frontends {
+            let Some(period) = desired.selection.slow_start.filter(|period| !period.is_zero()) else {
+                self.seen.remove(frontend);
+                continue;
+            };
+            let desired = Arc::make_mut(desired);
             let is_first = desired.pool.is_some() && self.seen.insert(*frontend);
-            let slow_start = desired.selection.slow_start;
             for backend in desired.pool.iter_mut().flatten().filter(|backend| backend.eligible()) {
                 let key = (*frontend, backend.address);
                 eligible.insert(key);
-                let Some(period) = slow_start.filter(|period| !period.is_zero()) else {
-                    self.started.remove(&key);
-                    continue;
-                };
                 if is_first {
                     let before = adopted.get(frontend).into_iter().flatten();
                     let before = before.filter(|b| b.eligible).find(|b| b.address == backend.address);
@@ -123,7 +124,7 @@ mod tests {
             panic: None,
             protection: Protection::default(),
         };
-        DesiredState { frontends: BTreeMap::from([(frontend(), desired)]), ..DesiredState::default() }
+        DesiredState { frontends: BTreeMap::from([(frontend(), Arc::new(desired))]), ..DesiredState::default() }
     }
 
     fn shares(state: &DesiredState) -> Vec<u8> {

@@ -24,7 +24,7 @@ use crate::{
         acl_view::acl_rows,
         answer::answer_from_pins,
         kernel_view::{Counted, KernelView, Rates},
-        pins::SIZED,
+        pins::FLOW_TABLES,
     },
     desired::{DesiredBackend, DesiredState, Exclusion},
     fib::FibHandle,
@@ -241,7 +241,7 @@ impl DaemonViews {
                 let (age, entries) = counted.as_ref()?;
                 Some((*entries.get(map)?, age.as_secs()))
             };
-            SIZED.contains(&map).then(|| Counted(known()))
+            FLOW_TABLES.contains(&map).then(|| Counted(known()))
         };
         Ok(self.kernel.map_rows_with(known)?)
     }
