@@ -128,7 +128,12 @@ fn all_ten_pods_are_replaced_one_by_one_and_no_connection_fails_or_is_reset() ->
         steps.push(step);
     }
     let (full_nat, dnat, control) = (full_nat.stop()?, dnat.stop()?, control.stop()?);
-    ensure!(control.failed.is_empty() && control.broken.is_empty(), "routed: {:?} {:?}", control.failed, control.broken);
+    ensure!(
+        control.failed.is_empty() && control.broken.is_empty(),
+        "routed: {:?} {:?}",
+        control.failed,
+        control.broken
+    );
     judge("full-nat", &full_nat, &control, &steps)?;
     judge("dnat", &dnat, &control, &steps)?;
     daemon.stop()
