@@ -7,6 +7,8 @@ mod announcer;
 mod audit;
 mod commit;
 mod commits;
+mod downtime;
+mod drains;
 mod flow_ends;
 mod orders;
 mod recorder;
@@ -39,6 +41,7 @@ pub use start::{StartError, run};
 use self::{
     acl::Acl,
     commit::{Commits, Texts},
+    downtime::Downtimes,
     flow_ends::FlowEnds,
     orders::Orders,
     recorder::Recorder,
@@ -121,6 +124,7 @@ struct Shared {
     problems: Vec<String>,
     /// Backends that an administrator drains and that have no flow left.
     drained: BTreeSet<HealthKey>,
+    downtimes: Downtimes,
     /// Prefixes learnt by BGP that the kernel was told of.
     prefixes: usize,
     /// Source ranges given at run time.
@@ -376,6 +380,7 @@ impl Daemon {
         });
         self.health.retarget(desired::targets(&self.config, &desired));
         self.flow_ends.look(&self.config, &desired);
+        shared.downtimes.look(Instant::now(), &desired);
         shared.desired = desired;
     }
 

@@ -197,6 +197,7 @@ fn a_commit_rolls_back_by_itself_even_across_a_crash_and_one_that_was_confirmed_
     ensure!(told.contains("kept") && told.contains("files still say otherwise"), "{told}");
     daemon.kill()?;
     daemon.start(&lab)?;
+    daemon.wait_ready(&lab, NODES.len() as u64, SOON)?;
     serves(true).context("what was confirmed stays")?;
     lab.edge_ctl(&["reload"])?;
     serves(false).context("until the files are read again")?;

@@ -89,6 +89,8 @@ fn share(elapsed: Duration, period: Duration) -> (u8, Option<Duration>) {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::{
         desired::{Announced, DesiredBackend, DesiredFrontend, Exclusion, Facts, Timeouts},
@@ -181,5 +183,58 @@ mod tests {
         let mut later = state(&[(A, true)]);
         assert!(slow.apply(now + Duration::from_secs(18), &adopted, &mut later).is_none());
         assert_eq!(shares(&later), [100]);
+    }
+
+    #[derive(Clone, Debug)]
+    enum Event {
+        /// Time passes, milliseconds.
+        Pass(u64),
+        /// A backend becomes eligible, or not any more.
+        Turn(bool, bool),
+    }
+
+    fn event() -> impl Strategy<Value = Event> {
+        prop_oneof![
+            (0_u64..20_000).prop_map(Event::Pass),
+            (any::<bool>(), any::<bool>()).prop_map(|(first, up)| Event::Turn(first, up)),
+        ]
+    }
+
+    proptest! {
+        /// The model knows only since when each backend has been eligible without a break.
+        #[test]
+        fn the_share_is_a_tenth_for_each_begun_tenth_of_the_period_and_whole_for_those_of_the_start(
+            at_start in any::<(bool, bool)>(),
+            events in proptest::collection::vec(event(), 1..80),
+        ) {
+            let start = Instant::now();
+            let (mut slow, mut now) = (SlowStart::default(), start);
+            let mut up = [at_start.0, at_start.1];
+            // `None`: from the start, at full weight.
+            let mut since: [Option<Instant>; 2] = [None; 2];
+            slow.apply(now, &BTreeMap::new(), &mut state(&[(A, up[0]), (B, up[1])]));
+            for event in events {
+                match event {
+                    Event::Pass(passes) => now += Duration::from_millis(passes),
+                    Event::Turn(first, turns_up) => {
+                        let which = usize::from(!first);
+                        if turns_up && !up[which] {
+                            since[which] = Some(now);
+                        }
+                        up[which] = turns_up;
+                    }
+                }
+                let mut built = state(&[(A, up[0]), (B, up[1])]);
+                let next = slow.apply(now, &BTreeMap::new(), &mut built);
+                let expected = |which: usize| match since[which].filter(|_| up[which]) {
+                    Some(since) => u8::try_from(((now - since).as_secs() / 3 + 1).min(10) * 10).unwrap(),
+                    None => 100,
+                };
+                prop_assert_eq!(shares(&built), [expected(0), expected(1)]);
+                let starts = (0..2).any(|which| expected(which) < 100);
+                prop_assert_eq!(next.is_some(), starts, "it is looked at again exactly while somebody starts");
+                prop_assert!(next.is_none_or(|next| next > now && next <= now + Duration::from_secs(3)));
+            }
+        }
     }
 }
