@@ -23,6 +23,7 @@ access = "journal"
 [resolver.dns]
 servers = ["10.1.0.41"]
 valid = "10s"
+follow = { dns = "dns.kube-system.svc.cluster.local", port = 53, record = "a" }
 [bgp]
 asn = 64512
 router_id = "172.16.1.88"

@@ -22,7 +22,6 @@ use crate::model::{
 const DNS_PORT: u16 = 53;
 /// Service and backend numbers start at 1.
 const MOST_FRONTENDS: usize = edge_common::maps::SERVICES as usize - 1;
-const MOST_BACKENDS: usize = edge_common::maps::BACKENDS as usize - 1;
 /// Source ranges, each counted for every listen address of its service.
 const MOST_RANGES: usize = edge_common::maps::SOURCE_RANGES as usize;
 const BACKENDS: &str = "{ dns = NAME, port = N, resolver = NAME } or { static = [\"ADDRESS:PORT\"], backup = [...] }";
@@ -78,6 +77,8 @@ pub(super) struct Context<'a> {
     pub pod_networks: &'a [IpNet],
     pub resolvers: &'a Resolvers,
     pub has_bgp: bool,
+    /// Numbers in the table of backends, 0 included.
+    pub backends: u32,
 }
 
 pub(super) fn services(root: &Section<'_>, context: &Context<'_>) -> BTreeMap<String, Service> {
@@ -101,8 +102,14 @@ pub(super) fn services(root: &Section<'_>, context: &Context<'_>) -> BTreeMap<St
             root.fault(&place, message);
             break;
         }
-        if taken.len() > MOST_FRONTENDS || backends > MOST_BACKENDS {
-            root.fault(&place, format!("more than {MOST_FRONTENDS} listen addresses or {MOST_BACKENDS} backends"));
+        if taken.len() > MOST_FRONTENDS {
+            root.fault(&place, format!("more than {MOST_FRONTENDS} listen addresses"));
+            break;
+        }
+        let most = usize::try_from(context.backends).unwrap_or(usize::MAX).saturating_sub(1);
+        if backends > most {
+            let help = "`backends` of [edge.tables] makes room for more";
+            root.fault(&place, format!("more than {most} backends, counted for each listen address; {help}"));
             break;
         }
     }

@@ -63,7 +63,7 @@ pub enum Hook {
     Tc,
 }
 
-/// `[edge.tables]`: entries, two per flow.
+/// `[edge.tables]`: entries; of flow tables two per flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tables {
     /// Established flows.
@@ -78,6 +78,10 @@ pub struct Tables {
     pub half_open_v6: u32,
     /// As `closing`, of IPv6 flows.
     pub closing_v6: u32,
+    /// Backends of all services, counted for each listen address.
+    pub backends: u32,
+    /// Chunks of selection tables: 128 slots each, and one or two more for each pool.
+    pub selection: u32,
 }
 
 impl Default for Tables {
@@ -90,6 +94,8 @@ impl Default for Tables {
             established_v6: maps::ESTABLISHED_V6_ENTRIES,
             half_open_v6: maps::HALF_OPEN_V6_ENTRIES,
             closing_v6: maps::CLOSING_V6_ENTRIES,
+            backends: maps::BACKENDS,
+            selection: maps::SELECTION_CHUNKS,
         }
     }
 }

@@ -17,7 +17,7 @@ pub use health::{
     PassiveCounters, PassiveSignals, Tls, Verdict,
 };
 pub use protect::{Limits, Protection, RangeAction, Rate, SourceRanges};
-pub use resolver::ResolverPolicy;
+pub use resolver::{Follow, ResolverPolicy};
 pub use route::{PathAttributes, RouteSet, RouteUpdate};
 pub use selection::{MOST_CONNECTIONS, Selection, StaticBackend, TableShape, Tier};
 

@@ -91,6 +91,12 @@ pub struct BackendRow {
     pub fails: u64,
     /// Times it became unavailable.
     pub unavail: u64,
+    /// Seconds, since the daemon started, in which it could not be used for another reason than an order.
+    #[serde(default)]
+    pub downtime: u64,
+    /// Times that what clients saw took it out of use.
+    #[serde(default)]
+    pub ejections: u64,
     /// Seconds since the last check; absent while there are no checks.
     #[serde(rename = "last-check")]
     pub last_check: Option<u64>,
@@ -167,6 +173,9 @@ pub struct HealthRow {
     pub fails: u64,
     /// Times it became unavailable.
     pub unavail: u64,
+    /// Times that what clients saw took it out of use.
+    #[serde(default)]
+    pub ejections: u64,
     /// Checks that this host could not make: they say nothing about the backend.
     pub inconclusive: u64,
     /// Seconds since the last check.
@@ -319,6 +328,9 @@ pub struct DnsServerRow {
     pub requests: u64,
     /// Answers by class.
     pub responses: std::collections::BTreeMap<String, u64>,
+    /// `configured`, or `followed`: an endpoint of the resolver's own service.
+    #[serde(default)]
+    pub source: String,
 }
 
 /// One record in `dns query`.

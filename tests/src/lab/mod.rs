@@ -15,6 +15,7 @@ pub mod exec;
 pub mod ipv6;
 pub mod netns;
 pub mod pods;
+pub mod rolling;
 pub mod smoke;
 pub mod speaker;
 pub mod topology;
