@@ -2,6 +2,7 @@
 
 use edge_common::{
     address::is_none,
+    checksum,
     conntrack::{Direction, State, expired, rest_seconds},
     flow::FlowKey,
     hash::{scatter, spread},
@@ -10,7 +11,7 @@ use edge_common::{
 };
 
 use crate::{
-    conntrack::{self, Past},
+    conntrack::Past,
     family::Family,
     maps::{self, EEXIST, ENOENT, Table, scratch},
     parse::Parsed,
@@ -117,12 +118,34 @@ fn write_forward<A: Family>(plan: &Plan<A>, flow: &mut Flow<A>) {
     flow.new_src_port = plan.new_src_port;
     flow.new_dst_port = plan.new_dst_port;
     flow.set_deltas();
+    flow.direction = Direction::Forward as u8;
+    write_rest(plan, flow);
+}
+
+/// Writes the reply's entry. Not the forward one turned, which makes a copy of an IPv6 entry on the stack.
+#[inline(always)]
+fn write_reply<A: Family>(plan: &Plan<A>, flow: &mut Flow<A>) {
+    flow.key = plan.reply_key();
+    flow.new_src = plan.key.dst;
+    flow.new_dst = plan.key.src;
+    flow.new_src_port = plan.key.dst_port;
+    flow.new_dst_port = plan.key.src_port;
+    let (client, new) = (&plan.key, plan);
+    flow.address_delta = !checksum::address_delta(client.src, client.dst, new.new_src, new.new_dst);
+    flow.port_delta =
+        !checksum::port_delta(client.src_port, client.dst_port, new.new_src_port, new.new_dst_port);
+    flow.direction = Direction::Reply as u8;
+    write_rest(plan, flow);
+}
+
+/// Writes what both entries have alike.
+#[inline(always)]
+fn write_rest<A: Family>(plan: &Plan<A>, flow: &mut Flow<A>) {
     flow.flags = plan.flags;
     flow.service = plan.service;
     flow.backend = plan.backend;
     flow.sequence = 1;
     flow.state = State::HalfOpen as u8;
-    flow.direction = Direction::Forward as u8;
     flow.created = plan.now;
     flow.last_seen = plan.now;
 }
@@ -143,8 +166,7 @@ fn add_reply<A: Family>(plan: &Plan<A>) -> i32 {
     let Some(flow) = scratch::empty() else {
         return ENOENT;
     };
-    write_forward(plan, flow);
-    conntrack::turn(flow);
+    write_reply(plan, flow);
     maps::add_flow(Table::HalfOpen, flow).err().unwrap_or(0)
 }
 
