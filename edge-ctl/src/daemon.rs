@@ -326,6 +326,7 @@ impl Daemon {
                     info!(interface = name, up, "link changed");
                     self.attach();
                 }
+                self.refresh_kernel_prefixes().await;
                 self.route_generation.ask(Instant::now());
                 self.publish();
             }
@@ -420,6 +421,9 @@ impl Daemon {
         let routes = self.fib.kernel_prefixes().await;
         let changed = routes != self.world.kernel_routes;
         self.world.kernel_routes = routes;
+        if let Some(bgp) = self.bgp.as_ref().filter(|_| changed) {
+            bgp.kernel(self.world.kernel_routes.clone()).await;
+        }
         changed
     }
 

@@ -144,7 +144,11 @@ fn keep_capabilities(mask: u32) {
 }
 
 fn update(prefix: &str, hops: &[&str]) -> RouteUpdate {
-    RouteUpdate { prefix: prefix.parse().unwrap(), next_hops: hops.iter().map(|hop| hop.parse().unwrap()).collect() }
+    RouteUpdate {
+        prefix: prefix.parse().unwrap(),
+        next_hops: hops.iter().map(|hop| hop.parse().unwrap()).collect(),
+        internal: false,
+    }
 }
 
 fn address(text: &str) -> IpAddr {

@@ -367,6 +367,28 @@ pub(super) static BGP_ROUTES: View = View {
         column("Age", "age", Show::Clock),
         column("Reason", "reason", Show::Text),
         wide("Communities", "communities", Show::Text),
+        wide("PathId", "path_id", Show::Number),
+        wide("Via", "via", Show::Text),
+        wide("Selection", "steps", Show::Text),
+    ],
+};
+
+pub(super) static BGP_POLICY: View = View {
+    kind: "verdict",
+    names: &["peer", "network"],
+    columns: &[
+        column("PEER", "peer", Show::Text),
+        column("DIRECTION", "direction", Show::Text),
+        column("NETWORK", "network", Show::Text),
+        column("PATH-FROM", "path_from", Show::Text),
+        column("VERDICT", "verdict", Show::Text),
+        column("TERM", "term", Show::Number),
+        column("REASON", "reason", Show::Text),
+        column("NEXT-HOP", "next_hop", Show::Text),
+        column("MED", "metric", Show::Number),
+        column("LOCPRF", "locprf", Show::Number),
+        column("PATH", "path", Show::Text),
+        column("COMMUNITIES", "communities", Show::Text),
     ],
 };
 

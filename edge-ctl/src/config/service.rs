@@ -333,6 +333,7 @@ fn announce(section: &Section<'_>, context: &Context<'_>) -> Option<Announce> {
                 communities: communities.into_iter().map(|community| community.value).collect(),
                 med: table.integer("med", 0..=u32::MAX),
                 local_pref: table.integer("local_pref", 0..=u32::MAX),
+                prepend: 0,
             };
             table.finish();
             Announce { min_backends: usize::try_from(min_backends).unwrap_or(1), attributes }

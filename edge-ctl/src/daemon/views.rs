@@ -118,6 +118,10 @@ impl DaemonViews {
             Query::BgpRoutes => Answer::BgpRoutes(bgp()?.routes().await),
             Query::BgpReceived(peer) => Answer::BgpRoutes(self.peer(peer).await?.received(peer).await),
             Query::BgpAdvertised(peer) => Answer::BgpRoutes(self.peer(peer).await?.advertised(peer).await),
+            Query::BgpPolicy(question) => {
+                let rows = self.peer(question.peer).await?.policy(question).await;
+                Answer::BgpPolicy(rows.into_iter().collect())
+            }
             Query::Routes => Answer::Routes(self.fib.routes().await),
             Query::Xdp => Answer::Xdp(lock(&self.shared).datapath.xdp_rows()),
             Query::Acl => Answer::Acl(self.acl()?),

@@ -2,6 +2,7 @@
 
 pub mod access;
 pub mod capture;
+mod community;
 mod health;
 mod protect;
 pub mod query;
@@ -12,6 +13,7 @@ mod service;
 mod snat;
 pub mod view;
 
+pub use community::Community;
 pub use health::{
     AdminOrder, AdminOrders, AdminState, BackendVerb, Check, Exchange, Health, HealthKey, Http, Passive,
     PassiveCounters, PassiveSignals, Tls, Verdict,
