@@ -5,6 +5,7 @@ mod bgp;
 pub mod diff;
 mod edge;
 mod health;
+pub mod import_frr;
 pub mod lint;
 mod log;
 pub mod memory;
