@@ -469,6 +469,7 @@ mod tests {
                 listen_port: Some(179),
                 networks: Vec::new(),
                 peers: BTreeMap::new(),
+                ranges: Vec::new(),
             }),
             services: BTreeMap::from([("ingress".to_owned(), service)]),
         }

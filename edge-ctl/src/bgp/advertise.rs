@@ -156,7 +156,7 @@ mod tests {
     use super::{super::wire::Message, *};
     use crate::config::valid::PrefixRule;
 
-    const CONTEXT: Context = Context { four_octet_as: true, internal: false };
+    const CONTEXT: Context = Context { four_octet_as: true, internal: false, extended: false };
 
     fn out(next_hop: &str) -> AdjRibOut {
         AdjRibOut::new(64512, next_hop.parse().unwrap(), Family::ALL.to_vec(), CONTEXT)

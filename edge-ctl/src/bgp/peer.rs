@@ -11,6 +11,9 @@ use tokio::task::AbortHandle;
 use super::{
     advertise::AdjRibOut,
     fsm::{self, Negotiated, Side},
+    graceful::Helper,
+    history::History,
+    password::{self, Password},
     policy::Policy,
     session::{Link, LinkId},
     wire::{Context, Family},
@@ -46,6 +49,18 @@ pub struct Peer {
     pub established_count: u64,
     /// When the session came up or went down; `None`: never up.
     pub changed: Option<Duration>,
+    /// What of it outlives its session.
+    pub helper: Helper,
+    /// What happened to it.
+    pub history: History,
+    /// Its TCP MD5 password, or why there is none although one is configured.
+    pub password: Result<Password, String>,
+    /// The kernel's signature counters when the last dial began.
+    pub signatures: password::Counters,
+    /// Shut down by an administrator, with this message.
+    pub shutdown: Option<String>,
+    /// It connected from a `listen_range`.
+    pub dynamic: bool,
 }
 
 /// An established session.
@@ -61,6 +76,8 @@ pub struct Session {
     pub end_of_rib: BTreeSet<Family>,
     /// When the last UPDATE came, or the session was established.
     pub last_update: Duration,
+    /// We have restarted, and have not announced everything yet: the End-of-RIB is still to come.
+    pub owes_end_of_rib: bool,
 }
 
 impl Session {
@@ -88,6 +105,12 @@ impl Peer {
             last_failure: None,
             established_count: 0,
             changed: None,
+            helper: Helper::default(),
+            history: History::default(),
+            password: config.session.password.as_ref().map_or_else(|| Ok(Password::default()), password::read),
+            signatures: password::Counters::default(),
+            shutdown: None,
+            dynamic: false,
         }
     }
 
@@ -114,8 +137,13 @@ impl Peer {
 
     /// How the bytes of a connection are to be read; before the OPEN nothing depends on it.
     pub fn context(&self) -> Context {
-        let four_octet_as = self.session.as_ref().is_none_or(|session| session.negotiated.four_octet_as);
-        Context { four_octet_as, internal: self.policy.internal }
+        let negotiated = self.session.as_ref().map(|session| &session.negotiated);
+        Context {
+            four_octet_as: negotiated.is_none_or(|negotiated| negotiated.four_octet_as),
+            internal: self.policy.internal,
+            // The session's task has cut the messages to length: it takes long ones only where both sides do.
+            extended: true,
+        }
     }
 
     /// Counts one message.
@@ -133,6 +161,10 @@ pub fn settings(bgp: &valid::Bgp, peer: &valid::Peer) -> fsm::Settings {
         hold: u16::try_from(peer.hold.as_secs()).unwrap_or(u16::MAX),
         keepalive: peer.keepalive,
         passive: peer.passive,
+        longest_retry: peer.session.connect_retry,
+        role: peer.session.role,
+        role_strict: peer.session.role_strict,
+        capabilities: Vec::new(),
     }
 }
 
@@ -141,7 +173,8 @@ pub fn policy(bgp: &valid::Bgp, peer: &valid::Peer) -> Policy {
     Policy { internal: peer.remote_asn == bgp.asn, import: peer.import.clone(), export: peer.export.clone() }
 }
 
-/// Families of the addresses of peers.
+/// Families of the addresses of peers and of the networks that peers may connect from.
 pub fn families(bgp: &valid::Bgp) -> BTreeSet<Family> {
-    bgp.peers.keys().map(|address: &IpAddr| Family::of_address(*address)).collect()
+    let ranges = bgp.ranges.iter().map(|range| Family::of(&range.network));
+    bgp.peers.keys().map(|address: &IpAddr| Family::of_address(*address)).chain(ranges).collect()
 }

@@ -4,6 +4,8 @@
 //! re-evaluation and "why is it not used" has an answer. Changes of the next hops are collected and coalesced until
 //! [`Rib::take_changes`].
 
+mod stale;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr},
@@ -20,6 +22,8 @@ use super::{
 };
 use crate::model::RouteUpdate;
 
+pub use stale::Staleness;
+
 /// A path learnt from a peer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Path {
@@ -33,9 +37,11 @@ pub struct Path {
     pub learnt: Duration,
     /// Why it does not take part in route selection.
     pub rejection: Option<Rejection>,
+    /// Whether the peer still stands by it.
+    pub stale: Staleness,
 }
 
-/// A peer whose session is established.
+/// A peer whose session is established, or whose paths are kept until it is back.
 #[derive(Clone, Debug)]
 struct Source {
     policy: Policy,
@@ -91,9 +97,10 @@ impl Rib {
         }
     }
 
-    /// A session came up.
+    /// A session came up. Paths kept from the one before stay.
     pub fn peer_up(&mut self, peer: IpAddr, policy: Policy, router_id: Ipv4Addr) {
-        self.sources.insert(peer, Source { policy, router_id, received: 0, accepted: 0 });
+        let (received, accepted) = self.counts(peer);
+        self.sources.insert(peer, Source { policy, router_id, received, accepted });
     }
 
     /// A session went down: its paths are gone at once.
@@ -162,7 +169,8 @@ impl Rib {
             let next_hop = announcement.next_hop;
             for prefix in &announcement.prefixes {
                 let rejection = source.policy.import(&self.local, prefix, &attributes, next_hop).err();
-                let path = Path { peer, attributes: Arc::clone(&attributes), next_hop, learnt: now, rejection };
+                let attributes = Arc::clone(&attributes);
+                let path = Path { peer, attributes, next_hop, learnt: now, rejection, stale: Staleness::Fresh };
                 self.put(peer, *prefix, Some(path), &mut source);
             }
         }
@@ -226,7 +234,7 @@ impl Rib {
         if entry.originated {
             return Vec::new();
         }
-        let accepted: Vec<&Path> = entry.paths.iter().filter(|path| path.rejection.is_none()).collect();
+        let accepted = stale::usable(&entry.paths);
         if let [only] = accepted.as_slice() {
             return vec![only.next_hop];
         }
@@ -289,7 +297,7 @@ impl Rib {
     }
 
     fn standings<'a>(&'a self, entry: &'a Entry) -> Vec<Standing<'a>> {
-        let accepted: Vec<&Path> = entry.paths.iter().filter(|path| path.rejection.is_none()).collect();
+        let accepted = stale::usable(&entry.paths);
         let selection = self.select(&accepted);
         let mut position = 0;
         entry
@@ -298,6 +306,9 @@ impl Rib {
             .map(|path| {
                 let internal = self.sources.get(&path.peer).is_some_and(|source| source.policy.internal);
                 if path.rejection.is_some() {
+                    return Standing { path, best: false, multipath: false, internal, reason: None };
+                }
+                if !accepted.iter().any(|usable| std::ptr::eq(*usable, path)) {
                     return Standing { path, best: false, multipath: false, internal, reason: None };
                 }
                 let index = position;

@@ -11,6 +11,7 @@ mod describe;
 mod dns;
 mod flows;
 mod orders;
+mod sessions;
 mod table;
 mod views;
 

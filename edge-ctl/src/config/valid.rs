@@ -9,7 +9,7 @@ use std::{
 
 use ipnet::IpNet;
 
-use crate::model::{Resolver, Service, access::AccessLog};
+use crate::model::{Resolver, Service, access::AccessLog, bgp_session::SessionSettings};
 
 /// The whole configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -107,6 +107,17 @@ pub struct Bgp {
     pub networks: Vec<IpNet>,
     /// Peers, groups merged in, by address.
     pub peers: BTreeMap<IpAddr, Peer>,
+    /// Networks whose hosts may connect without being listed; the most specific one counts.
+    pub ranges: Vec<PeerRange>,
+}
+
+/// `listen_range` of a group: who connects from there becomes a passive peer with the group's settings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerRange {
+    /// The network.
+    pub network: IpNet,
+    /// The peer that a host of the network becomes; its address is the network's.
+    pub template: Peer,
 }
 
 /// A BGP neighbour, its group's settings merged in.
@@ -132,6 +143,8 @@ pub struct Peer {
     pub hold: Duration,
     /// Hop limit of an eBGP session; 1: directly connected.
     pub ebgp_multihop: u8,
+    /// Everything else about its session.
+    pub session: SessionSettings,
     /// What is accepted from it; `None`: no list given, so nothing from eBGP (RFC 8212) and everything from iBGP.
     pub import: Option<Vec<PrefixRule>>,
     /// What is announced to it; `None` as for `import`.

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "every test binary compiles this module and uses its own part of it")]
 
 pub mod bgp;
+pub mod speakers;
 
 use std::{
     fs::File,
