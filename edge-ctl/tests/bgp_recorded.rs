@@ -66,7 +66,7 @@ fn goodbye(name: &str) -> Notification {
 fn every_recorded_message_is_framed_and_decoded_without_complaint() {
     for name in FILES {
         for frame in frames(name) {
-            assert_eq!(wire::message_length(&frame), Ok(Some(frame.len())));
+            assert_eq!(wire::message_length(&frame, wire::MAX_MESSAGE), Ok(Some(frame.len())));
         }
         assert!(updates(name).iter().all(|update| update.problems.is_empty()), "{name}");
     }
@@ -82,8 +82,8 @@ fn opens_tell_the_as_number_and_the_families() {
     ] {
         let open = open(name);
         assert_eq!((open.asn, open.hold, open.router_id.to_string().as_str()), (asn, hold, "10.0.0.2"), "{name}");
-        assert_eq!(open.families(false), Family::ALL, "{name}");
-        assert!(open.route_refresh() && open.four_octet_as(), "{name}");
+        assert_eq!(open.families(), Family::ALL, "{name}");
+        assert!(open.has(&Capability::RouteRefresh) && open.four_octet_as(), "{name}");
     }
 }
 
@@ -252,7 +252,7 @@ proptest! {
             let place = place.index(bytes.len());
             bytes[place] = value;
         }
-        let _ = wire::message_length(&bytes);
+        let _ = wire::message_length(&bytes, wire::MAX_MESSAGE);
         let whole = wire::decode(bytes.clone().into(), context(name));
         if let Err(notification) = whole {
             prop_assert!((1..=7).contains(&notification.code));
