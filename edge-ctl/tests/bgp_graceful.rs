@@ -141,7 +141,10 @@ fn killed_and_restarted_inside_the_timer_no_route_is_deleted_at_frr() {
 
 #[test]
 fn a_killed_peer_that_comes_back_keeps_its_routes_and_loses_what_it_does_not_say_again() {
-    if missing("a_killed_peer_that_comes_back_keeps_its_routes_and_loses_what_it_does_not_say_again", &["bird", "birdc"]) {
+    if missing(
+        "a_killed_peer_that_comes_back_keeps_its_routes_and_loses_what_it_does_not_say_again",
+        &["bird", "birdc"],
+    ) {
         return;
     }
     let mut lab = Lab::new();
@@ -156,10 +159,8 @@ fn a_killed_peer_that_comes_back_keeps_its_routes_and_loses_what_it_does_not_say
         lab.kill();
         let row = edge.row_until(NODE, "stale routes", |row| row.pfx_stale > 0).await;
         assert!(row.stale.iter().any(|stale| stale.stage == "restarting" && stale.left <= 30), "{row:#?}");
-        edge.until("the loss is told", |edge| {
-            edge.seen.iter().any(|event| matches!(event, BgpEvent::PeerDown { .. }))
-        })
-        .await;
+        edge.until("the loss is told", |edge| edge.seen.iter().any(|event| matches!(event, BgpEvent::PeerDown { .. })))
+            .await;
         for prefix in ["10.1.2.0/26", "10.1.3.0/26", "10.1.9.0/26", "fd01:2::/64"] {
             assert_eq!(edge.hops(prefix), [NODE], "{prefix} while the peer is away");
         }

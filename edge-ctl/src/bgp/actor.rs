@@ -1,6 +1,7 @@
 //! The actor: owns every peer, the RIB and what we originate, and turns decisions into I/O.
 
 mod reload;
+mod routes;
 mod sessions;
 
 use std::{
@@ -26,8 +27,7 @@ use super::{
     listener::Listener,
     offer,
     password::Counters,
-    peer::Peer,
-    policy::Local,
+    peer::{self, Peer},
     rib::Rib,
     session::{self, LinkEvent, LinkId},
     show,
@@ -85,11 +85,7 @@ impl Actor {
     ) -> Result<Self, BgpError> {
         let (input, inputs) = mpsc::channel(BURST);
         let listeners = reload::listen(&config, &input)?;
-        let local = Local {
-            asn: config.asn,
-            router_id: config.router_id,
-            addresses: config.peers.values().filter_map(|peer| peer.local_address).collect(),
-        };
+        let local = peer::local(&config);
         let mut actor = Self {
             peers: config.peers.iter().map(|(address, peer)| (*address, Peer::new(&config, peer))).collect(),
             config,
@@ -112,6 +108,7 @@ impl Actor {
             host: host_name(),
         };
         actor.give_listeners_passwords();
+        actor.rib.watch_best(actor.config.transit);
         actor.originated.set_networks(&actor.config.networks.clone());
         actor.originated_changed();
         Ok(actor)
@@ -140,6 +137,7 @@ impl Actor {
         }
         loop {
             self.run_timers();
+            self.pass_on();
             self.check_convergence();
             let events = self.events.clone();
             let waiting = self.rib.has_changes() || !self.pending.is_empty();
@@ -193,11 +191,13 @@ impl Actor {
             .chain(silence)
             .chain(timeout)
             .chain(self.next_session_deadline())
+            .chain(self.next_release())
             .min()
             .unwrap_or(now + Duration::from_secs(3600))
     }
 
     fn run_timers(&mut self) {
+        self.release();
         let addresses: Vec<IpAddr> = self.peers.keys().copied().collect();
         let time = self.start.elapsed();
         for address in addresses {
@@ -489,6 +489,9 @@ impl Actor {
         if let Some(family) = update.end_of_rib {
             self.completed(address, family);
         }
+        if !update.announced.is_empty() {
+            self.limit(address);
+        }
     }
 
     fn on_refresh(&mut self, address: IpAddr, side: Side, asked: Option<(Family, Refresh)>) {
@@ -511,21 +514,6 @@ impl Actor {
             }
             Err(error) => tracing::error!(peer = %address, %error, "BGP routes not announced"),
         }
-    }
-
-    /// Brings one peer to what it should have from us.
-    fn sync(&mut self, address: IpAddr) {
-        let Some(peer) = self.peers.get_mut(&address) else { return };
-        let Some(session) = &mut peer.session else { return };
-        let (side, messages) = (session.side, session.out.sync(&self.originated, &peer.policy));
-        self.send_updates(address, side, messages);
-    }
-
-    fn originated_changed(&mut self) {
-        self.version += 1;
-        self.rib.originate(self.originated.prefixes());
-        let addresses: Vec<IpAddr> = self.peers.keys().copied().collect();
-        addresses.into_iter().for_each(|address| self.sync(address));
     }
 
     fn on_command(&mut self, command: Command) {
@@ -552,7 +540,7 @@ impl Actor {
                 let _ = reply.send(show::received(&self.rib, peer, now));
             }
             Command::Advertised(peer, reply) => {
-                let rows = self.peers.get(&peer).map(|peer| show::advertised(peer, self.config.asn));
+                let rows = self.peers.get(&peer).map(|peer| show::advertised(peer, &self.rib, &self.originated));
                 let _ = reply.send(rows.unwrap_or_default());
             }
             Command::Messages(peer, reply) => {
@@ -572,6 +560,13 @@ impl Actor {
             }
             Command::Reload(config, reply) => {
                 let _ = reply.send(self.reload(*config));
+            }
+            Command::Policy(question, reply) => {
+                let _ = reply.send(self.judge(&question));
+            }
+            Command::Kernel(routes, reply) => {
+                self.rib.kernel(routes);
+                let _ = reply.send(());
             }
             // Handled where the loop can end.
             Command::Shutdown(reply) => drop(reply),

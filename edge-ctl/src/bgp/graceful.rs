@@ -206,6 +206,7 @@ mod tests {
             enhanced_refresh: true,
             extended_message: false,
             extended_next_hop: vec![],
+            add_path: vec![],
             graceful: true,
             notification_restart: false,
         }

@@ -2,8 +2,8 @@
 //!
 //! Pure parts decide: `wire` (messages), `fsm` (one peer), `policy`, `bestpath`, `rib`, `advertise`. One actor owns them
 //! all and acts through `session` and `listener`, so there are no locks and every decision sees one consistent state.
-//! Nothing learnt is advertised again (see `advertise`). Graceful restart is spoken on both sides (`graceful`, and
-//! `actor::sessions` for our own).
+//! What is learnt is announced again only with `transit` (see `advertise`). Graceful restart is spoken on both sides
+//! (`graceful`, and `actor::sessions` for our own).
 
 mod actor;
 pub mod advertise;
@@ -12,10 +12,12 @@ pub mod fsm;
 pub mod graceful;
 mod history;
 mod listener;
+pub mod nexthop;
 pub mod offer;
 mod password;
 mod peer;
 pub mod policy;
+mod policy_test;
 pub mod rib;
 mod session;
 mod show;
@@ -36,7 +38,8 @@ use crate::{
     model::{
         PathAttributes, RouteUpdate,
         bgp_session::{OrderError, PeerOrder},
-        view::{BgpMessageRow, BgpPeerRow, BgpRouteRow},
+        query::PolicyQuestion,
+        view::{BgpMessageRow, BgpPeerRow, BgpRouteRow, PolicyRow},
     },
 };
 
@@ -83,6 +86,8 @@ enum Command {
     ForwardingLost(IpAddr, String),
     Restarted(oneshot::Sender<()>),
     Originated(oneshot::Sender<BTreeSet<IpNet>>),
+    Kernel(Vec<(IpNet, Option<IpAddr>)>, oneshot::Sender<()>),
+    Policy(Box<PolicyQuestion>, oneshot::Sender<Option<PolicyRow>>),
     Reload(Box<valid::Bgp>, oneshot::Sender<Result<(), BgpError>>),
     Shutdown(oneshot::Sender<()>),
 }
@@ -204,6 +209,17 @@ impl BgpHandle {
     /// After a restart: everything is announced that will be, so that peers may forget the rest.
     pub async fn restarted(&self) {
         self.ask(Command::Restarted).await;
+    }
+
+    /// The kernel's connected and static routes with their gateways, default routes aside: next hops are resolved by them
+    /// from the first time that they are given.
+    pub async fn kernel(&self, routes: Vec<(IpNet, Option<IpAddr>)>) {
+        self.ask(|reply| Command::Kernel(routes, reply)).await;
+    }
+
+    /// What a peer's policy says of a path; `None`: no such peer.
+    pub async fn policy(&self, question: PolicyQuestion) -> Option<PolicyRow> {
+        self.ask(|reply| Command::Policy(Box::new(question), reply)).await.flatten()
     }
 
     /// Applies a new configuration. Sessions whose settings did not change are untouched; changed prefix lists are

@@ -36,6 +36,9 @@ pub fn capabilities(local_asn: u32, peer: &Peer, circumstances: &Circumstances) 
         Capability::FourOctetAs(local_asn),
         Capability::ExtendedMessage,
     ]);
+    if peer.intake.add_path {
+        list.push(Capability::AddPath(families.iter().map(|family| (*family, 1)).collect()));
+    }
     if settings.extended_next_hop && settings.ipv4 {
         list.push(Capability::ExtendedNextHop(vec![Family::Ipv4]));
     }

@@ -14,9 +14,9 @@ use super::{
     graceful::Helper,
     history::History,
     password::{self, Password},
-    policy::Policy,
+    policy::{Local, Policy},
     session::{Link, LinkId},
-    wire::{Context, Family},
+    wire::{AddPath, Context, Family},
 };
 use crate::config::valid;
 
@@ -61,6 +61,10 @@ pub struct Peer {
     pub shutdown: Option<String>,
     /// It connected from a `listen_range`.
     pub dynamic: bool,
+    /// It had too many prefixes; it may come back at this time, or not by itself.
+    pub limited: Option<Option<Duration>>,
+    /// A warning that its prefixes come near the limit was given.
+    pub warned: bool,
 }
 
 /// An established session.
@@ -111,6 +115,8 @@ impl Peer {
             signatures: password::Counters::default(),
             shutdown: None,
             dynamic: false,
+            limited: None,
+            warned: false,
         }
     }
 
@@ -137,12 +143,13 @@ impl Peer {
 
     /// How the bytes of a connection are to be read; before the OPEN nothing depends on it.
     pub fn context(&self) -> Context {
-        let negotiated = self.session.as_ref().map(|session| &session.negotiated);
+        let session = self.session.as_ref();
         Context {
-            four_octet_as: negotiated.is_none_or(|negotiated| negotiated.four_octet_as),
+            four_octet_as: session.is_none_or(|session| session.negotiated.four_octet_as),
             internal: self.policy.internal,
             // The session's task has cut the messages to length: it takes long ones only where both sides do.
             extended: true,
+            add_path: session.map_or(AddPath::None, |session| session.out.terms.context.add_path),
         }
     }
 
@@ -170,7 +177,20 @@ pub fn settings(bgp: &valid::Bgp, peer: &valid::Peer) -> fsm::Settings {
 
 /// The policy's part of the configuration.
 pub fn policy(bgp: &valid::Bgp, peer: &valid::Peer) -> Policy {
-    Policy { internal: peer.remote_asn == bgp.asn, import: peer.import.clone(), export: peer.export.clone() }
+    let list = |terms: &Option<Vec<valid::Term>>| terms.clone().map(std::sync::Arc::new);
+    Policy { internal: peer.remote_asn == bgp.asn, import: list(&peer.import), export: list(&peer.export) }
+}
+
+/// What makes us refuse a path, as far as the configuration says it.
+pub fn local(bgp: &valid::Bgp) -> Local {
+    Local {
+        asn: bgp.asn,
+        router_id: Some(bgp.router_id),
+        addresses: bgp.peers.values().filter_map(|peer| peer.local_address).collect(),
+        pod_networks: bgp.guard.pod_networks.clone(),
+        vips: bgp.guard.vips.clone(),
+        connected: BTreeSet::new(),
+    }
 }
 
 /// Families of the addresses of peers and of the networks that peers may connect from.

@@ -10,11 +10,13 @@ use ipnet::IpNet;
 
 use super::{
     bgp_session::RawSession,
+    policy::{self, Guard, Intake, MaxPrefixes, Term},
     raw::Place,
     read::{At, Section},
-    valid::{Bgp, Peer, PeerRange, PrefixRule},
+    valid::{Bgp, Peer, PeerRange},
     values,
 };
+use crate::model::Service;
 
 const DEFAULT_PORT: u16 = 179;
 /// RFC 4271 10 suggests 90 s, and a third of it for keepalives.
@@ -34,13 +36,15 @@ struct Settings {
     hold: Option<At<Duration>>,
     ebgp_multihop: Option<u8>,
     session: RawSession,
-    import: Option<Vec<PrefixRule>>,
-    export: Option<Vec<PrefixRule>>,
+    import: Option<Vec<Term>>,
+    export: Option<Vec<Term>>,
+    max_prefixes: Option<MaxPrefixes>,
+    add_path: Option<bool>,
 }
 
 impl Settings {
     fn read(section: &Section<'_>) -> Self {
-        section.not_yet(&["bfd", "max_prefixes", "max_prefix"]);
+        section.not_yet(&["bfd"]);
         let mut session = RawSession::read(section);
         let (keepalive, hold) = timers(section, &mut session);
         Self {
@@ -52,8 +56,10 @@ impl Settings {
             keepalive,
             hold,
             ebgp_multihop: section.integer("ebgp_multihop", 1..=255).and_then(|hops| u8::try_from(hops).ok()),
-            import: rules(section, "import"),
-            export: rules(section, "export"),
+            import: policy::terms(section, "import"),
+            export: policy::terms(section, "export"),
+            max_prefixes: policy::max_prefixes(section),
+            add_path: section.boolean("add_path"),
         }
     }
 
@@ -72,6 +78,8 @@ impl Settings {
             ebgp_multihop: self.ebgp_multihop.or(group.ebgp_multihop),
             import: self.import.or(group.import),
             export: self.export.or(group.export),
+            max_prefixes: self.max_prefixes.or(group.max_prefixes),
+            add_path: self.add_path.or(group.add_path),
         }
     }
 }
@@ -102,6 +110,7 @@ impl Settings {
             session: self.session.settle(section, internal, self.ebgp_multihop.is_some()),
             import: self.import,
             export: self.export,
+            intake: Intake { max_prefixes: self.max_prefixes, add_path: self.add_path.unwrap_or(false) },
         }
     }
 }
@@ -123,11 +132,6 @@ fn timers(section: &Section<'_>, session: &mut RawSession) -> (Option<At<Duratio
     session.read_timers(&timers);
     timers.finish();
     (keepalive, hold)
-}
-
-fn rules(section: &Section<'_>, key: &'static str) -> Option<Vec<PrefixRule>> {
-    let rules = section.list(key, values::PREFIX_RULE, values::prefix_rule)?;
-    Some(rules.into_iter().map(|rule| rule.value).collect())
 }
 
 fn address(text: &str) -> Result<IpAddr, String> {
@@ -155,6 +159,7 @@ pub(super) fn bgp(root: &Section<'_>) -> Option<Bgp> {
         read_peer(peer, asn, &groups, &mut peers);
     }
     let router_id = router_id(&section, &peers);
+    let transit = section.boolean("transit").unwrap_or(false);
     section.finish();
     Some(Bgp {
         asn: asn?,
@@ -162,8 +167,16 @@ pub(super) fn bgp(root: &Section<'_>) -> Option<Bgp> {
         listen_port: Some(listen_port).filter(|port| *port != 0),
         networks: networks.into_iter().map(|network| network.value).collect(),
         peers: peers.into_iter().map(|(address, (peer, _))| (address, peer)).collect(),
+        transit,
+        guard: Guard::default(),
         ranges: by_length(ranges),
     })
+}
+
+/// With what no import may bring in unasked: pods are routed, our own addresses are not.
+pub(super) fn guarded(bgp: Bgp, pod_networks: &[IpNet], services: &BTreeMap<String, Service>) -> Bgp {
+    let vips = services.values().flat_map(|service| &service.listen).map(|frontend| frontend.address.ip()).collect();
+    Bgp { guard: Guard { pod_networks: Some(pod_networks.to_vec()), vips }, ..bgp }
 }
 
 fn group<'a>(

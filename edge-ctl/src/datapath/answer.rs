@@ -49,7 +49,8 @@ pub fn answer_from_pins(view: &KernelView, query: &Query) -> Result<Answer, View
         | Query::BgpRoutes
         | Query::BgpReceived(_)
         | Query::BgpAdvertised(_)
-        | Query::BgpMessages(_) => {
+        | Query::BgpMessages(_)
+        | Query::BgpPolicy(_) => {
             return Err(only_daemon("the state of BGP"));
         }
         Query::Routes => return Err(only_daemon("which routes are BGP's")),

@@ -9,16 +9,19 @@ use std::{
 use bytes::Bytes;
 use edge_ctl::{
     bgp::{
-        advertise::{AdjRibOut, Originated},
+        advertise::{AdjRibOut, Candidate, Originated, Terms},
         fsm::{self, Action, Event, Negotiated, Now, Settings, Side},
         graceful::{self, Helper},
         offer::{self, Circumstances},
         policy::{Local, Policy},
-        rib::{Rib, Staleness},
-        wire::{self, Context, Family, Message},
+        rib::Rib,
+        wire::{self, AddPath, Context, Message},
     },
     config::valid,
-    model::{PathAttributes, bgp_session::{GracefulRestart, SessionSettings}},
+    model::{
+        PathAttributes,
+        bgp_session::{GracefulRestart, SessionSettings},
+    },
 };
 use ipnet::IpNet;
 
@@ -29,6 +32,8 @@ pub const HOLD: u64 = 30;
 pub const RESTART: Duration = Duration::from_secs(60);
 /// How late a node's timers may run.
 pub const LATEST: Duration = Duration::from_millis(2000);
+
+const CONTEXT: Context = Context { four_octet_as: true, internal: true, extended: true, add_path: AddPath::None };
 
 /// What a node wants of the world.
 #[derive(Debug)]
@@ -90,6 +95,7 @@ impl Node {
             session,
             import: None,
             export: None,
+            intake: valid::Intake::default(),
         };
         let IpAddr::V4(router_id) = own else { unreachable!() };
         let fsm = fsm::State::new(Settings {
@@ -108,7 +114,7 @@ impl Node {
             address: own,
             peer,
             fsm,
-            rib: Rib::new(Local { asn: ASN, router_id, addresses: [own].into() }),
+            rib: Rib::new(Local { asn: ASN, router_id: Some(router_id), addresses: [own].into(), ..Local::default() }),
             helper: Helper::default(),
             originated: Originated::default(),
             settings,
@@ -201,13 +207,21 @@ impl Node {
         assert!(self.session.is_none(), "a second session beside an established one");
         self.ups += 1;
         self.rib.peer_up(self.peer, Self::policy(), negotiated.peer.router_id);
-        let context = Context { four_octet_as: negotiated.four_octet_as, internal: true, extended: true };
+        let terms = Terms {
+            local_asn: ASN,
+            remote_asn: ASN,
+            peer: self.peer,
+            next_hop: self.address,
+            families: negotiated.families.clone(),
+            context: CONTEXT,
+            transit: false,
+        };
         let waits = negotiated.peer.restart().is_some_and(|restart| restart.restarting);
         let owes_end_of_rib = self.restarting && negotiated.graceful && !waits;
         let kept = self.helper.back(&negotiated, Some(&self.settings), now);
         self.session = Some(Session {
             side,
-            out: AdjRibOut::new(ASN, self.address, negotiated.families.clone(), context),
+            out: AdjRibOut::new(terms),
             negotiated,
             owes_end_of_rib,
             last_received: now,
@@ -242,7 +256,9 @@ impl Node {
 
     fn sync(&mut self, now: Duration) {
         let Some(session) = &mut self.session else { return };
-        let (side, messages) = (session.side, session.out.sync(&self.originated, &Self::policy()).unwrap());
+        let own: Vec<(IpNet, PathAttributes)> = self.originated.iter().collect();
+        let own = own.iter().map(|(prefix, attributes)| (*prefix, Candidate::Own(attributes)));
+        let (side, messages) = (session.side, session.out.sync(&Self::policy(), own).unwrap());
         messages.into_iter().for_each(|message| self.send(side, message, now));
     }
 
@@ -296,8 +312,7 @@ impl Node {
         if let Some(session) = self.session.as_mut().filter(|session| session.side == side) {
             session.last_received = now.time;
         }
-        let context = Context { four_octet_as: true, internal: true, extended: true };
-        match wire::decode(frame, context).expect("what our own encoder says") {
+        match wire::decode(frame, CONTEXT).expect("what our own encoder says") {
             Message::Open(open) => self.feed(now, Event::BgpOpen(side, open)),
             Message::Keepalive => self.feed(now, Event::KeepAliveMsg(side)),
             Message::Notification(notification) => self.feed(now, Event::NotifMsg(side, notification)),
@@ -353,13 +368,16 @@ impl Node {
         assert!(stale == 0 || self.helper.next_deadline().is_some(), "{stale} stale routes that nothing ends");
         if !self.is_up() {
             assert!(
-                self.rib.received(self.peer).all(|(_, standing)| standing.path.stale != Staleness::Fresh),
+                self.rib.received(self.peer).all(|(_, standing)| standing.path.stale),
                 "a fresh route without a session"
             );
         }
         if let Some(session) = &self.session {
             let hold = Duration::from_secs(session.negotiated.hold.into());
-            assert!(now <= session.last_received + hold + LATEST, "established without hearing anything for a hold time");
+            assert!(
+                now <= session.last_received + hold + LATEST,
+                "established without hearing anything for a hold time"
+            );
             assert!(now <= session.last_sent + hold / 3 + LATEST, "no keepalive in time");
         }
         self.check_backoff(now);
@@ -373,7 +391,10 @@ impl Node {
         {
             let base = Duration::from_secs(1 << (failures - 1).min(16)).min(Duration::from_secs(8));
             let wait = next.saturating_sub(now);
-            assert!(wait <= base && wait >= base * 3 / 4, "after failure {failures} the wait is {wait:?}, not {base:?}");
+            assert!(
+                wait <= base && wait >= base * 3 / 4,
+                "after failure {failures} the wait is {wait:?}, not {base:?}"
+            );
         }
         self.seen_failures = failures;
     }
@@ -387,5 +408,3 @@ impl Node {
 pub fn prefix(node: usize, number: u64) -> IpNet {
     IpNet::V4(ipnet::Ipv4Net::new(Ipv4Addr::new(10, 100 + node as u8, number as u8, 0), 24).unwrap())
 }
-
-const _: [Family; 2] = Family::ALL;

@@ -19,7 +19,7 @@ use super::{
         peer::{Peer, Session},
         wire::{self, Family, Notification, Refresh, cease},
     },
-    Actor,
+    Actor, routes,
 };
 use crate::config::valid;
 
@@ -63,19 +63,14 @@ impl Actor {
         peer.history.flap(true, String::new(), now);
         self.rib.local_address(local);
         self.rib.peer_up(address, peer.policy.clone(), negotiated.peer.router_id);
-        let context = wire::Context {
-            four_octet_as: negotiated.four_octet_as,
-            internal: peer.policy.internal,
-            extended: negotiated.extended_message,
-        };
-        let families = negotiated.families.clone();
+        let terms = routes::terms(&self.config, peer, &negotiated, local);
         let kept = peer.helper.back(&negotiated, peer.config.session.graceful_restart.as_ref(), now);
         // A peer that has restarted itself waits for nobody but us; one that kept our routes wants all of them first.
         let waits = negotiated.peer.restart().is_some_and(|restart| restart.restarting);
         let owes_end_of_rib = self.restart.until.is_some() && negotiated.graceful && !waits;
         peer.session = Some(Session {
             side,
-            out: AdjRibOut::new(self.config.asn, local, families, context),
+            out: AdjRibOut::new(terms),
             negotiated,
             end_of_rib: Default::default(),
             last_update: now,
@@ -311,9 +306,11 @@ impl Actor {
         Ok(())
     }
 
-    /// Starts a peer, unless an administrator has shut it down.
+    /// Starts a peer, unless an administrator has shut it down. What it had too much of is forgiven.
     pub(super) fn start_unless_shut(&mut self, address: IpAddr) {
-        if self.peers.get(&address).is_some_and(|peer| peer.shutdown.is_none()) {
+        let Some(peer) = self.peers.get_mut(&address) else { return };
+        if peer.shutdown.is_none() {
+            peer.limited = None;
             self.feed(address, Event::ManualStart);
         }
     }

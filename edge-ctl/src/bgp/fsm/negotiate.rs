@@ -30,6 +30,8 @@ pub struct Negotiated {
     pub extended_message: bool,
     /// Families whose prefixes may have an IPv6 next hop (RFC 8950).
     pub extended_next_hop: Vec<Family>,
+    /// Families in which the peer sends several paths to a prefix (RFC 7911), because we asked for them.
+    pub add_path: Vec<Family>,
     /// Both sides know graceful restart (RFC 4724).
     pub graceful: bool,
     /// Both sides restart gracefully after NOTIFICATIONs too (RFC 8538).
@@ -85,6 +87,7 @@ pub(super) fn negotiate(settings: &Settings, open: Open) -> Result<Negotiated, (
         enhanced_refresh: both(&Capability::EnhancedRouteRefresh),
         extended_message: both(&Capability::ExtendedMessage),
         extended_next_hop: common(ours.extended_next_hop(), open.extended_next_hop()),
+        add_path: common(ours.receives_paths(), open.sends_paths()),
         graceful: restarts.is_some(),
         notification_restart: restarts.is_some_and(|(ours, theirs)| ours.notification && theirs.notification),
         offered: ours.capabilities,

@@ -4,132 +4,108 @@ use std::{net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
 
-use super::{Path, Rib};
-use crate::bgp::wire::Family;
-
-/// LLGR_STALE: the path is long-lived stale (RFC 9494 4.2).
-const LLGR_STALE: u32 = 0xffff_0006;
-/// NO_LLGR: the path must not become so.
-const NO_LLGR: u32 = 0xffff_0007;
-
-/// Whether a peer still stands by a path.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Staleness {
-    /// It does.
-    #[default]
-    Fresh,
-    /// It has not said so again since it restarted or began a refresh (RFC 4724 4.2, RFC 7313 4): counts as before.
-    Stale,
-    /// It has been away for longer than its restart time (RFC 9494 4.3): counts where there is no other path.
-    LongLived,
-}
+use super::{Rib, Route};
+use crate::{bgp::wire::Family, model::Community};
 
 impl Rib {
-    /// What the peer has taught us of a family is stale from now on.
+    /// What the peer has taught us of a family is stale from now on: it counts as before (RFC 4724 4.2, RFC 7313 4).
     pub fn mark_stale(&mut self, peer: IpAddr, family: Family) {
-        self.each_path(peer, family, |path| path.stale = Staleness::Stale);
+        let Some(id) = self.id(peer) else { return };
+        for prefix in self.of_family(id, family) {
+            self.take(prefix, id, |path| {
+                path.stale = true;
+                true
+            });
+        }
+        self.settle();
     }
 
-    /// What is stale of a family is long-lived stale from now on, or gone where the path forbids that.
+    /// What is stale of a family is long-lived stale from now on (RFC 9494 4.3): selection takes it only where there is
+    /// no other path. Paths that forbid that go.
     pub fn degrade_stale(&mut self, peer: IpAddr, family: Family) {
-        self.remove_where(peer, family, |path| {
-            path.stale != Staleness::Fresh && path.attributes.communities.contains(&NO_LLGR)
-        });
-        self.each_path(peer, family, |path| {
-            if path.stale != Staleness::Fresh {
-                path.stale = Staleness::LongLived;
-                Arc::make_mut(&mut path.attributes).communities.push(LLGR_STALE);
+        let Some(id) = self.id(peer) else { return };
+        for prefix in self.of_family(id, family) {
+            let gone = self
+                .take(prefix, id, |path| !path.stale || !path.received.attributes.has_community(Community::NO_LLGR));
+            self.count_out(id, &gone);
+            let Some(entry) = self.table.get(&prefix) else { continue };
+            let stale = entry.paths.iter().filter(|path| path.source == id && path.stale);
+            let before: Vec<(u32, Arc<Route>)> = stale.map(|path| (path.id, Arc::clone(&path.received))).collect();
+            for (number, route) in before {
+                let mut marked = Route::clone(&route);
+                marked.attributes.communities.push(Community::LLGR_STALE_VALUE);
+                let marked = self.routes.share(marked);
+                self.take(prefix, id, |path| {
+                    if path.id == number {
+                        path.received = Arc::clone(&marked);
+                    }
+                    true
+                });
             }
-        });
+        }
+        // Policy may have copied what was received.
+        self.evaluate(peer);
     }
 
     /// What is still stale of a family goes.
     pub fn sweep_stale(&mut self, peer: IpAddr, family: Family) {
-        self.remove_where(peer, family, |path| path.stale != Staleness::Fresh);
+        self.sweep(peer, Some(family));
     }
 
     /// Everything of a family goes.
     pub fn withdraw_family(&mut self, peer: IpAddr, family: Family) {
-        self.remove_where(peer, family, |_| true);
+        let Some(id) = self.id(peer) else { return };
+        for prefix in self.of_family(id, family) {
+            let gone = self.take(prefix, id, |_| false);
+            self.count_out(id, &gone);
+        }
+        self.settle();
     }
 
     /// Paths of a peer that are stale.
     pub fn stale_count(&self, peer: IpAddr) -> u64 {
-        let paths = self.table.values().flat_map(|entry| &entry.paths);
-        paths.filter(|path| path.peer == peer && path.stale != Staleness::Fresh).count() as u64
+        let Some(id) = self.id(peer) else { return 0 };
+        let stale =
+            |entry: &super::Entry| entry.paths.iter().filter(|path| path.source == id && path.stale).count() as u64;
+        self.table.iter().map(|(_, entry)| stale(entry)).sum()
     }
 
-    fn each_path(&mut self, peer: IpAddr, family: Family, change: impl Fn(&mut Path)) {
-        for prefix in self.of_family(peer, family) {
-            self.edit(prefix, |entry| entry.paths.iter_mut().filter(|path| path.peer == peer).for_each(&change));
-        }
-    }
-
-    fn remove_where(&mut self, peer: IpAddr, family: Family, goes: impl Fn(&Path) -> bool) {
-        let (mut received, mut accepted) = (0, 0);
-        for prefix in self.of_family(peer, family) {
-            self.edit(prefix, |entry| {
-                entry.paths.retain(|path| {
-                    let removed = path.peer == peer && goes(path);
-                    received += u64::from(removed);
-                    accepted += u64::from(removed && path.rejection.is_none());
-                    !removed
-                });
-            });
-        }
-        if let Some(source) = self.sources.get_mut(&peer) {
-            source.received = source.received.saturating_sub(received);
-            source.accepted = source.accepted.saturating_sub(accepted);
-        }
-    }
-
-    fn of_family(&self, peer: IpAddr, family: Family) -> Vec<IpNet> {
-        let mut prefixes = self.prefixes_of(peer);
+    fn of_family(&self, id: u32, family: Family) -> Vec<IpNet> {
+        let mut prefixes = self.prefixes_of(id);
         prefixes.retain(|prefix| Family::of(prefix) == family);
         prefixes
     }
 }
 
-/// Paths that take part in route selection: accepted, and long-lived stale ones only where there is nothing better.
-pub(super) fn usable(paths: &[Path]) -> Vec<&Path> {
-    let accepted = || paths.iter().filter(|path| path.rejection.is_none());
-    let better: Vec<&Path> = accepted().filter(|path| path.stale != Staleness::LongLived).collect();
-    if better.is_empty() { accepted().collect() } else { better }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::{net::Ipv4Addr, time::Duration};
 
     use super::*;
     use crate::bgp::{
         policy::{Local, Policy},
-        wire::{Announcement, AsPath, Attributes, Origin, Update},
+        wire::{Announcement, Attributes, Nlri, Update},
     };
 
-    const A: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 2));
-    const B: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 3));
-    const PREFIX: &str = "10.1.2.0/26";
+    const A: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 2));
+    const B: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 3));
+
+    fn up(rib: &mut Rib, peer: IpAddr) {
+        rib.peer_up(peer, Policy { internal: true, ..Policy::default() }, Ipv4Addr::new(10, 0, 0, 9));
+    }
 
     fn rib() -> Rib {
-        let local = Local { asn: 64512, router_id: [10, 0, 0, 1].into(), addresses: [].into() };
+        let local = Local { asn: 64512, router_id: Some(Ipv4Addr::new(10, 0, 0, 1)), ..Local::default() };
         let mut rib = Rib::new(local);
-        for peer in [A, B] {
-            let policy = Policy { internal: true, ..Policy::default() };
-            rib.peer_up(peer, policy, [10, 0, 0, 9].into());
-        }
+        [A, B].into_iter().for_each(|peer| up(&mut rib, peer));
         rib
     }
 
     fn announce(rib: &mut Rib, peer: IpAddr, communities: Vec<u32>) {
-        let attributes = Attributes {
-            origin: Origin::Igp,
-            as_path: AsPath::default(),
-            local_pref: Some(if peer == A { 200 } else { 100 }),
-            communities,
-            ..Attributes::default()
-        };
-        let announced = vec![Announcement { next_hop: peer, prefixes: vec![PREFIX.parse().unwrap()] }];
+        let local_pref = Some(if peer == A { 200 } else { 100 });
+        let attributes = Attributes { local_pref, communities, ..Attributes::default() };
+        let prefixes = vec![Nlri::from("10.1.2.0/26".parse::<IpNet>().unwrap())];
+        let announced = vec![Announcement { next_hop: peer, prefixes }];
         rib.update(peer, &Update { announced, attributes, ..Update::default() }, Duration::ZERO);
     }
 
@@ -159,7 +135,7 @@ mod tests {
         let mut rib = rib();
         announce(&mut rib, A, vec![]);
         rib.mark_stale(A, Family::Ipv4);
-        rib.peer_up(A, Policy { internal: true, ..Policy::default() }, [10, 0, 0, 9].into());
+        up(&mut rib, A);
         assert_eq!(rib.counts(A), (1, 1));
         rib.withdraw_family(A, Family::Ipv4);
         assert_eq!(rib.counts(A), (0, 0));
@@ -174,7 +150,7 @@ mod tests {
         rib.mark_stale(A, Family::Ipv4);
         rib.degrade_stale(A, Family::Ipv4);
         assert_eq!(next_hops(&mut rib), Some(vec![B]));
-        assert!(rib.received(A).any(|(_, standing)| standing.path.attributes.communities == [LLGR_STALE]));
+        assert_eq!(rib.counts(A), (1, 1));
         rib.peer_down(B);
         assert_eq!(next_hops(&mut rib), Some(vec![A]));
     }
@@ -182,10 +158,10 @@ mod tests {
     #[test]
     fn a_path_that_forbids_it_does_not_become_long_lived_stale() {
         let mut rib = rib();
-        announce(&mut rib, A, vec![NO_LLGR]);
+        announce(&mut rib, A, vec![0xffff_0007]);
         assert_eq!(next_hops(&mut rib), Some(vec![A]));
         rib.mark_stale(A, Family::Ipv4);
         rib.degrade_stale(A, Family::Ipv4);
-        assert_eq!(next_hops(&mut rib), Some(vec![]));
+        assert_eq!((next_hops(&mut rib), rib.counts(A)), (Some(vec![]), (0, 0)));
     }
 }

@@ -154,6 +154,24 @@ impl Open {
         self.capabilities.contains(capability)
     }
 
+    /// Families in which the sender takes several paths to a prefix (RFC 7911).
+    pub fn receives_paths(&self) -> Vec<Family> {
+        self.paths(1)
+    }
+
+    /// Families in which the sender can send several paths to a prefix (RFC 7911).
+    pub fn sends_paths(&self) -> Vec<Family> {
+        self.paths(2)
+    }
+
+    fn paths(&self, direction: u8) -> Vec<Family> {
+        let families = self.capabilities.iter().filter_map(|capability| match capability {
+            Capability::AddPath(families) => Some(families),
+            _ => None,
+        });
+        families.flatten().filter(|(_, mode)| mode & direction != 0).map(|(family, _)| *family).collect()
+    }
+
     /// True where the sender uses 4-octet AS numbers.
     pub fn four_octet_as(&self) -> bool {
         self.capabilities.iter().any(|capability| matches!(capability, Capability::FourOctetAs(_)))
@@ -358,7 +376,7 @@ fn fqdn_bytes(host: &str, domain: &str) -> Bytes {
 #[cfg(test)]
 mod tests {
     use super::{
-        super::{Context, Message},
+        super::{AddPath, Context, Message},
         *,
     };
 
@@ -401,7 +419,7 @@ mod tests {
                 Capability::Other(67),
             ],
         };
-        let context = Context { four_octet_as: true, internal: false, extended: false };
+        let context = Context { four_octet_as: true, internal: false, extended: false, add_path: AddPath::None };
         let Ok(Message::Open(read)) = super::super::decode(open.encode().unwrap(), context) else { panic!("an OPEN") };
         assert_eq!(read, open);
     }
