@@ -23,7 +23,11 @@ fn frames(name: &str) -> Vec<Bytes> {
 }
 
 fn context(name: &str) -> Context {
-    Context { four_octet_as: name != "bird-two-octet", internal: name == "bird-internal" }
+    Context {
+        four_octet_as: name != "bird-two-octet",
+        internal: name == "bird-internal",
+        add_path: wire::AddPath::None,
+    }
 }
 
 fn messages(name: &str) -> Vec<Message> {
@@ -47,11 +51,11 @@ fn updates(name: &str) -> Vec<Update> {
 
 /// The UPDATE that announces `prefix`, and its next hop.
 fn announced(name: &str, prefix: &str) -> (Update, String) {
-    let prefix = prefix.parse().unwrap();
+    let wanted = prefix.parse().unwrap();
     updates(name)
         .into_iter()
         .find_map(|update| {
-            let found = update.announced.iter().find(|a| a.prefixes.contains(&prefix))?.next_hop.to_string();
+            let found = update.announced.iter().find(|a| a.prefixes.contains(&wanted))?.next_hop.to_string();
             Some((update, found))
         })
         .unwrap_or_else(|| panic!("{name} announces {prefix}"))
@@ -185,7 +189,7 @@ fn recorded_updates() -> Vec<(Bytes, Context)> {
 }
 
 /// A name for what an UPDATE says of a prefix, whatever the list it is in.
-fn prefixes(update: &Update) -> Vec<ipnet::IpNet> {
+fn prefixes(update: &Update) -> Vec<wire::Nlri> {
     let announced = update.announced.iter().flat_map(|announcement| announcement.prefixes.iter().copied());
     let mut all: Vec<_> = announced.chain(update.withdrawn.iter().copied()).collect();
     all.sort_unstable();
@@ -270,7 +274,7 @@ proptest! {
         bytes.extend(body);
         for internal in [false, true] {
             for four_octet_as in [false, true] {
-                let _ = wire::decode(bytes.clone().into(), Context { four_octet_as, internal });
+                let _ = wire::decode(bytes.clone().into(), Context { four_octet_as, internal, add_path: wire::AddPath::None });
             }
         }
     }

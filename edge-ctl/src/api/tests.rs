@@ -105,6 +105,10 @@ fn rows(query: Query) -> Result<Answer, ViewError> {
         Query::BgpRoutes | Query::BgpReceived(_) | Query::BgpAdvertised(_) => {
             Answer::BgpRoutes(vec![BgpRouteRow { network: text("10.1.0.0/24"), ..BgpRouteRow::default() }])
         }
+        Query::BgpPolicy(question) => Answer::BgpPolicy(vec![crate::model::view::PolicyRow {
+            network: question.prefix.to_string(),
+            ..Default::default()
+        }]),
         Query::Routes => Answer::Routes(vec![
             RouteRow { protocol: text("bgp"), installed: true, ..RouteRow::default() },
             RouteRow { protocol: text("bgp"), installed: false, ..RouteRow::default() },
@@ -221,6 +225,14 @@ fn every_question_has_a_path_that_leads_to_it() {
         Query::BgpRoutes,
         Query::BgpReceived(peer),
         Query::BgpAdvertised(peer),
+        Query::BgpPolicy(crate::model::query::PolicyQuestion {
+            peer,
+            export: true,
+            prefix: "10.1.0.0/24".parse().unwrap(),
+            as_path: Some(vec![65001, 65002]),
+            communities: vec!["64512:1".parse().unwrap(), "64512:1:2".parse().unwrap()],
+            next_hop: Some(peer),
+        }),
         Query::Routes,
         Query::Maps,
         Query::Map { name: "../CONTROL".into(), limit: 3 },

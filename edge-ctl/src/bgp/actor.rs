@@ -1,6 +1,7 @@
 //! The actor: owns every peer, the RIB and what we originate, and turns decisions into I/O.
 
 mod reload;
+mod routes;
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -21,8 +22,7 @@ use super::{
     advertise::{AdjRibOut, Originated},
     fsm::{self, Action, Event, Now, Side},
     listener::Listener,
-    peer::{Peer, Session},
-    policy::Local,
+    peer::{self, Peer, Session},
     rib::Rib,
     session::{self, LinkEvent, LinkId},
     show,
@@ -75,11 +75,7 @@ impl Actor {
     ) -> Result<Self, BgpError> {
         let (input, inputs) = mpsc::channel(BURST);
         let listeners = reload::listen(&config, &input)?;
-        let local = Local {
-            asn: config.asn,
-            router_id: config.router_id,
-            addresses: config.peers.values().filter_map(|peer| peer.local_address).collect(),
-        };
+        let local = peer::local(&config);
         let mut actor = Self {
             peers: config.peers.iter().map(|(address, peer)| (*address, Peer::new(&config, peer))).collect(),
             config,
@@ -98,6 +94,7 @@ impl Actor {
             draws: 0,
             start: Instant::now(),
         };
+        actor.rib.watch_best(actor.config.transit);
         actor.originated.set_networks(&actor.config.networks.clone());
         actor.originated_changed();
         Ok(actor)
@@ -111,6 +108,7 @@ impl Actor {
         }
         loop {
             self.run_timers();
+            self.pass_on();
             self.check_convergence();
             let events = self.events.clone();
             let waiting = self.rib.has_changes() || !self.pending.is_empty();
@@ -160,10 +158,11 @@ impl Actor {
             self.peers.values().filter_map(|peer| Some(peer.session.as_ref()?.last_update + CONVERGENCE_SILENCE));
         let silence = silence.filter(|at| !self.converged && *at > now);
         let timeout = (!self.converged).then_some(CONVERGENCE_TIMEOUT);
-        timers.chain(silence).chain(timeout).min().unwrap_or(now + Duration::from_secs(3600))
+        timers.chain(silence).chain(timeout).chain(self.next_release()).min().unwrap_or(now + Duration::from_secs(3600))
     }
 
     fn run_timers(&mut self) {
+        self.release();
         let addresses: Vec<IpAddr> = self.peers.keys().copied().collect();
         let time = self.start.elapsed();
         for address in addresses {
@@ -405,6 +404,9 @@ impl Actor {
             *peer.malformed.entry(name).or_default() += 1;
         }
         self.rib.update(address, update, now);
+        if !update.announced.is_empty() {
+            self.limit(address);
+        }
     }
 
     fn on_refresh(&mut self, address: IpAddr, side: Side, family: Option<Family>) {
@@ -436,11 +438,11 @@ impl Actor {
         peer.changed = Some(now);
         self.rib.local_address(local);
         self.rib.peer_up(address, peer.policy.clone(), negotiated.peer.router_id);
-        let context = wire::Context { four_octet_as: negotiated.four_octet_as, internal: peer.policy.internal };
         let families = negotiated.families.clone();
+        let terms = routes::terms(&self.config, peer, &negotiated, local);
         peer.session = Some(Session {
             side,
-            out: AdjRibOut::new(self.config.asn, local, families.clone(), context),
+            out: AdjRibOut::new(terms),
             negotiated,
             end_of_rib: Default::default(),
             last_update: now,
@@ -460,21 +462,6 @@ impl Actor {
         peer.last_reset = Some(reason.clone());
         self.rib.peer_down(address);
         self.pending.push_back(BgpEvent::PeerDown { address, reason });
-    }
-
-    /// Brings one peer to what it should have from us.
-    fn sync(&mut self, address: IpAddr) {
-        let Some(peer) = self.peers.get_mut(&address) else { return };
-        let Some(session) = &mut peer.session else { return };
-        let (side, messages) = (session.side, session.out.sync(&self.originated, &peer.policy));
-        self.send_updates(address, side, messages);
-    }
-
-    fn originated_changed(&mut self) {
-        self.version += 1;
-        self.rib.originate(self.originated.prefixes());
-        let addresses: Vec<IpAddr> = self.peers.keys().copied().collect();
-        addresses.into_iter().for_each(|address| self.sync(address));
     }
 
     fn on_command(&mut self, command: Command) {
@@ -501,11 +488,18 @@ impl Actor {
                 let _ = reply.send(show::received(&self.rib, peer, now));
             }
             Command::Advertised(peer, reply) => {
-                let rows = self.peers.get(&peer).map(|peer| show::advertised(peer, self.config.asn));
+                let rows = self.peers.get(&peer).map(|peer| show::advertised(peer, &self.rib, &self.originated));
                 let _ = reply.send(rows.unwrap_or_default());
             }
             Command::Reload(config, reply) => {
                 let _ = reply.send(self.reload(*config));
+            }
+            Command::Policy(question, reply) => {
+                let _ = reply.send(self.judge(&question));
+            }
+            Command::Kernel(routes, reply) => {
+                self.rib.kernel(routes);
+                let _ = reply.send(());
             }
             // Handled where the loop can end.
             Command::Shutdown(reply) => drop(reply),

@@ -346,7 +346,9 @@ fn connected(state: &mut State, now: Now, side: Side, actions: &mut Vec<Action>)
     *state.slot(side) =
         Some(Connection { stage: Stage::OpenSent, hold_at: Some(now.time + OPEN_HOLD), keepalive_at: None });
     let settings = &state.settings;
-    actions.push(Action::SendOpen(side, Open::ours(settings.local_asn, settings.hold, settings.router_id)));
+    let open = Open::ours(settings.local_asn, settings.hold, settings.router_id);
+    let open = if settings.add_path { open.with_add_path() } else { open };
+    actions.push(Action::SendOpen(side, open));
     // While this connection tries its luck no further dial is planned; a dial under way goes on.
     if let Phase::Active { until } = &mut state.phase {
         *until = None;
@@ -458,6 +460,7 @@ fn negotiate(settings: &Settings, open: Open) -> Result<Negotiated, (u8, String)
         families,
         four_octet_as: open.four_octet_as(),
         route_refresh: open.route_refresh(),
+        add_path: if settings.add_path { open.sends_paths() } else { Vec::new() },
         peer: open,
     })
 }
@@ -528,6 +531,7 @@ mod tests {
             hold: 90,
             keepalive: Duration::from_secs(30),
             passive: false,
+            add_path: false,
         }
     }
 

@@ -2,15 +2,17 @@
 //!
 //! Pure parts decide: `wire` (messages), `fsm` (one peer), `policy`, `bestpath`, `rib`, `advertise`. One actor owns them
 //! all and acts through `session` and `listener`, so there are no locks and every decision sees one consistent state.
-//! Nothing learnt is advertised again (see `advertise`). Graceful restart is not offered.
+//! What is learnt is announced again only with `transit` (see `advertise`). Graceful restart is not offered.
 
 mod actor;
 pub mod advertise;
 pub mod bestpath;
 pub mod fsm;
 mod listener;
+pub mod nexthop;
 mod peer;
 pub mod policy;
+mod policy_test;
 pub mod rib;
 mod session;
 mod show;
@@ -25,7 +27,8 @@ use crate::{
     config::valid,
     model::{
         PathAttributes, RouteUpdate,
-        view::{BgpPeerRow, BgpRouteRow},
+        query::PolicyQuestion,
+        view::{BgpPeerRow, BgpRouteRow, PolicyRow},
     },
 };
 
@@ -65,6 +68,8 @@ enum Command {
     Routes(oneshot::Sender<Vec<BgpRouteRow>>),
     Received(IpAddr, oneshot::Sender<Vec<BgpRouteRow>>),
     Advertised(IpAddr, oneshot::Sender<Vec<BgpRouteRow>>),
+    Kernel(Vec<(IpNet, Option<IpAddr>)>, oneshot::Sender<()>),
+    Policy(Box<PolicyQuestion>, oneshot::Sender<Option<PolicyRow>>),
     Reload(Box<valid::Bgp>, oneshot::Sender<Result<(), BgpError>>),
     Shutdown(oneshot::Sender<()>),
 }
@@ -136,6 +141,17 @@ impl BgpHandle {
     /// Adj-RIB-Out of a peer.
     pub async fn advertised(&self, peer: IpAddr) -> Vec<BgpRouteRow> {
         self.ask(|reply| Command::Advertised(peer, reply)).await.unwrap_or_default()
+    }
+
+    /// The kernel's connected and static routes with their gateways, default routes aside: next hops are resolved by them
+    /// from the first time that they are given.
+    pub async fn kernel(&self, routes: Vec<(IpNet, Option<IpAddr>)>) {
+        self.ask(|reply| Command::Kernel(routes, reply)).await;
+    }
+
+    /// What a peer's policy says of a path; `None`: no such peer.
+    pub async fn policy(&self, question: PolicyQuestion) -> Option<PolicyRow> {
+        self.ask(|reply| Command::Policy(Box::new(question), reply)).await.flatten()
     }
 
     /// Applies a new configuration. Sessions whose settings did not change are untouched; changed prefix lists are

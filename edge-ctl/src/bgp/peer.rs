@@ -11,9 +11,9 @@ use tokio::task::AbortHandle;
 use super::{
     advertise::AdjRibOut,
     fsm::{self, Negotiated, Side},
-    policy::Policy,
+    policy::{Local, Policy},
     session::{Link, LinkId},
-    wire::{Context, Family},
+    wire::{AddPath, Context, Family},
 };
 use crate::config::valid;
 
@@ -46,6 +46,10 @@ pub struct Peer {
     pub established_count: u64,
     /// When the session came up or went down; `None`: never up.
     pub changed: Option<Duration>,
+    /// It had too many prefixes; it may come back at this time, or not by itself.
+    pub limited: Option<Option<Duration>>,
+    /// A warning that its prefixes come near the limit was given.
+    pub warned: bool,
 }
 
 /// An established session.
@@ -88,6 +92,8 @@ impl Peer {
             last_failure: None,
             established_count: 0,
             changed: None,
+            limited: None,
+            warned: false,
         }
     }
 
@@ -115,7 +121,8 @@ impl Peer {
     /// How the bytes of a connection are to be read; before the OPEN nothing depends on it.
     pub fn context(&self) -> Context {
         let four_octet_as = self.session.as_ref().is_none_or(|session| session.negotiated.four_octet_as);
-        Context { four_octet_as, internal: self.policy.internal }
+        let add_path = self.session.as_ref().map_or(AddPath::None, |session| session.out.terms.context.add_path);
+        Context { four_octet_as, internal: self.policy.internal, add_path }
     }
 
     /// Counts one message.
@@ -133,12 +140,26 @@ pub fn settings(bgp: &valid::Bgp, peer: &valid::Peer) -> fsm::Settings {
         hold: u16::try_from(peer.hold.as_secs()).unwrap_or(u16::MAX),
         keepalive: peer.keepalive,
         passive: peer.passive,
+        add_path: peer.intake.add_path,
     }
 }
 
 /// The policy's part of the configuration.
 pub fn policy(bgp: &valid::Bgp, peer: &valid::Peer) -> Policy {
-    Policy { internal: peer.remote_asn == bgp.asn, import: peer.import.clone(), export: peer.export.clone() }
+    let list = |terms: &Option<Vec<valid::Term>>| terms.clone().map(std::sync::Arc::new);
+    Policy { internal: peer.remote_asn == bgp.asn, import: list(&peer.import), export: list(&peer.export) }
+}
+
+/// What makes us refuse a path, as far as the configuration says it.
+pub fn local(bgp: &valid::Bgp) -> Local {
+    Local {
+        asn: bgp.asn,
+        router_id: Some(bgp.router_id),
+        addresses: bgp.peers.values().filter_map(|peer| peer.local_address).collect(),
+        pod_networks: bgp.guard.pod_networks.clone(),
+        vips: bgp.guard.vips.clone(),
+        connected: BTreeSet::new(),
+    }
 }
 
 /// Families of the addresses of peers.

@@ -286,10 +286,53 @@ pub(super) enum BgpVerb {
     },
     /// Routes, with the reason why one is not best or not accepted
     #[command(infer_subcommands = true)]
+    #[command(args_conflicts_with_subcommands = true)]
     Routes {
+        /// Only paths to this prefix, or to the longest one with this address in it
+        prefix: Option<String>,
         #[command(subcommand)]
         which: Option<Which>,
     },
+    /// What policy says
+    #[command(infer_subcommands = true)]
+    Policy {
+        #[command(subcommand)]
+        verb: PolicyVerb,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum PolicyVerb {
+    /// Ask a peer's policy about a path: the one that there is, or one with these attributes
+    Test(PolicyArgs),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct PolicyArgs {
+    /// Its address
+    pub peer: IpAddr,
+    /// What it sends, or what is announced to it
+    #[arg(value_enum)]
+    pub direction: Direction,
+    /// The prefix
+    pub prefix: ipnet::IpNet,
+    /// AS numbers with spaces between
+    #[arg(long, value_name = "NUMBERS")]
+    pub as_path: Option<String>,
+    /// A community; may be given more than once
+    #[arg(long = "community", value_name = "COMMUNITY")]
+    pub communities: Vec<crate::model::Community>,
+    /// Next hop
+    #[arg(long, value_name = "ADDRESS")]
+    pub next_hop: Option<IpAddr>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(super) enum Direction {
+    /// What the peer sends
+    In,
+    /// What is announced to it
+    Out,
 }
 
 #[derive(Debug, Subcommand)]

@@ -47,7 +47,8 @@ enum Show {
     BgpSummary,
     BgpPeers,
     BgpPeer(IpAddr),
-    BgpRoutes,
+    BgpRoutes(Option<String>),
+    BgpPolicy(super::args::PolicyArgs),
     BgpReceived(Option<IpAddr>),
     BgpAdvertised(Option<IpAddr>),
     Routes,
@@ -159,9 +160,10 @@ fn bgp(verb: Option<BgpVerb>) -> Show {
         None | Some(BgpVerb::Summary) => Show::BgpSummary,
         Some(BgpVerb::Peers) => Show::BgpPeers,
         Some(BgpVerb::Peer { address }) => Show::BgpPeer(address),
-        Some(BgpVerb::Routes { which: None | Some(Which::Available) }) => Show::BgpRoutes,
-        Some(BgpVerb::Routes { which: Some(Which::Received { peer }) }) => Show::BgpReceived(peer),
-        Some(BgpVerb::Routes { which: Some(Which::Advertised { peer }) }) => Show::BgpAdvertised(peer),
+        Some(BgpVerb::Routes { which: None | Some(Which::Available), prefix }) => Show::BgpRoutes(prefix),
+        Some(BgpVerb::Routes { which: Some(Which::Received { peer }), .. }) => Show::BgpReceived(peer),
+        Some(BgpVerb::Routes { which: Some(Which::Advertised { peer }), .. }) => Show::BgpAdvertised(peer),
+        Some(BgpVerb::Policy { verb: super::args::PolicyVerb::Test(question) }) => Show::BgpPolicy(question),
     }
 }
 
@@ -210,6 +212,10 @@ pub(super) struct Failure {
 impl Failure {
     pub fn error(message: impl ToString) -> Self {
         Self { exit: Exit::Error, message: message.to_string() }
+    }
+
+    pub fn usage(message: impl ToString) -> Self {
+        Self { exit: Exit::Usage, message: message.to_string() }
     }
 }
 
@@ -334,7 +340,8 @@ fn shown(source: &Source<'_>, show: &Show) -> Outcome<Shown> {
         Show::BgpSummary => list(&views::BGP_SUMMARY, &Query::BgpPeers),
         Show::BgpPeers => list(&views::BGP_PEERS, &Query::BgpPeers),
         Show::BgpPeer(address) => peer(source, *address),
-        Show::BgpRoutes => list(&views::BGP_ROUTES, &Query::BgpRoutes),
+        Show::BgpRoutes(prefix) => super::bgp::routes(source, prefix.as_deref()),
+        Show::BgpPolicy(question) => super::bgp::policy(source, question),
         Show::BgpReceived(peer) => peer_routes(source, *peer, Query::BgpReceived),
         Show::BgpAdvertised(peer) => peer_routes(source, *peer, Query::BgpAdvertised),
         Show::Routes => routes(source),

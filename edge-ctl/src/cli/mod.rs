@@ -3,6 +3,7 @@
 
 mod acl;
 mod args;
+mod bgp;
 mod capture;
 mod change;
 mod client;

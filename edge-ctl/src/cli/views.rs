@@ -68,6 +68,8 @@ pub(super) static BACKENDS: View = View {
         column("CONN/S", "conn/s", Show::Rate),
         column("FAILS", "fails", Show::Number),
         column("UNAVAIL", "unavail", Show::Number),
+        wide("DOWNTIME", "downtime", Show::Age),
+        wide("EJECTIONS", "ejections", Show::Number),
         column("LAST-CHECK", "last-check", Show::Age),
         column("CONNECT", "connect", Show::Row(connect_time)),
         column("SOURCE", "source", Show::Text),
@@ -101,6 +103,7 @@ pub(super) static HEALTH: View = View {
         column("CHECKS", "checks", Show::Number),
         column("FAILS", "fails", Show::Number),
         column("UNAVAIL", "unavail", Show::Number),
+        wide("EJECTIONS", "ejections", Show::Number),
         column("LAST-CHECK", "last-check", Show::Age),
         column("CONNECT", "connect", Show::Row(connect_time)),
         wide("NEXT", "next", Show::Age),
@@ -269,6 +272,7 @@ pub(super) static DNS_SERVERS: View = View {
         column("MS", "took_ms", Show::Number),
         column("REQUESTS", "requests", Show::Number),
         wide("RESPONSES", "responses", Show::Counts),
+        wide("SOURCE", "source", Show::Text),
         column("ERROR", "error", Show::Text),
     ],
 };
@@ -363,6 +367,28 @@ pub(super) static BGP_ROUTES: View = View {
         column("Age", "age", Show::Clock),
         column("Reason", "reason", Show::Text),
         wide("Communities", "communities", Show::Text),
+        wide("PathId", "path_id", Show::Number),
+        wide("Via", "via", Show::Text),
+        wide("Selection", "steps", Show::Text),
+    ],
+};
+
+pub(super) static BGP_POLICY: View = View {
+    kind: "verdict",
+    names: &["peer", "network"],
+    columns: &[
+        column("PEER", "peer", Show::Text),
+        column("DIRECTION", "direction", Show::Text),
+        column("NETWORK", "network", Show::Text),
+        column("PATH-FROM", "path_from", Show::Text),
+        column("VERDICT", "verdict", Show::Text),
+        column("TERM", "term", Show::Number),
+        column("REASON", "reason", Show::Text),
+        column("NEXT-HOP", "next_hop", Show::Text),
+        column("MED", "metric", Show::Number),
+        column("LOCPRF", "locprf", Show::Number),
+        column("PATH", "path", Show::Text),
+        column("COMMUNITIES", "communities", Show::Text),
     ],
 };
 

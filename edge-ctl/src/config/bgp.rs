@@ -6,12 +6,16 @@ use std::{
     time::Duration,
 };
 
+use ipnet::IpNet;
+
 use super::{
+    policy::{self, Guard, Intake, MaxPrefixes, Term},
     raw::Place,
     read::{At, Section},
-    valid::{Bgp, Peer, PrefixRule},
+    valid::{Bgp, Peer},
     values,
 };
+use crate::model::Service;
 
 const DEFAULT_PORT: u16 = 179;
 /// RFC 4271 10 suggests 90 s, and a third of it for keepalives.
@@ -30,22 +34,15 @@ struct Settings {
     keepalive: Option<At<Duration>>,
     hold: Option<At<Duration>>,
     ebgp_multihop: Option<u8>,
-    import: Option<Vec<PrefixRule>>,
-    export: Option<Vec<PrefixRule>>,
+    import: Option<Vec<Term>>,
+    export: Option<Vec<Term>>,
+    max_prefixes: Option<MaxPrefixes>,
+    add_path: Option<bool>,
 }
 
 impl Settings {
     fn read(section: &Section<'_>) -> Self {
-        section.not_yet(&[
-            "password_file",
-            "listen_range",
-            "ttl_security",
-            "bfd",
-            "graceful_restart",
-            "max_prefixes",
-            "max_prefix",
-            "password",
-        ]);
+        section.not_yet(&["password_file", "listen_range", "ttl_security", "bfd", "graceful_restart", "password"]);
         let (keepalive, hold) = timers(section);
         Self {
             remote_asn: section.integer("remote_asn", AS_NUMBER),
@@ -55,8 +52,10 @@ impl Settings {
             keepalive,
             hold,
             ebgp_multihop: section.integer("ebgp_multihop", 1..=255).and_then(|hops| u8::try_from(hops).ok()),
-            import: rules(section, "import"),
-            export: rules(section, "export"),
+            import: policy::terms(section, "import"),
+            export: policy::terms(section, "export"),
+            max_prefixes: policy::max_prefixes(section),
+            add_path: section.boolean("add_path"),
         }
     }
 
@@ -74,6 +73,8 @@ impl Settings {
             ebgp_multihop: self.ebgp_multihop.or(group.ebgp_multihop),
             import: self.import.or(group.import),
             export: self.export.or(group.export),
+            max_prefixes: self.max_prefixes.or(group.max_prefixes),
+            add_path: self.add_path.or(group.add_path),
         }
     }
 }
@@ -94,11 +95,6 @@ fn timers(section: &Section<'_>) -> (Option<At<Duration>>, Option<At<Duration>>)
     });
     timers.finish();
     (keepalive, hold)
-}
-
-fn rules(section: &Section<'_>, key: &'static str) -> Option<Vec<PrefixRule>> {
-    let rules = section.list(key, values::PREFIX_RULE, values::prefix_rule)?;
-    Some(rules.into_iter().map(|rule| rule.value).collect())
 }
 
 fn address(text: &str) -> Result<IpAddr, String> {
@@ -125,6 +121,7 @@ pub(super) fn bgp(root: &Section<'_>) -> Option<Bgp> {
     }
     section.not_yet(&["graceful_restart", "bfd", "listen_range", "password_file"]);
     let router_id = router_id(&section, &peers);
+    let transit = section.boolean("transit").unwrap_or(false);
     section.finish();
     Some(Bgp {
         asn: asn?,
@@ -132,7 +129,15 @@ pub(super) fn bgp(root: &Section<'_>) -> Option<Bgp> {
         listen_port: Some(listen_port).filter(|port| *port != 0),
         networks: networks.into_iter().map(|network| network.value).collect(),
         peers: peers.into_iter().map(|(address, (peer, _))| (address, peer)).collect(),
+        transit,
+        guard: Guard::default(),
     })
+}
+
+/// With what no import may bring in unasked: pods are routed, our own addresses are not.
+pub(super) fn guarded(bgp: Bgp, pod_networks: &[IpNet], services: &BTreeMap<String, Service>) -> Bgp {
+    let vips = services.values().flat_map(|service| &service.listen).map(|frontend| frontend.address.ip()).collect();
+    Bgp { guard: Guard { pod_networks: Some(pod_networks.to_vec()), vips }, ..bgp }
 }
 
 fn group<'a>((name, section): (&'a str, Section<'_>)) -> (&'a str, Settings) {
@@ -191,6 +196,7 @@ fn read_peer(
             ebgp_multihop: settings.ebgp_multihop.unwrap_or(1),
             import: settings.import,
             export: settings.export,
+            intake: Intake { max_prefixes: settings.max_prefixes, add_path: settings.add_path.unwrap_or(false) },
         };
         peers.entry(neighbour.value).or_insert((peer, neighbour.at));
     }

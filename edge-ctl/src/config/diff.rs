@@ -109,7 +109,7 @@ pub fn needs_new_session(old: &Peer, new: &Peer) -> bool {
     let transport = |peer: &Peer| {
         (peer.remote_asn, peer.port, peer.passive, peer.local_address, peer.keepalive, peer.hold, peer.ebgp_multihop)
     };
-    transport(old) != transport(new)
+    transport(old) != transport(new) || old.intake.add_path != new.intake.add_path
 }
 
 fn service(before: &Service, after: &Service) -> String {

@@ -2,7 +2,7 @@
 
 use ipnet::IpNet;
 
-use super::valid::{Bgp, Config, Peer, PrefixRule};
+use super::valid::{Bgp, Config, Peer, PrefixRule, Term};
 
 /// One line for each thing worth a second look.
 pub fn warnings(config: &Config) -> Vec<String> {
@@ -36,7 +36,7 @@ fn peer_warnings(bgp: &Bgp, peer: &Peer, pod_networks: &[IpNet], warnings: &mut 
         None if peer.remote_asn != bgp.asn => warnings.push(format!(
             "peer {address}: eBGP without `import` accepts nothing (RFC 8212); give a list, or `import = []` to say so"
         )),
-        Some(rules) => warnings.extend(rules.iter().filter(|rule| is_exact_cover(rule, pod_networks)).map(|rule| {
+        Some(terms) => warnings.extend(rules(terms).filter(|rule| is_exact_cover(rule, pod_networks)).map(|rule| {
             format!(
                 "peer {address}: `import` \"{0}\" accepts that prefix only, not the nodes' blocks inside it; meant \
                  \"{0} le 32\"?",
@@ -45,6 +45,14 @@ fn peer_warnings(bgp: &Bgp, peer: &Peer, pod_networks: &[IpNet], warnings: &mut 
         })),
         None => {}
     }
+}
+
+fn rules(terms: &[Term]) -> impl Iterator<Item = &PrefixRule> {
+    terms.iter().filter(|term| !term.deny).flat_map(|term| &term.prefixes)
+}
+
+fn matches_prefix(term: &Term, prefix: &IpNet) -> bool {
+    term.prefixes.is_empty() || term.prefixes.iter().any(|rule| rule.matches(prefix))
 }
 
 /// A rule without lengths on a prefix that pods are numbered from: nodes announce parts of it.
@@ -59,7 +67,7 @@ fn unannounced(config: &Config, bgp: &Bgp, warnings: &mut Vec<String>) {
         for frontend in &service.listen {
             let vip = IpNet::from(frontend.address.ip());
             let announced = bgp.peers.values().any(|peer| match &peer.export {
-                Some(rules) => rules.iter().any(|rule| rule.matches(&vip)),
+                Some(terms) => terms.iter().any(|term| !term.deny && matches_prefix(term, &vip)),
                 None => peer.remote_asn == bgp.asn,
             });
             if !announced {

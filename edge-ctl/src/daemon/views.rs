@@ -24,7 +24,7 @@ use crate::{
         acl_view::acl_rows,
         answer::answer_from_pins,
         kernel_view::{Counted, KernelView, Rates},
-        pins::SIZED,
+        pins::FLOW_TABLES,
     },
     desired::{DesiredBackend, DesiredState, Exclusion},
     fib::FibHandle,
@@ -118,6 +118,10 @@ impl DaemonViews {
             Query::BgpRoutes => Answer::BgpRoutes(bgp()?.routes().await),
             Query::BgpReceived(peer) => Answer::BgpRoutes(self.peer(peer).await?.received(peer).await),
             Query::BgpAdvertised(peer) => Answer::BgpRoutes(self.peer(peer).await?.advertised(peer).await),
+            Query::BgpPolicy(question) => {
+                let rows = self.peer(question.peer).await?.policy(question).await;
+                Answer::BgpPolicy(rows.into_iter().collect())
+            }
             Query::Routes => Answer::Routes(self.fib.routes().await),
             Query::Xdp => Answer::Xdp(lock(&self.shared).datapath.xdp_rows()),
             Query::Acl => Answer::Acl(self.acl()?),
@@ -198,6 +202,8 @@ impl DaemonViews {
         };
         let checked: BTreeMap<(String, String), HealthRow> =
             self.health.rows().into_iter().map(|row| ((row.service.clone(), row.backend.clone()), row)).collect();
+        let now = Instant::now();
+        let downtime = |key: &BackendKey| lock(&self.shared).downtimes.of(now, key).as_secs();
         let numbers = backend_numbers(&self.reconciler.borrow().state);
         let sampled = self.sampled.lock().unwrap_or_else(PoisonError::into_inner);
         for row in &mut rows {
@@ -225,8 +231,12 @@ impl DaemonViews {
             if row.state == "up" && row.limit > 0 && row.active >= row.limit {
                 "full".clone_into(&mut row.state);
             }
+            if let Some(key) = row_key(row) {
+                row.downtime = downtime(&key);
+            }
             if let Some(checked) = checked.get(&(row.service.clone(), row.backend.clone())) {
                 (row.fails, row.unavail) = (checked.fails, checked.unavail);
+                row.ejections = checked.ejections;
                 (row.last_check, row.connect) = (checked.last_check, checked.connect);
             }
         }
@@ -241,7 +251,7 @@ impl DaemonViews {
                 let (age, entries) = counted.as_ref()?;
                 Some((*entries.get(map)?, age.as_secs()))
             };
-            SIZED.contains(&map).then(|| Counted(known()))
+            FLOW_TABLES.contains(&map).then(|| Counted(known()))
         };
         Ok(self.kernel.map_rows_with(known)?)
     }

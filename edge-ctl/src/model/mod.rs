@@ -2,6 +2,7 @@
 
 pub mod access;
 pub mod capture;
+mod community;
 mod health;
 mod protect;
 pub mod query;
@@ -12,12 +13,13 @@ mod service;
 mod snat;
 pub mod view;
 
+pub use community::Community;
 pub use health::{
     AdminOrder, AdminOrders, AdminState, BackendVerb, Check, Exchange, Health, HealthKey, Http, Passive,
     PassiveCounters, PassiveSignals, Tls, Verdict,
 };
 pub use protect::{Limits, Protection, RangeAction, Rate, SourceRanges};
-pub use resolver::ResolverPolicy;
+pub use resolver::{Follow, ResolverPolicy};
 pub use route::{PathAttributes, RouteSet, RouteUpdate};
 pub use selection::{MOST_CONNECTIONS, Selection, StaticBackend, TableShape, Tier};
 

@@ -91,6 +91,12 @@ pub struct BackendRow {
     pub fails: u64,
     /// Times it became unavailable.
     pub unavail: u64,
+    /// Seconds, since the daemon started, in which it could not be used for another reason than an order.
+    #[serde(default)]
+    pub downtime: u64,
+    /// Times that what clients saw took it out of use.
+    #[serde(default)]
+    pub ejections: u64,
     /// Seconds since the last check; absent while there are no checks.
     #[serde(rename = "last-check")]
     pub last_check: Option<u64>,
@@ -167,6 +173,9 @@ pub struct HealthRow {
     pub fails: u64,
     /// Times it became unavailable.
     pub unavail: u64,
+    /// Times that what clients saw took it out of use.
+    #[serde(default)]
+    pub ejections: u64,
     /// Checks that this host could not make: they say nothing about the backend.
     pub inconclusive: u64,
     /// Seconds since the last check.
@@ -319,6 +328,9 @@ pub struct DnsServerRow {
     pub requests: u64,
     /// Answers by class.
     pub responses: std::collections::BTreeMap<String, u64>,
+    /// `configured`, or `followed`: an endpoint of the resolver's own service.
+    #[serde(default)]
+    pub source: String,
 }
 
 /// One record in `dns query`.
@@ -381,6 +393,8 @@ pub struct BgpPeerRow {
     pub capabilities: Vec<String>,
     /// Prefixes received before policy.
     pub pfx_received: u64,
+    /// How many it may send; absent: no limit.
+    pub max_prefixes: Option<u64>,
     /// Messages by type, `open_sent`, `open_received`, `update_sent`, and so on.
     pub messages: std::collections::BTreeMap<String, u64>,
     /// Why the last session ended.
@@ -394,7 +408,7 @@ pub struct BgpPeerRow {
 /// One path in `bgp routes`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct BgpRouteRow {
-    /// `*` valid, `>` best, `=` multipath, `i` internal; `r` rejected by policy.
+    /// `*` valid, `>` best, `=` multipath, `i` internal, `S` stale; `r` rejected by policy, `u` next hop unreachable.
     pub status: String,
     /// Prefix.
     pub network: String,
@@ -412,7 +426,42 @@ pub struct BgpRouteRow {
     pub age: u64,
     /// Why it is not best, or not accepted.
     pub reason: Option<String>,
-    /// Communities.
+    /// Communities of all kinds.
+    pub communities: Vec<String>,
+    /// Path identifier (RFC 7911), where the peer sends several paths.
+    pub path_id: Option<u32>,
+    /// Gateways, where the next hop is not a neighbour itself.
+    pub via: Vec<String>,
+    /// What the path had to show in each step of selection, in order; only of `bgp routes`.
+    pub steps: Vec<String>,
+}
+
+/// What policy says of a path, in `bgp policy test`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PolicyRow {
+    /// The peer.
+    pub peer: String,
+    /// `in` or `out`.
+    pub direction: String,
+    /// Prefix.
+    pub network: String,
+    /// Whose path it is: `received`, `ours`, `best path`, or `given` with the question.
+    pub path_from: String,
+    /// `accepted` or `refused`, `announced` or `withheld`.
+    pub verdict: String,
+    /// The term that permits it, counted from 1; absent: there is no list, or it is not known.
+    pub term: Option<u64>,
+    /// Why it is refused or withheld.
+    pub reason: Option<String>,
+    /// Next hop after policy.
+    pub next_hop: Option<String>,
+    /// MED after policy.
+    pub metric: Option<u32>,
+    /// LOCAL_PREF after policy.
+    pub locprf: Option<u32>,
+    /// AS path after policy.
+    pub path: String,
+    /// Communities after policy.
     pub communities: Vec<String>,
 }
 

@@ -43,7 +43,8 @@ impl Actor {
                 (Some(new), _) => self.change_policy(&config, address, new),
             }
         }
-        self.rib.identify(config.asn, config.router_id);
+        self.rib.identify(peer::local(&config));
+        self.rib.watch_best(config.transit);
         self.config = config;
         for (address, new) in self.config.peers.clone() {
             if let Entry::Vacant(vacant) = self.peers.entry(address) {
@@ -51,6 +52,8 @@ impl Actor {
                 self.feed(address, Event::ManualStart);
             }
         }
+        let transit = self.config.transit;
+        self.peers.values_mut().filter_map(|peer| peer.session.as_mut()).for_each(|s| s.out.terms.transit = transit);
         self.originated.set_networks(&self.config.networks);
         self.originated_changed();
         Ok(())
@@ -63,7 +66,14 @@ impl Actor {
 
     fn change_policy(&mut self, bgp: &valid::Bgp, address: IpAddr, new: &valid::Peer) {
         let Some(peer) = self.peers.get_mut(&address) else { return };
+        let limit_changed = peer.config.intake.max_prefixes != new.intake.max_prefixes;
         peer.config = new.clone();
+        if limit_changed && peer.limited.take().is_some() {
+            self.feed(address, Event::ManualStart);
+        } else if limit_changed {
+            self.limit(address);
+        }
+        let Some(peer) = self.peers.get_mut(&address) else { return };
         let policy = peer::policy(bgp, new);
         if policy == peer.policy {
             return;

@@ -28,6 +28,8 @@ pub struct Settings {
     pub keepalive: Duration,
     /// Never dial.
     pub passive: bool,
+    /// Ask for several paths to a prefix (RFC 7911).
+    pub add_path: bool,
 }
 
 /// Which side opened a connection.
@@ -116,6 +118,8 @@ pub struct Negotiated {
     pub families: Vec<Family>,
     /// Both sides use 4-octet AS numbers.
     pub four_octet_as: bool,
+    /// Families in which the peer sends several paths to a prefix (RFC 7911), because we asked for them.
+    pub add_path: Vec<Family>,
     /// The peer takes ROUTE-REFRESH.
     pub route_refresh: bool,
 }

@@ -15,10 +15,10 @@ use bytes::Bytes;
 use ipnet::IpNet;
 use rustbgpd_wire as codec;
 
-pub use attributes::{AsPath, Attributes, Origin, Segment};
+pub use attributes::{AsPath, Attributes, Community, Opaque, Origin, Segment};
 pub use notification::{Notification, cease, open_error};
 pub use open::{Capability, Open};
-pub use update::{Announcement, Problem, Update, encode_announcements, encode_end_of_rib, encode_withdrawals};
+pub use update::{Announcement, Nlri, Problem, Update, encode_announcements, encode_end_of_rib, encode_withdrawals};
 
 /// Largest message without RFC 8654, which we do not offer.
 pub const MAX_MESSAGE: u16 = codec::MAX_MESSAGE_LEN;
@@ -84,6 +84,57 @@ pub struct Context {
     pub four_octet_as: bool,
     /// The peer is in our AS; some attributes are judged differently (RFC 7606 7).
     pub internal: bool,
+    /// Families in which the peer sends path identifiers (RFC 7911).
+    pub add_path: AddPath,
+}
+
+/// Families with path identifiers in what the peer sends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AddPath {
+    /// None.
+    #[default]
+    None,
+    /// IPv4 alone.
+    Ipv4,
+    /// IPv6 alone.
+    Ipv6,
+    /// Both.
+    Both,
+}
+
+impl AddPath {
+    /// The families of an iterator.
+    pub fn of(families: impl IntoIterator<Item = Family>) -> Self {
+        let (mut ipv4, mut ipv6) = (false, false);
+        for family in families {
+            match family {
+                Family::Ipv4 => ipv4 = true,
+                Family::Ipv6 => ipv6 = true,
+            }
+        }
+        match (ipv4, ipv6) {
+            (false, false) => Self::None,
+            (true, false) => Self::Ipv4,
+            (false, true) => Self::Ipv6,
+            (true, true) => Self::Both,
+        }
+    }
+
+    /// True where NLRI of `family` carry a path identifier.
+    pub const fn contains(self, family: Family) -> bool {
+        matches!((self, family), (Self::Both, _) | (Self::Ipv4, Family::Ipv4) | (Self::Ipv6, Family::Ipv6))
+    }
+
+    const fn codec(self) -> &'static [(codec::Afi, codec::Safi)] {
+        const IPV4: (codec::Afi, codec::Safi) = (codec::Afi::Ipv4, codec::Safi::Unicast);
+        const IPV6: (codec::Afi, codec::Safi) = (codec::Afi::Ipv6, codec::Safi::Unicast);
+        match self {
+            Self::None => &[],
+            Self::Ipv4 => &[IPV4],
+            Self::Ipv6 => &[IPV6],
+            Self::Both => &[IPV4, IPV6],
+        }
+    }
 }
 
 /// A message as the rest of the speaker sees it.

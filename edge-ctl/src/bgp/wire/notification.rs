@@ -9,6 +9,8 @@ use super::EncodeError;
 
 /// Cease subcodes (RFC 4486).
 pub mod cease {
+    /// Maximum Number of Prefixes Reached; carries family and limit.
+    pub const MAXIMUM_PREFIXES: u8 = 1;
     /// Administrative Shutdown; carries a text (RFC 9003).
     pub const ADMINISTRATIVE_SHUTDOWN: u8 = 2;
     /// Peer De-configured.
@@ -60,6 +62,13 @@ impl Notification {
     /// Cease, Administrative Shutdown, with a text for the peer's operator (RFC 9003).
     pub fn shutdown(text: &str) -> Self {
         Self::new(6, cease::ADMINISTRATIVE_SHUTDOWN, codec::notification::encode_shutdown_communication(text))
+    }
+
+    /// Cease, Maximum Number of Prefixes Reached: AFI, SAFI and the limit, big-endian (RFC 4486 4).
+    pub fn too_many_prefixes(family: super::Family, limit: u32) -> Self {
+        let mut data = vec![0, if family == super::Family::Ipv4 { 1 } else { 2 }, 1];
+        data.extend(limit.to_be_bytes());
+        Self::new(6, cease::MAXIMUM_PREFIXES, Bytes::from(data))
     }
 
     /// An OPEN Message Error.

@@ -19,6 +19,8 @@ pub enum Capability {
     RouteRefresh,
     /// 4-octet AS number (RFC 6793).
     FourOctetAs(u32),
+    /// ADD-PATH: for each family 1 (receive), 2 (send) or 3 (both) (RFC 7911 4).
+    AddPath(Vec<(Family, u8)>),
     /// Any other, by its code.
     Other(u8),
 }
@@ -29,6 +31,7 @@ impl fmt::Display for Capability {
             Self::Multiprotocol(family) => write!(f, "{family}"),
             Self::RouteRefresh => f.write_str("route-refresh"),
             Self::FourOctetAs(_) => f.write_str("4-octet-as"),
+            Self::AddPath(_) => f.write_str("add-path"),
             // IANA's registry of capability codes.
             Self::Other(code) => match code {
                 5 => f.write_str("extended-next-hop"),
@@ -80,6 +83,21 @@ impl Open {
         if families.is_empty() && !multiprotocol { vec![Family::Ipv4] } else { families }
     }
 
+    /// With the wish for several paths to a prefix (RFC 7911), which we only receive.
+    pub fn with_add_path(mut self) -> Self {
+        self.capabilities.push(Capability::AddPath(Family::ALL.map(|family| (family, 1)).into()));
+        self
+    }
+
+    /// Families in which the sender can send several paths to a prefix (RFC 7911).
+    pub fn sends_paths(&self) -> Vec<Family> {
+        let families = self.capabilities.iter().filter_map(|capability| match capability {
+            Capability::AddPath(families) => Some(families),
+            _ => None,
+        });
+        families.flatten().filter(|(_, mode)| mode & 2 != 0).map(|(family, _)| *family).collect()
+    }
+
     /// True where the sender can receive ROUTE-REFRESH.
     pub fn route_refresh(&self) -> bool {
         self.capabilities.contains(&Capability::RouteRefresh)
@@ -100,6 +118,14 @@ impl Open {
                 }
                 codec::Capability::RouteRefresh => Capability::RouteRefresh,
                 codec::Capability::FourOctetAs { asn } => Capability::FourOctetAs(*asn),
+                codec::Capability::AddPath(families) => Capability::AddPath(
+                    families
+                        .iter()
+                        .filter_map(|entry| {
+                            Some((Family::from_codec(entry.afi, entry.safi)?, entry.send_receive as u8))
+                        })
+                        .collect(),
+                ),
                 other => Capability::Other(other.code()),
             })
             .collect();
@@ -120,6 +146,15 @@ impl Open {
                 }
                 Capability::RouteRefresh => codec::Capability::RouteRefresh,
                 Capability::FourOctetAs(asn) => codec::Capability::FourOctetAs { asn: *asn },
+                Capability::AddPath(families) => codec::Capability::AddPath(
+                    families
+                        .iter()
+                        .filter_map(|(family, mode)| {
+                            let send_receive = codec::AddPathMode::from_u8(*mode)?;
+                            Some(codec::AddPathFamily { afi: family.afi(), safi: codec::Safi::Unicast, send_receive })
+                        })
+                        .collect(),
+                ),
                 Capability::Other(code) => codec::Capability::Unknown { code: *code, data: Bytes::new() },
             })
             .collect();
