@@ -162,7 +162,16 @@ pub(super) fn backend(row: &Value) -> String {
             ("Tier", text(row, "tier")),
             ("Limit", views::limit(row)),
             ("Flows", format!("{} active, {} in all", text(row, "active"), text(row, "connections"))),
-            ("Checks", format!("{} failed, {} times unavailable", text(row, "fails"), text(row, "unavail"))),
+            (
+                "Checks",
+                format!(
+                    "{} failed, {} times unavailable, {} times ejected",
+                    text(row, "fails"),
+                    text(row, "unavail"),
+                    text(row, "ejections")
+                ),
+            ),
+            ("Downtime", seconds(row, "downtime", age)),
             ("Last check", seconds(row, "last-check", age)),
             ("Connect", views::connect_time(row)),
             ("First byte", views::first_byte(row)),

@@ -2,6 +2,7 @@
 //! form that travels: one door between the two, [`load`]. Every fault is reported, each with its file and line.
 
 mod bgp;
+mod bgp_session;
 pub mod diff;
 mod edge;
 mod health;
@@ -159,7 +160,8 @@ fn validate(merged: &Merged, at: Place, report: &Report) -> Option<Config> {
     let resolvers = service::resolvers(&root);
     let bgp = bgp::bgp(&root);
     let pod_networks = edge.as_ref().map_or(&[][..], |edge| &edge.pod_networks);
-    let context = service::Context { pod_networks, resolvers: &resolvers, has_bgp: root.has("bgp") };
+    let backends = edge.as_ref().map_or(edge_common::maps::BACKENDS, |edge| edge.tables.backends);
+    let context = service::Context { pod_networks, resolvers: &resolvers, has_bgp: root.has("bgp"), backends };
     let services = service::services(&root, &context);
     root.finish();
     let bgp = bgp.map(|bgp| bgp::guarded(bgp, pod_networks, &services));

@@ -137,13 +137,43 @@ fn services_by_dns_are_checked() {
         ("{ dns = \"web.local\", resolver = \"kube-dns\" }", "`port` is missing"),
         ("{ dns = \"web.local\", resolver = \"kube-dns\", port = 0 }", "1 to 65535"),
         ("{ dns = \"web.local\", resolver = \"kube-dns\", port = 1, record = \"srv\" }", "SRV answers carry the port"),
-        ("{ dns = \"web.local\", resolver = \"kube-dns\", port = 1, record = \"aaaa\" }", "does not do it yet"),
         ("{ dns = \"web.local\", resolver = \"kube-dns\", port = 1, record = \"mx\" }", "\"srv\""),
     ] {
         let faults = faults(&with(backends));
         assert_eq!(faults.len(), 1, "{backends}: {faults:#?}");
         assert!(faults[0].starts_with("edge.toml:11: ") && faults[0].contains(word), "{backends}: {}", faults[0]);
     }
+}
+
+#[test]
+fn a_service_has_backends_of_each_of_its_families_and_of_no_other() {
+    let both = BASE.replace("[\"10.1.0.0/16\"]", "[\"10.1.0.0/16\", \"fd00:10:1::/48\"]");
+    let with = |listen: &str, backends: &str| {
+        both.replace("\"172.16.1.88:80/tcp\"", listen).replace("{ static = [\"10.1.0.4:80\"] }", backends)
+    };
+    let (v4, v6) = ("\"172.16.1.88:80/tcp\"", "\"[2001:db8::88]:80/tcp\"");
+    let dual = format!("{v4}, {v6}");
+    let dns =
+        |record: &str| format!("{{ dns = \"web.local\", port = 1, resolver = \"kube-dns\", record = \"{record}\" }}");
+    let fixed = |addresses: &str| format!("{{ static = [{addresses}] }}");
+    let (pod4, pod6) = ("\"10.1.0.4:80\"", "\"[fd00:10:1::4]:80\"");
+    ok(&with(v6, &dns("aaaa")));
+    ok(&with(v6, &fixed(pod6)));
+    ok(&with(&dual, &fixed(&format!("{pod4}, {pod6}"))));
+    ok(&with(&dual, "{ dns = \"_http._tcp.web.local\", resolver = \"kube-dns\", record = \"srv\" }"));
+    for (listen, backends, word) in [
+        (v6, dns("a"), "has no IPv6 backends"),
+        (v4, dns("aaaa"), "has no IPv4 backends"),
+        (&dual, dns("aaaa"), "172.16.1.88:80/tcp has no IPv4 backends"),
+        (&dual, fixed(pod4), "[2001:db8::88]:80/tcp has no IPv6 backends"),
+        (v4, fixed(&format!("{pod4}, {pod6}")), "the IPv6 ones get nothing"),
+    ] {
+        let faults = faults(&with(listen, &backends));
+        assert_eq!(faults.len(), 1, "{listen} {backends}: {faults:#?}");
+        assert!(faults[0].contains(word), "{listen} {backends}: {}", faults[0]);
+    }
+    let link_local = faults(&with("\"[fe80::1]:80/tcp\"", &dns("aaaa")));
+    assert!(link_local[0].contains("clients cannot send to that address"), "{link_local:?}");
 }
 
 #[test]
@@ -198,12 +228,7 @@ fn faults_of_selection_are_found_with_their_lines() {
 
 #[test]
 fn what_this_version_cannot_do_is_refused_and_not_ignored() {
-    let service = [
-        "listen = [\"[2001:db8::1]:80/tcp\"]",
-        "snat = { addresses = [\"2001:db8::1\"] }",
-        "backends = { kubernetes = { service = \"web\" } }",
-        "backends = { static = [\"[2001:db8::1]:80\"] }",
-    ];
+    let service = ["backends = { kubernetes = { service = \"web\" } }"];
     for key in service {
         let name = key.split(' ').next().unwrap();
         let base: String =
@@ -214,13 +239,7 @@ fn what_this_version_cannot_do_is_refused_and_not_ignored() {
         assert!(faults[0].starts_with(&format!("edge.toml:{line}: ")), "{key}: {}", faults[0]);
         assert!(faults[0].contains("known, but this version does not do it yet"), "{key}: {}", faults[0]);
     }
-    let peer = [
-        "password_file = \"/etc/edge/md5\"",
-        "listen_range = \"172.16.1.0/24\"",
-        "ttl_security = true",
-        "bfd = { interval = \"50ms\" }",
-        "graceful_restart = { time = \"120s\" }",
-    ];
+    let peer = ["bfd = { interval = \"50ms\" }"];
     for key in peer {
         let text = format!("{BASE}[[bgp.peer]]\naddress = \"172.16.1.80\"\nremote_asn = 64512\n{key}\n");
         let faults = faults(&text);

@@ -10,7 +10,7 @@ use std::{
 use ipnet::IpNet;
 
 pub use super::policy::{AsPathPattern, Changes, Guard, Intake, MaxPrefixes, NextHop, Term};
-use crate::model::{Resolver, Service, access::AccessLog};
+use crate::model::{Resolver, Service, access::AccessLog, bgp_session::SessionSettings};
 
 /// The whole configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,7 +64,7 @@ pub enum Hook {
     Tc,
 }
 
-/// `[edge.tables]`: entries, two per flow.
+/// `[edge.tables]`: entries; of flow tables two per flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tables {
     /// Established flows.
@@ -79,6 +79,10 @@ pub struct Tables {
     pub half_open_v6: u32,
     /// As `closing`, of IPv6 flows.
     pub closing_v6: u32,
+    /// Backends of all services, counted for each listen address.
+    pub backends: u32,
+    /// Chunks of selection tables: 128 slots each, and one or two more for each pool.
+    pub selection: u32,
 }
 
 impl Default for Tables {
@@ -91,6 +95,8 @@ impl Default for Tables {
             established_v6: maps::ESTABLISHED_V6_ENTRIES,
             half_open_v6: maps::HALF_OPEN_V6_ENTRIES,
             closing_v6: maps::CLOSING_V6_ENTRIES,
+            backends: maps::BACKENDS,
+            selection: maps::SELECTION_CHUNKS,
         }
     }
 }
@@ -110,8 +116,21 @@ pub struct Bgp {
     pub peers: BTreeMap<IpAddr, Peer>,
     /// What is learnt may be announced again: between external and internal peers, never among internal ones.
     pub transit: bool,
+    /// How long a planned end waits for flows after peers were asked to look for another way; `None`: not at all.
+    pub drain: Option<Duration>,
     /// What no import may bring in unasked.
     pub guard: Guard,
+    /// Networks whose hosts may connect without being listed; the most specific one counts.
+    pub ranges: Vec<PeerRange>,
+}
+
+/// `listen_range` of a group: who connects from there becomes a passive peer with the group's settings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerRange {
+    /// The network.
+    pub network: IpNet,
+    /// The peer that a host of the network becomes; its address is the network's.
+    pub template: Peer,
 }
 
 /// A BGP neighbour, its group's settings merged in.
@@ -137,6 +156,8 @@ pub struct Peer {
     pub hold: Duration,
     /// Hop limit of an eBGP session; 1: directly connected.
     pub ebgp_multihop: u8,
+    /// Everything else about its session.
+    pub session: SessionSettings,
     /// What is accepted from it; `None`: no list given, so nothing from eBGP (RFC 8212) and pod networks from iBGP.
     pub import: Option<Vec<Term>>,
     /// What is announced to it; `None`: nothing to eBGP, all that is ours to iBGP.

@@ -3,6 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    sync::Arc,
     time::Instant,
 };
 
@@ -49,14 +50,14 @@ impl Damping {
                     if before || self.up.contains(frontend) || due <= now {
                         self.up.insert(*frontend);
                     } else {
-                        desired.announced = Announced::Settling;
+                        Arc::make_mut(desired).announced = Announced::Settling;
                         next = Some(next.map_or(due, |next| next.min(due)));
                     }
                 }
                 Announced::TooFew { eligible, .. }
                     if eligible >= announce.keep_backends && self.up.contains(frontend) =>
                 {
-                    desired.announced = Announced::Yes;
+                    Arc::make_mut(desired).announced = Announced::Yes;
                 }
                 _ => {
                     self.up.remove(frontend);

@@ -14,7 +14,7 @@ use ipnet::IpNet;
 
 use crate::{
     config::valid::Config,
-    desired::{self, AdoptedBackend, DesiredState, Inputs},
+    desired::{self, AdoptedBackend, DesiredFrontend, DesiredState, Inputs},
     model::{AdminOrders, BackendSource, Frontend, PoolSnapshot, RouteSet, RouteUpdate},
     sources::health::Verdicts,
 };
@@ -48,6 +48,8 @@ pub struct World {
     pub orders: AdminOrders,
     /// The pools in the maps at start, or at the last reload.
     adopted: BTreeMap<Frontend, Vec<AdoptedBackend>>,
+    /// The state that was built last.
+    built: DesiredState,
 }
 
 impl World {
@@ -176,7 +178,44 @@ impl World {
     }
 
     /// The desired state of this world under `config`.
+    #[cfg(test)]
     pub fn desired(&mut self, config: &Config) -> DesiredState {
+        self.desired_of(config, None)
+    }
+
+    /// Services with a backend at one of these addresses, as of the state that was built last.
+    pub fn services_at(&self, addresses: &BTreeSet<IpAddr>) -> BTreeSet<String> {
+        let has = |frontend: &&Arc<DesiredFrontend>| {
+            frontend.pool.iter().flatten().any(|backend| addresses.contains(&backend.address.ip()))
+        };
+        self.built.frontends.values().filter(has).map(|frontend| frontend.service.clone()).collect()
+    }
+
+    /// These addresses by the most specific route that covers them; the default route's, and no route's, together.
+    pub fn by_route(&self, addresses: BTreeSet<IpAddr>) -> Vec<Vec<IpAddr>> {
+        let mut groups: BTreeMap<Option<IpNet>, Vec<IpAddr>> = BTreeMap::new();
+        for address in addresses {
+            groups.entry(self.route(address).map(|(prefix, _)| prefix)).or_default().push(address);
+        }
+        groups.into_values().collect()
+    }
+
+    /// True where the next hop towards an address is a router, which many addresses have in common.
+    pub fn is_behind_gateway(&self, address: IpAddr) -> bool {
+        self.route(address).is_some_and(|(_, gateway)| gateway)
+    }
+
+    /// The most specific route to an address but the default route, and whether it leads by way of a router.
+    fn route(&self, address: IpAddr) -> Option<(IpNet, bool)> {
+        let learnt = self.routes().lookup(address).map(|(prefix, hops)| (prefix, !hops.is_empty()));
+        let kernel = self.kernel_routes.iter().filter(|(prefix, _)| prefix.contains(&address));
+        let kernel = kernel.map(|(prefix, gateway)| (*prefix, gateway.is_some()));
+        kernel.chain(learnt).max_by_key(|(prefix, _)| prefix.prefix_len())
+    }
+
+    /// The desired state of this world under `config`, where since the last time only what concerns these services has
+    /// changed; `None`: whatever may have.
+    pub fn desired_of(&mut self, config: &Config, services: Option<&BTreeSet<String>>) -> DesiredState {
         let kernel_prefixes: Vec<IpNet> = self.kernel_routes.iter().map(|(prefix, _)| *prefix).collect();
         if !self.routes_settled {
             let backends = self.backend_addresses();
@@ -186,7 +225,9 @@ impl World {
             self.covered.extend(covered);
         }
         let nodes = node_names(config);
-        desired::build(
+        // Until routes have settled the doubt that backends are given depends on more than their own services.
+        let services = services.filter(|_| self.routes_settled);
+        let built = desired::rebuild(
             config,
             &Inputs {
                 pools: &self.pools,
@@ -202,8 +243,23 @@ impl World {
                 verdicts: &self.verdicts,
                 orders: &self.orders,
             },
-        )
+            &self.built,
+            services,
+        );
+        self.built = built.clone();
+        built
     }
+}
+
+/// Services of which a verdict came, went or changed.
+pub fn services_of_changes(before: &Verdicts, after: &Verdicts) -> BTreeSet<String> {
+    let changed = |one: &Verdicts, other: &Verdicts| -> BTreeSet<String> {
+        let differs = one.iter().filter(|(key, verdict)| other.get(*key) != Some(*verdict));
+        differs.map(|((service, _), _)| service.clone()).collect()
+    };
+    let mut services = changed(before, after);
+    services.extend(changed(after, before));
+    services
 }
 
 /// The addresses in a prefix.

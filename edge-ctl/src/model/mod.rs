@@ -1,6 +1,7 @@
 //! Plain data that every layer speaks: services, backends, routes, and the rows that users see. No I/O, no clock.
 
 pub mod access;
+pub mod bgp_session;
 pub mod capture;
 mod community;
 mod health;
@@ -19,7 +20,7 @@ pub use health::{
     PassiveCounters, PassiveSignals, Tls, Verdict,
 };
 pub use protect::{Limits, Protection, RangeAction, Rate, SourceRanges};
-pub use resolver::ResolverPolicy;
+pub use resolver::{Follow, ResolverPolicy};
 pub use route::{PathAttributes, RouteSet, RouteUpdate};
 pub use selection::{MOST_CONNECTIONS, Selection, StaticBackend, TableShape, Tier};
 

@@ -114,7 +114,7 @@ impl fmt::Display for Mode {
 }
 
 /// How a backend is chosen for a new flow.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, PartialOrd, Ord)]
 #[serde(rename_all = "kebab-case")]
 pub enum Balance {
     /// Weighted Maglev over the keyed hash of the tuple.
@@ -229,7 +229,7 @@ impl Announce {
     pub fn attributes(&self, eligible: usize, total: usize) -> super::PathAttributes {
         let mut attributes = self.attributes.clone();
         // Tenths lost: small changes of a large pool are no news to routers.
-        let lost = if total == 0 { 0 } else { (total - eligible.min(total)) * 10 / total };
+        let lost = ((total - eligible.min(total)) * 10).checked_div(total).unwrap_or(0);
         match self.capacity {
             Some(Capacity::Med) => {
                 let step = u32::try_from(lost).unwrap_or(10) * MED_STEP;
