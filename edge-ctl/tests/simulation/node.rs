@@ -216,8 +216,7 @@ impl Node {
             context: CONTEXT,
             transit: false,
         };
-        let waits = negotiated.peer.restart().is_some_and(|restart| restart.restarting);
-        let owes_end_of_rib = self.restarting && negotiated.graceful && !waits;
+        let owes_end_of_rib = self.restarting && negotiated.graceful;
         let kept = self.helper.back(&negotiated, Some(&self.settings), now);
         self.session = Some(Session {
             side,

@@ -65,9 +65,9 @@ impl Actor {
         self.rib.peer_up(address, peer.policy.clone(), negotiated.peer.router_id);
         let terms = routes::terms(&self.config, peer, &negotiated, local);
         let kept = peer.helper.back(&negotiated, peer.config.session.graceful_restart.as_ref(), now);
-        // A peer that has restarted itself waits for nobody but us; one that kept our routes wants all of them first.
-        let waits = negotiated.peer.restart().is_some_and(|restart| restart.restarting);
-        let owes_end_of_rib = self.restart.until.is_some() && negotiated.graceful && !waits;
+        // Whoever kept our routes wants all of them first. It delays nobody: a peer that restarts at the same time does
+        // not wait for one that says so too (RFC 4724 4.1).
+        let owes_end_of_rib = self.restart.until.is_some() && negotiated.graceful;
         peer.session = Some(Session {
             side,
             out: AdjRibOut::new(terms),
