@@ -369,6 +369,30 @@ fn everything_about_a_session_can_be_seen() {
     });
 }
 
+#[test]
+fn ipv4_prefixes_travel_both_ways_on_an_ipv6_session_with_extended_next_hops() {
+    if missing("ipv4_prefixes_travel_both_ways_on_an_ipv6_session_with_extended_next_hops", &["bird", "birdc"]) {
+        return;
+    }
+    let mut lab = Lab::new();
+    let protocol = ibgp(NODE6, "fd00::1", "connect delay time 1; connect retry time 1;");
+    lab.bird(&protocol.replace("ipv4 { import all;", "ipv4 { extended next hop on; import all;"));
+    lab.edge.block_on(|| async {
+        let mut one = peer(NODE6, 64512);
+        one.session.extended_next_hop = true;
+        let mut bgp = config([one]);
+        bgp.networks = vec!["10.9.0.0/24".parse().unwrap()];
+        let mut edge = Edge::start(bgp).await;
+        edge.until("the route", |edge| !edge.hops("10.1.2.0/26").is_empty()).await;
+        assert_eq!(edge.hops("10.1.2.0/26"), [NODE6]);
+        let row = edge.row(NODE6).await;
+        assert!(row.capabilities.contains(&"extended-next-hop".to_owned()), "{row:#?}");
+        says("BIRD", "BGP.next_hop: fd00::1", || lab.birdc("show route all 10.9.0.0/24")).await;
+        lab.birdc("disable pods4");
+        edge.until("the withdrawal", |edge| edge.hops("10.1.2.0/26").is_empty()).await;
+    });
+}
+
 /// How often both sides open at once: 1,000 times with `cargo xtask test --full`.
 fn openings() -> u64 {
     if std::env::var_os("EDGE_TEST_FULL").is_some_and(|value| value == "1") { 1000 } else { 50 }

@@ -97,6 +97,7 @@ fn rows(query: Query) -> Result<Answer, ViewError> {
             neighbor: text("172.16.1.80"),
             asn: 64512,
             state: text("Established"),
+            max_prefixes: Some(100),
             messages: map(&[("open_sent", 1)]),
             ..BgpPeerRow::default()
         }]),

@@ -96,10 +96,6 @@ impl Connection {
             Stage::OpenConfirm(negotiated) | Stage::Established(negotiated) => Some(negotiated),
         }
     }
-
-    const fn established(&self) -> bool {
-        matches!(self.stage, Stage::Established(_))
-    }
 }
 
 /// State of one peer.

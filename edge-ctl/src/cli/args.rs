@@ -426,6 +426,20 @@ pub(super) enum ConfigVerb {
     Rollback,
     /// The JSON schema of the configuration
     Schema,
+    /// Another program's configuration as ours, and what is wrong with it
+    Import {
+        /// Whose it is
+        #[arg(value_enum)]
+        from: ImportFrom,
+        /// The file
+        file: PathBuf,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(super) enum ImportFrom {
+    /// FRR's or Quagga's bgpd
+    Frr,
 }
 
 fn confirm(text: &str) -> Result<Duration, String> {

@@ -68,6 +68,9 @@ pub(super) fn execute(cli: Cli, wiring: &Wiring<'_>) -> Exit {
     let show = match cli.command {
         Command::Run => return (wiring.run)(&config),
         Command::Config { verb: ConfigVerb::Check } => return check(&config, wiring, global),
+        Command::Config { verb: ConfigVerb::Import { from: super::args::ImportFrom::Frr, file } } => {
+            return super::bgp::import_frr(&file);
+        }
         Command::Config { verb: ConfigVerb::Schema } => {
             print(crate::config::SCHEMA);
             return Exit::Ok;
@@ -121,6 +124,7 @@ fn view_of(command: Command) -> Option<Show> {
                 | ConfigVerb::Diff { .. }
                 | ConfigVerb::Commit { .. }
                 | ConfigVerb::Rollback
+                | ConfigVerb::Import { .. }
                 | ConfigVerb::Schema,
         } => return None,
         Command::Status => Show::Status,

@@ -6,6 +6,7 @@ mod bgp_session;
 pub mod diff;
 mod edge;
 mod health;
+pub mod import_frr;
 pub mod lint;
 mod log;
 pub mod memory;

@@ -213,6 +213,7 @@ impl Node {
             peer: self.peer,
             next_hop: self.address,
             families: negotiated.families.clone(),
+            extended_next_hop: vec![],
             context: CONTEXT,
             transit: false,
         };

@@ -416,6 +416,11 @@ impl Rig {
         Ok(self.array(name::ADDRESS_FILTER)?.set(0, filter, 0)?)
     }
 
+    /// Has the services that follow be of another family.
+    pub fn set_family(&mut self, family: Family) {
+        self.settings.family = family;
+    }
+
     /// A service on VIP:`port` with pods `0..pods` at `backend_port`; its backends' numbers.
     ///
     /// # Errors
