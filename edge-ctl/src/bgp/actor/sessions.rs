@@ -17,7 +17,7 @@ use super::{
         offer::{self, Circumstances},
         password::{self, Counters, Password},
         peer::{Peer, Session},
-        wire::{self, Family, Notification, Refresh, cease},
+        wire::{self, Family, Notification, Refresh},
     },
     Actor, routes,
 };
@@ -338,19 +338,6 @@ impl Actor {
         self.send_updates(address, side, messages);
         if marked {
             self.send(address, side, "route_refresh_sent", wire::encode_route_refresh(family, Refresh::End));
-        }
-    }
-
-    /// The way to a peer is known to be gone: what is kept of it goes, and a session with it.
-    pub(super) fn forwarding_lost(&mut self, address: IpAddr, reason: &str) {
-        let Some(peer) = self.peers.get_mut(&address) else { return };
-        let kept = peer.helper.give_up();
-        self.helped(address, kept);
-        if self.peers.get(&address).is_some_and(|peer| peer.session.is_some()) {
-            let mut notification = Notification::cease(cease::BFD_DOWN);
-            notification.detail = Some(reason.to_owned());
-            self.feed(address, Event::ManualStop(notification));
-            self.start_unless_shut(address);
         }
     }
 }
