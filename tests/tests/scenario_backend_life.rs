@@ -102,7 +102,7 @@ fn udp_flows_of_a_backend_that_goes_down_move_to_another_and_its_downtime_counts
     let service = format!(
         "\n[service.moves]\nlisten = [\"{EDGE}:{RESELECTS}/udp\"]\nbackends = {{ static = [{pods}] }}\non_down = \"reselect\"\n"
     );
-    let mut daemon = lab.start_edge(&(lab.edge_configuration("1s") + &service))?;
+    let mut daemon = lab.start_edge(&(edge::without_graceful_restart(&lab.edge_configuration("1s")) + &service))?;
     daemon.wait_ready(&lab, NODES.len() as u64, Duration::from_secs(30))?;
     let sockets: Vec<UdpSocket> = lab.within("client", || {
         let open = |_| {
