@@ -5,6 +5,7 @@ mod access_log;
 mod acl;
 mod announcer;
 mod audit;
+mod bgp_orders;
 mod commit;
 mod commits;
 mod downtime;
@@ -302,6 +303,9 @@ impl Daemon {
         let Some(moved) = self.world.settle() else { return };
         info!(prefixes = self.world.learnt().len(), "BGP has converged");
         self.publish();
+        if let Some(bgp) = &self.bgp {
+            tokio::spawn(announcer::end_restart(bgp.clone(), std::sync::Arc::clone(&self.shared)));
+        }
         self.fib.finish_restart(self.world.learnt()).await;
         if !moved.is_empty() {
             self.route_generation.ask(Instant::now());
@@ -326,6 +330,7 @@ impl Daemon {
                     info!(interface = name, up, "link changed");
                     self.attach();
                 }
+                self.refresh_kernel_prefixes().await;
                 self.route_generation.ask(Instant::now());
                 self.publish();
             }
@@ -420,6 +425,9 @@ impl Daemon {
         let routes = self.fib.kernel_prefixes().await;
         let changed = routes != self.world.kernel_routes;
         self.world.kernel_routes = routes;
+        if let Some(bgp) = self.bgp.as_ref().filter(|_| changed) {
+            bgp.kernel(self.world.kernel_routes.clone()).await;
+        }
         changed
     }
 
@@ -635,5 +643,6 @@ fn dns_guard(config: &Config, own: BTreeSet<IpAddr>) -> dns::Guard {
 /// Kernel settings in the way of forwarding, in words.
 fn host_problems(config: &Config) -> Vec<String> {
     let full_nat = config.services.values().any(|service| service.mode == Mode::FullNat);
-    sysctl::check(&config.edge.interfaces, full_nat).iter().map(ToString::to_string).collect()
+    let ipv6 = addresses(config).iter().any(IpAddr::is_ipv6);
+    sysctl::check(&config.edge.interfaces, full_nat, ipv6).iter().map(ToString::to_string).collect()
 }

@@ -490,6 +490,9 @@ mod tests {
                 listen_port: Some(179),
                 networks: Vec::new(),
                 peers: BTreeMap::new(),
+                ranges: Vec::new(),
+                transit: false,
+                guard: Default::default(),
             }),
             services: BTreeMap::from([("ingress".to_owned(), service)]),
         }
@@ -542,7 +545,7 @@ mod tests {
 
         fn route(&mut self, prefix: &str, hops: &[&str]) {
             let next_hops = hops.iter().map(|hop| hop.parse().unwrap()).collect();
-            self.routes.apply(RouteUpdate { prefix: prefix.parse().unwrap(), next_hops });
+            self.routes.apply(RouteUpdate { prefix: prefix.parse().unwrap(), next_hops, internal: false });
         }
 
         fn build(&self) -> DesiredState {

@@ -299,6 +299,10 @@ static METRICS: &[Metric] = &[
         of_peers(s, |row| u64::from(row.state.eq_ignore_ascii_case("established")))
     }),
     gauge("bgp_peer_prefixes_received", "Prefixes it sends, before policy", |s| of_peers(s, |row| row.pfx_received)),
+    gauge("bgp_peer_prefixes_limit", "Prefixes that it may send; absent: any number", |s| {
+        let limited = s.peers.iter().filter_map(|row| Some((peer_labels(row), row.max_prefixes?)));
+        limited.collect()
+    }),
     gauge("bgp_peer_prefixes_accepted", "Prefixes accepted from it", |s| of_peers(s, |row| row.pfx_rcd)),
     gauge("bgp_peer_prefixes_announced", "Prefixes announced to it", |s| of_peers(s, |row| row.pfx_snt)),
     counter("bgp_peer_established", "Times a session was established", |s| of_peers(s, |row| row.established_count)),

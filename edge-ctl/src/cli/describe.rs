@@ -234,8 +234,9 @@ pub(super) fn peer(row: &Value) -> String {
             (
                 "Prefixes",
                 format!(
-                    "{} received, {} accepted, {} announced",
+                    "{} received{}, {} accepted, {} announced",
                     text(row, "pfx_received"),
+                    row.get("max_prefixes").and_then(Value::as_u64).map(|max| format!(" of {max}")).unwrap_or_default(),
                     text(row, "pfx_rcd"),
                     text(row, "pfx_snt")
                 ),

@@ -12,7 +12,7 @@ use super::{
     health,
     protect::protection,
     raw::{Place, Value},
-    read::{At, Section, nearest, not_yet},
+    read::{At, Section, nearest},
     selection, values,
 };
 use crate::model::{
@@ -133,6 +133,9 @@ fn service(
     let protocols: Vec<_> = listen.iter().map(|frontend| frontend.protocol).collect();
     let (balance, selection) = selection::selection(&section, &protocols);
     let backends = backends(&section, context);
+    if let Some(backends) = &backends {
+        one_family(&section, &listen, backends);
+    }
     let snat = snat(&section, mode, context);
     let announce = announce(&section, context);
     let health = health::health(&section, &protocols);
@@ -180,9 +183,40 @@ fn listen(
 fn frontend(text: &str) -> Result<Frontend, String> {
     let frontend: Frontend = text.parse().map_err(|_| String::new())?;
     match frontend.address.ip() {
-        IpAddr::V6(_) => Err(not_yet("an IPv6 listen address")),
         address if !values::is_host(address) => Err("clients cannot send to that address".into()),
         _ => Ok(frontend),
+    }
+}
+
+/// Nothing translates between IPv4 and IPv6: a listen address without backends of its family would never serve, and
+/// backends without a listen address of theirs would get nothing.
+fn one_family(section: &Section<'_>, listen: &[Frontend], backends: &BackendSource) {
+    let of = |v6: bool| if v6 { "IPv6" } else { "IPv4" };
+    let found: BTreeSet<bool> = match backends {
+        BackendSource::Dns { record: RecordType::A, .. } => BTreeSet::from([false]),
+        BackendSource::Dns { record: RecordType::Aaaa, .. } => BTreeSet::from([true]),
+        BackendSource::Dns { record: RecordType::Srv, .. } => return,
+        BackendSource::Static(backends) => backends.iter().map(|backend| backend.address.is_ipv6()).collect(),
+    };
+    if found.is_empty() || listen.is_empty() {
+        return;
+    }
+    if let Some(frontend) = listen.iter().find(|frontend| !found.contains(&frontend.address.is_ipv6())) {
+        let record = match backends {
+            BackendSource::Dns { .. } if frontend.address.is_ipv6() => " (with `record = \"aaaa\"`)",
+            _ => "",
+        };
+        let family = of(frontend.address.is_ipv6());
+        let message = format!(
+            "`listen`: {frontend} has no {family} backends; give it a service of its own with such backends{record}"
+        );
+        section.fault(section.place(), message);
+    } else if let Some(v6) =
+        found.into_iter().find(|v6| !listen.iter().any(|frontend| frontend.address.is_ipv6() == *v6))
+    {
+        let message =
+            format!("`backends`: the {0} ones get nothing; add an {0} `listen` address or remove them", of(v6));
+        section.fault(section.place(), message);
     }
 }
 
@@ -242,10 +276,10 @@ fn dns(source: &Section<'_>, context: &Context<'_>) -> Option<BackendSource> {
     if !source.has("resolver") {
         source.missing("resolver", "the name of a [resolver.NAME]");
     }
-    let record = source.parse("record", "\"a\" or \"srv\"", |text| match text {
+    let record = source.parse("record", "\"a\", \"aaaa\" or \"srv\"", |text| match text {
         "a" => Ok(RecordType::A),
         "srv" => Ok(RecordType::Srv),
-        "aaaa" => Err(not_yet("`record = \"aaaa\"`")),
+        "aaaa" => Ok(RecordType::Aaaa),
         _ => Err(String::new()),
     });
     let record_known = record.is_some() || !source.has("record");
@@ -256,7 +290,7 @@ fn dns(source: &Section<'_>, context: &Context<'_>) -> Option<BackendSource> {
             source
                 .fault(source.place(), "`port` with `record = \"srv\"`: SRV answers carry the port; remove it".into());
         }
-        RecordType::A if !source.has("port") && record_known => {
+        RecordType::A | RecordType::Aaaa if !source.has("port") && record_known => {
             source.missing("port", "the backends' port, 1 to 65535");
         }
         _ => {}
@@ -269,8 +303,7 @@ fn snat(section: &Section<'_>, mode: Mode, context: &Context<'_>) -> Snat {
     if mode == Mode::Dnat {
         snat.fault(snat.place(), "a dnat service keeps the client's address; remove `snat` or use full-nat".into());
     }
-    let addresses = snat.list("addresses", "an IPv4 address of this host", |text| match text.parse::<IpAddr>() {
-        Ok(IpAddr::V6(_)) => Err(not_yet("an IPv6 SNAT address")),
+    let addresses = snat.list("addresses", "an address of this host", |text| match text.parse::<IpAddr>() {
         Ok(address) if !values::is_host(address) => Err("pods cannot answer to that address".to_owned()),
         Ok(address) if within(context.pod_networks, address) => Err("it lies in `pod_networks`".to_owned()),
         Ok(address) => Ok(address),
@@ -300,6 +333,7 @@ fn announce(section: &Section<'_>, context: &Context<'_>) -> Option<Announce> {
                 communities: communities.into_iter().map(|community| community.value).collect(),
                 med: table.integer("med", 0..=u32::MAX),
                 local_pref: table.integer("local_pref", 0..=u32::MAX),
+                prepend: 0,
             };
             table.finish();
             Announce { min_backends: usize::try_from(min_backends).unwrap_or(1), attributes }

@@ -29,7 +29,7 @@ pub struct World {
     /// The same over the BGP routes that an earlier life left in the kernel; serves until routes have settled.
     with_stale: RouteSet,
     /// Route changes that the kernel has yet to be told.
-    waiting: BTreeMap<IpNet, Vec<IpAddr>>,
+    waiting: BTreeMap<IpNet, RouteUpdate>,
     converged: bool,
     routes_settled: bool,
     /// Backends that a route or prefix covered at some time since the start, kept until routes have settled.
@@ -77,7 +77,7 @@ impl World {
             if update.next_hops.is_empty() && self.take_over(&update) {
                 lost.extend(behind(&backends, &update.prefix));
             }
-            self.waiting.insert(update.prefix, update.next_hops);
+            self.waiting.insert(update.prefix, update);
         }
         lost
     }
@@ -86,9 +86,9 @@ impl World {
     pub fn next_changes(&mut self, limit: usize) -> Vec<RouteUpdate> {
         let mut changes = Vec::new();
         while changes.len() < limit
-            && let Some((prefix, next_hops)) = self.waiting.pop_first()
+            && let Some((_, update)) = self.waiting.pop_first()
         {
-            changes.push(RouteUpdate { prefix, next_hops });
+            changes.push(update);
         }
         changes
     }
@@ -313,7 +313,11 @@ mod tests {
     }
 
     fn update(prefix: &str, hops: &[&str]) -> RouteUpdate {
-        RouteUpdate { prefix: prefix.parse().unwrap(), next_hops: hops.iter().map(|hop| ip(hop)).collect() }
+        RouteUpdate {
+            prefix: prefix.parse().unwrap(),
+            next_hops: hops.iter().map(|hop| ip(hop)).collect(),
+            internal: false,
+        }
     }
 
     fn member(text: &str) -> PoolMember {
@@ -501,7 +505,11 @@ mod tests {
             let hop = |random: &mut Self| IpAddr::from([172, 16, 1, 80 + u8::try_from(random.below(3)).unwrap()]);
             let mut update = |_| {
                 let hops = self.below(3);
-                RouteUpdate { prefix: self.prefix(), next_hops: (0..hops).map(|_| hop(self)).collect() }
+                RouteUpdate {
+                    prefix: self.prefix(),
+                    next_hops: (0..hops).map(|_| hop(self)).collect(),
+                    internal: false,
+                }
             };
             (0..3).map(&mut update).collect()
         }
@@ -616,7 +624,8 @@ mod tests {
             assert_eq!(selected(&after.desired(&config)), selected(&old), "seed {seed}: nothing heard yet");
             assert_eq!(after.desired(&config).announcements, old.announcements, "seed {seed}");
             let routes = before.learnt().iter().map(|(prefix, hops)| (*prefix, hops.to_vec()));
-            let mut routes: Vec<_> = routes.map(|(prefix, next_hops)| RouteUpdate { prefix, next_hops }).collect();
+            let mut routes: Vec<_> =
+                routes.map(|(prefix, next_hops)| RouteUpdate { prefix, next_hops, internal: false }).collect();
             let mut pools: Vec<_> = before.pools.values().cloned().collect();
             while !routes.is_empty() || !pools.is_empty() {
                 match (random.below(2), pools.pop()) {

@@ -12,6 +12,7 @@ pub mod dns_server;
 pub mod echo;
 pub mod edge;
 pub mod exec;
+pub mod ipv6;
 pub mod netns;
 pub mod pods;
 pub mod rolling;
