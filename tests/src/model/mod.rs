@@ -27,6 +27,7 @@ pub mod forward;
 pub mod fragments;
 pub mod generate;
 pub mod hash;
+pub mod icmp;
 pub mod kernel;
 pub mod moves;
 pub mod network;
