@@ -224,8 +224,8 @@ pub fn moved(old: &[u8], new: &[u8], at: usize, udp: bool, ranges: [Range<usize>
     if udp && field == 0 {
         return Check::Exactly(0);
     }
-    let part =
-        |bytes: &[u8]| u32::from(sum(&ranges.clone().map(|range| bytes[range].to_vec()).each_ref().map(Vec::as_slice)));
+    let [first, second] = ranges;
+    let part = |bytes: &[u8]| u32::from(sum(&[&bytes[first.clone()], &bytes[second.clone()]]));
     // Modulo 0xffff, in which the checksum is a negated sum.
     Check::Wrong(((u32::from(field) + part(old) + 0xffff - part(new)) % 0xffff) as u16)
 }
