@@ -5,6 +5,7 @@ mod access_log;
 mod acl;
 mod announcer;
 mod audit;
+mod bgp_orders;
 mod commit;
 mod commits;
 mod downtime;
@@ -302,6 +303,9 @@ impl Daemon {
         let Some(moved) = self.world.settle() else { return };
         info!(prefixes = self.world.learnt().len(), "BGP has converged");
         self.publish();
+        if let Some(bgp) = &self.bgp {
+            tokio::spawn(announcer::end_restart(bgp.clone(), std::sync::Arc::clone(&self.shared)));
+        }
         self.fib.finish_restart(self.world.learnt()).await;
         if !moved.is_empty() {
             self.route_generation.ask(Instant::now());

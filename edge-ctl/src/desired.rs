@@ -490,6 +490,7 @@ mod tests {
                 listen_port: Some(179),
                 networks: Vec::new(),
                 peers: BTreeMap::new(),
+                ranges: Vec::new(),
                 transit: false,
                 guard: Default::default(),
             }),

@@ -1,5 +1,7 @@
 //! Routes, and how questions and answers look in HTTP.
 
+mod bgp;
+
 use std::{
     net::{IpAddr, SocketAddr},
     path::PathBuf,
@@ -61,6 +63,8 @@ pub(super) fn api(views: Shared) -> Router {
         .route("/v1/maps/{name}", get(map))
         .route("/v1/bgp/peers/{peer}/received", get(received))
         .route("/v1/bgp/peers/{peer}/advertised", get(advertised))
+        .route("/v1/bgp/peers/{peer}/messages", get(bgp::messages))
+        .route("/v1/bgp/peers/{peer}/{verb}", post(bgp::order))
         .route("/v1/bgp/policy", get(policy))
         .route("/v1/acl/add", post(acl_add))
         .route("/v1/acl/remove", post(acl_remove))
@@ -114,7 +118,7 @@ async fn not_found(uri: Uri) -> Response {
 async fn wrong_method(uri: Uri) -> Response {
     let error = format!(
         "{} does not take that method (GET everywhere, POST for /v1/reload, /v1/flows/kill, /v1/config/VERB, /v1/capture, \
-         /v1/acl/add, /v1/acl/remove, /v1/dns/query, /v1/dns/refresh and /v1/backends/SERVICE/ADDRESS:PORT/VERB)",
+         /v1/acl/add, /v1/acl/remove, /v1/dns/query, /v1/dns/refresh, /v1/bgp/peers/ADDRESS/VERB and /v1/backends/SERVICE/ADDRESS:PORT/VERB)",
         uri.path()
     );
     (StatusCode::METHOD_NOT_ALLOWED, Json(Refusal { error, problems: Vec::new() })).into_response()

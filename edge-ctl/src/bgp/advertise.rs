@@ -303,7 +303,7 @@ mod tests {
     };
     use crate::config::valid::{Changes, Term};
 
-    const CONTEXT: Context = Context { four_octet_as: true, internal: false, add_path: AddPath::None };
+    const CONTEXT: Context = Context { four_octet_as: true, internal: false, extended: false, add_path: AddPath::None };
 
     fn terms(next_hop: &str) -> Terms {
         Terms {

@@ -10,6 +10,7 @@ use std::{
 };
 
 use super::wire::{Attributes, Origin};
+use crate::model::Community;
 
 /// A candidate.
 #[derive(Clone, Copy, Debug)]
@@ -49,6 +50,8 @@ impl Candidate<'_> {
 pub enum Reason {
     /// We originate the prefix ourselves.
     Local,
+    /// Long-lived stale, and another path is not (RFC 9494).
+    LongLivedStale,
     /// Lower LOCAL_PREF than the best.
     LocalPref(u32),
     /// Longer AS path than the best.
@@ -75,6 +78,7 @@ impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Local => f.write_str("we originate this prefix"),
+            Self::LongLivedStale => f.write_str("long-lived stale (another path is not)"),
             Self::LocalPref(best) => write!(f, "lower local preference (best has {best})"),
             Self::AsPath(best) => write!(f, "longer AS path (best has {best})"),
             Self::Origin(best) => write!(f, "worse origin (best has {best})"),
@@ -117,6 +121,11 @@ fn race(candidates: &[Candidate<'_>], explain: bool) -> (Selection, Vec<Vec<Stri
         reasons: vec![None; candidates.len()],
         steps: explain.then(|| vec![Vec::new(); candidates.len()]),
     };
+    // RFC 9494 4.3: below everything else, whoever marked it.
+    let long_lived = |c: &Candidate<'_>| c.attributes.has_community(Community::LLGR_STALE);
+    if candidates.iter().any(long_lived) {
+        race.keep_least("long-lived-stale", long_lived, |c| long_lived(c).to_string(), |_| Reason::LongLivedStale);
+    }
     let higher = |c: &Candidate<'_>| u32::MAX - c.local_pref();
     race.keep_least("local-pref", higher, |c| c.local_pref().to_string(), |best| Reason::LocalPref(best.local_pref()));
     let length = |c: &Candidate<'_>| c.attributes.as_path.length();

@@ -8,6 +8,7 @@
 
 mod reach;
 mod show;
+mod stale;
 mod table;
 #[cfg(test)]
 mod tests;

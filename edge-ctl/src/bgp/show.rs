@@ -9,9 +9,9 @@ use super::{
     fsm::Side,
     peer::Peer,
     rib::{Rib, Route, Standing},
-    wire::{AsPath, Attributes, Origin},
+    wire::{AsPath, Attributes, Capability, Origin},
 };
-use crate::model::view::{BgpPeerRow, BgpRouteRow};
+use crate::model::view::{BgpPeerRow, BgpRouteRow, BgpStaleRow};
 
 /// The row of one peer.
 pub fn peer_row(peer: &Peer, rib: &Rib, version: u64, now: Duration) -> BgpPeerRow {
@@ -51,7 +51,42 @@ pub fn peer_row(peer: &Peer, rib: &Rib, version: u64, now: Duration) -> BgpPeerR
         last_reset: last_reset(peer),
         next_connect: peer.fsm.next_connect().map(|at| at.saturating_sub(now).as_secs()),
         established_count: peer.established_count,
+        hostname: session.and_then(hostname),
+        local: session.and_then(|session| Some(peer.link(session.side)?.local.to_string())),
+        remote: session.and_then(|session| Some(peer.link(session.side)?.remote.to_string())),
+        hold_left: left(peer.fsm.session_timers().and_then(|(hold, _)| hold), now),
+        keepalive_left: left(peer.fsm.session_timers().and_then(|(_, keepalive)| keepalive), now),
+        failures: u64::from(peer.fsm.failures()),
+        shutdown: peer.shutdown.clone(),
+        dynamic: peer.dynamic,
+        capabilities_sent: session.map(|s| texts(&s.negotiated.offered)).unwrap_or_default(),
+        capabilities_received: session.map(|s| texts(&s.negotiated.peer.capabilities)).unwrap_or_default(),
+        error_sent: peer.history.errors(now).0,
+        error_received: peer.history.errors(now).1,
+        flaps: peer.history.flaps(now),
+        pfx_stale: if peer.helper.next_deadline().is_some() { rib.stale_count(peer.config.address) } else { 0 },
+        stale: peer.helper.rows().map(|(family, stage, until)| stale_row(family, stage, until, now)).collect(),
     }
+}
+
+fn left(at: Option<Duration>, now: Duration) -> Option<u64> {
+    at.map(|at| at.saturating_sub(now).as_secs())
+}
+
+fn texts(capabilities: &[Capability]) -> Vec<String> {
+    capabilities.iter().map(ToString::to_string).collect()
+}
+
+fn hostname(session: &super::peer::Session) -> Option<String> {
+    session.negotiated.peer.capabilities.iter().find_map(|capability| match capability {
+        Capability::Fqdn { host, .. } => Some(host.clone()),
+        _ => None,
+    })
+}
+
+fn stale_row(family: super::wire::Family, stage: &str, until: Duration, now: Duration) -> BgpStaleRow {
+    let left = until.saturating_sub(now).as_secs();
+    BgpStaleRow { family: family.to_string(), stage: stage.to_owned(), left }
 }
 
 /// Why the last session ended, and what keeps the next one from coming up.
@@ -71,6 +106,18 @@ fn capabilities(session: &super::peer::Session) -> Vec<String> {
     }
     if negotiated.four_octet_as {
         list.push("4-octet-as".to_owned());
+    }
+    let extended_next_hop = !negotiated.extended_next_hop.is_empty();
+    for (in_force, name) in [
+        (negotiated.enhanced_refresh, "enhanced-route-refresh"),
+        (negotiated.extended_message, "extended-message"),
+        (extended_next_hop, "extended-next-hop"),
+        (negotiated.graceful, "graceful-restart"),
+        (negotiated.notification_restart, "notification-restart"),
+    ] {
+        if in_force {
+            list.push(name.to_owned());
+        }
     }
     if !negotiated.add_path.is_empty() {
         list.push("add-path".to_owned());

@@ -1,4 +1,4 @@
-//! `bgp routes [PREFIX]` and `bgp policy test`.
+//! `bgp routes [PREFIX]`, `bgp policy test` and `config import frr`.
 
 use std::net::IpAddr;
 
@@ -6,11 +6,39 @@ use ipnet::IpNet;
 use serde_json::Value;
 
 use super::{
+    Exit,
     args::{Direction, PolicyArgs},
     commands::{Failure, Outcome, Shown, Source, rows},
     views,
 };
-use crate::model::query::{PolicyQuestion, Query};
+use crate::{
+    config::import_frr,
+    model::query::{PolicyQuestion, Query},
+};
+
+/// Prints the configuration, and on standard error what is wrong with the original; degraded where anything is.
+pub(super) fn import_frr(file: &std::path::Path) -> Exit {
+    let text = match std::fs::read_to_string(file) {
+        Ok(text) => text,
+        Err(error) => {
+            eprintln!("edge-ctl: {}: {error}", file.display());
+            return Exit::Error;
+        }
+    };
+    match import_frr::import(&text) {
+        Ok(imported) => {
+            print!("{}", imported.toml);
+            for finding in &imported.findings {
+                eprintln!("{}: {finding}", file.display());
+            }
+            if imported.findings.is_empty() { Exit::Ok } else { Exit::Degraded }
+        }
+        Err(why) => {
+            eprintln!("edge-ctl: {}: {why}", file.display());
+            Exit::Usage
+        }
+    }
+}
 
 /// All paths, or those to one prefix: the one given, or the longest with the address in it.
 pub(super) fn routes(source: &Source<'_>, wanted: Option<&str>) -> Outcome<Shown> {

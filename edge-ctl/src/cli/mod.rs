@@ -12,6 +12,7 @@ mod describe;
 mod dns;
 mod flows;
 mod orders;
+mod sessions;
 mod table;
 mod views;
 

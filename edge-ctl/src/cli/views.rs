@@ -353,6 +353,29 @@ pub(super) static BGP_PEERS: View = View {
     ],
 };
 
+pub(super) static BGP_MESSAGES: View = View {
+    kind: "message",
+    names: &["time"],
+    columns: &[
+        column("TIME", "time", Show::RowRight(message_time)),
+        column("DIRECTION", "sent", Show::Row(message_direction)),
+        column("TYPE", "kind", Show::Text),
+        column("LENGTH", "length", Show::Number),
+        column("LOCAL", "local", Show::Text),
+        column("REMOTE", "remote", Show::Text),
+        wide("BYTES", "bytes", Show::Text),
+    ],
+};
+
+fn message_time(row: &Value) -> String {
+    let time = std::time::Duration::from_micros(row.get("time").and_then(Value::as_u64).unwrap_or_default());
+    humantime::format_rfc3339_micros(std::time::UNIX_EPOCH + time).to_string()
+}
+
+fn message_direction(row: &Value) -> String {
+    if row.get("sent").and_then(Value::as_bool) == Some(true) { "sent" } else { "received" }.to_owned()
+}
+
 pub(super) static BGP_ROUTES: View = View {
     kind: "path",
     names: &["network", "peer"],

@@ -2,9 +2,11 @@
 //! form that travels: one door between the two, [`load`]. Every fault is reported, each with its file and line.
 
 mod bgp;
+mod bgp_session;
 pub mod diff;
 mod edge;
 mod health;
+pub mod import_frr;
 pub mod lint;
 mod log;
 pub mod memory;

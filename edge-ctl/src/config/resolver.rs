@@ -54,6 +54,6 @@ fn follow(section: &Section<'_>) -> Option<Follow> {
         source.fault(source.place(), "`port` with `record = \"srv\"`: SRV answers carry the port; remove it".into());
     }
     source.finish();
-    let port = port.and_then(|port| u16::try_from(port).ok()).unwrap_or(DNS_PORT);
+    let port = port.unwrap_or(DNS_PORT);
     Some(Follow { name: name?.value, record, port })
 }

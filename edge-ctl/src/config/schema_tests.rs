@@ -30,9 +30,15 @@ router_id = "172.16.1.88"
 [bgp.group.tor]
 remote_asn = 65001
 timers = { keepalive = "3s", hold = "9s" }
+listen_range = ["198.51.100.0/24"]
 [[bgp.peer]]
 address = "192.0.2.1"
 group = "tor"
+password_file = "/etc/edge/tor.md5"
+graceful_restart = { time = "60s" }
+ttl_security = 1
+role = "customer"
+families = ["ipv4"]
 import = ["10.0.0.0/8 ge 24 le 32", { prefixes = ["10.0.0.0/8 le 24"], as_path = "^65001_", set = { local_pref = 200 } }]
 export = [{ communities = ["64512:1"], action = "deny" }]
 max_prefixes = { limit = 1000, warning = 80, restart = "5m" }

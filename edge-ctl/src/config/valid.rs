@@ -10,7 +10,7 @@ use std::{
 use ipnet::IpNet;
 
 pub use super::policy::{AsPathPattern, Changes, Guard, Intake, MaxPrefixes, NextHop, Term};
-use crate::model::{Resolver, Service, access::AccessLog};
+use crate::model::{Resolver, Service, access::AccessLog, bgp_session::SessionSettings};
 
 /// The whole configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -118,6 +118,17 @@ pub struct Bgp {
     pub transit: bool,
     /// What no import may bring in unasked.
     pub guard: Guard,
+    /// Networks whose hosts may connect without being listed; the most specific one counts.
+    pub ranges: Vec<PeerRange>,
+}
+
+/// `listen_range` of a group: who connects from there becomes a passive peer with the group's settings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerRange {
+    /// The network.
+    pub network: IpNet,
+    /// The peer that a host of the network becomes; its address is the network's.
+    pub template: Peer,
 }
 
 /// A BGP neighbour, its group's settings merged in.
@@ -143,6 +154,8 @@ pub struct Peer {
     pub hold: Duration,
     /// Hop limit of an eBGP session; 1: directly connected.
     pub ebgp_multihop: u8,
+    /// Everything else about its session.
+    pub session: SessionSettings,
     /// What is accepted from it; `None`: no list given, so nothing from eBGP (RFC 8212) and pod networks from iBGP.
     pub import: Option<Vec<Term>>,
     /// What is announced to it; `None`: nothing to eBGP, all that is ours to iBGP.

@@ -14,7 +14,9 @@ use tokio::{
 use tracing::warn;
 
 use super::{
-    Request, SharedState, acl, audit, lock,
+    Request, SharedState, acl, audit,
+    bgp_orders::BgpOrders,
+    lock,
     recorder::{self, Told},
 };
 use crate::{
@@ -53,6 +55,8 @@ pub struct Parts {
     pub fib: FibHandle,
     /// Peers, where BGP is configured.
     pub bgp: Option<BgpHandle>,
+    /// Orders for their sessions.
+    pub sessions: BgpOrders,
     /// Names.
     pub dns: DnsHandle,
     /// Checks.
@@ -64,6 +68,7 @@ pub struct DaemonViews {
     shared: SharedState,
     fib: FibHandle,
     bgp: Option<BgpHandle>,
+    sessions: BgpOrders,
     dns: DnsHandle,
     health: HealthHandle,
     reconciler: watch::Receiver<ReconcilerStatus>,
@@ -85,11 +90,11 @@ impl DaemonViews {
         requests: mpsc::Sender<Request>,
         told: Arc<Mutex<Told>>,
     ) -> Result<Self, PortError> {
-        let Parts { fib, bgp, dns, health } = parts;
+        let Parts { fib, bgp, sessions, dns, health } = parts;
         let kernel = Arc::new(lock(&shared).datapath.view()?);
         let sampled = Sampled::default();
         tokio::spawn(sample(Arc::clone(&kernel), reconciler.clone(), Arc::clone(&sampled)));
-        Ok(Self { shared, fib, bgp, dns, health, reconciler, requests, kernel, sampled, told })
+        Ok(Self { shared, fib, bgp, sessions, dns, health, reconciler, requests, kernel, sampled, told })
     }
 
     async fn answer_one(&self, query: Query) -> Result<Answer, ViewError> {
@@ -118,6 +123,12 @@ impl DaemonViews {
             Query::BgpRoutes => Answer::BgpRoutes(bgp()?.routes().await),
             Query::BgpReceived(peer) => Answer::BgpRoutes(self.peer(peer).await?.received(peer).await),
             Query::BgpAdvertised(peer) => Answer::BgpRoutes(self.peer(peer).await?.advertised(peer).await),
+            Query::BgpMessages(peer) => Answer::BgpMessages(self.peer(peer).await?.messages(peer).await),
+            Query::BgpOrder(order) => {
+                let bgp = bgp()?;
+                self.sessions.give(bgp, order).await?;
+                Answer::BgpPeers(bgp.summary().await)
+            }
             Query::BgpPolicy(question) => {
                 let rows = self.peer(question.peer).await?.policy(question).await;
                 Answer::BgpPolicy(rows.into_iter().collect())
@@ -143,7 +154,11 @@ impl DaemonViews {
 
     async fn peer(&self, peer: std::net::IpAddr) -> Result<&BgpHandle, ViewError> {
         let unknown = || ViewError::NotFound(format!("there is no BGP peer {peer}"));
-        let known = lock(&self.shared).config.0.bgp.as_ref().is_some_and(|bgp| bgp.peers.contains_key(&peer));
+        // Peers out of a `listen_range` are in no configuration.
+        let known = match &self.bgp {
+            Some(bgp) => bgp.summary().await.iter().any(|row| row.neighbor.parse() == Ok(peer)),
+            None => false,
+        };
         self.bgp.as_ref().filter(|_| known).ok_or_else(unknown)
     }
 

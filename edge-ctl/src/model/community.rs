@@ -27,6 +27,12 @@ const WELL_KNOWN: [(&str, u32); 5] = [
 impl Community {
     /// GRACEFUL_SHUTDOWN (RFC 8326).
     pub const GRACEFUL_SHUTDOWN: Self = Self::Standard(0xffff_0000);
+    /// LLGR_STALE, as its number: the path is long-lived stale (RFC 9494 4.2).
+    pub const LLGR_STALE_VALUE: u32 = 0xffff_0006;
+    /// LLGR_STALE (RFC 9494).
+    pub const LLGR_STALE: Self = Self::Standard(Self::LLGR_STALE_VALUE);
+    /// NO_LLGR: the path must not become long-lived stale (RFC 9494).
+    pub const NO_LLGR: Self = Self::Standard(0xffff_0007);
     /// NO_EXPORT (RFC 1997).
     pub const NO_EXPORT: Self = Self::Standard(0xffff_ff01);
     /// NO_ADVERTISE (RFC 1997).

@@ -1,6 +1,7 @@
 //! Plain data that every layer speaks: services, backends, routes, and the rows that users see. No I/O, no clock.
 
 pub mod access;
+pub mod bgp_session;
 pub mod capture;
 mod community;
 mod health;

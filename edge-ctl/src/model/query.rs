@@ -10,12 +10,13 @@ use std::{
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use super::bgp_session::{Order, PeerOrder};
 use super::capture::{CaptureOrder, CaptureRow};
 use super::{
     BackendVerb, Community, FlowSelector, RecordType,
     view::{
-        BackendRow, BgpPeerRow, BgpRouteRow, DnsRecordRow, DnsRow, DnsZoneRow, EventRow, FlowRow, HealthEventRow,
-        HealthRow, MapRow, PolicyRow, RouteRow, ServiceRow, StatusRow, XdpRow,
+        BackendRow, BgpMessageRow, BgpPeerRow, BgpRouteRow, DnsRecordRow, DnsRow, DnsZoneRow, EventRow, FlowRow,
+        HealthEventRow, HealthRow, MapRow, PolicyRow, RouteRow, ServiceRow, StatusRow, XdpRow,
     },
 };
 
@@ -101,6 +102,10 @@ pub enum Query {
     BgpReceived(IpAddr),
     /// What is announced to a peer: [`Answer::BgpRoutes`].
     BgpAdvertised(IpAddr),
+    /// The last messages of a peer: [`Answer::BgpMessages`].
+    BgpMessages(IpAddr),
+    /// Clear, refresh, shut down or enable a peer, or all: [`Answer::BgpPeers`].
+    BgpOrder(PeerOrder),
     /// What a peer's policy says of a path: [`Answer::BgpPolicy`].
     BgpPolicy(PolicyQuestion),
     /// Routes of the kernel that concern us: [`Answer::Routes`].
@@ -204,6 +209,15 @@ impl Query {
             Self::BgpRoutes => "/v1/bgp/routes".to_owned(),
             Self::BgpReceived(peer) => format!("/v1/bgp/peers/{peer}/received"),
             Self::BgpAdvertised(peer) => format!("/v1/bgp/peers/{peer}/advertised"),
+            Self::BgpMessages(peer) => format!("/v1/bgp/peers/{peer}/messages"),
+            Self::BgpOrder(PeerOrder { peer, what }) => {
+                let peer = peer.map_or_else(|| "all".to_owned(), |peer| peer.to_string());
+                let message = match what {
+                    Order::Shutdown(message) => format!("?message={}", percent_encode(message)),
+                    _ => String::new(),
+                };
+                return ("POST", format!("/v1/bgp/peers/{peer}/{}{message}", what.as_str()));
+            }
             Self::BgpPolicy(question) => question.path(),
             Self::Routes => "/v1/routes".to_owned(),
             Self::Maps => "/v1/maps".to_owned(),
@@ -284,7 +298,9 @@ pub enum Answer {
     DnsZones(Vec<DnsZoneRow>),
     /// To [`Query::DnsQuery`].
     DnsRecords(Vec<DnsRecordRow>),
-    /// To [`Query::BgpPeers`].
+    /// To [`Query::BgpMessages`].
+    BgpMessages(Vec<BgpMessageRow>),
+    /// To [`Query::BgpPeers`] and [`Query::BgpOrder`].
     BgpPeers(Vec<BgpPeerRow>),
     /// To [`Query::BgpRoutes`], [`Query::BgpReceived`] and [`Query::BgpAdvertised`].
     BgpRoutes(Vec<BgpRouteRow>),

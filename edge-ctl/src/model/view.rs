@@ -403,6 +403,86 @@ pub struct BgpPeerRow {
     pub next_connect: Option<u64>,
     /// Times a session was established.
     pub established_count: u64,
+    /// Capabilities that we offered on the session.
+    pub capabilities_sent: Vec<String>,
+    /// Capabilities that the peer offered.
+    pub capabilities_received: Vec<String>,
+    /// The peer's host name, where it tells one.
+    pub hostname: Option<String>,
+    /// Our address and port on the session.
+    pub local: Option<String>,
+    /// The peer's address and port on the session.
+    pub remote: Option<String>,
+    /// Seconds until the hold timer runs out.
+    pub hold_left: Option<u64>,
+    /// Seconds until the next KEEPALIVE.
+    pub keepalive_left: Option<u64>,
+    /// Attempts in a row that brought no lasting session.
+    pub failures: u64,
+    /// Administratively shut down, with this message.
+    pub shutdown: Option<String>,
+    /// Configured by a `listen_range`.
+    pub dynamic: bool,
+    /// The last NOTIFICATION sent.
+    pub error_sent: Option<BgpErrorRow>,
+    /// The last NOTIFICATION received.
+    pub error_received: Option<BgpErrorRow>,
+    /// Comings and goings, newest first.
+    pub flaps: Vec<BgpFlapRow>,
+    /// Routes kept while the peer is away or tells its table anew.
+    pub stale: Vec<BgpStaleRow>,
+    /// Prefixes of it that are stale.
+    pub pfx_stale: u64,
+}
+
+/// An error that a NOTIFICATION told.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BgpErrorRow {
+    /// Seconds ago.
+    pub ago: u64,
+    /// In words.
+    pub text: String,
+}
+
+/// A session that came or went.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BgpFlapRow {
+    /// Seconds ago.
+    pub ago: u64,
+    /// It came up.
+    pub up: bool,
+    /// Why it went down.
+    pub reason: String,
+}
+
+/// Routes of one family that outlive their session.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BgpStaleRow {
+    /// Family.
+    pub family: String,
+    /// `restarting`, `long-lived` or `refreshing`.
+    pub stage: String,
+    /// Seconds until they go.
+    pub left: u64,
+}
+
+/// One message in `bgp messages`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BgpMessageRow {
+    /// Microseconds since 1970.
+    pub time: u64,
+    /// We sent it.
+    pub sent: bool,
+    /// Our address and port.
+    pub local: std::net::SocketAddr,
+    /// The peer's.
+    pub remote: std::net::SocketAddr,
+    /// OPEN, UPDATE, NOTIFICATION, KEEPALIVE or ROUTE-REFRESH.
+    pub kind: String,
+    /// Octets.
+    pub length: usize,
+    /// The message, hexadecimal.
+    pub bytes: String,
 }
 
 /// One path in `bgp routes`.

@@ -77,6 +77,7 @@ pub fn peer(address: &str, remote_asn: u32) -> valid::Peer {
         keepalive: Duration::from_secs(30),
         hold: Duration::from_secs(90),
         ebgp_multihop: 1,
+        session: Default::default(),
         import: None,
         export: None,
         intake: valid::Intake::default(),
@@ -91,6 +92,7 @@ pub fn config(peers: impl IntoIterator<Item = valid::Peer>) -> valid::Bgp {
         listen_port: Some(179),
         networks: vec![],
         peers: peers.into_iter().map(|peer| (peer.address, peer)).collect(),
+        ranges: vec![],
         transit: false,
         guard: valid::Guard::default(),
     }

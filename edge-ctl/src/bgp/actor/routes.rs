@@ -30,6 +30,7 @@ pub(super) fn terms(bgp: &valid::Bgp, peer: &Peer, negotiated: &Negotiated, loca
         context: Context {
             four_octet_as: negotiated.four_octet_as,
             internal: peer.policy.internal,
+            extended: negotiated.extended_message,
             add_path: AddPath::of(negotiated.add_path.iter().copied()),
         },
         transit: bgp.transit,
@@ -137,7 +138,7 @@ impl Actor {
             if let Some(peer) = self.peers.get_mut(&address) {
                 peer.limited = None;
             }
-            self.feed(address, Event::ManualStart);
+            self.start_unless_shut(address);
         }
     }
 }

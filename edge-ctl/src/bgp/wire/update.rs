@@ -107,6 +107,7 @@ impl Update {
             }
         }
         let absent = missing(&parsed.attributes, !body.is_empty(), !update.announced.is_empty());
+        problems.extend(empty_segment(&parsed.attributes));
         // A malformed attribute was dropped by the codec; it is not missing as well.
         let reported: Vec<u8> = problems.iter().map(|problem| problem.attribute).collect();
         problems.extend(absent.into_iter().filter(|problem| !reported.contains(&problem.attribute)));
@@ -160,6 +161,18 @@ fn missing(attributes: &[codec::PathAttribute], body: bool, multiprotocol: bool)
         }
     }
     problems
+}
+
+/// A segment of no AS numbers makes AS_PATH malformed (RFC 7606 7.2); the codec lets it pass.
+fn empty_segment(attributes: &[codec::PathAttribute]) -> Option<Problem> {
+    let is_empty = |segment: &codec::AsPathSegment| match segment {
+        codec::AsPathSegment::AsSequence(numbers) | codec::AsPathSegment::AsSet(numbers) => numbers.is_empty(),
+    };
+    let empty = attributes.iter().any(|attribute| match attribute {
+        codec::PathAttribute::AsPath(path) => path.segments.iter().any(is_empty),
+        _ => false,
+    });
+    empty.then(|| Problem { attribute: 2, withdraws: true, detail: "AS_PATH has a segment without numbers".to_owned() })
 }
 
 /// An UPDATE with nothing in it ends IPv4's initial table; one with an empty MP_UNREACH_NLRI alone ends its family's.
