@@ -17,4 +17,5 @@ pub mod maglev;
 pub mod maps;
 #[cfg(any(feature = "user", test))]
 pub mod schedule;
+pub mod midflow;
 pub mod verdict;

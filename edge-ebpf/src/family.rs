@@ -23,6 +23,8 @@ pub trait Family: FlowTables {
     const CREATE: u32;
     /// Number of the stage that sends a packet.
     const SEND: u32;
+    /// Number of the stage of packets in the middle of a flow that is not known.
+    const MID_FLOW: u32;
 
     /// Remembers a first fragment that was sent on by `flow`, so that the rest follow it.
     fn remember_fragment<P: Packet>(packet: &mut P, parsed: &Parsed<Self>, flow: &Flow<Self>);
@@ -39,6 +41,7 @@ impl Family for u32 {
     const TRACK: u32 = stages::TRACK;
     const CREATE: u32 = stages::CREATE;
     const SEND: u32 = stages::SEND;
+    const MID_FLOW: u32 = stages::MID_FLOW;
 
     #[inline(always)]
     fn remember_fragment<P: Packet>(packet: &mut P, parsed: &Parsed<Self>, flow: &FlowV4) {
@@ -68,6 +71,7 @@ impl Family for Wide {
     const TRACK: u32 = stages::TRACK_V6;
     const CREATE: u32 = stages::CREATE_V6;
     const SEND: u32 = stages::SEND_V6;
+    const MID_FLOW: u32 = stages::MID_FLOW_V6;
 
     #[inline(always)]
     fn remember_fragment<P: Packet>(_packet: &mut P, _parsed: &Parsed<Self>, _flow: &FlowV6) {}

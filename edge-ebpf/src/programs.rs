@@ -66,4 +66,6 @@ stage! {
     stages::track::<Wide, _>: edge_xdp_track6, edge_tc_track6;
     stages::create::<Wide, _>: edge_xdp_creat6, edge_tc_creat6;
     stages::send::<Wide, _>: edge_xdp_send6, edge_tc_send6;
+    stages::mid_flow::<u32, _>: edge_xdp_midflo, edge_tc_midflo;
+    stages::mid_flow::<Wide, _>: edge_xdp_midfl6, edge_tc_midfl6;
 }

@@ -33,6 +33,11 @@ pub const CREATE_V6: u32 = 8;
 /// As [`SEND`], of IPv6.
 pub const SEND_V6: u32 = 9;
 
+/// A TCP segment in mid-flow, or a dnat backend's reply, without a flow.
+pub const MID_FLOW: u32 = 16;
+/// As [`MID_FLOW`], of IPv6.
+pub const MID_FLOW_V6: u32 = 17;
+
 /// Every stage: its number, and its program's name after `edge_xdp_` or `edge_tc_`. The kernel keeps 15 bytes of the whole.
 pub const ALL: &[(u32, &str)] = &[
     (TRACK, "track"),
@@ -45,6 +50,8 @@ pub const ALL: &[(u32, &str)] = &[
     (TRACK_V6, "track6"),
     (CREATE_V6, "creat6"),
     (SEND_V6, "send6"),
+    (MID_FLOW, "midflo"),
+    (MID_FLOW_V6, "midfl6"),
 ];
 
 const _: () = {

@@ -55,7 +55,7 @@ fn find(quoted: &FlowKeyV4, flow: &mut FlowV4) -> u32 {
             FlowKeyV4::new(quoted.src, u32::narrow(&service.address), quoted.src_port, service.port, quoted.protocol);
     }
     flow.service = number;
-    let chosen = select::agreed(service, &client);
+    let chosen = select::agreed(service, &client, select::NONE);
     if chosen == select::NONE && named == 0 {
         return NOTHING;
     }
