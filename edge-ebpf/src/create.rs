@@ -98,14 +98,14 @@ pub fn flags(service: &ServiceEntry, protocol: u8) -> u16 {
     flags
 }
 
-/// [`open`] made both entries.
+/// Both entries were made.
 pub const OPENED: u32 = 0;
 const NO_SNAT_ADDRESS: u32 = 1;
-/// [`open`] found the reply's key with another flow.
+/// The reply's key is another flow's.
 pub const TAKEN: u32 = 2;
 const EXHAUSTED: u32 = 3;
 const FULL: u32 = 4;
-/// [`open`] found the flow there already.
+/// The flow was there already.
 pub const JOINED: u32 = 5;
 
 /// What both entries are made of; they are built in the scratch element, one after the other.
@@ -154,7 +154,6 @@ fn write_forward<A: Family>(plan: &Plan<A>, flow: &mut Flow<A>) {
     flow.sequence = 1;
     flow.state = State::HalfOpen as u8;
     flow.direction = Direction::Forward as u8;
-    flow.ack_floor = plan.ack_floor;
     flow.created = plan.now;
     flow.last_seen = plan.now;
 }
@@ -166,7 +165,14 @@ fn add_forward<A: Family>(plan: &Plan<A>) -> i32 {
         return ENOENT;
     };
     write_forward(plan, flow);
+    flow.ack_floor = plan.ack_floor;
     maps::add_flow(Table::HalfOpen, flow).err().unwrap_or(0)
+}
+
+/// A function of its own: inlined where all values are known, it keeps them on the stack.
+#[inline(never)]
+fn turn<A: Family>(flow: &mut Flow<A>) {
+    conntrack::turn(flow);
 }
 
 /// Adds the reply's entry; 0 or an errno.
@@ -176,17 +182,33 @@ fn add_reply<A: Family>(plan: &Plan<A>) -> i32 {
         return ENOENT;
     };
     write_forward(plan, flow);
-    conntrack::turn(flow);
+    turn(flow);
     maps::add_flow(Table::HalfOpen, flow).err().unwrap_or(0)
 }
 
 /// Makes both entries, the reply's first.
 #[inline(never)]
-pub fn open<A: Family>(plan: &mut Plan<A>, service: &ServiceEntry, backend: &BackendEntry, past: &Past<A>) -> u32 {
+fn open<A: Family>(plan: &mut Plan<A>, service: &ServiceEntry, backend: &BackendEntry, past: &Past<A>) -> u32 {
     let claimed = choose_source(plan, service, backend, past);
     if claimed != OPENED {
         return claimed;
     }
+    begin(plan)
+}
+
+/// As [`open`], of a plan that has its source: the client's own.
+#[inline(always)]
+pub fn open_own<A: Family>(plan: &Plan<A>, service: &ServiceEntry) -> u32 {
+    let claimed = claim_own(plan, service);
+    if claimed != OPENED {
+        return claimed;
+    }
+    begin(plan)
+}
+
+/// Adds the forward entry, the reply's being there.
+#[inline(always)]
+fn begin<A: Family>(plan: &Plan<A>) -> u32 {
     match add_forward(plan) {
         0 => OPENED,
         errno => {
@@ -280,6 +302,18 @@ fn snat_address<A: Family>(service: &ServiceEntry, which: u32) -> A {
 /// half-open flow.
 #[inline(never)]
 fn claim<A: Family>(plan: &Plan<A>, service: &ServiceEntry, own: bool, pressed: bool) -> u32 {
+    claim_as(plan, service, own, pressed)
+}
+
+/// As [`claim`], of the client's own source; a function of its own, since the verifier removes calls that it proves never to
+/// happen.
+#[inline(never)]
+fn claim_own<A: Family>(plan: &Plan<A>, service: &ServiceEntry) -> u32 {
+    claim_as(plan, service, true, false)
+}
+
+#[inline(always)]
+fn claim_as<A: Family>(plan: &Plan<A>, service: &ServiceEntry, own: bool, pressed: bool) -> u32 {
     let reply = plan.reply_key();
     match add_reply(plan) {
         0 => {}

@@ -31,60 +31,63 @@ use crate::{
 /// Both entries of the packet's flow are there: the stage `send` sends it.
 pub const ADOPTED: Verdict = Verdict::UNDECIDED;
 
+/// Where a packet belongs is noted in [`Past`]: its flow may be made.
+const FOUND: Verdict = Verdict::FORWARD;
+
 /// [`ADOPTED`], or what becomes of the packet: `past` names the service of a client's segment, or the backend of a reply.
 #[inline(always)]
-pub fn decide<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, past: &Past<A>) -> Verdict {
-    if past.backend != 0 && past.service == 0 {
-        return reply(parsed, past.backend);
+pub fn decide<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, past: &mut Past<A>) -> Verdict {
+    let from_backend = past.service == 0;
+    if !from_backend {
+        let Some(service) = maps::service(past.service) else {
+            return because(Reason::NotReady, past.service);
+        };
+        if service.mode != mode::DNAT || service.balance != balance::MAGLEV || parsed.flags & SYN != 0 {
+            return refuse(packet, parsed, service, past.service);
+        }
     }
-    let Some(service) = maps::service(past.service) else {
-        return because(Reason::NotReady, past.service);
-    };
-    if service.mode == mode::DNAT && service.balance == balance::MAGLEV && parsed.flags & SYN == 0 {
-        return segment(parsed, service, past.service);
+    // One after the other, so that their frames are not on the stack together.
+    let found = if from_backend { reply(parsed, past) } else { segment(parsed, past) };
+    if found != FOUND {
+        return found;
     }
-    refuse(packet, parsed, service, past.service)
+    adopt(parsed, past.service, past.backend, from_backend)
 }
 
 /// A client's segment of a dnat service.
 #[inline(never)]
-fn segment<A: Family>(parsed: &Parsed<A>, service: &ServiceEntry, number: u32) -> Verdict {
+fn segment<A: Family>(parsed: &Parsed<A>, past: &mut Past<A>) -> Verdict {
+    let number = past.service;
     let admitted = protect::admit(parsed, number);
     if admitted != NEW_FLOW {
         return admitted;
     }
-    let chosen = select::agreed(service, &parsed.key, select::NONE);
-    if chosen == select::NONE {
-        return because(Reason::NoBackend, number);
-    }
-    let acked = if parsed.flags & ACK == 0 { 0 } else { flow_flag::CLIENT_ACKED };
-    adopt(&parsed.key, number, chosen, parsed.ack, acked)
+    past.backend = match maps::service(number) {
+        Some(service) => select::agreed(service, &parsed.key, select::NONE),
+        None => select::NONE,
+    };
+    if past.backend == select::NONE { because(Reason::NoBackend, number) } else { FOUND }
 }
 
 /// A dnat backend's packet to somewhere else than this host.
 #[inline(never)]
-fn reply<A: Family>(parsed: &Parsed<A>, backend: u32) -> Verdict {
-    let number = maps::backend(backend).map_or(0, |backend| backend.service);
+fn reply<A: Family>(parsed: &Parsed<A>, past: &mut Past<A>) -> Verdict {
+    let number = maps::backend(past.backend).map_or(0, |backend| backend.service);
     let Some(service) = maps::service(number) else {
         return because(Reason::ReplyWithoutFlow, number);
     };
-    let key = &parsed.key;
-    let client = FlowKey::new(key.dst, A::narrow(&service.address), key.dst_port, service.port, key.protocol);
-    if service.mode != mode::DNAT || parsed.lacks_checksum || !is_choice(service, &client, backend) {
+    let client = client_of(&parsed.key, service);
+    if service.mode != mode::DNAT || parsed.lacks_checksum || !is_choice(service, &client, past.backend) {
         return because(Reason::ReplyWithoutFlow, number);
     }
-    let segment = parsed.segment();
-    if parsed.flags & (SYN | ACK) == SYN | ACK {
-        return adopt(&client, number, backend, segment.seq.wrapping_add(1), flow_flag::SYN_ACK_SEEN);
-    }
-    let known = if key.protocol == UDP {
-        flow_flag::REPLIED
-    } else if parsed.flags & RST == 0 {
-        flow_flag::SYN_ACK_SEEN
-    } else {
-        0
-    };
-    adopt(&client, number, backend, floor_of(&segment), known)
+    past.service = number;
+    FOUND
+}
+
+/// The client's tuple of a backend's reply.
+#[inline(always)]
+fn client_of<A: Family>(key: &FlowKey<A>, service: &ServiceEntry) -> FlowKey<A> {
+    FlowKey::new(key.dst, A::narrow(&service.address), key.dst_port, service.port, key.protocol)
 }
 
 /// True where every edge would give the client this backend, or would once the first had not answered.
@@ -101,28 +104,45 @@ fn is_choice<A: Family>(service: &ServiceEntry, client: &FlowKey<A>, backend: u3
     false
 }
 
-/// Makes both entries of the client's flow.
+/// What the packet says about its flow's acknowledgements: [`flow_flag`] bits and `Flow::ack_floor`.
+#[inline(always)]
+fn known<A: Family>(parsed: &Parsed<A>, from_backend: bool) -> (u16, u32) {
+    let flags = parsed.flags;
+    match (parsed.key.protocol == UDP, from_backend) {
+        (true, true) => (flow_flag::REPLIED, 0),
+        (true, false) => (0, 0),
+        (false, false) if flags & ACK == 0 => (0, 0),
+        (false, false) => (flow_flag::CLIENT_ACKED, parsed.ack),
+        (false, true) if flags & RST != 0 => (0, 0),
+        (false, true) if flags & (SYN | ACK) == SYN | ACK => (flow_flag::SYN_ACK_SEEN, parsed.seq.wrapping_add(1)),
+        (false, true) => (flow_flag::SYN_ACK_SEEN, floor_of(&parsed.segment())),
+    }
+}
+
+/// Makes both entries of the packet's flow.
 #[inline(never)]
-fn adopt<A: Family>(client: &FlowKey<A>, number: u32, chosen: u32, ack_floor: u32, known: u16) -> Verdict {
+fn adopt<A: Family>(parsed: &Parsed<A>, number: u32, chosen: u32, from_backend: bool) -> Verdict {
     let (Some(service), Some(backend)) = (maps::service(number), maps::backend(chosen)) else {
         return because(Reason::NotReady, number);
     };
-    let mut plan = Plan {
-        key: *client,
-        new_src: client.src,
+    let key = if from_backend { client_of(&parsed.key, service) } else { parsed.key };
+    let (known, ack_floor) = known(parsed, from_backend);
+    let plan = Plan {
+        key,
+        new_src: key.src,
         new_dst: A::narrow(&backend.address),
-        new_src_port: client.src_port,
+        new_src_port: key.src_port,
         new_dst_port: backend.port,
         service: number,
         backend: chosen,
-        flags: create::flags(service, client.protocol) | flow_flag::ADOPTED | known,
+        flags: create::flags(service, key.protocol) | flow_flag::ADOPTED | known,
         ack_floor,
         now: maps::events::precise_now(),
     };
-    match create::open(&mut plan, service, backend, &Past::none()) {
+    match create::open_own(&plan, service) {
         OPENED => {
             because(Reason::MidFlowAdopted, number);
-            protect::half_opened(client.src, number);
+            protect::half_opened(plan.key.src, number);
             ADOPTED
         }
         JOINED => ADOPTED,

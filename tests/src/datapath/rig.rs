@@ -362,6 +362,7 @@ impl Rig {
         for (index, address) in [uplink, pods].into_iter().zip(OWN) {
             own.insert(index, OwnAddresses { v4: wire(address), ..OwnAddresses::default() }, 0)?;
         }
+        rig.array(name::ANSWERS_FROM)?.set(0, 1_u64, 0)?;
         rig.array(name::SNAT_PORTS)?.set(0, PortSet([u64::MAX; 1024]), 0)?;
         for family in FAMILIES {
             rig.filter_destination(family.vip())?;
