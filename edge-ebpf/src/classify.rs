@@ -33,7 +33,7 @@ pub fn untracked<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, side:
     }
     match lookup(key.src, key.src_port, key.protocol, maps::dnat_backend) {
         Some(backend) if fib::leads_away(packet, parsed) => {
-            past.backend = backend;
+            (past.service, past.backend) = (0, backend);
             Verdict::MID_FLOW
         }
         Some(_) => Verdict::PASS,

@@ -12,7 +12,7 @@ use edge_common::{
         tcp_flag::{ACK, RST, SYN},
     },
     flow::{FlowKey, UDP},
-    maps::{ServiceEntry, balance, flow_flag, mode, service_flag},
+    maps::{Flow, ServiceEntry, balance, flow_flag, mode, service_flag},
     verdict::{Reason, Verdict},
 };
 
@@ -21,7 +21,7 @@ use crate::{
     conntrack::Past,
     create::{self, JOINED, OPENED, Plan, TAKEN},
     family::Family,
-    maps,
+    maps::{self, Table},
     packet::Packet,
     parse::Parsed,
     protect, select,
@@ -80,8 +80,18 @@ fn reply<A: Family>(parsed: &Parsed<A>, past: &mut Past<A>) -> Verdict {
     if service.mode != mode::DNAT || parsed.lacks_checksum || !is_choice(service, &client, past.backend) {
         return because(Reason::ReplyWithoutFlow, number);
     }
+    if is_with_another(&client, &parsed.key) {
+        return because(Reason::TwinTaken, number);
+    }
     past.service = number;
     FOUND
+}
+
+/// True where the client's tuple has a flow, and it leads elsewhere than to the sender of this reply.
+#[inline(never)]
+fn is_with_another<A: Family>(client: &FlowKey<A>, reply: &FlowKey<A>) -> bool {
+    let other = |flow: &mut Flow<A>| flow.twin() != *reply;
+    maps::flow(Table::Established, client).is_some_and(other) || maps::flow(Table::HalfOpen, client).is_some_and(other)
 }
 
 /// The client's tuple of a backend's reply.

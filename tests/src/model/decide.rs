@@ -65,13 +65,15 @@ pub struct Decision {
     pub rewrite: Option<Rewrite>,
     /// It leaves as an ICMP message to its sender.
     pub message: bool,
+    /// It leaves as a RST to its sender.
+    pub reset: bool,
 }
 
 impl Decision {
     /// To the stack, untouched.
-    pub const PASS: Self = Self { action: Action::Pass, rewrite: None, message: false };
+    pub const PASS: Self = Self { action: Action::Pass, rewrite: None, message: false, reset: false };
     /// Gone. What its bytes are does not matter.
-    pub const DROP: Self = Self { action: Action::Drop, rewrite: None, message: false };
+    pub const DROP: Self = Self { action: Action::Drop, rewrite: None, message: false, reset: false };
 }
 
 /// What the program chose where it is free to: looked at after it ran, and judged by the model.
@@ -138,7 +140,7 @@ pub fn answer(state: &mut State, input: &Input, reason: Reason, service: u32) ->
     state.hit(Point::Answered);
     state.because(reason, service);
     let action = if input.hook == Hook::Xdp { Action::Transmit } else { Action::Redirect };
-    Decision { action, rewrite: None, message: true }
+    Decision { action, rewrite: None, message: true, reset: false }
 }
 
 /// Sends the packet on by an entry.

@@ -47,7 +47,7 @@ pub fn follow(state: &mut State, input: &Input, ip: Ip) -> Decision {
         id,
         segment: Original { l4, udp: key.protocol == UDP, later_fragment: true },
     };
-    let stack = Decision { action: Action::Pass, rewrite: Some(rewrite(None)), message: false };
+    let stack = Decision { action: Action::Pass, rewrite: Some(rewrite(None)), message: false, reset: false };
     let (ifindex, macs, mtu, redirectable) = match way(state, table, &flow) {
         Way::Nowhere(reason, point) => {
             state.hit(point);
@@ -73,5 +73,5 @@ pub fn follow(state: &mut State, input: &Input, ip: Ip) -> Decision {
         return stack;
     }
     let action = if same && input.hook == Hook::Xdp { Action::Transmit } else { Action::Redirect };
-    Decision { action, rewrite: Some(rewrite(Some(macs))), message: false }
+    Decision { action, rewrite: Some(rewrite(Some(macs))), message: false, reset: false }
 }

@@ -28,6 +28,7 @@ pub mod fragments;
 pub mod generate;
 pub mod hash;
 pub mod kernel;
+pub mod midflow;
 pub mod moves;
 pub mod network;
 pub mod run;
