@@ -5,6 +5,7 @@ mod bgp;
 pub mod diff;
 mod edge;
 mod health;
+mod lifetimes;
 pub mod lint;
 mod log;
 pub mod memory;

@@ -10,6 +10,7 @@ use ipnet::IpNet;
 
 use super::{
     health,
+    lifetimes::lifetimes,
     protect::protection,
     raw::{Place, Value},
     read::{At, Section, nearest, not_yet},
@@ -130,6 +131,7 @@ fn service(
     let announce = announce(&section, context);
     let health = health::health(&section, &protocols);
     let on_down = health::on_down(&section, &protocols);
+    let lifetimes = lifetimes(&section, &protocols);
     let protection = protection(&section, &listen);
     section.finish();
     Some(Service {
@@ -143,6 +145,7 @@ fn service(
         announce,
         health,
         on_down,
+        lifetimes,
         protection,
     })
 }

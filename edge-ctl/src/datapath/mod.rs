@@ -19,6 +19,7 @@ pub mod next_hops;
 pub mod object;
 pub mod own_addresses;
 pub mod pins;
+pub mod quiet;
 pub mod program_log;
 pub mod selection;
 pub mod snat;
