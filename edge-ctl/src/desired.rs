@@ -14,6 +14,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
     net::{IpAddr, SocketAddr},
+    sync::Arc,
 };
 
 use ipnet::IpNet;
@@ -82,8 +83,9 @@ pub struct AdoptedBackend {
 /// What the datapath and BGP should look like.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DesiredState {
-    /// Every listen address of every service.
-    pub frontends: BTreeMap<Frontend, DesiredFrontend>,
+    /// Every listen address of every service. What has not changed is shared with the state before, so that two states are
+    /// compared as fast as they differ.
+    pub frontends: BTreeMap<Frontend, Arc<DesiredFrontend>>,
     /// VIP prefixes (/32, /128) to announce; only those with enough eligible backends. The unconditional prefixes of
     /// `[bgp] networks` are not among them.
     pub announcements: BTreeMap<IpNet, PathAttributes>,
@@ -230,10 +232,29 @@ impl Timeouts {
 
 /// Builds the desired state.
 pub fn build(config: &Config, inputs: &Inputs<'_>) -> DesiredState {
+    rebuild(config, inputs, &DesiredState::default(), None)
+}
+
+/// As [`build`], where `before` was built of the same configuration and inputs but for what concerns these services; `None`:
+/// whatever may have changed. Only their frontends are built, and those that come out as they were are shared with `before`.
+pub fn rebuild(
+    config: &Config,
+    inputs: &Inputs<'_>,
+    before: &DesiredState,
+    services: Option<&BTreeSet<String>>,
+) -> DesiredState {
     let mut state = DesiredState { record_ends: config.access_log.is_some(), ..DesiredState::default() };
     for service in config.services.values() {
+        let is_concerned = services.is_none_or(|services| services.contains(&service.name));
         for frontend in &service.listen {
-            let desired = build_frontend(config, inputs, service, frontend);
+            let known = before.frontends.get(frontend);
+            let desired = match known {
+                Some(known) if !is_concerned => Arc::clone(known),
+                _ => {
+                    let built = build_frontend(config, inputs, service, frontend);
+                    known.filter(|known| ***known == built).map_or_else(|| Arc::new(built), Arc::clone)
+                }
+            };
             if let (Announced::Yes, Some(announce)) = (desired.announced, &service.announce) {
                 // Several services may share a VIP: it is announced while any of them can serve, with the
                 // attributes of the first by name.
@@ -315,10 +336,10 @@ pub fn targets(config: &Config, state: &DesiredState) -> Targets {
     for frontend in state.frontends.values() {
         let Some(service) = config.services.get(&frontend.service) else { continue };
         let Some(health) = &service.health else { continue };
-        let health = std::sync::Arc::new(health.clone());
+        let health = Arc::new(health.clone());
         for backend in frontend.pool.iter().flatten() {
             let target = Target {
-                health: std::sync::Arc::clone(&health),
+                health: Arc::clone(&health),
                 source: service.snat.addresses.first().copied().or(backend.snat_address),
                 start: backend.facts.start,
                 reachable: backend.facts.route != Route::Missing,
@@ -487,6 +508,9 @@ mod tests {
                 listen_port: Some(179),
                 networks: Vec::new(),
                 peers: BTreeMap::new(),
+                ranges: Vec::new(),
+                transit: false,
+                guard: Default::default(),
             }),
             services: BTreeMap::from([("ingress".to_owned(), service)]),
         }
@@ -539,7 +563,7 @@ mod tests {
 
         fn route(&mut self, prefix: &str, hops: &[&str]) {
             let next_hops = hops.iter().map(|hop| hop.parse().unwrap()).collect();
-            self.routes.apply(RouteUpdate { prefix: prefix.parse().unwrap(), next_hops });
+            self.routes.apply(RouteUpdate { prefix: prefix.parse().unwrap(), next_hops, internal: false });
         }
 
         fn build(&self) -> DesiredState {
@@ -772,7 +796,7 @@ mod tests {
         other.backends = BackendSource::Static(vec![StaticBackend::new("10.1.9.9:80".parse().unwrap())]);
         world.config.services.insert("other".to_owned(), other);
         let state = world.build();
-        assert_eq!(state.frontends.values().map(DesiredFrontend::eligible).collect::<Vec<_>>(), [0, 1]);
+        assert_eq!(state.frontends.values().map(|frontend| frontend.eligible()).collect::<Vec<_>>(), [0, 1]);
         assert_eq!(state.announcements.keys().map(ToString::to_string).collect::<Vec<_>>(), ["172.16.1.88/32"]);
     }
 }

@@ -144,7 +144,11 @@ fn keep_capabilities(mask: u32) {
 }
 
 fn update(prefix: &str, hops: &[&str]) -> RouteUpdate {
-    RouteUpdate { prefix: prefix.parse().unwrap(), next_hops: hops.iter().map(|hop| hop.parse().unwrap()).collect() }
+    RouteUpdate {
+        prefix: prefix.parse().unwrap(),
+        next_hops: hops.iter().map(|hop| hop.parse().unwrap()).collect(),
+        internal: false,
+    }
 }
 
 fn address(text: &str) -> IpAddr {
@@ -473,13 +477,13 @@ fn settings_that_drop_full_nat_packets_are_found_and_their_fix_works() {
                 set(setting);
             }
             let interfaces = ["up0".to_owned()];
-            let problems = sysctl::check(&interfaces, true);
+            let problems = sysctl::check(&interfaces, true, false);
             let keys: Vec<&str> = problems.iter().map(|problem| problem.key.as_str()).collect();
             assert_eq!(keys, ["net.ipv4.ip_forward", "net.ipv4.conf.up0.rp_filter", "net.ipv4.conf.up0.accept_local"]);
             for problem in problems {
                 set(problem.fix.strip_prefix("sysctl -w ").unwrap());
             }
-            assert_eq!(sysctl::check(&interfaces, true), []);
+            assert_eq!(sysctl::check(&interfaces, true, false), []);
         };
         if let Err(panic) = scope.spawn(work).join() {
             std::panic::resume_unwind(panic);

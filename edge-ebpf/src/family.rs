@@ -8,15 +8,16 @@ use edge_common::{
 use network_types::ip::Ipv4Hdr;
 
 use crate::{
-    fragment,
+    fragment::Pieces,
+    icmp::{message::Message, quote::Quote},
     maps::{self, FlowTables},
     packet::Packet,
-    parse::{IP, Ipv6Header, Parsed, ipv6_field},
+    parse::{IP, Ipv6Header, ipv6_field},
     stages::Handover,
 };
 
 /// IPv4 or IPv6, by its type of address.
-pub trait Family: FlowTables {
+pub trait Family: FlowTables + Message + Pieces {
     /// Number of the stage that tracks a packet's flow.
     const TRACK: u32;
     /// Number of the stage of packets without a flow.
@@ -26,11 +27,21 @@ pub trait Family: FlowTables {
     /// Number of the stage of packets in the middle of a flow that is not known.
     const MID_FLOW: u32;
 
-    /// Remembers a first fragment that was sent on by `flow`, so that the rest follow it.
-    fn remember_fragment<P: Packet>(packet: &mut P, parsed: &Parsed<Self>, flow: &Flow<Self>);
+    /// Number of the stage of ICMP packets.
+    const RELAY: u32;
+    /// Number of the stage of packets whose sender is told what became of them.
+    const ANSWER: u32;
+    /// Number of the stage of fragments.
+    const FRAG: u32;
 
     /// This CPU's room for what the stages of one hook leave each other.
     fn handover(hook: u32) -> Option<&'static mut Handover<Self>>;
+
+    /// This CPU's room for what an ICMP error quotes.
+    fn quote() -> Option<&'static mut Quote<Self>>;
+
+    /// This CPU's place for a flow that is in no table.
+    fn assumed_flow() -> Option<&'static mut Flow<Self>>;
 
     /// Decrements the TTL or hop limit and writes the flow's addresses; false where the packet turned out to be too
     /// short, which parsing excludes.
@@ -42,15 +53,23 @@ impl Family for u32 {
     const CREATE: u32 = stages::CREATE;
     const SEND: u32 = stages::SEND;
     const MID_FLOW: u32 = stages::MID_FLOW;
-
-    #[inline(always)]
-    fn remember_fragment<P: Packet>(packet: &mut P, parsed: &Parsed<Self>, flow: &FlowV4) {
-        fragment::remember(packet, parsed, flow);
-    }
+    const RELAY: u32 = stages::RELAY;
+    const ANSWER: u32 = stages::ANSWER;
+    const FRAG: u32 = stages::FRAG;
 
     #[inline(always)]
     fn handover(hook: u32) -> Option<&'static mut Handover<Self>> {
         maps::stages::handover(hook)
+    }
+
+    #[inline(always)]
+    fn quote() -> Option<&'static mut Quote<Self>> {
+        maps::scratch::quote()
+    }
+
+    #[inline(always)]
+    fn assumed_flow() -> Option<&'static mut FlowV4> {
+        maps::assumed_flow()
     }
 
     #[inline(always)]
@@ -72,13 +91,23 @@ impl Family for Wide {
     const CREATE: u32 = stages::CREATE_V6;
     const SEND: u32 = stages::SEND_V6;
     const MID_FLOW: u32 = stages::MID_FLOW_V6;
-
-    #[inline(always)]
-    fn remember_fragment<P: Packet>(_packet: &mut P, _parsed: &Parsed<Self>, _flow: &FlowV6) {}
+    const RELAY: u32 = stages::RELAY_V6;
+    const ANSWER: u32 = stages::ANSWER_V6;
+    const FRAG: u32 = stages::FRAG_V6;
 
     #[inline(always)]
     fn handover(hook: u32) -> Option<&'static mut Handover<Self>> {
         maps::stages::handover_v6(hook)
+    }
+
+    #[inline(always)]
+    fn quote() -> Option<&'static mut Quote<Self>> {
+        maps::scratch::quote_v6()
+    }
+
+    #[inline(always)]
+    fn assumed_flow() -> Option<&'static mut FlowV6> {
+        maps::assumed_flow_v6()
     }
 
     #[inline(always)]
@@ -95,8 +124,9 @@ impl Family for Wide {
     }
 }
 
+/// Writes an address into the header, from one of [`ipv6_field`]'s words on.
 #[inline(always)]
-fn write(ip: &mut Ipv6Header, at: usize, address: &Wide) {
+pub fn write(ip: &mut Ipv6Header, at: usize, address: &Wide) {
     ip[at] = address[0] as u16;
     ip[at + 1] = (address[0] >> 16) as u16;
     ip[at + 2] = address[1] as u16;

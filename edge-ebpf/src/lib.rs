@@ -9,6 +9,7 @@ pub mod classify;
 pub mod conntrack;
 pub mod create;
 pub mod events;
+pub mod extensions;
 pub mod family;
 pub mod fib;
 pub mod forward;

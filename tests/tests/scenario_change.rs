@@ -14,7 +14,7 @@ use edge_tests::{
         topology::{EDGE, NODES, ingress},
     },
     needs_namespaces,
-    skip::full,
+    skip::count,
 };
 use serde_json::Value;
 
@@ -197,6 +197,7 @@ fn a_commit_rolls_back_by_itself_even_across_a_crash_and_one_that_was_confirmed_
     ensure!(told.contains("kept") && told.contains("files still say otherwise"), "{told}");
     daemon.kill()?;
     daemon.start(&lab)?;
+    daemon.wait_ready(&lab, NODES.len() as u64, SOON)?;
     serves(true).context("what was confirmed stays")?;
     lab.edge_ctl(&["reload"])?;
     serves(false).context("until the files are read again")?;
@@ -289,12 +290,15 @@ fn a_daemon_killed_at_random_moments_of_a_changing_scenario_finds_its_way_and_br
     let (mut daemon, text) = started(&lab, &service("changing", 7104, ""))?;
     let mut flows = lab.open_many("client", vip(vip::ECHO), 10)?;
     flows.extend(lab.open_many("client", vip(7104), 10)?);
-    for round in 0..if full() { 200 } else { 6 } {
+    for round in 0..count("kills", 6, 200) {
         let pod = backend(1 + usize::try_from(random.below(3)).unwrap_or(0));
         let weight = (1 + random.below(9)).to_string();
         let extra = service("extra", 7105, if random.below(2) == 0 { "" } else { "balance = \"least-conn\"" });
         daemon.configure(&(text.clone() + if random.below(2) == 0 { "" } else { &extra }))?;
         let killed_after = Duration::from_micros(random.below(60_000));
+        // Pods that leave DNS go on serving what they have.
+        let replicas = 2 + usize::try_from(random.below(2)).unwrap_or(0);
+        lab.publish_pods(1..=replicas)?;
         thread::scope(|scope| -> Result<()> {
             // It may die before it has answered either.
             scope.spawn(|| lab.edge_ctl_raw(&["backend", "weight", "changing", &pod, &weight]));
@@ -310,6 +314,14 @@ fn a_daemon_killed_at_random_moments_of_a_changing_scenario_finds_its_way_and_br
         wait_for("the maps to be as they should", SOON, || {
             let found = lab.edge_ctl(&["map", "audit"])?;
             ensure!(found.as_array().is_some_and(Vec::is_empty), "{found}");
+            Ok(true)
+        })
+        .with_context(what)?;
+        wait_for("the pool to be what DNS says", SOON, || {
+            let rows = lab.edge_ctl(&["service", "list"])?;
+            let row = rows.as_array().and_then(|rows| rows.iter().find(|row| row["name"] == "echo").cloned());
+            let row = row.with_context(|| format!("no service echo in {rows}"))?;
+            ensure!(row["backends"] == format!("{replicas}/{replicas}"), "{replicas} pods are in DNS: {row}");
             Ok(true)
         })
         .with_context(what)?;

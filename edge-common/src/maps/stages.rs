@@ -37,6 +37,12 @@ pub const SEND_V6: u32 = 9;
 pub const MID_FLOW: u32 = 16;
 /// As [`MID_FLOW`], of IPv6.
 pub const MID_FLOW_V6: u32 = 17;
+/// As [`RELAY`], of ICMPv6.
+pub const RELAY_V6: u32 = 10;
+/// As [`ANSWER`], of IPv6.
+pub const ANSWER_V6: u32 = 11;
+/// As [`FRAG`], of IPv6.
+pub const FRAG_V6: u32 = 12;
 
 /// Every stage: its number, and its program's name after `edge_xdp_` or `edge_tc_`. The kernel keeps 15 bytes of the whole.
 pub const ALL: &[(u32, &str)] = &[
@@ -52,6 +58,9 @@ pub const ALL: &[(u32, &str)] = &[
     (SEND_V6, "send6"),
     (MID_FLOW, "midflo"),
     (MID_FLOW_V6, "midfl6"),
+    (RELAY_V6, "relay6"),
+    (ANSWER_V6, "answe6"),
+    (FRAG_V6, "frag6"),
 ];
 
 const _: () = {

@@ -162,7 +162,16 @@ pub(super) fn backend(row: &Value) -> String {
             ("Tier", text(row, "tier")),
             ("Limit", views::limit(row)),
             ("Flows", format!("{} active, {} in all", text(row, "active"), text(row, "connections"))),
-            ("Checks", format!("{} failed, {} times unavailable", text(row, "fails"), text(row, "unavail"))),
+            (
+                "Checks",
+                format!(
+                    "{} failed, {} times unavailable, {} times ejected",
+                    text(row, "fails"),
+                    text(row, "unavail"),
+                    text(row, "ejections")
+                ),
+            ),
+            ("Downtime", seconds(row, "downtime", age)),
             ("Last check", seconds(row, "last-check", age)),
             ("Connect", views::connect_time(row)),
             ("First byte", views::first_byte(row)),
@@ -225,8 +234,9 @@ pub(super) fn peer(row: &Value) -> String {
             (
                 "Prefixes",
                 format!(
-                    "{} received, {} accepted, {} announced",
+                    "{} received{}, {} accepted, {} announced",
                     text(row, "pfx_received"),
+                    row.get("max_prefixes").and_then(Value::as_u64).map(|max| format!(" of {max}")).unwrap_or_default(),
                     text(row, "pfx_rcd"),
                     text(row, "pfx_snt")
                 ),

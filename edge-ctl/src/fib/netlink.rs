@@ -26,7 +26,7 @@ use tokio::sync::mpsc;
 
 use super::{
     FibError, Kernel, Link, LocalAddress, Neighbour, Notice, RouteTo, Snapshot, monitor,
-    plan::{KernelRoute, METRIC, NextHop, PROTOCOL_BGP, RouteChange, Table},
+    plan::{KernelRoute, NextHop, PROTOCOL_BGP, RouteChange, Table},
 };
 
 /// A kernel that does not answer within this time is taken for broken, and the request as failed.
@@ -91,8 +91,8 @@ impl Netlink {
     async fn make(&self, change: RouteChange) -> Result<(), FibError> {
         let prefix = change.prefix();
         match change {
-            RouteChange::Replace { next_hops, .. } => {
-                let message = RouteNetlinkMessage::NewRoute(route_message(prefix, METRIC, &next_hops)?);
+            RouteChange::Replace { metric, next_hops, .. } => {
+                let message = RouteNetlinkMessage::NewRoute(route_message(prefix, metric, &next_hops)?);
                 self.request(|| format!("install the route to {prefix}"), message, NLM_F_CREATE | NLM_F_REPLACE).await
             }
             RouteChange::Delete { metric, .. } => {

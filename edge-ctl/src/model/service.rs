@@ -131,7 +131,7 @@ impl fmt::Display for Mode {
 }
 
 /// How a backend is chosen for a new flow.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, PartialOrd, Ord)]
 #[serde(rename_all = "kebab-case")]
 pub enum Balance {
     /// Weighted Maglev over the keyed hash of the tuple.

@@ -3,7 +3,8 @@
 use std::{
     fs,
     io::{Read, Write},
-    net::{IpAddr, SocketAddr, TcpStream, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket},
+    path::Path,
     process::Command,
     thread,
     time::Duration,
@@ -92,6 +93,9 @@ impl Lab {
         let folder = folder.display();
         let run = self.folder();
         let run = run.display();
+        // A kernel without IPv6 refuses the address.
+        let listen_v6 =
+            if Path::new("/proc/net/if_inet6").exists() { "listen [::]:80 backlog=4096 ipv6only=on;" } else { "" };
         // Workers stay few: the lab shares its cores with everything else.
         format!(
             r#"daemon off;
@@ -111,6 +115,7 @@ http {{
   default_type text/plain;
   server {{
     listen 80 backlog=4096;
+    {listen_v6}
     listen 443 ssl backlog=4096;
     ssl_certificate {run}/tls.crt;
     ssl_certificate_key {run}/tls.key;
@@ -263,7 +268,8 @@ pub fn http_get_path(server: SocketAddr, path: &str, limit: Duration) -> Result<
 /// # Errors
 /// Where there is no answer within `limit`.
 pub fn udp_ask(server: SocketAddr, text: &str, limit: Duration) -> Result<String> {
-    let socket = UdpSocket::bind("0.0.0.0:0").context("make a UDP socket")?;
+    let any = if server.is_ipv4() { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { IpAddr::V6(Ipv6Addr::UNSPECIFIED) };
+    let socket = UdpSocket::bind((any, 0)).context("make a UDP socket")?;
     socket.connect(server)?;
     socket.set_read_timeout(Some(limit))?;
     socket.send(text.as_bytes()).with_context(|| format!("send to {server}"))?;

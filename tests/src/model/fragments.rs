@@ -39,7 +39,6 @@ pub fn follow(state: &mut State, input: &Input, ip: Ip) -> Decision {
     state.hit(Point::LaterFragment);
     let l4 = ETHERNET + ip.header_len;
     let segment = Segment { ip, key, l4, headers: ip.header_len, flags: 0, seq: 0, ack: 0 };
-    account(state, input, &segment, table);
     let rewrite = |macs| Rewrite {
         addresses: (flow.new_src, flow.new_dst),
         ports: (flow.new_src_port, flow.new_dst_port),
@@ -56,6 +55,7 @@ pub fn follow(state: &mut State, input: &Input, ip: Ip) -> Decision {
         Way::Stack(reason, point) => {
             state.hit(point);
             state.because(reason, flow.service);
+            account(state, input, &segment, table);
             return stack;
         }
         Way::Out { ifindex, macs, mtu, redirectable } => (ifindex, macs, mtu, redirectable),
@@ -68,6 +68,7 @@ pub fn follow(state: &mut State, input: &Input, ip: Ip) -> Decision {
         state.hit(Point::FragmentTooBig);
         return refuse(state, Reason::IcmpUndeliverable, flow.service);
     }
+    account(state, input, &segment, table);
     if too_long || !reachable {
         state.because(Reason::ViaStack, flow.service);
         return stack;

@@ -105,7 +105,7 @@ fn adopt(
         number,
         chosen,
         backend: *backend,
-        now: input.now,
+        now: input.precise,
         flags: flow_flag::ADOPTED | known,
         ack_floor,
     };
