@@ -550,7 +550,6 @@ impl Actor {
             Command::Order(order, reply) => {
                 let _ = reply.send(self.order(order));
             }
-            Command::ForwardingLost(peer, reason) => self.forwarding_lost(peer, &reason),
             Command::Originated(reply) => {
                 let _ = reply.send(self.originated.prefixes());
             }

@@ -92,7 +92,6 @@ enum Command {
     Advertised(IpAddr, oneshot::Sender<Vec<BgpRouteRow>>),
     Messages(IpAddr, oneshot::Sender<Vec<BgpMessageRow>>),
     Order(PeerOrder, oneshot::Sender<Result<(), OrderError>>),
-    ForwardingLost(IpAddr, String),
     Restarted(oneshot::Sender<()>),
     Originated(oneshot::Sender<BTreeSet<IpNet>>),
     Kernel(Vec<(IpNet, Option<IpAddr>)>, oneshot::Sender<()>),
@@ -203,12 +202,6 @@ impl BgpHandle {
     /// There is no such peer; the speaker has ended.
     pub async fn order(&self, order: PeerOrder) -> Result<(), OrderError> {
         self.ask(|reply| Command::Order(order, reply)).await.unwrap_or(Err(OrderError::Ended))
-    }
-
-    /// The way to a peer is known to be gone, by BFD or by its link: its session ends, and nothing of it is kept.
-    pub async fn forwarding_lost(&self, peer: IpAddr, reason: String) {
-        // A speaker that has ended has no sessions.
-        let _ = self.commands.send(Command::ForwardingLost(peer, reason)).await;
     }
 
     /// Prefixes that are announced now.
