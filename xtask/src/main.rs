@@ -61,6 +61,12 @@ enum Command {
         /// 1,000 services of 50 backends instead of the dataplane.
         #[arg(long, conflicts_with_all = ["e2e", "health"])]
         pools: bool,
+        /// A full table by BGP, beside BIRD, instead of the dataplane.
+        #[arg(long, conflicts_with_all = ["e2e", "health", "pools"])]
+        bgp: bool,
+        /// Prefixes of that table.
+        #[arg(long, default_value_t = 1_000_000, requires = "bgp")]
+        routes: u32,
     },
     /// Random packets through the loaded program, compared with the reference model.
     FuzzDatapath {
@@ -131,7 +137,7 @@ fn execute(command: Command) -> Result<ExitCode> {
             ]))?;
             return sh::pass_through(sh::as_root(&root().join("target/debug/edge-lab")).args(arguments));
         }
-        Command::Bench { json, e2e, health, pools } => {
+        Command::Bench { json, e2e, health, pools, bgp, routes } => {
             setup::run()?;
             build_release()?;
             step("measure");
@@ -145,6 +151,9 @@ fn execute(command: Command) -> Result<ExitCode> {
             }
             if pools {
                 command.arg("--pools");
+            }
+            if bgp {
+                command.args(["--bgp", "--routes", &routes.to_string()]);
             }
             if let Some(path) = json {
                 command.arg("--json").arg(path);

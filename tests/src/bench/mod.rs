@@ -1,5 +1,6 @@
 //! The benchmarks: dataplane figures and end-to-end figures, printed as one table or written as JSON.
 
+pub mod bgp;
 pub mod dataplane;
 pub mod e2e;
 pub mod health;
@@ -26,6 +27,8 @@ pub enum What {
     Health,
     /// Many services with many backends.
     Pools,
+    /// A table of so many prefixes by BGP.
+    Bgp(u32),
 }
 
 /// One measured figure.
@@ -72,6 +75,7 @@ pub fn run_and_print(what: What, only: &str, json: Option<&Path>) -> Result<()> 
         What::EndToEnd => e2e::run()?,
         What::Health => health::run()?,
         What::Pools => pools::run()?,
+        What::Bgp(routes) => bgp::run(routes)?,
         What::Dataplane => dataplane::run(only)?,
     };
     print(&figures);

@@ -79,6 +79,12 @@ enum Command {
         /// 1,000 services of 50 backends instead of the dataplane.
         #[arg(long, conflicts_with_all = ["e2e", "health"])]
         pools: bool,
+        /// A full table by BGP instead of the dataplane.
+        #[arg(long, conflicts_with_all = ["e2e", "health", "pools"])]
+        bgp: bool,
+        /// Prefixes of that table.
+        #[arg(long, default_value_t = 1_000_000, requires = "bgp")]
+        routes: u32,
         /// Of the dataplane's, those whose name contains this.
         #[arg(long, default_value = "", conflicts_with = "e2e")]
         only: String,
@@ -162,11 +168,12 @@ fn execute(command: Command) -> Result<ExitCode> {
             return Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
         Command::Run => run::run()?,
-        Command::Bench { e2e, health, pools, only, json } => {
+        Command::Bench { e2e, health, pools, bgp, routes, only, json } => {
             let what = match (e2e, health, pools) {
                 (true, ..) => What::EndToEnd,
                 (_, true, _) => What::Health,
                 (_, _, true) => What::Pools,
+                _ if bgp => What::Bgp(routes),
                 _ => What::Dataplane,
             };
             bench::run_and_print(what, &only, json.as_deref())?;
