@@ -178,7 +178,9 @@ fn a_stranger_is_refused_and_a_second_connection_is_told_of_the_first() {
         let mut first = from("10.0.0.2:0");
         first.establish();
         first.send(ROUTES);
+        // It may have restarted: its OPEN says that it has not.
         let mut second = from("10.0.0.2:0");
+        second.send(OPEN);
         assert_eq!(second.notification(), (6, 7));
         learnt.recv_timeout(PATIENCE).unwrap();
     };
