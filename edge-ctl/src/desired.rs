@@ -24,7 +24,7 @@ pub use self::eligibility::{Exclusion, Facts};
 use crate::{
     config::valid::Config,
     model::{
-        AdminOrders, AdminState, BackendSource, Balance, Check, Frontend, Mode, PathAttributes, PoolMember,
+        AdminOrders, AdminState, BackendSource, Balance, Check, Frontend, Lifetimes, Mode, PathAttributes, PoolMember,
         PoolSnapshot, PoolState, Protection, Protocol, RouteSet, Selection, Service, Snat, StaticBackend, Tier,
         Verdict, within,
     },
@@ -170,6 +170,8 @@ pub enum Announced {
     NoDatapath,
     /// The host does not hold the address, so that nobody would answer for its other ports.
     NotHeld,
+    /// Enough backends are eligible, but not for long enough yet.
+    Settling,
     /// Too few eligible backends.
     TooFew {
         /// How many there are.
@@ -186,6 +188,7 @@ impl fmt::Display for Announced {
             Self::Yes => f.write_str("yes"),
             Self::NoDatapath => f.write_str("no: the program is not attached"),
             Self::NotHeld => f.write_str("no: the address is not on lo"),
+            Self::Settling => f.write_str("no: not eligible for `after` yet"),
             Self::TooFew { eligible, wanted } => write!(f, "no: {eligible} of {wanted} backends eligible"),
         }
     }
@@ -200,6 +203,8 @@ pub struct Timeouts {
     pub half_open: u32,
     /// A closed flow, and its SNAT port after it.
     pub closing: u32,
+    /// UDP: a flow ends with the backend's first answer.
+    pub one_reply: bool,
 }
 
 impl Timeouts {
@@ -207,8 +212,23 @@ impl Timeouts {
     /// TIME_WAIT). UDP: 5 min (RFC 4787 REQ-5), 30 s before the first reply, 60 s rest.
     pub const fn of(protocol: Protocol) -> Self {
         match protocol {
-            Protocol::Tcp => Self { established: 7440, half_open: 60, closing: 60 },
-            Protocol::Udp => Self { established: 300, half_open: 30, closing: 60 },
+            Protocol::Tcp => Self { established: 7440, half_open: 60, closing: 60, one_reply: false },
+            Protocol::Udp => Self { established: 300, half_open: 30, closing: 60, one_reply: false },
+        }
+    }
+
+    /// As [`Timeouts::of`], where the service does not say otherwise.
+    pub fn configured(protocol: Protocol, lifetimes: &Lifetimes) -> Self {
+        let default = Self::of(protocol);
+        let (established, half_open) = match protocol {
+            Protocol::Tcp => (lifetimes.established, lifetimes.half_open),
+            Protocol::Udp => (lifetimes.udp, lifetimes.udp_unanswered),
+        };
+        Self {
+            established: established.unwrap_or(default.established),
+            half_open: half_open.unwrap_or(default.half_open),
+            closing: lifetimes.closing.unwrap_or(default.closing),
+            one_reply: lifetimes.one_reply && protocol == Protocol::Udp,
         }
     }
 }
@@ -238,17 +258,31 @@ pub fn rebuild(
                     known.filter(|known| ***known == built).map_or_else(|| Arc::new(built), Arc::clone)
                 }
             };
-            if let (Announced::Yes, Some(announce)) = (desired.announced, &service.announce) {
-                // Several services may share a VIP: it is announced while any of them can serve, with the
-                // attributes of the first by name.
-                let prefix = IpNet::from(frontend.address.ip());
-                state.announcements.entry(prefix).or_insert_with(|| announce.attributes.clone());
-            }
             state.addresses.insert(frontend.address.ip());
             state.frontends.insert(*frontend, desired);
         }
     }
+    state.announcements = announcements(config, &state.frontends);
     state
+}
+
+/// What is announced of these frontends. Several services may share a VIP, or an aggregate: it is announced while any of
+/// them can serve, with the attributes of the first by name.
+pub fn announcements(
+    config: &Config,
+    frontends: &BTreeMap<Frontend, Arc<DesiredFrontend>>,
+) -> BTreeMap<IpNet, PathAttributes> {
+    let mut announcements = BTreeMap::new();
+    for service in config.services.values() {
+        let Some(announce) = &service.announce else { continue };
+        for frontend in &service.listen {
+            let Some(desired) = frontends.get(frontend).filter(|it| it.announced == Announced::Yes) else { continue };
+            let total = desired.pool.iter().flatten().count();
+            let prefix = announce.prefix(frontend.address.ip());
+            announcements.entry(prefix).or_insert_with(|| announce.attributes(desired.eligible(), total));
+        }
+    }
+    announcements
 }
 
 fn build_frontend(config: &Config, inputs: &Inputs<'_>, service: &Service, frontend: &Frontend) -> DesiredFrontend {
@@ -288,7 +322,7 @@ fn build_frontend(config: &Config, inputs: &Inputs<'_>, service: &Service, front
         selection: service.selection,
         snat: service.snat.clone(),
         protection: service.protection.clone(),
-        timeouts: Timeouts::of(frontend.protocol),
+        timeouts: Timeouts::configured(frontend.protocol, &service.lifetimes),
         pool,
         announced,
         panic,
@@ -442,7 +476,7 @@ mod tests {
     use super::*;
     use crate::{
         config::valid::{Bgp, Edge, Hook, Tables},
-        model::{Announce, OnDown, RouteUpdate},
+        model::{Announce, Lifetimes, OnDown, RouteUpdate},
     };
 
     const SOURCE: &str = "ingress.cluster.local";
@@ -465,9 +499,10 @@ mod tests {
             balance: Balance::Maglev,
             selection: Selection::default(),
             snat: Snat::default(),
-            announce: Some(Announce { min_backends: 1, attributes: PathAttributes::default() }),
+            announce: Some(Announce::default()),
             health: None,
             on_down: OnDown::default(),
+            lifetimes: Lifetimes::default(),
             protection: Protection::default(),
         };
         Config {
@@ -492,6 +527,7 @@ mod tests {
                 peers: BTreeMap::new(),
                 ranges: Vec::new(),
                 transit: false,
+                drain: None,
                 guard: Default::default(),
             }),
             services: BTreeMap::from([("ingress".to_owned(), service)]),

@@ -23,6 +23,7 @@ use crate::{config::valid::NextHop, model::PathAttributes};
 pub struct Originated {
     networks: BTreeSet<IpNet>,
     announcements: BTreeMap<IpNet, PathAttributes>,
+    leaving: bool,
 }
 
 impl Originated {
@@ -41,16 +42,38 @@ impl Originated {
         self.announcements.remove(&prefix.trunc());
     }
 
+    /// From now on everything carries GRACEFUL_SHUTDOWN and the least preference (RFC 8326 4.2): who has another way
+    /// takes it, and packets under way still arrive.
+    pub const fn leave(&mut self) {
+        self.leaving = true;
+    }
+
+    /// Nothing is ours any more.
+    pub fn clear(&mut self) {
+        self.networks.clear();
+        self.announcements.clear();
+    }
+
+    fn told(&self, mut attributes: PathAttributes) -> PathAttributes {
+        if self.leaving {
+            attributes.communities.push(Community::GRACEFUL_SHUTDOWN);
+            attributes.local_pref = Some(0);
+        }
+        attributes
+    }
+
     /// Every prefix with its attributes.
     pub fn iter(&self) -> impl Iterator<Item = (IpNet, PathAttributes)> {
         let networks = self.networks.iter().filter(|prefix| !self.announcements.contains_key(prefix));
-        let networks = networks.map(|prefix| (*prefix, PathAttributes::default()));
-        networks.chain(self.announcements.iter().map(|(prefix, attributes)| (*prefix, attributes.clone())))
+        let networks = networks.map(|prefix| (*prefix, self.told(PathAttributes::default())));
+        let announcements = self.announcements.iter();
+        networks.chain(announcements.map(|(prefix, attributes)| (*prefix, self.told(attributes.clone()))))
     }
 
     /// The attributes of `prefix`, where we originate it.
     pub fn get(&self, prefix: &IpNet) -> Option<PathAttributes> {
-        self.announcements.get(prefix).cloned().or_else(|| self.networks.contains(prefix).then(PathAttributes::default))
+        let network = || self.networks.contains(prefix).then(PathAttributes::default);
+        self.announcements.get(prefix).cloned().or_else(network).map(|attributes| self.told(attributes))
     }
 
     /// The prefixes alone.

@@ -73,6 +73,15 @@ pub enum BgpEvent {
     Converged,
 }
 
+/// Steps of a planned end, in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Leaving {
+    /// What we originate carries GRACEFUL_SHUTDOWN (RFC 8326): peers look for another way.
+    Ask,
+    /// It is withdrawn.
+    Withdraw,
+}
+
 #[derive(Debug)]
 enum Command {
     Announce(IpNet, PathAttributes, oneshot::Sender<()>),
@@ -86,6 +95,7 @@ enum Command {
     Restarted(oneshot::Sender<()>),
     Originated(oneshot::Sender<BTreeSet<IpNet>>),
     Kernel(Vec<(IpNet, Option<IpAddr>)>, oneshot::Sender<()>),
+    Leave(Leaving, oneshot::Sender<()>),
     Policy(Box<PolicyQuestion>, oneshot::Sender<Option<PolicyRow>>),
     Reload(Box<valid::Bgp>, oneshot::Sender<Result<(), BgpError>>),
     Shutdown(oneshot::Sender<()>),
@@ -208,6 +218,11 @@ impl BgpHandle {
     /// from the first time that they are given.
     pub async fn kernel(&self, routes: Vec<(IpNet, Option<IpAddr>)>) {
         self.ask(|reply| Command::Kernel(routes, reply)).await;
+    }
+
+    /// One step of a planned end; [`BgpHandle::shutdown`] is the last.
+    pub async fn leave(&self, step: Leaving) {
+        self.ask(|reply| Command::Leave(step, reply)).await;
     }
 
     /// What a peer's policy says of a path; `None`: no such peer.

@@ -26,6 +26,7 @@ use super::{
     migrate, object, own_addresses,
     pins::{self, Pins, chain},
     program_log::ProgramLog,
+    quiet::Quiet,
     stages,
     sweep::Sweeper,
     sys::monotonic_ns,
@@ -133,6 +134,7 @@ pub struct Datapath {
     control: Array<MapData, Control>,
     interfaces: HashMap<MapData, u32, u32>,
     ports: Array<MapData, PortSet>,
+    quiet: Quiet,
     notes: Vec<String>,
     writes: u64,
 }
@@ -155,6 +157,7 @@ impl Datapath {
             control: pins::open(&pins, name::CONTROL)?,
             interfaces: pins::open(&pins, name::INTERFACES)?,
             ports: pins::open(&pins, name::SNAT_PORTS)?,
+            quiet: Quiet::new(pins::open(&pins, name::ANSWERS_FROM)?),
             notes,
             pins,
             attachments: BTreeMap::new(),
@@ -302,6 +305,10 @@ impl Datapath {
         }
         let attachment = attach::attach(&self.pins, self.edge.hook, interface, program)?;
         self.writes += loads + u64::from(attachment.how != How::Adopted);
+        if attachment.how == How::Attached {
+            self.quiet.begin(monotonic_ns()).map_err(|error| object_error("writing the time of attaching", &error))?;
+            self.writes += 1;
+        }
         // Finding again what this process attached does not change how it came there, nor why on that hook.
         let same =
             |b: &Attachment| (b.link, b.program, b.hook) == (attachment.link, attachment.program, attachment.hook);

@@ -32,6 +32,18 @@ points! {
     FragmentTtl,
     /// A later fragment that is too long and must not be fragmented.
     FragmentTooBig,
+    /// An ICMP error about a flow's packet was translated.
+    IcmpTranslated,
+    /// An ICMP error about what may be ours, but is nobody's flow.
+    IcmpUnmatched,
+    /// An ICMP error whose TTL ends here.
+    IcmpExpired,
+    /// An ICMP error that is too long and must not be fragmented.
+    IcmpTooBig,
+    /// dnat: an ICMP error that follows Maglev's choice.
+    IcmpAssumed,
+    /// dnat: an ICMP error about another choice than Maglev's.
+    IcmpOtherChoice,
     /// The sender was told.
     Answered,
     /// The sender would have been told, had not so many been.
@@ -94,8 +106,40 @@ points! {
     Reopen,
     /// As `Reopen`, where a stranger has the twin's key.
     ReopenTwinTaken,
-    /// A frontend's packet that cannot start a flow.
+    /// A client's SYN again, with no answer.
+    RepeatedSyn,
+    /// A client's SYN again, once too often.
+    Elsewhere,
+    /// It got another backend.
+    RetriedElsewhere,
+    /// What a client acknowledges is remembered, since no SYN-ACK came by here.
+    NotedAck,
+    /// Promoted by a client's second acknowledgement.
+    PromoteOneSided,
+    /// Promoted by a backend's acknowledgement of a flow that began in mid-flow.
+    PromoteAdopted,
+    /// A reset was taken back.
+    Restore,
+    /// A reset was taken back, and another flow has the other half's key.
+    RestoreTwinTaken,
+    /// A segment in mid-flow of a dedicated VIP: the kernel answers.
     NoFlow,
+    /// A segment in mid-flow, of which nobody is told.
+    MidFlowSilent,
+    /// A segment in mid-flow, answered by a reset.
+    MidFlowReset,
+    /// A segment in mid-flow that would have been answered, had not so many been.
+    MidFlowLimited,
+    /// A segment in mid-flow, adopted.
+    AdoptedSegment,
+    /// A reply in mid-flow, adopted.
+    AdoptedReply,
+    /// A segment or reply in mid-flow whose tuple has another flow.
+    AdoptTaken,
+    /// A reply in mid-flow whose client has another backend.
+    ReplyOfAnother,
+    /// A segment in mid-flow, with no backend to adopt it.
+    AdoptNoBackend,
     /// A dnat backend's packet without a flow.
     ReplyWithoutFlow,
     /// A dnat backend's packet to this host.
