@@ -2,7 +2,12 @@
 //! splits, stalls and resets, with crashes, restarts and clocks that run late. Everything follows from a seed:
 //! `EDGE_SIM_SEED=0x... cargo test --test bgp_simulation` plays one schedule again, with its story.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first broken assumption")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test stops at the first broken assumption"
+)]
 
 #[path = "simulation/network.rs"]
 mod network;
