@@ -178,15 +178,15 @@ fn a_stranger_is_refused_and_a_second_connection_is_told_of_the_first() {
         let mut first = from("10.0.0.2:0");
         first.establish();
         first.send(ROUTES);
-        // It may have restarted: its OPEN says that it has not.
         let mut second = from("10.0.0.2:0");
-        second.send(OPEN);
         assert_eq!(second.notification(), (6, 7));
         learnt.recv_timeout(PATIENCE).unwrap();
     };
     let edge = || async move {
         let mut passive = peer(NODE, 64512);
         passive.passive = true;
+        // The end of the first connection is to be the end of its routes.
+        passive.session.graceful_restart = None;
         let mut edge = Edge::start(config([passive])).await;
         ready.send(()).unwrap();
         edge.until("the route", |edge| edge.hops("10.1.2.0/26") == [NODE]).await;
