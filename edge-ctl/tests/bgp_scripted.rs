@@ -185,6 +185,8 @@ fn a_stranger_is_refused_and_a_second_connection_is_told_of_the_first() {
     let edge = || async move {
         let mut passive = peer(NODE, 64512);
         passive.passive = true;
+        // The end of the first connection is to be the end of its routes.
+        passive.session.graceful_restart = None;
         let mut edge = Edge::start(config([passive])).await;
         ready.send(()).unwrap();
         edge.until("the route", |edge| edge.hops("10.1.2.0/26") == [NODE]).await;

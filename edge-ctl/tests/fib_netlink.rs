@@ -495,7 +495,7 @@ fn settings_that_drop_full_nat_packets_are_found_and_their_fix_works() {
 fn an_ipv4_route_goes_by_an_ipv6_neighbour_alone_and_beside_an_ipv4_one() {
     let Some(lab) = &Lab::new() else { return };
     lab.nodes(&["addr", "add", "fd31::2/64", "dev", "node0", "nodad"]);
-    lab.run(|handle, _events| async move {
+    lab.run(async |handle, _events| {
         handle
             .apply(vec![update("10.1.2.0/24", &["fd31::2"]), update("10.1.3.0/24", &["172.31.0.2", "fd31::2"])])
             .await;

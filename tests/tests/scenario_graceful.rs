@@ -107,7 +107,11 @@ fn the_backends_of_a_node_whose_speaker_was_killed_stay_in_use_while_it_restarts
         let rows = peers(&lab)?;
         Ok(rows.iter().all(|row| row["state"] == "Established" && row["pfx_stale"] == 0))
     })?;
-    let backends = lab.edge_ctl(&["backend", "list", "ingress-http"])?;
-    ensure!(state(&backends) == Some("up".into()), "{backends}");
+    // This BIRD was started without -R: it does not say that it has preserved anything, and tells its table anew.
+    wait_for("the backend to be in use by the new session's route", SOON, || {
+        let backends = lab.edge_ctl(&["backend", "list", "ingress-http"])?;
+        ensure!(state(&backends) == Some("up".into()), "{backends}");
+        Ok(true)
+    })?;
     daemon.stop()
 }

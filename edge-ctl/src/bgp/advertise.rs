@@ -299,12 +299,13 @@ impl AdjRibOut {
         &self,
         routes: impl Iterator<Item = (&'a IpNet, &'a Outgoing)>,
     ) -> Result<Vec<bytes::Bytes>, EncodeError> {
-        let mut groups: BTreeMap<&Outgoing, Vec<IpNet>> = BTreeMap::new();
+        // A message announces one family, and with an IPv6 next hop both may have all else in common (RFC 8950).
+        let mut groups: BTreeMap<(Family, &Outgoing), Vec<IpNet>> = BTreeMap::new();
         for (prefix, out) in routes {
-            groups.entry(out).or_default().push(*prefix);
+            groups.entry((Family::of(prefix), out)).or_default().push(*prefix);
         }
         let mut messages = Vec::new();
-        for (out, prefixes) in groups {
+        for ((_, out), prefixes) in groups {
             messages.extend(wire::encode_announcements(&prefixes, &out.attributes, out.next_hop, self.terms.context)?);
         }
         Ok(messages)
