@@ -193,7 +193,9 @@ const fn step_udp(state: State, direction: Direction, flow_flags: u16, expired: 
     match (state, direction) {
         (_, Direction::Forward) if expired => Step::Reopen,
         (State::Closing, Direction::Forward) => Step::Reopen,
-        (State::HalfOpen, Direction::Reply) if flow_flags & flow_flag::ONE_REPLY != 0 => Step::Close(flow_flag::REPLIED),
+        (State::HalfOpen, Direction::Reply) if flow_flags & flow_flag::ONE_REPLY != 0 => {
+            Step::Close(flow_flag::REPLIED)
+        }
         (State::HalfOpen, Direction::Reply) => Step::Flag(flow_flag::REPLIED),
         (State::HalfOpen, Direction::Forward) if flow_flags & flow_flag::REPLIED != 0 => Step::Promote(0),
         _ => Step::Stay,
@@ -319,11 +321,7 @@ pub const fn rest_seconds(protocol: u8, flow_flags: u16, closing_timeout: u32) -
     } else {
         flow_flags & flow_flag::ONE_REPLY != 0
     };
-    if over && closing_timeout > SHORT_REST_SECONDS {
-        SHORT_REST_SECONDS
-    } else {
-        closing_timeout
-    }
+    if over && closing_timeout > SHORT_REST_SECONDS { SHORT_REST_SECONDS } else { closing_timeout }
 }
 
 /// A time in ticks; wraps after 52 days, so compare with [`due`].
@@ -436,7 +434,10 @@ mod tests {
             let closing = |direction, flags| step(State::Closing, direction, mark, 0, false, &tcp(flags, 2, 2));
             assert_eq!(closing(side, ACK), Step::Restore);
             assert_eq!(closing(other, ACK), Step::Stay, "what was under way when the reset came");
-            assert_eq!((closing(side, RST), closing(side, RST | ACK), closing(side, SYN | ACK)), (Step::Stay, Step::Stay, Step::Stay));
+            assert_eq!(
+                (closing(side, RST), closing(side, RST | ACK), closing(side, SYN | ACK)),
+                (Step::Stay, Step::Stay, Step::Stay)
+            );
         }
         let refused = step(State::HalfOpen, Direction::Reply, 0, 0, false, &tcp(RST | ACK, 0, 1));
         assert_eq!(refused, Step::Close(0), "a flow that never was established does not become so");
@@ -444,7 +445,8 @@ mod tests {
 
     #[test]
     fn a_flow_seen_from_the_client_s_side_only_needs_two_acknowledgements_that_agree() {
-        let client = |flags, floor, ack| step(State::HalfOpen, Direction::Forward, flags, floor, false, &tcp(ACK, 1, ack));
+        let client =
+            |flags, floor, ack| step(State::HalfOpen, Direction::Forward, flags, floor, false, &tcp(ACK, 1, ack));
         let (crossing, noted) = (flow_flag::CROSSING, flow_flag::CROSSING | flow_flag::CLIENT_ACKED);
         assert_eq!(client(crossing, 0, 100), Step::Note(100, 0));
         assert_eq!(client(noted, 100, 100), Step::PromoteOneSided(0));

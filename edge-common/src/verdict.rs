@@ -233,9 +233,15 @@ mod tests {
         }
         let report = Verdict::dropped(Reason::NoBackend, 1023, true);
         let redirect = Verdict::redirect(u32::MAX);
-        for other in
-            [Verdict::PASS, Verdict::TRANSMIT, Verdict::UNDECIDED, Verdict::FORWARD, Verdict::MID_FLOW, report, redirect]
-        {
+        for other in [
+            Verdict::PASS,
+            Verdict::TRANSMIT,
+            Verdict::UNDECIDED,
+            Verdict::FORWARD,
+            Verdict::MID_FLOW,
+            report,
+            redirect,
+        ] {
             assert_eq!(other.question(), None);
         }
     }

@@ -172,7 +172,10 @@ fn a_syn_on_a_live_flow_goes_to_its_backend_and_changes_nothing() -> Result<()> 
         }
         let now = case.rig.flow(name::ESTABLISHED, &flow.key).expect("established");
         assert_eq!((now.state, now.flags, now.sequence), (flow.state, flow.flags, flow.sequence));
-        assert_eq!((snat_of(&now), backend_of(&now), now.packets), (snat_of(&flow), backend_of(&flow), flow.packets + 5));
+        assert_eq!(
+            (snat_of(&now), backend_of(&now), now.packets),
+            (snat_of(&flow), backend_of(&flow), flow.packets + 5)
+        );
         assert!(case.rig.flows(name::HALF_OPEN)?.is_empty());
         Ok(())
     })
@@ -236,7 +239,11 @@ fn a_repeated_syn_stays_with_a_backend_that_has_answered_or_that_is_the_only_one
             assert_eq!(case.send(PORT + 1, flag::SYN, 0)?, Action::Redirect);
         }
         let now = case.half_open(PORT + 1);
-        assert_eq!((now.backend, snat_of(&now)), (alone.backend, snat_of(&alone)), "it is asked again, from the same port");
+        assert_eq!(
+            (now.backend, snat_of(&now)),
+            (alone.backend, snat_of(&alone)),
+            "it is asked again, from the same port"
+        );
         assert_eq!(case.rig.reason(1, Reason::RetriedElsewhere)?, 0);
         Ok(())
     })

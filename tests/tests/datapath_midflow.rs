@@ -13,7 +13,9 @@ use edge_ctl::reconcile::ports::socket_address;
 use edge_tests::datapath::{
     frame::{Frame, flag},
     namespace::in_namespace,
-    rig::{Action, Entry, FAMILIES, Family, HOOKS, Hook, Key, Outcome, PODS_MAC, Rig, Settings, UPLINK_MAC, key, pod_mac},
+    rig::{
+        Action, Entry, FAMILIES, Family, HOOKS, Hook, Key, Outcome, PODS_MAC, Rig, Settings, UPLINK_MAC, key, pod_mac,
+    },
 };
 
 const PORT: u16 = 40_000;
@@ -116,7 +118,8 @@ fn macs_to(pod: SocketAddr, family: Family) -> Option<([u8; 6], [u8; 6])> {
 }
 
 #[test]
-fn in_dnat_mode_a_segment_follows_the_choice_that_every_edge_makes_and_its_second_agreeing_one_promotes() -> Result<()> {
+fn in_dnat_mode_a_segment_follows_the_choice_that_every_edge_makes_and_its_second_agreeing_one_promotes() -> Result<()>
+{
     each(mode::DNAT, TCP, |case| {
         let backend = case.choice(PORT)?;
         let data = case.segment(PORT, flag::ACK).ack(7000);
@@ -142,7 +145,8 @@ fn flows_seen_from_the_client_s_side_are_promoted_under_a_quota() -> Result<()> 
         // As if this CPU, whichever it is, had promoted as many as it may for a minute.
         let map = case.rig.ebpf.map_mut(name::PROMOTION_PACE).context("no PROMOTION_PACE")?;
         let mut pace: aya::maps::PerCpuArray<_, u64> = map.try_into()?;
-        let full = aya::maps::PerCpuValues::try_from(vec![clock()? + 200_000_000; aya::util::nr_cpus().map_err(|e| e.1)?])?;
+        let full =
+            aya::maps::PerCpuValues::try_from(vec![clock()? + 200_000_000; aya::util::nr_cpus().map_err(|e| e.1)?])?;
         pace.set(0, full, 0)?;
         for _ in 0..2 {
             assert_eq!(case.send(&case.segment(PORT, flag::ACK).ack(7000))?.action, Action::Redirect);
@@ -167,7 +171,10 @@ fn a_reply_that_comes_to_an_edge_that_saw_no_request_leaves_in_the_vip_s_name() 
         let outcome = case.from_pod(&answer)?;
         assert_eq!(outcome.action, Action::Redirect);
         let vip = case.vip();
-        assert_eq!(outcome.frame, answer.translated(vip, answer.dst, Some((edge_tests::datapath::rig::CLIENT_MAC, UPLINK_MAC))));
+        assert_eq!(
+            outcome.frame,
+            answer.translated(vip, answer.dst, Some((edge_tests::datapath::rig::CLIENT_MAC, UPLINK_MAC)))
+        );
         assert_eq!(case.rig.reason(1, Reason::MidFlowAdopted)?, 1);
         // Should the client's packets come here, too, its acknowledgement promotes as in any handshake.
         case.send(&case.segment(PORT, flag::ACK).ack(1001))?;
@@ -223,7 +230,10 @@ fn a_datagram_of_a_dnat_backend_without_a_flow_is_mapped_back_too() -> Result<()
         let answer = Frame::udp(backend, case.client(PORT));
         let outcome = case.from_pod(&answer)?;
         let vip = case.vip();
-        assert_eq!(outcome.frame, answer.translated(vip, answer.dst, Some((edge_tests::datapath::rig::CLIENT_MAC, UPLINK_MAC))));
+        assert_eq!(
+            outcome.frame,
+            answer.translated(vip, answer.dst, Some((edge_tests::datapath::rig::CLIENT_MAC, UPLINK_MAC)))
+        );
         Ok(())
     })
 }
@@ -231,7 +241,8 @@ fn a_datagram_of_a_dnat_backend_without_a_flow_is_mapped_back_too() -> Result<()
 #[test]
 fn in_full_nat_mode_a_segment_is_answered_with_the_reset_that_its_sender_takes() -> Result<()> {
     each(mode::FULL_NAT, TCP, |case| {
-        for (flags, seq, ack) in [(flag::ACK, 11, 22), (flag::FIN | flag::ACK, 11, 22), (0, 11, 22), (flag::SYN | flag::FIN, 11, 22)]
+        for (flags, seq, ack) in
+            [(flag::ACK, 11, 22), (flag::FIN | flag::ACK, 11, 22), (0, 11, 22), (flag::SYN | flag::FIN, 11, 22)]
         {
             let segment = case.segment(PORT, flags).seq(seq).ack(ack).payload(vec![7; 100]);
             let outcome = case.send(&segment)?;
@@ -240,12 +251,17 @@ fn in_full_nat_mode_a_segment_is_answered_with_the_reset_that_its_sender_takes()
             let took = 100 + u32::from(flags & flag::SYN != 0) + u32::from(flags & flag::FIN != 0);
             let (flags, seq, ack) =
                 if flags & flag::ACK != 0 { (flag::RST, ack, 0) } else { (flag::RST | flag::ACK, 0, seq + took) };
-            let mut expected = Frame::tcp(segment.dst, segment.src, flags).seq(seq).ack(ack).payload(Vec::new()).bytes();
+            let mut expected =
+                Frame::tcp(segment.dst, segment.src, flags).seq(seq).ack(ack).payload(Vec::new()).bytes();
             (expected[..6]).copy_from_slice(&segment.src_mac);
             (expected[6..12]).copy_from_slice(&segment.dst_mac);
             // Window 0, and of the IP header no ID, and no class or label.
             assert_eq!(comparable(&outcome.frame), comparable(&expected));
-            assert!(edge_tests::datapath::frame::endpoints_if_valid(&outcome.frame).is_some(), "{:02x?}", outcome.frame);
+            assert!(
+                edge_tests::datapath::frame::endpoints_if_valid(&outcome.frame).is_some(),
+                "{:02x?}",
+                outcome.frame
+            );
         }
         assert_eq!(case.rig.reason(1, Reason::MidFlowReset)?, 4);
         assert!(case.rig.flows(name::HALF_OPEN)?.is_empty());

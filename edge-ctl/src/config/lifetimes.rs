@@ -23,7 +23,10 @@ pub(super) fn lifetimes(section: &Section<'_>, protocols: &[Protocol]) -> Lifeti
     lifetimes.udp_unanswered = seconds(&table, "udp_unanswered", UNANSWERED, Protocol::Udp, protocols);
     lifetimes.closing = period(&table, "closing", CLOSING);
     if lifetimes.one_reply && lifetimes.udp.is_some() {
-        table.fault(table.place(), "`udp`: with `one_reply` no flow lives on after its answer; remove one of them".into());
+        table.fault(
+            table.place(),
+            "`udp`: with `one_reply` no flow lives on after its answer; remove one of them".into(),
+        );
     }
     table.finish();
     lifetimes

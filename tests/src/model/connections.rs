@@ -387,14 +387,7 @@ fn expect(state: &mut State, table: Table, reply: &FlowV4, floor: u32) {
     }
 }
 
-fn promote(
-    state: &mut State,
-    input: &Input,
-    segment: &Segment,
-    from: Table,
-    mut flow: FlowV4,
-    flags: u16,
-) -> Decision {
+fn promote(state: &mut State, input: &Input, segment: &Segment, from: Table, mut flow: FlowV4, flags: u16) -> Decision {
     flow.flags |= flags;
     let service = flow.service;
     let timeout = state.config.services.get(&service).map_or(0, |(service, _)| service.established_timeout);

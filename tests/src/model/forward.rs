@@ -71,7 +71,12 @@ pub fn send(state: &mut State, input: &Input, segment: &Segment, table: Table) -
     state.hit(if same { Point::Transmit } else { Point::Redirect });
     // TC has no "transmit": it redirects to the interface the packet came by.
     let action = if same && input.hook == Hook::Xdp { Action::Transmit } else { Action::Redirect };
-    Decision { action, rewrite: Some(rewritten(state, input, segment, &flow, Some(macs))), message: false, reset: false }
+    Decision {
+        action,
+        rewrite: Some(rewritten(state, input, segment, &flow, Some(macs))),
+        message: false,
+        reset: false,
+    }
 }
 
 /// Its length, or a segment's.
@@ -94,7 +99,12 @@ fn to_stack(
 ) -> Decision {
     account(state, input, segment, table);
     state.because(reason, flow.service);
-    Decision { action: Action::Pass, rewrite: Some(rewritten(state, input, segment, flow, None)), message: false, reset: false }
+    Decision {
+        action: Action::Pass,
+        rewrite: Some(rewritten(state, input, segment, flow, None)),
+        message: false,
+        reset: false,
+    }
 }
 
 fn rewritten(

@@ -167,7 +167,8 @@ pub fn judge_reset(input: &[u8], got: &[u8]) -> Result<(), String> {
         _ => (RST, asked.ack, 0),
     };
     let macs = [&input[6..12], &input[..6]].concat();
-    if sent.key != key || (sent.flags, sent.seq, sent.ack) != (flags, seq, ack) || got[..12] != macs || got.len() != 54 {
+    if sent.key != key || (sent.flags, sent.seq, sent.ack) != (flags, seq, ack) || got[..12] != macs || got.len() != 54
+    {
         return Err(format!("no reset of this segment\n  segment {input:02x?}\n  got     {got:02x?}"));
     }
     if crate::datapath::frame::endpoints_if_valid(got).is_none() {
