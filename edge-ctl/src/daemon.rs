@@ -8,9 +8,11 @@ mod audit;
 mod bgp_orders;
 mod commit;
 mod commits;
+mod damping;
 mod downtime;
 mod drains;
 mod flow_ends;
+mod leave;
 mod orders;
 mod recorder;
 mod slow_start;
@@ -42,6 +44,7 @@ pub use start::{StartError, run};
 use self::{
     acl::Acl,
     commit::{Commits, Texts},
+    damping::Damping,
     downtime::Downtimes,
     flow_ends::FlowEnds,
     orders::Orders,
@@ -163,6 +166,7 @@ struct Daemon {
     next_hops: NextHops,
     sweeper: Sweeper,
     slow_start: SlowStart,
+    damping: Damping,
     next_share: Option<Instant>,
     program_log: ProgramLog,
     recorder: Recorder,
@@ -239,6 +243,9 @@ impl Daemon {
         notify::stopping();
         info!("stopping: flows, maps and routes stay in the kernel for the next start");
         if let Some(bgp) = &self.bgp {
+            if let Some(drain) = self.config.bgp.as_ref().and_then(|bgp| bgp.drain) {
+                self.leave(bgp, drain, &mut terminate).await;
+            }
             bgp.shutdown().await;
         }
         Ok(())
@@ -375,7 +382,10 @@ impl Daemon {
         self.world.datapath_ready = ready;
         let mut desired = self.world.desired_of(&self.config, services);
         shared.acl.overlay(&mut desired, acl::now());
-        self.next_share = self.slow_start.apply(Instant::now(), self.world.adopted(), &mut desired);
+        let now = Instant::now();
+        let next_share = self.slow_start.apply(now, self.world.adopted(), &mut desired);
+        let next_announcement = self.damping.apply(now, &self.config, self.world.adopted(), &mut desired);
+        self.next_share = next_share.into_iter().chain(next_announcement).min();
         self.desired.send_if_modified(|published| {
             let changed = published.as_ref() != Some(&desired);
             if changed {

@@ -170,6 +170,8 @@ pub enum Announced {
     NoDatapath,
     /// The host does not hold the address, so that nobody would answer for its other ports.
     NotHeld,
+    /// Enough backends are eligible, but not for long enough yet.
+    Settling,
     /// Too few eligible backends.
     TooFew {
         /// How many there are.
@@ -186,6 +188,7 @@ impl fmt::Display for Announced {
             Self::Yes => f.write_str("yes"),
             Self::NoDatapath => f.write_str("no: the program is not attached"),
             Self::NotHeld => f.write_str("no: the address is not on lo"),
+            Self::Settling => f.write_str("no: not eligible for `after` yet"),
             Self::TooFew { eligible, wanted } => write!(f, "no: {eligible} of {wanted} backends eligible"),
         }
     }
@@ -255,17 +258,31 @@ pub fn rebuild(
                     known.filter(|known| ***known == built).map_or_else(|| Arc::new(built), Arc::clone)
                 }
             };
-            if let (Announced::Yes, Some(announce)) = (desired.announced, &service.announce) {
-                // Several services may share a VIP: it is announced while any of them can serve, with the
-                // attributes of the first by name.
-                let prefix = IpNet::from(frontend.address.ip());
-                state.announcements.entry(prefix).or_insert_with(|| announce.attributes.clone());
-            }
             state.addresses.insert(frontend.address.ip());
             state.frontends.insert(*frontend, desired);
         }
     }
+    state.announcements = announcements(config, &state.frontends);
     state
+}
+
+/// What is announced of these frontends. Several services may share a VIP, or an aggregate: it is announced while any of
+/// them can serve, with the attributes of the first by name.
+pub fn announcements(
+    config: &Config,
+    frontends: &BTreeMap<Frontend, Arc<DesiredFrontend>>,
+) -> BTreeMap<IpNet, PathAttributes> {
+    let mut announcements = BTreeMap::new();
+    for service in config.services.values() {
+        let Some(announce) = &service.announce else { continue };
+        for frontend in &service.listen {
+            let Some(desired) = frontends.get(frontend).filter(|it| it.announced == Announced::Yes) else { continue };
+            let total = desired.pool.iter().flatten().count();
+            let prefix = announce.prefix(frontend.address.ip());
+            announcements.entry(prefix).or_insert_with(|| announce.attributes(desired.eligible(), total));
+        }
+    }
+    announcements
 }
 
 fn build_frontend(config: &Config, inputs: &Inputs<'_>, service: &Service, frontend: &Frontend) -> DesiredFrontend {
@@ -482,7 +499,7 @@ mod tests {
             balance: Balance::Maglev,
             selection: Selection::default(),
             snat: Snat::default(),
-            announce: Some(Announce { min_backends: 1, attributes: PathAttributes::default() }),
+            announce: Some(Announce::default()),
             health: None,
             on_down: OnDown::default(),
             lifetimes: Lifetimes::default(),
@@ -510,6 +527,7 @@ mod tests {
                 peers: BTreeMap::new(),
                 ranges: Vec::new(),
                 transit: false,
+                drain: None,
                 guard: Default::default(),
             }),
             services: BTreeMap::from([("ingress".to_owned(), service)]),

@@ -11,6 +11,7 @@ use common::{
     eventually, which,
 };
 use edge_ctl::{
+    bgp::Leaving,
     config::valid::{self, AsPathPattern, Changes, MaxPrefixes, Term},
     model::{PathAttributes, view::BgpPeerRow},
 };
@@ -246,5 +247,28 @@ fn a_next_hop_that_the_kernel_cannot_reach_takes_its_routes_out_and_its_return_b
         edge.until("the route through the gateway", |edge| edge.hops("10.1.2.0/26") == ["10.0.0.3"]).await;
         edge.handle.kernel(vec![wire]).await;
         edge.until("its loss", |edge| edge.hops("10.1.2.0/26").is_empty()).await;
+    });
+}
+
+#[test]
+fn a_planned_end_asks_for_another_way_first_then_withdraws_and_then_says_goodbye() {
+    if skipped("a_planned_end_asks_for_another_way_first_then_withdraws_and_then_says_goodbye", "bird") {
+        return;
+    }
+    let mut lab = Lab::new();
+    bird(&mut lab, NODE, &session(NODE, 64512, "import all; export none;"));
+    lab.edge.block_on(|| async {
+        let edge = Edge::start(config([peer(NODE, 64512)])).await;
+        edge.handle.announce(prefix("10.9.0.1/32"), PathAttributes::default()).await;
+        let show = || birdc(&lab, NODE, "show route all 10.9.0.1/32");
+        says("BIRD", "BGP.local_pref: 100", show).await;
+        edge.handle.leave(Leaving::Ask).await;
+        says("BIRD", "(65535,0)", show).await;
+        assert!(show().contains("BGP.local_pref: 0"), "{}", show());
+        edge.handle.leave(Leaving::Withdraw).await;
+        says("BIRD", "Network not found", show).await;
+        assert!(birdc(&lab, NODE, "show protocols edge").contains("Established"));
+        edge.handle.shutdown().await;
+        says("BIRD", "edge is shutting down", || birdc(&lab, NODE, "show protocols all edge")).await;
     });
 }

@@ -226,9 +226,17 @@ fn ttl_security_lets_neighbours_in_and_keeps_far_ones_out() {
             lab.kill();
             lab.bird(&external.replace("ttl security on;", "multihop 254; passive on;"));
             let mut edge = Edge::start(config([near.clone()])).await;
-            // Already its half of the handshake is dropped by our kernel.
-            let row = edge.row_until(node, "no connection", complains("no connection within 10 s")).await;
-            assert_eq!(row.established_count, 0, "{row:#?}");
+            let netstat = || {
+                let output = lab.edge.command("cat").arg("/proc/net/netstat").output().unwrap();
+                let text = String::from_utf8_lossy(&output.stdout).into_owned();
+                let mut lines = text.lines().filter(|line| line.starts_with("TcpExt:")).map(str::split_whitespace);
+                let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
+                let dropped = names.zip(values).find(|(name, _)| *name == "TCPMinTTLDrop").map(|(_, value)| value);
+                if dropped.is_none_or(|value| value == "0") { "none".to_owned() } else { "dropped".to_owned() }
+            };
+            says("our kernel", "dropped", netstat).await;
+            let row = edge.row(node).await;
+            assert_eq!((row.established_count, row.messages.get("open_received")), (0, None), "{row:#?}");
             near.session.ttl_security = Some(2);
             edge.handle.reload(config([near])).await.unwrap();
             edge.row_until(node, "the session from further away", established).await;
@@ -358,5 +366,71 @@ fn everything_about_a_session_can_be_seen() {
         }
         // FRR 8.4 shows our host name where it has taken the FQDN capability.
         says("FRR", "advHostName", || lab.vtysh("show bgp neighbors 10.0.0.1 json")).await;
+    });
+}
+
+#[test]
+fn ipv4_prefixes_travel_both_ways_on_an_ipv6_session_with_extended_next_hops() {
+    if missing("ipv4_prefixes_travel_both_ways_on_an_ipv6_session_with_extended_next_hops", &["bird", "birdc"]) {
+        return;
+    }
+    let mut lab = Lab::new();
+    let protocol = ibgp(NODE6, "fd00::1", "connect delay time 1; connect retry time 1;");
+    lab.bird(&protocol.replace("ipv4 { import all;", "ipv4 { extended next hop on; import all;"));
+    lab.edge.block_on(|| async {
+        let mut one = peer(NODE6, 64512);
+        one.session.extended_next_hop = true;
+        let mut bgp = config([one]);
+        bgp.networks = vec!["10.9.0.0/24".parse().unwrap()];
+        let mut edge = Edge::start(bgp).await;
+        edge.until("the route", |edge| !edge.hops("10.1.2.0/26").is_empty()).await;
+        assert_eq!(edge.hops("10.1.2.0/26"), [NODE6]);
+        let row = edge.row(NODE6).await;
+        assert!(row.capabilities.contains(&"extended-next-hop".to_owned()), "{row:#?}");
+        says("BIRD", "BGP.next_hop: fd00::1", || lab.birdc("show route all 10.9.0.0/24")).await;
+        lab.birdc("disable pods4");
+        edge.until("the withdrawal", |edge| edge.hops("10.1.2.0/26").is_empty()).await;
+    });
+}
+
+/// How often both sides open at once: 1,000 times with `cargo xtask test --full`.
+fn openings() -> u64 {
+    if std::env::var_os("EDGE_TEST_FULL").is_some_and(|value| value == "1") { 1000 } else { 50 }
+}
+
+#[test]
+fn two_sides_that_open_at_once_again_and_again_always_end_with_exactly_one_session() {
+    let lab = Lab::new();
+    let speaker = |address: &'static str, other: &'static str| {
+        let mut bgp = config([peer(other, 64512)]);
+        bgp.router_id = address.parse().unwrap();
+        bgp
+    };
+    let (count, barrier) = (openings(), tokio::sync::Barrier::new(2));
+    println!("{count} openings (1000 with --full)");
+    let connections = |namespace: &common::Namespace| {
+        let output = namespace.command("ss").args(["-Htn", "state", "established"]).output().unwrap();
+        String::from_utf8_lossy(&output.stdout).lines().filter(|line| line.contains(":179")).count()
+    };
+    let run = |namespace: &common::Namespace, own: &'static str, other: &'static str| {
+        namespace.block_on(|| async {
+            let mut edge = Edge::start(speaker(own, other)).await;
+            for opening in 1..=count {
+                edge.row_until(other, "a session", established).await;
+                // Both are up: neither side opens again while the other still looks.
+                barrier.wait().await;
+                if opening % 10 == 0 {
+                    says("connections", "1 of them", || format!("{} of them", connections(namespace))).await;
+                }
+                let row = edge.row(other).await;
+                assert!(row.established_count >= opening && established(&row), "{row:#?}");
+                barrier.wait().await;
+                edge.handle.order(PeerOrder { peer: None, what: Order::Clear }).await.unwrap();
+            }
+        });
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| run(&lab.edge, "10.0.0.1", NODE));
+        scope.spawn(|| run(&lab.node, NODE, "10.0.0.1"));
     });
 }

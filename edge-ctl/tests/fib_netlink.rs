@@ -490,3 +490,23 @@ fn settings_that_drop_full_nat_packets_are_found_and_their_fix_works() {
         }
     });
 }
+
+#[test]
+fn an_ipv4_route_goes_by_an_ipv6_neighbour_alone_and_beside_an_ipv4_one() {
+    let Some(lab) = &Lab::new() else { return };
+    lab.nodes(&["addr", "add", "fd31::2/64", "dev", "node0", "nodad"]);
+    lab.run(|handle, _events| async move {
+        handle
+            .apply(vec![update("10.1.2.0/24", &["fd31::2"]), update("10.1.3.0/24", &["172.31.0.2", "fd31::2"])])
+            .await;
+        let shown = || lab.json(&["-4", "route", "show", "proto", "bgp"]);
+        let texts = || shown().iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
+        until("both routes", || texts().matches("fd31::2").count() == 2).await;
+        assert!(texts().contains("172.31.0.2") && texts().contains("inet6"), "{}", texts());
+        // What is read back is what was wanted: nothing is missing and nothing is written again.
+        let status = handle.status().await;
+        assert!(status.errors.is_empty() && status.route_writes == 2 && status.repairs == 0, "{status:?}");
+        handle.apply(vec![update("10.1.2.0/24", &[]), update("10.1.3.0/24", &[])]).await;
+        until("no routes", || shown().is_empty()).await;
+    });
+}

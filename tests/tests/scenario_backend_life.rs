@@ -18,25 +18,9 @@ use edge_tests::{
     },
     needs_namespaces,
 };
-use serde_json::Value;
 
 const SOON: Duration = Duration::from_secs(20);
 const RESELECTS: u16 = 5454;
-
-fn row(lab: &Lab, service: &str, backend: SocketAddr) -> Result<Value> {
-    let rows = lab.edge_ctl(&["backend", "list", service])?;
-    let row = rows.as_array().and_then(|rows| rows.iter().find(|row| row["backend"] == backend.to_string()).cloned());
-    row.with_context(|| format!("{backend} is not in {rows}"))
-}
-
-fn wait_state(lab: &Lab, service: &str, backend: SocketAddr, wanted: &str) -> Result<()> {
-    wait_for(&format!("{backend} of {service} to be {wanted}"), SOON, || {
-        let row = row(lab, service, backend)?;
-        ensure!(row["state"] == wanted, "{row}");
-        Ok(true)
-    })
-    .map(drop)
-}
 
 /// `backend drain --wait`, running.
 fn drain_and_wait(lab: &Lab, backend: SocketAddr) -> Result<Child> {
@@ -58,11 +42,11 @@ fn a_drain_that_is_waited_for_returns_when_its_last_flow_has_ended_and_not_befor
         flow.exchange()?;
     }
     let mut drain = drain_and_wait(&lab, backend)?;
-    wait_state(&lab, "echo", backend, "draining")?;
+    lab.wait_backend("echo", backend, "draining", SOON)?;
     // One flow less each time: it is told exactly, and waited for still.
     while !mine.is_empty() {
         wait_for("the remaining flows to be told", SOON, || {
-            let row = row(&lab, "echo", backend)?;
+            let row = lab.backend_row("echo", backend)?;
             ensure!(row["active"] == mine.len() as u64 && row["state"] == "draining", "{} are left: {row}", mine.len());
             Ok(true)
         })?;
@@ -75,7 +59,7 @@ fn a_drain_that_is_waited_for_returns_when_its_last_flow_has_ended_and_not_befor
     wait_for("the drain to return", SOON, || Ok(drain.try_wait()?.is_some()))?;
     let output = drain.wait_with_output().context("read what it said")?;
     ensure!(output.status.success(), "{output:?}");
-    ensure!(row(&lab, "echo", backend)?["state"] == "drained", "it returned before the state said so");
+    ensure!(lab.backend_row("echo", backend)?["state"] == "drained", "it returned before the state said so");
     ensure!(daemon.log().contains("backend is drained"), "the end of the drain was not told");
     for flow in &mut others {
         flow.exchange().context("flows of other backends")?;
@@ -102,7 +86,7 @@ fn udp_flows_of_a_backend_that_goes_down_move_to_another_and_its_downtime_counts
     let service = format!(
         "\n[service.moves]\nlisten = [\"{EDGE}:{RESELECTS}/udp\"]\nbackends = {{ static = [{pods}] }}\non_down = \"reselect\"\n"
     );
-    let mut daemon = lab.start_edge(&(lab.edge_configuration("1s") + &service))?;
+    let mut daemon = lab.start_edge(&(edge::without_graceful_restart(&lab.edge_configuration("1s")) + &service))?;
     daemon.wait_ready(&lab, NODES.len() as u64, Duration::from_secs(30))?;
     let sockets: Vec<UdpSocket> = lab.within("client", || {
         let open = |_| {
@@ -131,20 +115,20 @@ fn udp_flows_of_a_backend_that_goes_down_move_to_another_and_its_downtime_counts
         ensure!(now != "ingress-2", "a flow stayed with the backend that is down");
         ensure!(pod == "ingress-2" || now == *pod, "a flow of {pod} moved to {now}");
     }
-    ensure!(row(&lab, "moves", backend)?["downtime"] == 0, "an order is no downtime");
+    ensure!(lab.backend_row("moves", backend)?["downtime"] == 0, "an order is no downtime");
     lab.edge_ctl(&["backend", "up", "moves", &backend.to_string()])?;
 
     // A lost route is downtime, until it is back.
     lab.kill_bgp("knode1")?;
-    wait_state(&lab, "moves", backend, "no-route")?;
+    lab.wait_backend("moves", backend, "no-route", SOON)?;
     wait_for("the downtime to count", SOON, || {
-        let row = row(&lab, "moves", backend)?;
+        let row = lab.backend_row("moves", backend)?;
         ensure!(row["downtime"].as_u64() >= Some(2), "{row}");
         Ok(true)
     })?;
     lab.start_bgp("knode1")?;
-    wait_state(&lab, "moves", backend, "up")?;
-    let counted = row(&lab, "moves", backend)?["downtime"].as_u64();
+    lab.wait_backend("moves", backend, "up", SOON)?;
+    let counted = lab.backend_row("moves", backend)?["downtime"].as_u64();
     let metrics =
         lab.within("edge", || edge_tests::lab::pods::http_get_path(([127, 0, 0, 1], 9180).into(), "/metrics", SOON))?;
     let line = metrics.lines().find(|line| {

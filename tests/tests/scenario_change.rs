@@ -1,7 +1,13 @@
 //! Changes at run time: what clients see takes a pod out, limits, ends of flows on order, and configurations that go back
 //! by themselves. Real clients, pods and nodes; the daemon as it is installed.
 
-use std::{collections::BTreeMap, fs, net::TcpStream, thread, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fs,
+    net::{SocketAddr, TcpStream},
+    thread,
+    time::Duration,
+};
 
 use anyhow::{Context, Result, ensure};
 use edge_tests::{
@@ -22,8 +28,12 @@ const SOON: Duration = Duration::from_secs(20);
 /// Maps that say where new flows go.
 const MAPS: [&str; 6] = ["SERVICE_INDEX", "SERVICES", "BACKENDS", "BACKEND_STATE", "BACKEND_INDEX", "SELECTION"];
 
+fn address(pod: usize) -> SocketAddr {
+    (ingress(pod).address, TCP_ECHO).into()
+}
+
 fn backend(pod: usize) -> String {
-    format!("{}:{TCP_ECHO}", ingress(pod).address)
+    address(pod).to_string()
 }
 
 /// Three echo pods behind a port of the edge.
@@ -33,18 +43,12 @@ fn service(name: &str, port: u16, more: &str) -> String {
 }
 
 fn state(lab: &Lab, service: &str, pod: usize) -> Result<String> {
-    let rows = lab.edge_ctl(&["backend", "list", service])?;
-    let row = rows.as_array().and_then(|rows| rows.iter().find(|row| row["backend"] == backend(pod)).cloned());
-    Ok(row.with_context(|| format!("no row in {rows}"))?["state"].as_str().unwrap_or_default().to_owned())
+    let row = lab.backend_row(service, address(pod))?;
+    Ok(row["state"].as_str().unwrap_or_default().to_owned())
 }
 
 fn wait_state(lab: &Lab, service: &str, pod: usize, wanted: &str) -> Result<()> {
-    wait_for(&format!("{service} in pod {pod} to be {wanted}"), SOON, || {
-        let state = state(lab, service, pod)?;
-        ensure!(state == wanted, "it is {state}");
-        Ok(true)
-    })
-    .map(|_| ())
+    lab.wait_backend(service, address(pod), wanted, SOON)
 }
 
 /// Connections of which some may not be answered: how many were, in `limit`.

@@ -9,7 +9,7 @@ use edge_tests::{
         Lab, Speaker,
         dns::HeadlessService,
         dns_faults::Fault,
-        edge::vip,
+        edge::{vip, without_graceful_restart},
         exec::wait_for,
         pods::SERVICE_NAME,
         topology::{DNS_PODS, EDGE, NODES, ingress},
@@ -103,7 +103,8 @@ fn names_are_asked_at_once_when_bgp_brings_the_servers_network_back() -> Result<
     needs_namespaces!("names_are_asked_at_once_when_bgp_brings_the_servers_network_back");
     let mut lab = Lab::up(Speaker::Bird, 2)?;
     // An answer is good for an hour: whoever asks earlier has another reason than its end.
-    let mut daemon = lab.start_ready_edge("1h")?;
+    let mut daemon = lab.start_edge(&without_graceful_restart(&lab.edge_configuration("1h")))?;
+    daemon.wait_ready(&lab, NODES.len() as u64, Duration::from_secs(30))?;
     followed(&lab, 2)?;
     lab.kill_bgp("kcontrol")?;
     wait_for("the way to the servers to be lost", SOON, || {

@@ -306,6 +306,15 @@ static METRICS: &[Metric] = &[
     gauge("bgp_peer_prefixes_accepted", "Prefixes accepted from it", |s| of_peers(s, |row| row.pfx_rcd)),
     gauge("bgp_peer_prefixes_announced", "Prefixes announced to it", |s| of_peers(s, |row| row.pfx_snt)),
     counter("bgp_peer_established", "Times a session was established", |s| of_peers(s, |row| row.established_count)),
+    gauge("bgp_peer_prefixes_stale", "Prefixes of it that are stale: it restarts, or tells its table anew", |s| {
+        of_peers(s, |row| row.pfx_stale)
+    }),
+    gauge("bgp_peer_connect_failures", "Attempts in a row that brought no lasting session", |s| {
+        of_peers(s, |row| row.failures)
+    }),
+    gauge("bgp_peer_shutdown", "1 while an administrator has shut it down", |s| {
+        of_peers(s, |row| u64::from(row.shutdown.is_some()))
+    }),
     counter("bgp_peer_messages", "Messages, by type and direction", |s| {
         let messages = s.peers.iter().flat_map(|row| row.messages.iter().map(move |message| (row, message)));
         messages.map(|(row, (kind, count))| (with(peer_labels(row), "message", kind), *count)).collect()

@@ -21,7 +21,7 @@ use tokio::{
 };
 
 use super::{
-    BgpError, BgpEvent, CONVERGENCE_SILENCE, CONVERGENCE_TIMEOUT, Command,
+    BgpError, BgpEvent, CONVERGENCE_SILENCE, CONVERGENCE_TIMEOUT, Command, Leaving,
     advertise::Originated,
     fsm::{self, Action, Event, Now, Side},
     listener::Listener,
@@ -550,7 +550,6 @@ impl Actor {
             Command::Order(order, reply) => {
                 let _ = reply.send(self.order(order));
             }
-            Command::ForwardingLost(peer, reason) => self.forwarding_lost(peer, &reason),
             Command::Originated(reply) => {
                 let _ = reply.send(self.originated.prefixes());
             }
@@ -560,6 +559,14 @@ impl Actor {
             }
             Command::Reload(config, reply) => {
                 let _ = reply.send(self.reload(*config));
+            }
+            Command::Leave(step, reply) => {
+                match step {
+                    Leaving::Ask => self.originated.leave(),
+                    Leaving::Withdraw => self.originated.clear(),
+                }
+                self.originated_changed();
+                let _ = reply.send(());
             }
             Command::Policy(question, reply) => {
                 let _ = reply.send(self.judge(&question));

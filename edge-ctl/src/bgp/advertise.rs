@@ -23,6 +23,7 @@ use crate::{config::valid::NextHop, model::PathAttributes};
 pub struct Originated {
     networks: BTreeSet<IpNet>,
     announcements: BTreeMap<IpNet, PathAttributes>,
+    leaving: bool,
 }
 
 impl Originated {
@@ -41,16 +42,38 @@ impl Originated {
         self.announcements.remove(&prefix.trunc());
     }
 
+    /// From now on everything carries GRACEFUL_SHUTDOWN and the least preference (RFC 8326 4.2): who has another way
+    /// takes it, and packets under way still arrive.
+    pub const fn leave(&mut self) {
+        self.leaving = true;
+    }
+
+    /// Nothing is ours any more.
+    pub fn clear(&mut self) {
+        self.networks.clear();
+        self.announcements.clear();
+    }
+
+    fn told(&self, mut attributes: PathAttributes) -> PathAttributes {
+        if self.leaving {
+            attributes.communities.push(Community::GRACEFUL_SHUTDOWN);
+            attributes.local_pref = Some(0);
+        }
+        attributes
+    }
+
     /// Every prefix with its attributes.
     pub fn iter(&self) -> impl Iterator<Item = (IpNet, PathAttributes)> {
         let networks = self.networks.iter().filter(|prefix| !self.announcements.contains_key(prefix));
-        let networks = networks.map(|prefix| (*prefix, PathAttributes::default()));
-        networks.chain(self.announcements.iter().map(|(prefix, attributes)| (*prefix, attributes.clone())))
+        let networks = networks.map(|prefix| (*prefix, self.told(PathAttributes::default())));
+        let announcements = self.announcements.iter();
+        networks.chain(announcements.map(|(prefix, attributes)| (*prefix, self.told(attributes.clone()))))
     }
 
     /// The attributes of `prefix`, where we originate it.
     pub fn get(&self, prefix: &IpNet) -> Option<PathAttributes> {
-        self.announcements.get(prefix).cloned().or_else(|| self.networks.contains(prefix).then(PathAttributes::default))
+        let network = || self.networks.contains(prefix).then(PathAttributes::default);
+        self.announcements.get(prefix).cloned().or_else(network).map(|attributes| self.told(attributes))
     }
 
     /// The prefixes alone.
@@ -90,6 +113,8 @@ pub struct Terms {
     pub next_hop: IpAddr,
     /// Families in force.
     pub families: Vec<Family>,
+    /// Families whose prefixes may have an IPv6 next hop (RFC 8950).
+    pub extended_next_hop: Vec<Family>,
     /// How bytes are written.
     pub context: Context,
     /// What is learnt may go out.
@@ -114,9 +139,12 @@ impl Terms {
                 (passed_on(&best, self.context.internal), permit, Some(best.route.next_hop))
             }
         };
-        // Only prefixes of the transport's own family: for the other one we have no next hop to give.
-        let family = Family::of_address(self.next_hop);
-        if Family::of(prefix) != family || !self.families.contains(&family) {
+        // Prefixes of the transport's own family, and those of another one that may have our address as next hop: else we
+        // have no next hop to give.
+        let family = Family::of(prefix);
+        let reachable = family == Family::of_address(self.next_hop)
+            || (self.next_hop.is_ipv6() && self.extended_next_hop.contains(&family));
+        if !reachable || !self.families.contains(&family) {
             return Err(Withheld::Family);
         }
         let prepend = match candidate {
@@ -312,6 +340,7 @@ mod tests {
             peer: "10.0.0.2".parse().unwrap(),
             next_hop: next_hop.parse().unwrap(),
             families: Family::ALL.to_vec(),
+            extended_next_hop: vec![],
             context: CONTEXT,
             transit: false,
         }
@@ -363,6 +392,25 @@ mod tests {
         assert!(sync(&mut out, &changed, &everything()).unwrap().is_empty());
         changed.announce("10.9.0.3/32".parse().unwrap(), PathAttributes { med: Some(2), ..Default::default() });
         assert_eq!(read(&sync(&mut out, &changed, &everything()).unwrap()).0, ["10.9.0.3/32"]);
+    }
+
+    #[test]
+    fn ipv4_prefixes_go_with_an_ipv6_next_hop_where_the_peer_takes_that() {
+        let all = originated(&["10.9.0.1/32", "fd09::1/128"]);
+        let mut out = AdjRibOut::new(Terms { extended_next_hop: vec![Family::Ipv4], ..terms("fd00::1") });
+        let messages = sync(&mut out, &all, &everything()).unwrap();
+        let mut announced = Vec::new();
+        for message in messages {
+            let Message::Update(update) = wire::decode(message, CONTEXT).unwrap() else { panic!("an UPDATE") };
+            assert!(update.problems.is_empty(), "{:?}", update.problems);
+            for announcement in update.announced {
+                let prefixes = announcement.prefixes.iter().map(|nlri| nlri.prefix.to_string());
+                announced.extend(prefixes.map(|prefix| (prefix, announcement.next_hop.to_string())));
+            }
+        }
+        announced.sort();
+        let hop = "fd00::1".to_owned();
+        assert_eq!(announced, [("10.9.0.1/32".to_owned(), hop.clone()), ("fd09::1/128".to_owned(), hop)]);
     }
 
     #[test]

@@ -96,10 +96,6 @@ impl Connection {
             Stage::OpenConfirm(negotiated) | Stage::Established(negotiated) => Some(negotiated),
         }
     }
-
-    const fn established(&self) -> bool {
-        matches!(self.stage, Stage::Established(_))
-    }
 }
 
 /// State of one peer.
@@ -149,7 +145,7 @@ impl State {
     /// Makes room for another connection of the peer beside the established one that it opened: from now on that one
     /// counts as ours. Who opened it has no meaning any more once it is established. True where there is room now.
     pub fn make_room(&mut self) -> bool {
-        let graceful = self.established().is_some_and(|(side, n)| side == Side::Incoming && n.graceful);
+        let graceful = self.established().is_some_and(|(side, n)| side == Side::Incoming && n.kept().is_some());
         if !graceful || self.outgoing.is_some() || matches!(self.phase, Phase::Connect { .. }) {
             return false;
         }
@@ -415,7 +411,7 @@ fn connected(state: &mut State, now: Now, side: Side, actions: &mut Vec<Action>)
         state.phase = Phase::Active { until: None };
     }
     // With graceful restart the new connection's OPEN will tell whether the peer has restarted.
-    let graceful = state.established().is_none_or(|(_, negotiated)| negotiated.graceful);
+    let graceful = state.established().is_none_or(|(_, negotiated)| negotiated.kept().is_some());
     if !graceful || state.connected(side) {
         return reject(side, cease::CONNECTION_COLLISION_RESOLUTION, actions);
     }
@@ -504,8 +500,7 @@ fn opened(state: &mut State, now: Now, side: Side, open: Open, actions: &mut Vec
             return fail(state, now, side, End::sent(notification, reason), actions);
         }
     };
-    let restarted = negotiated.peer.restart().is_some_and(|restart| restart.restarting);
-    if restarted && state.connection(side.other()).is_some_and(Connection::established) {
+    if state.connection(side.other()).is_some_and(|other| outlived(other, &negotiated.peer, now)) {
         fail(state, now, side.other(), End::lost("the peer has restarted".to_owned()), actions);
     }
     let loser = collision(state, side, &negotiated.peer);
@@ -522,6 +517,16 @@ fn opened(state: &mut State, now: Now, side: Side, open: Open, actions: &mut Vec
     restart_hold(state, now, side);
     restart_keepalive(state, now, side);
     actions.push(Action::SendKeepalive(side));
+}
+
+/// True where `other` is the established connection of an earlier life of the peer, which has restarted. Within one life
+/// R is only ever cleared, so that it tells a new life where the established OPEN had none. Where both have it, the two
+/// may have crossed in one restart, unless the session has lasted.
+fn outlived(other: &Connection, new: &Open, now: Now) -> bool {
+    let Stage::Established(established) = &other.stage else { return false };
+    let restarting = |open: &Open| open.restart().is_some_and(|restart| restart.restarting);
+    let lasted = other.since.is_some_and(|since| now.time.saturating_sub(since) >= STABLE);
+    restarting(new) && (!restarting(&established.peer) || lasted)
 }
 
 /// RFC 4271 6.8 and RFC 6286 2.3: which connection is closed, where the other one has also received its OPEN. The one
@@ -836,6 +841,28 @@ mod tests {
             assert_eq!(state.name(), Name::Established);
             assert_eq!(state.connected(Side::Incoming), restarted);
         }
+    }
+
+    #[test]
+    fn two_connections_that_crossed_in_one_restart_do_not_end_each_other() {
+        let mut local = settings();
+        local.capabilities.push(graceful(false));
+        let mut restarted = open();
+        let Capability::GracefulRestart(restart) = graceful(false) else { unreachable!() };
+        let restart = super::super::wire::Restart { restarting: true, ..restart };
+        restarted.capabilities.push(Capability::GracefulRestart(restart));
+        let (first, second) = (Side::Outgoing, Side::Incoming);
+        let events = [
+            Event::TcpConnectionConfirmed(first),
+            Event::BgpOpen(first, restarted.clone()),
+            Event::KeepAliveMsg(first),
+            Event::TcpConnectionConfirmed(second),
+        ];
+        let (state, _) = after(local, events);
+        let actions = step(&mut state.clone(), at(1), Event::BgpOpen(second, restarted.clone()));
+        assert!(closed_with(&actions, second, 6, 7) && kept(&actions).is_none(), "{actions:?}");
+        let later = step(&mut state.clone(), at(40), Event::BgpOpen(second, restarted));
+        assert_eq!(kept(&later), Some(true), "a second restart, long after: {later:?}");
     }
 
     #[test]

@@ -120,12 +120,6 @@ impl Helper {
         vec![Action::Mark(family)]
     }
 
-    /// The peer's forwarding is known to be gone: nothing is kept.
-    pub fn give_up(&mut self) -> Vec<Action> {
-        let stale = std::mem::take(&mut self.stale);
-        stale.into_keys().map(Action::Withdraw).collect()
-    }
-
     /// When [`Helper::due`] has something next.
     pub fn next_deadline(&self) -> Option<Duration> {
         self.stale.values().map(|(_, until)| *until).min()
@@ -287,13 +281,5 @@ mod tests {
         assert_eq!(helper.complete(Ipv4), [Sweep(Ipv4)]);
         helper.refresh(Ipv4, at(360), at(20));
         assert_eq!(helper.due(at(380)), [Sweep(Ipv4)], "a refresh that never ends");
-    }
-
-    #[test]
-    fn forwarding_that_is_known_to_be_gone_ends_it_all() {
-        let mut helper = Helper::default();
-        helper.lost(&negotiated(&[(Ipv4, true), (Ipv6, true)], &[]), Some(&SETTINGS), true, at(100));
-        assert_eq!(helper.give_up(), [Withdraw(Ipv4), Withdraw(Ipv6)]);
-        assert_eq!(helper.give_up(), []);
     }
 }

@@ -73,6 +73,15 @@ pub enum BgpEvent {
     Converged,
 }
 
+/// Steps of a planned end, in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Leaving {
+    /// What we originate carries GRACEFUL_SHUTDOWN (RFC 8326): peers look for another way.
+    Ask,
+    /// It is withdrawn.
+    Withdraw,
+}
+
 #[derive(Debug)]
 enum Command {
     Announce(IpNet, PathAttributes, oneshot::Sender<()>),
@@ -83,10 +92,10 @@ enum Command {
     Advertised(IpAddr, oneshot::Sender<Vec<BgpRouteRow>>),
     Messages(IpAddr, oneshot::Sender<Vec<BgpMessageRow>>),
     Order(PeerOrder, oneshot::Sender<Result<(), OrderError>>),
-    ForwardingLost(IpAddr, String),
     Restarted(oneshot::Sender<()>),
     Originated(oneshot::Sender<BTreeSet<IpNet>>),
     Kernel(Vec<(IpNet, Option<IpAddr>)>, oneshot::Sender<()>),
+    Leave(Leaving, oneshot::Sender<()>),
     Policy(Box<PolicyQuestion>, oneshot::Sender<Option<PolicyRow>>),
     Reload(Box<valid::Bgp>, oneshot::Sender<Result<(), BgpError>>),
     Shutdown(oneshot::Sender<()>),
@@ -195,12 +204,6 @@ impl BgpHandle {
         self.ask(|reply| Command::Order(order, reply)).await.unwrap_or(Err(OrderError::Ended))
     }
 
-    /// The way to a peer is known to be gone, by BFD or by its link: its session ends, and nothing of it is kept.
-    pub async fn forwarding_lost(&self, peer: IpAddr, reason: String) {
-        // A speaker that has ended has no sessions.
-        let _ = self.commands.send(Command::ForwardingLost(peer, reason)).await;
-    }
-
     /// Prefixes that are announced now.
     pub async fn originated(&self) -> BTreeSet<IpNet> {
         self.ask(Command::Originated).await.unwrap_or_default()
@@ -215,6 +218,11 @@ impl BgpHandle {
     /// from the first time that they are given.
     pub async fn kernel(&self, routes: Vec<(IpNet, Option<IpAddr>)>) {
         self.ask(|reply| Command::Kernel(routes, reply)).await;
+    }
+
+    /// One step of a planned end; [`BgpHandle::shutdown`] is the last.
+    pub async fn leave(&self, step: Leaving) {
+        self.ask(|reply| Command::Leave(step, reply)).await;
     }
 
     /// What a peer's policy says of a path; `None`: no such peer.

@@ -160,6 +160,7 @@ pub(super) fn bgp(root: &Section<'_>) -> Option<Bgp> {
     }
     let router_id = router_id(&section, &peers);
     let transit = section.boolean("transit").unwrap_or(false);
+    let drain = section.parse("drain", values::DURATION, values::duration).map(|drain| drain.value);
     section.finish();
     Some(Bgp {
         asn: asn?,
@@ -168,6 +169,7 @@ pub(super) fn bgp(root: &Section<'_>) -> Option<Bgp> {
         networks: networks.into_iter().map(|network| network.value).collect(),
         peers: peers.into_iter().map(|(address, (peer, _))| (address, peer)).collect(),
         transit,
+        drain,
         guard: Guard::default(),
         ranges: by_length(ranges),
     })

@@ -180,22 +180,15 @@ impl Import<'_> {
     }
 
     fn entry(&mut self, name: &str, line: usize, entry: &MapEntry, last: bool, vips: bool, terms: &mut Vec<String>) {
-        match &entry.prefix_list {
-            None => terms.push(term(&[], entry)),
-            Some(list) => match self.configuration.lists.get(list) {
-                Some(entries) => {
-                    if !last && entries.iter().any(|one| one.action == Action::Deny && !one.is_everything()) {
-                        let text = format!(
-                            "neighbor {name}: prefix-list {list} denies, and FRR goes on with the next entry; look at it"
-                        );
-                        self.find(line, text);
-                    }
-                    self.list(name, entries, entry, last, vips, terms);
-                }
-                // FRR: a list that is not there matches nothing.
-                None => {}
-            },
+        let Some(list) = &entry.prefix_list else { return terms.push(term(&[], entry)) };
+        // FRR: a list that is not there matches nothing.
+        let Some(entries) = self.configuration.lists.get(list) else { return };
+        if !last && entries.iter().any(|one| one.action == Action::Deny && !one.is_everything()) {
+            let text =
+                format!("neighbor {name}: prefix-list {list} denies, and FRR goes on with the next entry; look at it");
+            self.find(line, text);
         }
+        self.list(name, entries, entry, last, vips, terms);
     }
 
     fn list(

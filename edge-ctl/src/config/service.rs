@@ -17,7 +17,7 @@ use super::{
     selection, values,
 };
 use crate::model::{
-    Announce, BackendSource, Frontend, Mode, PathAttributes, RecordType, Resolver, Service, Snat, within,
+    Announce, BackendSource, Capacity, Frontend, Mode, PathAttributes, RecordType, Resolver, Service, Snat, within,
 };
 
 const DNS_PORT: u16 = 53;
@@ -323,23 +323,16 @@ fn snat(section: &Section<'_>, mode: Mode, context: &Context<'_>) -> Snat {
 }
 
 fn announce(section: &Section<'_>, context: &Context<'_>) -> Option<Announce> {
-    const EXPECTED: &str = "true, false, or { min_backends, communities, med, local_pref }";
+    const EXPECTED: &str = "true, false, or { min_backends, communities, med, local_pref, ... }";
     let node = section.get("announce")?;
     let announce = match &node.value {
         Value::Boolean(false) => return None,
-        Value::Boolean(true) => Announce { min_backends: 1, attributes: PathAttributes::default() },
+        Value::Boolean(true) => Announce::default(),
         Value::Table(_) => {
             let table = section.table("announce")?;
-            let communities = table.list("communities", values::COMMUNITY, values::community).unwrap_or_default();
-            let min_backends = table.integer("min_backends", 1..=65_535).unwrap_or(1);
-            let attributes = PathAttributes {
-                communities: communities.into_iter().map(|community| community.value).collect(),
-                med: table.integer("med", 0..=u32::MAX),
-                local_pref: table.integer("local_pref", 0..=u32::MAX),
-                prepend: 0,
-            };
+            let announce = announcement(&table);
             table.finish();
-            Announce { min_backends: usize::try_from(min_backends).unwrap_or(1), attributes }
+            announce
         }
         _ => {
             section.wrong_kind("announce", node, EXPECTED);
@@ -350,4 +343,36 @@ fn announce(section: &Section<'_>, context: &Context<'_>) -> Option<Announce> {
         section.fault(&node.at, "`announce` needs BGP; add [bgp] with at least one peer, or remove it".into());
     }
     Some(announce)
+}
+
+fn announcement(table: &Section<'_>) -> Announce {
+    let count = |key| table.integer(key, 1..=65_535).and_then(|count| usize::try_from(count).ok());
+    let communities = table.list("communities", values::COMMUNITY, values::community).unwrap_or_default();
+    let min_backends = count("min_backends").unwrap_or(1);
+    let keep_backends = count("keep_backends").unwrap_or(min_backends);
+    if keep_backends > min_backends {
+        let message =
+            format!("`keep_backends` {keep_backends} is more than `min_backends` {min_backends}; it would flap");
+        table.fault(table.place(), message);
+    }
+    let length = |key, range| table.integer(key, range).and_then(|length| u8::try_from(length).ok());
+    let capacity = table.parse("capacity", "\"med\" or \"prepend\"", |text| match text {
+        "med" => Ok(Capacity::Med),
+        "prepend" => Ok(Capacity::Prepend),
+        _ => Err(String::new()),
+    });
+    let prepend = table.integer("prepend", 0..=16).and_then(|times| u8::try_from(times).ok());
+    Announce {
+        min_backends,
+        keep_backends,
+        after: table.parse("after", values::DURATION, values::duration).map(|after| after.value).unwrap_or_default(),
+        aggregate: (length("aggregate", 8..=32), length("aggregate_v6", 16..=128)),
+        capacity: capacity.map(|capacity| capacity.value),
+        attributes: PathAttributes {
+            communities: communities.into_iter().map(|community| community.value).collect(),
+            med: table.integer("med", 0..=u32::MAX),
+            local_pref: table.integer("local_pref", 0..=u32::MAX),
+            prepend: prepend.unwrap_or(0),
+        },
+    }
 }

@@ -116,6 +116,8 @@ pub struct Bgp {
     pub peers: BTreeMap<IpAddr, Peer>,
     /// What is learnt may be announced again: between external and internal peers, never among internal ones.
     pub transit: bool,
+    /// How long a planned end waits for flows after peers were asked to look for another way; `None`: not at all.
+    pub drain: Option<Duration>,
     /// What no import may bring in unasked.
     pub guard: Guard,
     /// Networks whose hosts may connect without being listed; the most specific one counts.

@@ -94,6 +94,7 @@ pub fn config(peers: impl IntoIterator<Item = valid::Peer>) -> valid::Bgp {
         peers: peers.into_iter().map(|peer| (peer.address, peer)).collect(),
         ranges: vec![],
         transit: false,
+        drain: None,
         guard: valid::Guard::default(),
     }
 }

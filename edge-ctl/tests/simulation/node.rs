@@ -213,11 +213,11 @@ impl Node {
             peer: self.peer,
             next_hop: self.address,
             families: negotiated.families.clone(),
+            extended_next_hop: vec![],
             context: CONTEXT,
             transit: false,
         };
-        let waits = negotiated.peer.restart().is_some_and(|restart| restart.restarting);
-        let owes_end_of_rib = self.restarting && negotiated.graceful && !waits;
+        let owes_end_of_rib = self.restarting && negotiated.graceful;
         let kept = self.helper.back(&negotiated, Some(&self.settings), now);
         self.session = Some(Session {
             side,

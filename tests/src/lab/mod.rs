@@ -16,6 +16,7 @@ pub mod ipv6;
 pub mod netns;
 pub mod pods;
 pub mod rolling;
+mod rows;
 pub mod smoke;
 pub mod speaker;
 pub mod topology;

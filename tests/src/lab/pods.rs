@@ -32,6 +32,8 @@ pub const SERVICE_NAME: &str = "nginx-ingress-svc.nginx-ingress.svc.cluster.loca
 pub const UDP_ECHO: u16 = 5353;
 /// Port of the pods' TCP line echo.
 pub const TCP_ECHO: u16 = 9000;
+/// Where a test puts a file that every pod serves: its name in the lab's folder, and its path.
+pub const LARGE: &str = "large";
 const ANSWERING: Duration = Duration::from_secs(10);
 
 impl Lab {
@@ -121,6 +123,8 @@ http {{
     ssl_certificate_key {run}/tls.key;
     location / {{ return 200 "{name}\n"; }}
     location = /client {{ return 200 "$remote_addr\n"; }}
+    location = /{LARGE} {{ root {run}; }}
+    location = /upload {{ client_max_body_size 0; return 200; }}
   }}
 }}
 "#

@@ -78,7 +78,7 @@ pub fn reply(state: &mut State, input: &Input, segment: &Segment, backend: u32) 
 }
 
 /// The backend that every edge chooses for the client.
-fn choice(state: &State, number: u32, client: &FlowKeyV4, avoid: u32) -> Option<u32> {
+pub(super) fn choice(state: &State, number: u32, client: &FlowKeyV4, avoid: u32) -> Option<u32> {
     let (_, pool) = state.config.services.get(&number)?;
     let eligible = |backend: u32| backend != 0 && state.config.eligible.get(&backend).copied().unwrap_or(false);
     match hash::select(hash::tuple(state.config.seed, client), &pool.members, &pool.table, avoid, eligible) {
@@ -141,7 +141,7 @@ fn answer(state: &mut State, input: &Input, segment: &Segment, number: u32) -> D
     state.hit(Point::MidFlowReset);
     state.because(Reason::MidFlowReset, number);
     let action = if input.hook == Hook::Xdp { Action::Transmit } else { Action::Redirect };
-    Decision { action, rewrite: None, message: false, reset: true }
+    Decision { action, reset: true, ..Decision::PASS }
 }
 
 /// The RST that answers a segment: back the way it came, and taken by its sender.

@@ -27,6 +27,7 @@ pub(super) fn terms(bgp: &valid::Bgp, peer: &Peer, negotiated: &Negotiated, loca
         peer: peer.config.address,
         next_hop: local,
         families: negotiated.families.clone(),
+        extended_next_hop: negotiated.extended_next_hop.clone(),
         context: Context {
             four_octet_as: negotiated.four_octet_as,
             internal: peer.policy.internal,
@@ -98,6 +99,7 @@ impl Actor {
                 Family::Ipv6 => IpAddr::from([0; 16]),
             }),
             families: Family::ALL.to_vec(),
+            extended_next_hop: Vec::new(),
             context: peer.context(),
             transit: self.config.transit,
         };

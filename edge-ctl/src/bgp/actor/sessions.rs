@@ -17,7 +17,7 @@ use super::{
         offer::{self, Circumstances},
         password::{self, Counters, Password},
         peer::{Peer, Session},
-        wire::{self, Family, Notification, Refresh, cease},
+        wire::{self, Family, Notification, Refresh},
     },
     Actor, routes,
 };
@@ -65,9 +65,9 @@ impl Actor {
         self.rib.peer_up(address, peer.policy.clone(), negotiated.peer.router_id);
         let terms = routes::terms(&self.config, peer, &negotiated, local);
         let kept = peer.helper.back(&negotiated, peer.config.session.graceful_restart.as_ref(), now);
-        // A peer that has restarted itself waits for nobody but us; one that kept our routes wants all of them first.
-        let waits = negotiated.peer.restart().is_some_and(|restart| restart.restarting);
-        let owes_end_of_rib = self.restart.until.is_some() && negotiated.graceful && !waits;
+        // Whoever kept our routes wants all of them first. It delays nobody: a peer that restarts at the same time does
+        // not wait for one that says so too (RFC 4724 4.1).
+        let owes_end_of_rib = self.restart.until.is_some() && negotiated.graceful;
         peer.session = Some(Session {
             side,
             out: AdjRibOut::new(terms),
@@ -338,19 +338,6 @@ impl Actor {
         self.send_updates(address, side, messages);
         if marked {
             self.send(address, side, "route_refresh_sent", wire::encode_route_refresh(family, Refresh::End));
-        }
-    }
-
-    /// The way to a peer is known to be gone: what is kept of it goes, and a session with it.
-    pub(super) fn forwarding_lost(&mut self, address: IpAddr, reason: &str) {
-        let Some(peer) = self.peers.get_mut(&address) else { return };
-        let kept = peer.helper.give_up();
-        self.helped(address, kept);
-        if self.peers.get(&address).is_some_and(|peer| peer.session.is_some()) {
-            let mut notification = Notification::cease(cease::BFD_DOWN);
-            notification.detail = Some(reason.to_owned());
-            self.feed(address, Event::ManualStop(notification));
-            self.start_unless_shut(address);
         }
     }
 }

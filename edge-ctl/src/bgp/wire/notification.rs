@@ -15,8 +15,6 @@ pub mod cease {
     pub const ADMINISTRATIVE_SHUTDOWN: u8 = 2;
     /// Administrative Reset; may carry a text too (RFC 9003).
     pub const ADMINISTRATIVE_RESET: u8 = 4;
-    /// BFD Down (RFC 9384).
-    pub const BFD_DOWN: u8 = 10;
     /// Hard Reset: ends the session without graceful restart (RFC 8538).
     pub const HARD_RESET: u8 = 9;
     /// Peer De-configured.

@@ -244,9 +244,10 @@ fn unreach(family: Family, prefixes: &[IpNet]) -> codec::PathAttribute {
     }))
 }
 
+/// IPv4 prefixes with an IPv6 next hop go there too (RFC 8950 3).
 fn reach(prefixes: &[IpNet], next_hop: IpAddr) -> codec::PathAttribute {
     codec::PathAttribute::MpReachNlri(Box::new(codec::MpReachNlri {
-        afi: codec::Afi::Ipv6,
+        afi: prefixes.first().map_or(codec::Afi::Ipv6, |prefix| Family::of(prefix).afi()),
         safi: codec::Safi::Unicast,
         next_hop,
         link_local_next_hop: None,
@@ -274,11 +275,17 @@ pub fn encode_announcements(
     let base = attributes.to_codec(context.internal);
     in_chunks(prefixes, |chunk| {
         let mut list = base.clone();
-        match next_hop {
-            IpAddr::V4(address) => list.push(codec::PathAttribute::NextHop(address)),
-            IpAddr::V6(_) => list.push(reach(chunk, next_hop)),
-        }
-        build(&ipv4_entries(chunk), &[], &list, context.four_octet_as)
+        let body = match next_hop {
+            IpAddr::V4(address) => {
+                list.push(codec::PathAttribute::NextHop(address));
+                ipv4_entries(chunk)
+            }
+            IpAddr::V6(_) => {
+                list.push(reach(chunk, next_hop));
+                Vec::new()
+            }
+        };
+        build(&body, &[], &list, context.four_octet_as)
     })
 }
 
