@@ -626,6 +626,22 @@ mod tests {
     }
 
     #[test]
+    fn timeouts_of_a_service_count_for_the_protocol_that_they_are_of() {
+        let lifetimes = Lifetimes {
+            established: Some(3600),
+            half_open: Some(10),
+            closing: Some(30),
+            udp: None,
+            udp_unanswered: Some(5),
+            one_reply: true,
+        };
+        let of = |protocol| Timeouts::configured(protocol, &lifetimes);
+        let tcp = Timeouts { established: 3600, half_open: 10, closing: 30, one_reply: false };
+        let udp = Timeouts { established: 300, half_open: 5, closing: 30, one_reply: true };
+        assert_eq!((of(Protocol::Tcp), of(Protocol::Udp)), (tcp, udp));
+    }
+
+    #[test]
     fn a_route_makes_a_backend_eligible_names_its_node_and_its_loss_excludes_it_at_once() {
         let mut world = World::new();
         world.pool(&["10.1.0.4:443"], PoolState::Fresh);

@@ -57,9 +57,9 @@ impl Case {
         self.rig.flow(name::ESTABLISHED, &key).context("not established")
     }
 
-    fn half_open(&mut self, port: u16) -> Entry {
+    fn half_open(&mut self, port: u16) -> Result<Entry> {
         let key = self.forward_key(port);
-        self.rig.flow(name::HALF_OPEN, &key).expect("half-open")
+        self.rig.flow(name::HALF_OPEN, &key).context("not half-open")
     }
 
     /// The tables that have both halves of a flow.
@@ -133,7 +133,7 @@ fn what_was_under_way_when_a_reset_came_still_passes_and_takes_nothing_back() ->
 fn a_reset_does_not_help_a_handshake_into_the_established_table() -> Result<()> {
     each(mode::FULL_NAT, TCP, 1, |case| {
         case.send(PORT, flag::SYN, 0)?;
-        let flow = case.half_open(PORT);
+        let flow = case.half_open(PORT)?;
         case.send(PORT, flag::RST, 0)?;
         case.send(PORT, flag::ACK, 77)?;
         assert_eq!(case.place(&flow), [name::CLOSING]);
@@ -189,7 +189,7 @@ fn a_port_used_again_while_its_flow_is_closing_starts_a_new_flow() -> Result<()>
         case.send(PORT, flag::FIN | flag::ACK, 1002)?;
         assert_eq!(case.place(&flow), [name::CLOSING]);
         assert_eq!(case.send(PORT, flag::SYN, 0)?, Action::Redirect);
-        let fresh = case.half_open(PORT);
+        let fresh = case.half_open(PORT)?;
         assert_eq!((fresh.packets, fresh.flags), (1, 0));
         assert!(case.rig.flows(name::CLOSING)?.is_empty());
         assert_eq!(case.rig.service_stats(1)?.half_opened, 2);
@@ -201,12 +201,12 @@ fn a_port_used_again_while_its_flow_is_closing_starts_a_new_flow() -> Result<()>
 fn the_second_repeated_syn_that_nobody_answers_goes_to_another_backend() -> Result<()> {
     each(mode::FULL_NAT, TCP, 3, |case| {
         case.send(PORT, flag::SYN, 0)?;
-        let first = case.half_open(PORT);
+        let first = case.half_open(PORT)?;
         case.send(PORT, flag::SYN, 0)?;
-        assert_eq!(backend_of(&case.half_open(PORT)), backend_of(&first), "the first may have been lost");
+        assert_eq!(backend_of(&case.half_open(PORT)?), backend_of(&first), "the first may have been lost");
         assert_eq!(case.rig.reason(1, Reason::RetriedElsewhere)?, 0);
         assert_eq!(case.send(PORT, flag::SYN, 0)?, Action::Redirect);
-        let second = case.half_open(PORT);
+        let second = case.half_open(PORT)?;
         assert_ne!(backend_of(&second), backend_of(&first));
         assert_eq!(case.rig.reason(1, Reason::RetriedElsewhere)?, 1);
         // The first one's answer, late, is not for the client, which may have the second's by now.
@@ -222,23 +222,23 @@ fn the_second_repeated_syn_that_nobody_answers_goes_to_another_backend() -> Resu
 fn a_repeated_syn_stays_with_a_backend_that_has_answered_or_that_is_the_only_one() -> Result<()> {
     each(mode::FULL_NAT, TCP, 2, |case| {
         case.send(PORT, flag::SYN, 0)?;
-        let flow = case.half_open(PORT);
+        let flow = case.half_open(PORT)?;
         case.reply(&flow, flag::SYN | flag::ACK, 1000)?;
         for _ in 0..5 {
             case.send(PORT, flag::SYN, 0)?;
         }
-        let now = case.half_open(PORT);
+        let now = case.half_open(PORT)?;
         assert_eq!((backend_of(&now), now.packets, now.ack_floor), (backend_of(&flow), 6, 1001));
 
         let other = 3 - flow.backend;
         case.rig.set_eligible(other, false)?;
         case.send(PORT + 1, flag::SYN, 0)?;
-        let alone = case.half_open(PORT + 1);
+        let alone = case.half_open(PORT + 1)?;
         assert_eq!(alone.backend, flow.backend);
         for _ in 0..4 {
             assert_eq!(case.send(PORT + 1, flag::SYN, 0)?, Action::Redirect);
         }
-        let now = case.half_open(PORT + 1);
+        let now = case.half_open(PORT + 1)?;
         assert_eq!(
             (now.backend, snat_of(&now)),
             (alone.backend, snat_of(&alone)),
@@ -253,13 +253,13 @@ fn a_repeated_syn_stays_with_a_backend_that_has_answered_or_that_is_the_only_one
 fn a_dnat_client_is_given_more_time_since_its_answer_may_go_by_another_edge() -> Result<()> {
     each(mode::DNAT, TCP, 3, |case| {
         case.send(PORT, flag::SYN, 0)?;
-        let first = case.half_open(PORT);
+        let first = case.half_open(PORT)?;
         for _ in 0..3 {
             case.send(PORT, flag::SYN, 0)?;
-            assert_eq!(backend_of(&case.half_open(PORT)), backend_of(&first));
+            assert_eq!(backend_of(&case.half_open(PORT)?), backend_of(&first));
         }
         case.send(PORT, flag::SYN, 0)?;
-        assert_ne!(backend_of(&case.half_open(PORT)), backend_of(&first));
+        assert_ne!(backend_of(&case.half_open(PORT)?), backend_of(&first));
         Ok(())
     })
 }
@@ -279,14 +279,14 @@ fn a_one_reply_flow_ends_with_its_reply_and_the_client_s_next_datagram_begins_an
             Ok(case.rig.run(&Frame::udp(client, vip).bytes(), case.rig.uplink)?.action)
         };
         assert_eq!((ask(case)?, ask(case)?), (Action::Redirect, Action::Redirect), "a question repeated");
-        let flow = case.half_open(PORT);
+        let flow = case.half_open(PORT)?;
         assert_eq!(flow.packets, 2);
         let answer = Frame::udp(backend_of(&flow), snat_of(&flow)).bytes();
         assert_eq!(case.rig.run(&answer, case.rig.pods)?.action, Action::Redirect);
         assert_eq!(case.place(&flow), [name::CLOSING]);
         assert_eq!(case.rig.run(&answer, case.rig.pods)?.action, Action::Redirect, "a second one is still let through");
         assert_eq!(ask(case)?, Action::Redirect);
-        assert_eq!(case.half_open(PORT).packets, 1);
+        assert_eq!(case.half_open(PORT)?.packets, 1);
         assert_eq!(case.rig.service_stats(1)?.opened, 0);
         Ok(())
     })

@@ -49,7 +49,7 @@ impl Case {
         self.rig.run(&frame.bytes(), self.rig.uplink)
     }
 
-    fn from_pod(&mut self, frame: &Frame) -> Result<Outcome> {
+    fn answer_of_pod(&mut self, frame: &Frame) -> Result<Outcome> {
         self.rig.run(&frame.bytes(), self.rig.pods)
     }
 
@@ -168,7 +168,7 @@ fn a_reply_that_comes_to_an_edge_that_saw_no_request_leaves_in_the_vip_s_name() 
     each(mode::DNAT, TCP, |case| {
         let backend = case.choice(PORT)?;
         let answer = Frame::tcp(backend, case.client(PORT), flag::SYN | flag::ACK).seq(1000);
-        let outcome = case.from_pod(&answer)?;
+        let outcome = case.answer_of_pod(&answer)?;
         assert_eq!(outcome.action, Action::Redirect);
         let vip = case.vip();
         assert_eq!(
@@ -188,9 +188,9 @@ fn an_adopted_reply_s_flow_is_promoted_by_the_backend_s_next_acknowledgement() -
     each(mode::DNAT, TCP, |case| {
         let backend = case.choice(PORT)?;
         let data = Frame::tcp(backend, case.client(PORT), flag::ACK).seq(5000);
-        assert_eq!(case.from_pod(&data)?.action, Action::Redirect);
+        assert_eq!(case.answer_of_pod(&data)?.action, Action::Redirect);
         assert!(case.flow(name::HALF_OPEN, PORT).is_some());
-        assert_eq!(case.from_pod(&data)?.action, Action::Redirect);
+        assert_eq!(case.answer_of_pod(&data)?.action, Action::Redirect);
         assert!(case.flow(name::ESTABLISHED, PORT).is_some());
         assert_eq!(case.rig.service_stats(1)?.opened, 1, "counted though the client's half was never hit");
         Ok(())
@@ -202,7 +202,7 @@ fn a_reply_of_a_backend_that_nobody_chose_never_leaves() -> Result<()> {
     each(mode::DNAT, TCP, |case| {
         let stranger = case.nobody_s_choice(PORT)?;
         let data = Frame::tcp(stranger, case.client(PORT), flag::ACK);
-        assert_eq!(case.from_pod(&data)?.action, Action::Drop);
+        assert_eq!(case.answer_of_pod(&data)?.action, Action::Drop);
         assert_eq!(case.rig.reason(1, Reason::ReplyWithoutFlow)?, 1);
         assert!(case.rig.flows(name::HALF_OPEN)?.is_empty());
         Ok(())
@@ -217,7 +217,7 @@ fn a_reply_whose_client_has_a_flow_with_another_backend_is_dropped() -> Result<(
         let flow = case.flow(name::HALF_OPEN, PORT).context("adopted")?;
         case.rig.remove_flow(name::HALF_OPEN, &flow.twin())?;
         case.rig.change_flow(name::HALF_OPEN, &flow.key, |flow| flow.new_dst_port = 444_u16.to_be())?;
-        assert_eq!(case.from_pod(&Frame::tcp(backend, case.client(PORT), flag::ACK))?.action, Action::Drop);
+        assert_eq!(case.answer_of_pod(&Frame::tcp(backend, case.client(PORT), flag::ACK))?.action, Action::Drop);
         assert_eq!(case.rig.reason(1, Reason::TwinTaken)?, 1);
         Ok(())
     })
@@ -228,7 +228,7 @@ fn a_datagram_of_a_dnat_backend_without_a_flow_is_mapped_back_too() -> Result<()
     each(mode::DNAT, UDP, |case| {
         let backend = case.choice(PORT)?;
         let answer = Frame::udp(backend, case.client(PORT));
-        let outcome = case.from_pod(&answer)?;
+        let outcome = case.answer_of_pod(&answer)?;
         let vip = case.vip();
         assert_eq!(
             outcome.frame,

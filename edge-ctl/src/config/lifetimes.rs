@@ -34,8 +34,9 @@ pub(super) fn lifetimes(section: &Section<'_>, protocols: &[Protocol]) -> Lifeti
 
 fn one_reply(section: &Section<'_>, protocols: &[Protocol]) -> bool {
     let one_reply = section.boolean("one_reply").unwrap_or(false);
-    if one_reply && !protocols.is_empty() && !protocols.contains(&Protocol::Udp) {
-        section.fault(section.place(), "`one_reply` is for UDP, and no listen address is; remove it".into());
+    let has_udp = protocols.is_empty() || protocols.contains(&Protocol::Udp);
+    if let (true, false, Some(node)) = (one_reply, has_udp, section.get("one_reply")) {
+        section.fault(&node.at, "`one_reply` is for UDP, and no listen address is; remove it".into());
     }
     one_reply
 }

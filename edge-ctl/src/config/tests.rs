@@ -1,12 +1,9 @@
 use std::{net::IpAddr, time::Duration};
 
 use super::*;
-use crate::{
-    desired::Timeouts,
-    model::{
-        BackendSource, Balance, Lifetimes, Mode, Protocol, RecordType, Selection, StaticBackend, Tier,
-        access::{Format, Target},
-    },
+use crate::model::{
+    BackendSource, Balance, Lifetimes, Mode, RecordType, Selection, StaticBackend, Tier,
+    access::{Format, Target},
 };
 
 /// The example of the documentation, which `deploy/edge.toml` also is.
@@ -244,9 +241,6 @@ fn timeouts_are_read_for_each_protocol() {
         one_reply: true,
     };
     assert_eq!(config.services["web"].lifetimes, lifetimes);
-    let (tcp, udp) = (Timeouts::configured(Protocol::Tcp, &lifetimes), Timeouts::configured(Protocol::Udp, &lifetimes));
-    assert_eq!(tcp, Timeouts { established: 3600, half_open: 10, closing: 30, one_reply: false });
-    assert_eq!(udp, Timeouts { established: 300, half_open: 5, closing: 30, one_reply: true });
 }
 
 #[test]
