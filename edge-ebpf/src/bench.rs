@@ -17,7 +17,7 @@ use aya_ebpf::{
 use edge_common::flow::FlowKeyV4;
 use edge_ebpf::{
     maps::{Table, flow},
-    packet::{Packet, SkbPacket, XdpPacket},
+    packet::{Packet, SkbPacket, XdpPacket, set_word},
     pipeline,
 };
 use programs::{at_tc, at_xdp};
@@ -38,7 +38,6 @@ pub struct Script {
 static SCRIPT: Array<Script> = Array::with_max_entries(1, 0);
 
 const FRAME: usize = 54;
-const SRC: usize = 26;
 const PORTS: usize = 34;
 /// Ports that an address has before the next one is taken.
 const PORT_BITS: u32 = 14;
@@ -58,20 +57,26 @@ fn write<P: Packet>(packet: &mut P) -> Option<FlowKeyV4> {
     let port = (script.port as u16).wrapping_add(flow as u16 & ((1 << PORT_BITS) - 1)).to_be();
     let reply = script.reply != 0;
     let frame = packet.header::<[u16; FRAME / 2]>(0)?;
-    let mut at = 0;
-    while at < FRAME / 2 {
-        frame[at] = script.frame[at];
-        at += 1;
-    }
-    frame[SRC / 2] = address as u16;
-    frame[SRC / 2 + 1] = (address >> 16) as u16;
-    if reply {
-        frame[PORTS / 2 + 1] = port;
-    } else {
-        frame[PORTS / 2] = port;
-    }
-    let dst = u32::from(frame[SRC / 2 + 2]) | u32::from(frame[SRC / 2 + 3]) << 16;
-    Some(FlowKeyV4::new(address, dst, frame[PORTS / 2], frame[PORTS / 2 + 1], 6))
+    let half = |at: usize| u32::from(script.frame[at / 2]);
+    let whole = |at: usize| half(at) | half(at + 2) << 16;
+    let ports = if reply { half(PORTS) | u32::from(port) << 16 } else { u32::from(port) | half(PORTS + 2) << 16 };
+    // Written as it is read later, in words from the IP header on: a load that spans two stores waits for both to reach the
+    // cache, which a packet from a wire has done long before.
+    set_word::<0, _>(frame, whole(0));
+    set_word::<4, _>(frame, whole(4));
+    set_word::<8, _>(frame, whole(8));
+    frame[6] = script.frame[6];
+    set_word::<14, _>(frame, whole(14));
+    set_word::<18, _>(frame, whole(18));
+    set_word::<22, _>(frame, whole(22));
+    set_word::<26, _>(frame, address);
+    set_word::<30, _>(frame, whole(30));
+    set_word::<34, _>(frame, ports);
+    set_word::<38, _>(frame, whole(38));
+    set_word::<42, _>(frame, whole(42));
+    set_word::<46, _>(frame, whole(46));
+    set_word::<50, _>(frame, whole(50));
+    Some(FlowKeyV4::new(address, whole(30), ports as u16, (ports >> 16) as u16, 6))
 }
 
 /// The wrapper alone.

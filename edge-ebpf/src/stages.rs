@@ -75,7 +75,7 @@ pub fn fragment<P: Packet>(packet: &mut P) -> Verdict {
 
 #[inline(always)]
 fn hand_over<A: Family, P: Packet>(
-    _packet: &P,
+    packet: &mut P,
     parsed: Parsed<A>,
     side: Side,
     fragment: bool,
@@ -84,6 +84,7 @@ fn hand_over<A: Family, P: Packet>(
     match A::handover(P::HOOK) {
         Some(room) => {
             *room = Handover { parsed, side, table: Table::Established, past: Past::none(), fragment, question };
+            parse::sequence(packet, &mut room.parsed);
             true
         }
         None => false,

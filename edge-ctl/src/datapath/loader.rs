@@ -572,7 +572,7 @@ fn object_error(what: &str, error: &dyn std::error::Error) -> LoadError {
 }
 
 /// Entries of a table: what is configured, but an LRU at least what its per-CPU free lists need.
-fn table_sizes(tables: &Tables) -> [(&'static str, u32); 6] {
+fn table_sizes(tables: &Tables) -> [(&'static str, u32); 8] {
     let cpus = aya::util::nr_cpus().unwrap_or(1);
     let lru = u32::try_from(128 * 8 * cpus).unwrap_or(u32::MAX);
     [
@@ -582,6 +582,8 @@ fn table_sizes(tables: &Tables) -> [(&'static str, u32); 6] {
         (name::ESTABLISHED_V6, tables.established_v6.max(2)),
         (name::HALF_OPEN_V6, tables.half_open_v6.max(lru)),
         (name::CLOSING_V6, tables.closing_v6.max(lru)),
+        (name::FLOW_CACHE, tables.cache_sets()[0].max(1)),
+        (name::FLOW_CACHE_V6, tables.cache_sets()[1].max(1)),
     ]
 }
 

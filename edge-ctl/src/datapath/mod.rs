@@ -5,6 +5,7 @@ pub mod acl_view;
 pub mod answer;
 pub mod attach;
 pub mod btf;
+pub mod cache;
 pub mod capture;
 pub mod events;
 pub mod fake;

@@ -44,7 +44,7 @@ pub struct Layout {
 
 /// Structures in the maps, by their names in the object's BTF; what is not listed is one integer, or has no inner layout.
 /// A structure that the BTF does not have under this name counts as one field.
-const STRUCTURES: [(&str, &str, &str); 15] = [
+const STRUCTURES: [(&str, &str, &str); 18] = [
     (name::ESTABLISHED, "FlowKey<u32>", "Flow<u32>"),
     (name::HALF_OPEN, "FlowKey<u32>", "Flow<u32>"),
     (name::CLOSING, "FlowKey<u32>", "Flow<u32>"),
@@ -60,7 +60,14 @@ const STRUCTURES: [(&str, &str, &str); 15] = [
     (name::CONTROL, "", "Control"),
     (name::SERVICE_STATS, "", "ServiceStats"),
     (name::BACKEND_STATS, "", "ServiceStats"),
+    (name::FLOW_CACHE, "", "CacheSet<u32>"),
+    (name::FLOW_CACHE_V6, "", "CacheSet<[u32; 4]>"),
+    (name::CACHE_WINDOWS, "", "CacheWindow"),
 ];
+
+/// Maps that start empty whenever their layout is another one: copies, and what belongs to copies.
+pub const NOT_CARRIED: [&str; 4] =
+    [name::FLOW_CACHE, name::FLOW_CACHE_V6, name::CACHE_WINDOWS, name::FLOW_GENERATIONS];
 
 /// The fields of a map's keys (`k:`) and values (`v:`), as [`btf::describe`] writes them.
 fn describe(btf: Option<&Btf>, map: &str, key: u32, value: u32) -> String {
@@ -80,8 +87,16 @@ fn describe(btf: Option<&Btf>, map: &str, key: u32, value: u32) -> String {
 }
 
 /// Maps whose capacity is the operator's choice, and so no part of their layout.
-pub const SIZED: [&str; 6] =
-    [name::ESTABLISHED, name::HALF_OPEN, name::CLOSING, name::ESTABLISHED_V6, name::HALF_OPEN_V6, name::CLOSING_V6];
+pub const SIZED: [&str; 8] = [
+    name::ESTABLISHED,
+    name::HALF_OPEN,
+    name::CLOSING,
+    name::ESTABLISHED_V6,
+    name::HALF_OPEN_V6,
+    name::CLOSING_V6,
+    name::FLOW_CACHE,
+    name::FLOW_CACHE_V6,
+];
 
 impl Layout {
     /// The hash in the pin's name.

@@ -142,6 +142,7 @@ fn measure(case: &Case) -> Result<Figure> {
         established: if case.flows > 1 { 2 * MILLION + 1024 } else { 1024 },
         lru: if case.subject == Subject::Lookup && case.flows > 1 { 2 * MILLION } else { 1 << 18 },
         snat_ports: (1024, 65535),
+        cache: std::env::var("EDGE_BENCH_SETS").ok().and_then(|sets| sets.parse().ok()).unwrap_or(if case.flows > 1 { 1 << 20 } else { 512 }),
         ..Settings::default()
     };
     let mut rig = Rig::from_object(OBJECT, case.hook, settings)?;
