@@ -10,7 +10,7 @@ use edge_common::{
 };
 
 use crate::{
-    conntrack::{self, Past},
+    conntrack::Past,
     family::Family,
     maps::{self, EEXIST, ENOENT, Table, scratch},
     parse::Parsed,
@@ -39,6 +39,10 @@ pub fn flow<A: Family>(parsed: &Parsed<A>, past: &Past<A>) -> Verdict {
     let service_number = past.service;
     if parsed.ttl <= 1 {
         return Verdict::answer(Question::TimeExceeded, service_number, 0);
+    }
+    // A flow that ended just now may have stood before a half-open one of the same tuple: that one goes on.
+    if past.backend != 0 && maps::flow(Table::HalfOpen, &parsed.key).is_some() {
+        return CREATED;
     }
     let Some(service) = maps::service(service_number) else {
         return because(Reason::NotReady, service_number);
@@ -108,43 +112,53 @@ impl<A: Family> Plan<A> {
     }
 }
 
-/// Writes the forward entry.
-#[inline(always)]
-fn write_forward<A: Family>(plan: &Plan<A>, flow: &mut Flow<A>) {
-    flow.key = plan.key;
-    flow.new_src = plan.new_src;
-    flow.new_dst = plan.new_dst;
-    flow.new_src_port = plan.new_src_port;
-    flow.new_dst_port = plan.new_dst_port;
-    flow.set_deltas();
-    flow.flags = plan.flags;
-    flow.service = plan.service;
-    flow.backend = plan.backend;
-    flow.sequence = 1;
-    flow.state = State::HalfOpen as u8;
-    flow.direction = Direction::Forward as u8;
-    flow.created = plan.now;
-    flow.last_seen = plan.now;
-}
-
 /// Adds the forward entry; 0 or an errno.
 #[inline(never)]
 fn add_forward<A: Family>(plan: &Plan<A>) -> i32 {
     let Some(flow) = scratch::empty() else {
         return ENOENT;
     };
-    write_forward(plan, flow);
-    maps::add_flow(Table::HalfOpen, flow).err().unwrap_or(0)
+    flow.key = plan.key;
+    flow.new_src = plan.new_src;
+    flow.new_dst = plan.new_dst;
+    flow.new_src_port = plan.new_src_port;
+    flow.new_dst_port = plan.new_dst_port;
+    flow.set_deltas();
+    flow.direction = Direction::Forward as u8;
+    add(plan, flow)
 }
 
-/// Adds the reply's entry; 0 or an errno.
+/// Adds the reply's entry; 0 or an errno. It is written as what it is: turning a written forward entry around takes
+/// copies of its parts, 64 bytes of stack more.
 #[inline(never)]
 fn add_reply<A: Family>(plan: &Plan<A>) -> i32 {
     let Some(flow) = scratch::empty() else {
         return ENOENT;
     };
-    write_forward(plan, flow);
-    conntrack::turn(flow);
+    flow.key.src = plan.new_dst;
+    flow.key.dst = plan.new_src;
+    flow.key.src_port = plan.new_dst_port;
+    flow.key.dst_port = plan.new_src_port;
+    flow.key.protocol = plan.key.protocol;
+    flow.new_src = plan.key.dst;
+    flow.new_dst = plan.key.src;
+    flow.new_src_port = plan.key.dst_port;
+    flow.new_dst_port = plan.key.src_port;
+    flow.set_deltas();
+    flow.direction = Direction::Reply as u8;
+    add(plan, flow)
+}
+
+/// Adds a half-open entry with what both directions have in common; 0 or an errno.
+#[inline(always)]
+fn add<A: Family>(plan: &Plan<A>, flow: &mut Flow<A>) -> i32 {
+    flow.flags = plan.flags;
+    flow.service = plan.service;
+    flow.backend = plan.backend;
+    flow.sequence = 1;
+    flow.state = State::HalfOpen as u8;
+    flow.created = plan.now;
+    flow.last_seen = plan.now;
     maps::add_flow(Table::HalfOpen, flow).err().unwrap_or(0)
 }
 
@@ -158,8 +172,8 @@ fn open<A: Family>(plan: &mut Plan<A>, service: &ServiceEntry, backend: &Backend
     match add_forward(plan) {
         0 => OPENED,
         errno => {
-            // Another CPU opened this flow just now, or it was half-open beside a flow that ended: its entry serves this
-            // packet too, and the reply's key is this packet's to take back only where the other chose another one.
+            // Another CPU opened this flow just now: its entry serves this packet too, and the reply's key is this packet's
+            // to take back only where the other chose another one.
             let reply = plan.reply_key();
             if !belongs_to(Table::HalfOpen, &plan.key, &reply) {
                 maps::remove_flow(Table::HalfOpen, &reply);
@@ -255,7 +269,7 @@ fn claim<A: Family>(plan: &Plan<A>, service: &ServiceEntry, own: bool, pressed: 
             // Where the tuple leaves no choice of port, an entry that timed out is no conflict, nor is one whose
             // client half has been evicted.
             let own = own && yields(plan, Table::HalfOpen, &reply, service.half_open_timeout);
-            if !(own || pressed && end_stalled(plan, &reply)) {
+            if !(own || pressed && end_stalled(plan, &reply, service.closing_timeout)) {
                 return TAKEN;
             }
             maps::remove_flow(Table::HalfOpen, &reply);
@@ -280,9 +294,15 @@ fn claim<A: Family>(plan: &Plan<A>, service: &ServiceEntry, own: bool, pressed: 
 }
 
 /// Ends the half-open flow whose reply has this key, up to the key itself, where its client has been silent for too long
-/// or is unknown by now; else answers false.
+/// or is unknown by now; else answers false, as it does where the key would not be free without that flow.
 #[inline(never)]
-fn end_stalled<A: Family>(plan: &Plan<A>, reply: &FlowKey<A>) -> bool {
+fn end_stalled<A: Family>(plan: &Plan<A>, reply: &FlowKey<A>, closing_timeout: u32) -> bool {
+    let resting = |flow: &Flow<A>| !rested(plan, flow, closing_timeout);
+    if maps::flow(Table::Established, reply).is_some()
+        || maps::flow(Table::Closing, reply).is_some_and(|flow| resting(flow))
+    {
+        return false;
+    }
     let Some(flow) = maps::flow(Table::HalfOpen, reply) else {
         return true;
     };
@@ -306,15 +326,19 @@ fn clear_closing<A: Family>(plan: &Plan<A>, reply: &FlowKey<A>, closing_timeout:
     let Some(flow) = maps::flow(Table::Closing, reply) else {
         return true;
     };
-    let rest = rest_seconds(reply.protocol, flow.flags, closing_timeout);
-    let rested = expired(flow.last_seen, rest, plan.now);
-    if !(rested || own && leads_back(flow, &plan.key)) {
+    if !(rested(plan, flow, closing_timeout) || own && leads_back(flow, &plan.key)) {
         return false;
     }
     let client = flow.twin();
     maps::remove_flow(Table::Closing, reply);
     maps::remove_flow(Table::Closing, &client);
     true
+}
+
+/// True where a closing flow's SNAT port has rested.
+#[inline(always)]
+fn rested<A: Family>(plan: &Plan<A>, closing: &Flow<A>, closing_timeout: u32) -> bool {
+    expired(closing.last_seen, rest_seconds(closing.key.protocol, closing.flags, closing_timeout), plan.now)
 }
 
 #[inline(always)]

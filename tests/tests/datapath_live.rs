@@ -45,7 +45,7 @@ fn serve_tcp() -> Result<()> {
 
 /// Sends `len` bytes and checks that they come back.
 fn echo_tcp(len: usize) -> Result<()> {
-    let mut stream = TcpStream::connect_timeout(&vip().into(), PATIENCE)?;
+    let mut stream = TcpStream::connect_timeout(&vip(), PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     let sent: Vec<u8> = (0..len).map(|i| (i % 251) as u8).collect();
     let mut writer = stream.try_clone()?;

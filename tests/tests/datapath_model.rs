@@ -14,7 +14,7 @@ use edge_tests::{
 /// The seed of every run.
 const FIXED: u64 = 0xed6e;
 /// Reasons that no test run can reach, and why.
-const UNREACHABLE: [(Reason, &str); 9] = [
+const UNREACHABLE: [(Reason, &str); 10] = [
     (Reason::HalfOpenFull, "an LRU table evicts rather than refuse, except where other CPUs hold its free entries"),
     (Reason::IcmpLimited, "whether messages come too fast depends on the run's speed"),
     (Reason::IcmpTranslated, "no ICMP errors are generated"),
@@ -24,6 +24,7 @@ const UNREACHABLE: [(Reason, &str); 9] = [
     (Reason::SourcePacketRate, "as above"),
     (Reason::SourceHalfOpen, "as above"),
     (Reason::BackendsFull, "as above"),
+    (Reason::ExtensionHeaders, "the worlds are IPv4 only"),
 ];
 
 fn seed_of_the_day() -> Result<u64> {

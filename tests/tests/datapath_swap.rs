@@ -210,7 +210,7 @@ fn under_traffic(hook: Hook, swaps: impl Fn(&Edge, &dyn Fn() -> Result<()>) -> R
         let before = links(&start(&edge, EBPF_OBJECT)?);
         serve(&live.pod)?;
         let tcp = live.client.run(|| {
-            let stream = TcpStream::connect_timeout(&vip().into(), PATIENCE)?;
+            let stream = TcpStream::connect_timeout(&vip(), PATIENCE)?;
             stream.set_read_timeout(Some(PATIENCE))?;
             Ok(stream)
         })?;

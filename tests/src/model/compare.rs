@@ -107,11 +107,22 @@ fn rewritten(rewrite: &Rewrite, input: &[u8], got: &[u8]) -> Result<(), String> 
     Ok(())
 }
 
+/// When a packet was seen, ns: by the model's coarse and its precise clock, and at the latest.
+#[derive(Clone, Copy, Debug)]
+pub struct Times {
+    /// What flows are aged by.
+    pub coarse: u64,
+    /// What new flows are made by.
+    pub precise: u64,
+    /// Precise, after the program had run.
+    pub after: u64,
+}
+
 /// The entries and next hops that the packet touched. What the program was free in is taken over.
 ///
 /// # Errors
 /// What differs.
-pub fn touched(state: &mut State, kernel: &Kernel, times: (u64, u64)) -> Result<(), String> {
+pub fn touched(state: &mut State, kernel: &Kernel, times: Times) -> Result<(), String> {
     let mut keys = std::mem::take(&mut state.touched);
     keys.sort_unstable();
     keys.dedup();
@@ -137,7 +148,7 @@ fn entry(
     table: Table,
     key: &FlowKeyV4,
     got: Option<FlowV4>,
-    times: (u64, u64),
+    times: Times,
     range: Option<(u32, u32)>,
 ) -> Result<(), String> {
     let expected = state.flow(table, key).copied();
@@ -147,7 +158,9 @@ fn entry(
             _ => Err(format!("{table:?} {key:?}:\n  expected {expected:?}\n  got      {got:?}")),
         };
     };
-    let stamped = |wanted: u64, found: u64| wanted == times.0 && (times.0..=times.1).contains(&found);
+    let stamped = |wanted: u64, found: u64| {
+        (wanted == times.coarse || wanted == times.precise) && (times.coarse..=times.after).contains(&found)
+    };
     if stamped(wanted.last_seen, found.last_seen) {
         wanted.last_seen = found.last_seen;
     }
@@ -202,7 +215,7 @@ pub fn tables(state: &mut State, kernel: &Kernel) -> Result<(), String> {
         keys.sort_unstable();
         keys.dedup();
         for key in keys {
-            entry(state, table, &key, map.get(&key), (1, 0), None)?;
+            entry(state, table, &key, map.get(&key), Times { coarse: 1, precise: 1, after: 0 }, None)?;
         }
     }
     let cursor: Option<u32> = kernel.map(name::NEXT_HOP_CURSOR).map_err(|error| error.to_string())?.get(&0u32);

@@ -91,6 +91,10 @@ fn new_flow(
         state.hit(Point::CreateTtl);
         return Ok(answer(state, input, Reason::TtlExpired, number));
     }
+    if past.is_some() && state.flow(Table::HalfOpen, &segment.key).is_some() {
+        state.hit(Point::Joined);
+        return Ok(send(state, input, segment, Table::HalfOpen));
+    }
     let Some((service, pool)) = state.config.services.get(&number) else {
         state.hit(Point::CreateNoService);
         return Ok(refuse(state, Reason::NotReady, number));
@@ -111,7 +115,7 @@ fn new_flow(
     let Some(backend) = state.config.backends.get(&chosen).copied() else {
         return Err(format!("the world has no backend {chosen}"));
     };
-    let plan = Plan { key: segment.key, service, number, chosen, backend, now: input.now };
+    let plan = Plan { key: segment.key, service, number, chosen, backend, now: input.precise };
     let (address, port) = match source(state, &plan, past, choices)? {
         Source::Refused(reason) => return Ok(refuse(state, reason, number)),
         Source::Found(address, port) => (address, port),
@@ -254,7 +258,8 @@ fn candidate(state: &mut State, plan: &Plan, choices: &dyn Choices) -> Result<So
     let reply = plan.reply_key(address, port);
     let pressed = probes >= PRESSED;
     if !(free(state, plan, &reply) || pressed && given_up(state, plan, &reply)) {
-        return Err(format!("source port {host} is in use: {reply:?}"));
+        let held = [Table::HalfOpen, Table::Established, Table::Closing].map(|table| state.flow(table, &reply));
+        return Err(format!("source port {host} is in use after {probes} candidates: {held:?}"));
     }
     if let Some(stalled) = state.flow(Table::HalfOpen, &reply).copied() {
         state.hit(Point::CreateStalledPort);
@@ -319,16 +324,6 @@ fn open(state: &mut State, plan: &Plan, address: u32, port: u16) {
         direction: 1,
         ..forward
     };
-    if let Some(known) = state.flow(Table::HalfOpen, &plan.key).copied() {
-        // The tuple has a flow: that goes on, and the new source is given back.
-        state.hit(Point::Joined);
-        if twin_key(&known) != reply.key {
-            state.remove(Table::HalfOpen, &reply.key);
-        } else {
-            state.put(Table::HalfOpen, reply);
-        }
-        return;
-    }
     state.put(Table::HalfOpen, reply);
     state.put(Table::HalfOpen, forward);
     state.count(plan.number, plan.chosen, |stats| stats.half_opened += 1);

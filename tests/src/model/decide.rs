@@ -22,8 +22,10 @@ pub struct Input<'a> {
     pub hook: Hook,
     /// TC: bytes of payload in each segment the kernel will cut it into; 0: it is one packet.
     pub gso_size: u32,
-    /// Nanoseconds, coarse.
+    /// Nanoseconds, coarse: what flows are aged by.
     pub now: u64,
+    /// Nanoseconds, to the moment: what new flows are made by. Up to a tick after `now`.
+    pub precise: u64,
     /// The program sent something: whether a message to the sender is let through is its pace's choice.
     pub was_sent: bool,
     /// The IP ID that the packet left with: the program's choice where a fragmented packet gets a new source.

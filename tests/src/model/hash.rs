@@ -57,7 +57,7 @@ pub enum Found {
     Own(u32),
     /// In one of the next slots.
     Next(u32),
-    /// Among the pool's members after the last slot's.
+    /// Among the members of the pool after that of the own slot.
     Scan(u32),
     /// Nowhere.
     None,
@@ -76,8 +76,8 @@ pub fn select(hash: u64, pool: &[u32], table: &[u16], eligible: impl Fn(u32) -> 
             return if step == 0 { Found::Own(backend) } else { Found::Next(backend) };
         }
     }
-    let last = slot(NEXT_SLOTS);
-    let mut members = (1..=POOL_MEMBERS).map(|step| pool[(last + step) % pool.len()]);
+    let own = slot(0);
+    let mut members = (1..=POOL_MEMBERS).map(|step| pool[(own + step) % pool.len()]);
     members.find(|backend| eligible(*backend)).map_or(Found::None, Found::Scan)
 }
 

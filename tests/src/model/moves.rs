@@ -42,7 +42,7 @@ pub fn apply(state: &mut State, kernel: &Kernel, network: &mut Network, change: 
             }
         }
         Move::Eligible(backend, eligible) => {
-            state.config.eligible.insert(*backend, *eligible);
+            state.configure().eligible.insert(*backend, *eligible);
             write_eligible(kernel, *backend, *eligible)?;
         }
         Move::Forget(table, key) => forget(state, kernel, *table, key)?,
@@ -52,12 +52,12 @@ pub fn apply(state: &mut State, kernel: &Kernel, network: &mut Network, change: 
             }
         }
         Move::Generation => {
-            state.config.generation += 1;
+            state.configure().generation += 1;
             write_control(&state.config, kernel)?;
         }
         Move::Redirectable(yes) => {
-            state.config.redirectable = vec![network.uplink];
-            state.config.redirectable.extend(yes.then_some(network.pods));
+            state.configure().redirectable = vec![network.uplink];
+            state.configure().redirectable.extend(yes.then_some(network.pods));
             write_control(&state.config, kernel)?;
         }
         Move::Spoil(table, key, next_hop) => {
@@ -73,7 +73,7 @@ pub fn apply(state: &mut State, kernel: &Kernel, network: &mut Network, change: 
         }
         Move::Network(shape) => {
             network.become_(*shape)?;
-            state.config.routes = network.routes();
+            state.configure().routes = network.routes();
         }
     }
     Ok(())

@@ -1,6 +1,6 @@
 //! What the model knows: configuration, routes, tables and counters, and which entries the packet at hand touched.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use edge_common::{
     address::Wide,
@@ -133,8 +133,8 @@ pub type FragmentKey = (u32, u32, u16, u8);
 /// Everything.
 #[derive(Clone, Debug, Default)]
 pub struct State {
-    /// What the daemon wrote.
-    pub config: Config,
+    /// What the daemon wrote; shared by copies until [`State::configure`].
+    pub config: Arc<Config>,
     tables: [BTreeMap<FlowKeyV4, FlowV4>; 3],
     /// Ports and the ID after rewriting of first fragments, by source, destination, ID and protocol.
     pub fragments: BTreeMap<FragmentKey, (u16, u16, u16)>,
@@ -173,6 +173,11 @@ pub fn twin_key(flow: &FlowV4) -> FlowKeyV4 {
 }
 
 impl State {
+    /// The configuration, to be changed.
+    pub fn configure(&mut self) -> &mut Config {
+        Arc::make_mut(&mut self.config)
+    }
+
     /// An entry.
     pub fn flow(&self, table: Table, key: &FlowKeyV4) -> Option<&FlowV4> {
         self.tables[table as usize].get(key)

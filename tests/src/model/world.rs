@@ -62,7 +62,7 @@ pub fn draw(seed: u64, network: &Network) -> World {
         damage: dice.pick(&[0, 5, 10, 25]),
         start: State::default(),
     };
-    let config = &mut world.start.config;
+    let config = world.start.configure();
     config.seed = [dice.word(), dice.word()];
     config.generation = 1 + dice.roll(3) as u32;
     config.routes = network.routes();
@@ -97,7 +97,7 @@ pub fn draw(seed: u64, network: &Network) -> World {
     }
     if dice.chance(20) {
         world.frontends.push((9001, TCP));
-        world.start.config.frontends.insert(service_key(VIP, 9001, TCP), NO_SERVICE);
+        world.start.configure().frontends.insert(service_key(VIP, 9001, TCP), NO_SERVICE);
     }
     world.start.next_hop_cursor = if dice.chance(8) { NEXT_HOPS - 1 - dice.roll(4) as u32 } else { 0 };
     world
@@ -133,7 +133,7 @@ fn service(world: &mut World, dice: &mut Dice, number: u32, port: u16, protocol:
             snat_address,
             ..BackendEntry::default()
         };
-        let config = &mut world.start.config;
+        let config = world.start.configure();
         config.backends.insert(chosen, backend);
         config.eligible.insert(chosen, dice.chance(85));
         if mode == mode::DNAT {
@@ -148,9 +148,7 @@ fn service(world: &mut World, dice: &mut Dice, number: u32, port: u16, protocol:
         let spread = if dice.chance(25) { 1 } else { members };
         pool.table = (0..len).map(|_| dice.roll(spread) as u16).collect();
     }
-    // Wide enough that no flow gets to the candidates under pressure, at which the program takes ports from clients that gave
-    // up: which of those it ends on its way is not in the model (datapath_protect and datapath_snat have the fixtures).
-    let ports = dice.pick(&[1000, 2000, 4000]);
+    let ports = dice.pick(&[1, 2, 3, 8, 64, 1000]);
     let snat_count = if without_source { 0 } else { dice.pick(&[0, 0, 0, 1, 2, 4]) };
     let mut snat_addresses = [[0; 4]; SNAT_ADDRESSES];
     let choices = [SNAT, Ipv4Addr::new(10, 1, 0, 2), Ipv4Addr::new(10, 1, 0, 3), VIP];
@@ -172,8 +170,8 @@ fn service(world: &mut World, dice: &mut Dice, number: u32, port: u16, protocol:
         ..ServiceEntry::default()
     };
     world.frontends.push((port, protocol));
-    world.start.config.frontends.insert(service_key(VIP, port, protocol), number);
-    world.start.config.services.insert(number, (entry, pool));
+    world.start.configure().frontends.insert(service_key(VIP, port, protocol), number);
+    world.start.configure().services.insert(number, (entry, pool));
 }
 
 /// A frontend's or backend's key.
@@ -203,7 +201,7 @@ pub fn write(world: &mut World, kernel: &Kernel) -> Result<()> {
     let mut chunk = 1;
     for number in 1..SERVICES {
         let mut entry = ServiceEntry::default();
-        if let Some((service, pool)) = world.start.config.services.get_mut(&number) {
+        if let Some((service, pool)) = world.start.configure().services.get_mut(&number) {
             service.selection = region(kernel, pool, &mut chunk)?;
             entry = *service;
         }
