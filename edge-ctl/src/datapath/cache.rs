@@ -12,17 +12,17 @@ use aya::{
     maps::{MapData, MapError},
 };
 use edge_common::{
-    address::{Address, Wide},
+    address::{Address, Wide, unmapped},
     flow::FlowKey,
     maps::{
-        CACHE_CPUS, CacheSet, CacheWindow, Flow, Generations, Slot, WAYS, bucket, name, place_of, set_of, window,
+        CACHE_CPUS, CacheSet, CacheWindow, Flow, FlowEnd, Generations, Slot, WAYS, bucket, name, place_of, set_of, window,
     },
 };
 
 use super::{
     pins::{Pins, chain},
     sys::{
-        monotonic_ns,
+        monotonic_ns, open_pin,
         shared::{SharedArray, wait_for_programs},
     },
 };
@@ -89,27 +89,41 @@ impl FlowCache {
     /// # Errors
     /// Where one is missing, or cannot be mapped.
     pub fn open(pins: &Pins) -> Result<Self, PortError> {
+        Self::from_pins(pins, true)
+    }
+
+    /// As [`FlowCache::open`], for reading only.
+    ///
+    /// # Errors
+    /// As [`FlowCache::open`].
+    pub fn read(pins: &Pins) -> Result<Self, PortError> {
+        Self::from_pins(pins, false)
+    }
+
+    fn from_pins(pins: &Pins, write: bool) -> Result<Self, PortError> {
         let open = |map: &str| {
             let failed = |error: MapError| PortError::new(format!("opening the map {map}"), chain(&error));
-            let data = MapData::from_pin(pins.map(map)).map_err(failed)?;
+            let fd = open_pin(&pins.map(map), !write)
+                .map_err(|error| PortError::new(format!("opening the map {map}"), error))?;
+            let data = MapData::from_fd(fd).map_err(failed)?;
             let entries = data.info().map_err(failed)?.max_entries();
             Ok((data, entries))
         };
         let [v4, v6] = [open(name::FLOW_CACHE)?, open(name::FLOW_CACHE_V6)?];
         let [windows, generations] = [open(name::CACHE_WINDOWS)?, open(name::FLOW_GENERATIONS)?];
         let fds = [&v4, &v6, &windows, &generations].map(|(data, _)| data.fd().as_fd());
-        Self::map(fds, [v4.1, v6.1])
+        Self::map(fds, [v4.1, v6.1], write)
     }
 
     /// Maps the four maps: both caches of so many sets, windows and generations.
     ///
     /// # Errors
     /// Where one cannot be mapped.
-    pub fn map(fds: [BorrowedFd<'_>; 4], sets: [u32; 2]) -> Result<Self, PortError> {
+    pub fn map(fds: [BorrowedFd<'_>; 4], sets: [u32; 2], write: bool) -> Result<Self, PortError> {
         let [v4, v6, windows, generations] = fds;
         let map = |name: &str, fd: BorrowedFd<'_>, elements: u32, size: usize| {
             let bytes = (elements as usize).saturating_mul(size);
-            SharedArray::new(fd, bytes).map_err(|error| PortError::new(format!("mapping the map {name}"), error))
+            SharedArray::new(fd, bytes, write).map_err(|error| PortError::new(format!("mapping the map {name}"), error))
         };
         Ok(Self {
             v4: map(name::FLOW_CACHE, v4, sets[0], size_of::<CacheSet<u32>>())?,
@@ -145,6 +159,36 @@ impl FlowCache {
                 }
             }
         }
+    }
+
+    /// Adds to the record of a flow that a packet ended what slots of other CPUs than that packet's had counted.
+    pub fn complete(&self, record: &mut FlowEnd) {
+        let ends = [record.client, record.vip, record.source, record.target];
+        match ends.map(|address| unmapped(&address)) {
+            [Some(client), Some(vip), Some(source), Some(target)] => {
+                self.complete_for(record, [client, vip, source, target]);
+            }
+            _ => self.complete_for(record, ends),
+        }
+    }
+
+    fn complete_for<A: Part>(&self, record: &mut FlowEnd, [client, vip, source, target]: [A; 4])
+    where
+        Slot<A>: Pod,
+    {
+        let (protocol, created) = (record.protocol, record.created);
+        let half = |key| {
+            let mut half = Flow { key, created, ..Flow::<A>::default() };
+            self.tell(&mut half);
+            half
+        };
+        let forward = half(FlowKey::new(client, vip, record.client_port, record.vip_port, protocol));
+        let reply = half(FlowKey::new(target, source, record.target_port, record.source_port, protocol));
+        record.packets_in += forward.packets;
+        record.bytes_in += forward.bytes;
+        record.packets_out += reply.packets;
+        record.bytes_out += reply.bytes;
+        record.last_reply = record.last_reply.max(reply.last_seen);
     }
 
     fn set<A: Part>(&self, window: &CacheWindow, place: u64) -> Option<[Slot<A>; WAYS]>
@@ -185,6 +229,24 @@ impl FlowCache {
     /// The CPUs that have a part.
     pub fn split_over(&self) -> Vec<u32> {
         self.cpus().into_iter().filter(|cpu| cpu.bytes != 0).map(|cpu| cpu.cpu).collect()
+    }
+
+    /// Splits the cache over all CPUs that are running, where nobody has a part yet; true where that changed something.
+    ///
+    /// # Errors
+    /// As [`FlowCache::split`], and where the CPUs are not known.
+    pub fn split_first(&self, on: bool) -> Result<bool, PortError> {
+        let before = self.split_over();
+        match (on, before.is_empty()) {
+            (true, true) => {
+                let cpus = aya::util::online_cpus();
+                let cpus = cpus.map_err(|(_, error)| PortError::new("listing the CPUs", error))?;
+                self.split(&cpus)?;
+                Ok(true)
+            }
+            (false, false) => self.split(&[]).map(|()| true),
+            _ => Ok(false),
+        }
     }
 
     /// Gives each of `cpus` an equal part of all sets, and nobody else one. Slots that come to another CPU stay what they are:

@@ -19,6 +19,7 @@ use edge_common::{
 
 use super::{
     attach::{self, AttachedHook, Attachment, How},
+    cache::FlowCache,
     flow_ends::FlowEnder,
     host, interfaces,
     kernel_view::KernelView,
@@ -162,6 +163,9 @@ impl Datapath {
             writes: created,
         };
         datapath.write_seed()?;
+        if FlowCache::open(&datapath.pins)?.split_first(edge.tables.cache_sets() != [0, 0])? {
+            datapath.writes += 1;
+        }
         datapath.refresh_snat_ports()?;
         Ok(datapath)
     }

@@ -347,6 +347,8 @@ impl Reader {
     /// Those of the kernel.
     pub fn page(&self, cursor: &mut sys::Cursor, limit: usize) -> Result<sys::Page, PortError> {
         use std::os::fd::AsFd as _;
+        // Some values are as large as a thousand of others.
+        let limit = limit.min((LARGEST_PAGE / self.shape.value.max(1)).max(1));
         let page = cursor.next_page(self.data.fd().as_fd(), self.shape, limit);
         page.map_err(|error| PortError::new("reading a map", error))
     }
@@ -385,6 +387,8 @@ impl Reader {
     }
 }
 
+/// Bytes of values read in one call.
+const LARGEST_PAGE: usize = 16 << 20;
 /// Elements read in one call.
 const PAGE: usize = 1024;
 

@@ -761,7 +761,7 @@ fn map_cache(ebpf: &Ebpf) -> Result<FlowCache> {
     let [v4, v6] = [map(name::FLOW_CACHE)?, map(name::FLOW_CACHE_V6)?];
     let maps = [v4, v6, map(name::CACHE_WINDOWS)?, map(name::FLOW_GENERATIONS)?];
     let sets = [v4.info()?.max_entries(), v6.info()?.max_entries()];
-    Ok(FlowCache::map(maps.map(|data| data.fd().as_fd()), sets)?)
+    Ok(FlowCache::map(maps.map(|data| data.fd().as_fd()), sets, true)?)
 }
 
 /// Loads the entry program of one hook and its stages.

@@ -16,6 +16,7 @@ use aya::Pod;
 pub struct SharedArray {
     address: NonNull<u8>,
     bytes: usize,
+    write: bool,
 }
 
 // SAFETY: the memory is the kernel's and stays until it is unmapped, whichever thread looks at it; every access goes through
@@ -25,17 +26,18 @@ unsafe impl Send for SharedArray {}
 unsafe impl Sync for SharedArray {}
 
 impl SharedArray {
-    /// Maps the first `bytes` bytes of an array map's elements, for reading and writing.
+    /// Maps the first `bytes` bytes of an array map's elements, for reading and, where `write` says so, writing.
     ///
     /// # Errors
     /// Those of mmap(2); a map that was not made for it is refused.
-    pub fn new(map: BorrowedFd<'_>, bytes: usize) -> io::Result<Self> {
+    pub fn new(map: BorrowedFd<'_>, bytes: usize, write: bool) -> io::Result<Self> {
+        let access = if write { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
         // SAFETY: asks for a new mapping anywhere; the descriptor is open, and the kernel checks length and permissions.
         let address = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
                 bytes,
-                libc::PROT_READ | libc::PROT_WRITE,
+                access,
                 libc::MAP_SHARED,
                 map.as_raw_fd(),
                 0,
@@ -45,17 +47,23 @@ impl SharedArray {
             return Err(io::Error::last_os_error());
         }
         let address = NonNull::new(address.cast()).ok_or_else(|| io::Error::other("mapped at address zero"))?;
-        Ok(Self { address, bytes })
+        Ok(Self { address, bytes, write })
     }
 
-    /// An aligned 32-bit word; `None` beyond the end, or where it is not aligned.
+    /// An aligned 32-bit word, to be changed; `None` beyond the end, or where it is not aligned or only to be read.
     pub fn word(&self, offset: usize) -> Option<&AtomicU32> {
+        if !self.write {
+            return None;
+        }
         // SAFETY: inside the mapping and aligned (checked by `at`); both sides access it as a whole.
         self.at::<AtomicU32>(offset).map(|word| unsafe { &*word })
     }
 
     /// As [`SharedArray::word`], of 64 bits.
     pub fn long(&self, offset: usize) -> Option<&AtomicU64> {
+        if !self.write {
+            return None;
+        }
         // SAFETY: as in `word`.
         self.at::<AtomicU64>(offset).map(|word| unsafe { &*word })
     }
@@ -68,7 +76,7 @@ impl SharedArray {
 
     /// Overwrites a plain value that no program uses meanwhile.
     pub fn write<T: Pod>(&self, offset: usize, value: T) {
-        if let Some(place) = self.at::<T>(offset) {
+        if let Some(place) = self.at::<T>(offset).filter(|_| self.write) {
             // SAFETY: as in `read`.
             unsafe { place.write_volatile(value) }
         }
