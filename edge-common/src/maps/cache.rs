@@ -140,8 +140,10 @@ pub struct CacheWindow {
     pub misses: u64,
     /// Slots given to another flow.
     pub displaced: u64,
+    /// Lookups that telling entries of displaced slots took.
+    pub told: u64,
     /// Zero.
-    pub _pad: [u64; 3],
+    pub _pad: [u64; 2],
 }
 
 /// A [`CacheWindow`]'s field of `sets` sets from `first` on.

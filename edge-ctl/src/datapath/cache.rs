@@ -69,6 +69,8 @@ pub struct CpuCache {
     pub misses: u64,
     /// Slots given to another flow.
     pub displaced: u64,
+    /// Lookups for telling entries what displaced slots had counted.
+    pub told: u64,
 }
 
 /// The mapped maps.
@@ -221,6 +223,7 @@ impl FlowCache {
                 hits: window.hits,
                 misses: window.misses,
                 displaced: window.displaced,
+                told: window.told,
             })
         };
         (0..self.cpus).filter_map(row).collect()

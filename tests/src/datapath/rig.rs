@@ -753,7 +753,11 @@ impl Rig {
     }
 }
 
-fn map_cache(ebpf: &Ebpf) -> Result<FlowCache> {
+/// The flow cache of a loaded object.
+///
+/// # Errors
+/// Where the object lacks a map, or it cannot be mapped.
+pub fn map_cache(ebpf: &Ebpf) -> Result<FlowCache> {
     let map = |name: &str| match ebpf.map(name) {
         Some(Map::Array(data)) => Ok(data),
         _ => bail!("no array {name}"),
