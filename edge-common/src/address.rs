@@ -56,13 +56,8 @@ pub trait Address: Copy + Eq + Default + Debug + 'static {
 }
 
 /// Odd numbers without a pattern (of xxHash and wyhash), one for each word.
-const SPREAD: [u64; 5] = [
-    0x9e37_79b1_85eb_ca87,
-    0xd6e8_feb8_6659_fd93,
-    0xc2b2_ae3d_27d4_eb4f,
-    0x1656_67b1_9e37_79f9,
-    0xa076_1d64_78bd_642f,
-];
+const SPREAD: [u64; 5] =
+    [0x9e37_79b1_85eb_ca87, 0xd6e8_feb8_6659_fd93, 0xc2b2_ae3d_27d4_eb4f, 0x1656_67b1_9e37_79f9, 0xa076_1d64_78bd_642f];
 
 impl Address for u32 {
     const V6: bool = false;

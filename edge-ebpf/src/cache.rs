@@ -4,9 +4,7 @@
 use edge_common::{
     conntrack::{Direction, State, ticks},
     flow::FlowKey,
-    maps::{
-        BACKENDS, CacheSet, CacheWindow, Flow, NEXT_HOPS, SERVICES, Slot, flow_flag, place, set_of, slot_flag,
-    },
+    maps::{BACKENDS, CacheSet, CacheWindow, Flow, NEXT_HOPS, SERVICES, Slot, flow_flag, place, set_of, slot_flag},
 };
 
 use crate::{
@@ -107,8 +105,7 @@ pub fn fill<A: Family>(key: &FlowKey<A>, flow: &Flow<A>, generation: u32) -> u32
 
 #[inline(always)]
 fn is_older<A: Family>(first: &Slot<A>, second: &Slot<A>, now: u32) -> bool {
-    first.is_empty()
-        || !second.is_empty() && now.wrapping_sub(first.last_seen) > now.wrapping_sub(second.last_seen)
+    first.is_empty() || !second.is_empty() && now.wrapping_sub(first.last_seen) > now.wrapping_sub(second.last_seen)
 }
 
 /// Tells the entry of a slot that another flow is to have; where the flow has ended, its record has been completed. How many

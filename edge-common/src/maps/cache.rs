@@ -207,7 +207,15 @@ mod tests {
     fn neighbours() -> Vec<FlowKey<u32>> {
         let address = |n: u32| (0x6440_0000_u32 + n).to_be();
         (0..1 << 16u32)
-            .map(|n| FlowKey::new(address(n >> 10), 0x0a01_0203_u32, (20_000 + (n & 1023) as u16).to_be(), 443_u16.to_be(), 6))
+            .map(|n| {
+                FlowKey::new(
+                    address(n >> 10),
+                    0x0a01_0203_u32,
+                    (20_000 + (n & 1023) as u16).to_be(),
+                    443_u16.to_be(),
+                    6,
+                )
+            })
             .collect()
     }
 
@@ -229,7 +237,13 @@ mod tests {
     #[test]
     fn replies_from_many_backends_to_one_address_spread_too() {
         let keys = (0..1 << 16u32).map(|n| {
-            FlowKey::new((0x0a01_4000_u32 + (n >> 14)).to_be(), 0x0a01_0203_u32, 443_u16.to_be(), (n as u16 & 0x3fff).to_be(), 6)
+            FlowKey::new(
+                (0x0a01_4000_u32 + (n >> 14)).to_be(),
+                0x0a01_0203_u32,
+                443_u16.to_be(),
+                (n as u16 & 0x3fff).to_be(),
+                6,
+            )
         });
         let (most, empty) = spread(keys.map(|key| u64::from(set_of(window(0, 1 << 16), place_of(&key)))), 1 << 16);
         assert!(most < 12 && (22_000..26_500).contains(&empty), "{most} at most, {empty} empty");

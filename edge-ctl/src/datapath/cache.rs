@@ -15,7 +15,8 @@ use edge_common::{
     address::{Address, Wide, unmapped},
     flow::FlowKey,
     maps::{
-        CACHE_CPUS, CacheSet, CacheWindow, Flow, FlowEnd, Generations, Slot, WAYS, bucket, name, place_of, set_of, window,
+        CACHE_CPUS, CacheSet, CacheWindow, Flow, FlowEnd, Generations, Slot, WAYS, bucket, name, place_of, set_of,
+        window,
     },
 };
 
@@ -133,7 +134,11 @@ impl FlowCache {
             windows: map(name::CACHE_WINDOWS, windows, CACHE_CPUS, size_of::<CacheWindow>())?,
             generations: map(name::FLOW_GENERATIONS, generations, 1, size_of::<Generations>())?,
             sets,
-            cpus: aya::util::nr_cpus().ok().and_then(|cpus| u32::try_from(cpus).ok()).unwrap_or(CACHE_CPUS).min(CACHE_CPUS),
+            cpus: aya::util::nr_cpus()
+                .ok()
+                .and_then(|cpus| u32::try_from(cpus).ok())
+                .unwrap_or(CACHE_CPUS)
+                .min(CACHE_CPUS),
         })
     }
 

@@ -7,9 +7,9 @@ use edge_common::{
     address::{Address, Wide},
     flow::{FlowKey, FlowKeyV4, FlowKeyV6},
     maps::{
-        AddressFilter, BackendEntry, Control, Flow, FlowV4, FlowV6, NeighbourKey, NextHop, PortSet, RANGE_PREFIX,
-        RangeSource, ServiceEntry, ServiceKey, ServiceStats, Slot, SourceId, SourceKey, SourceRange, SourceUse, balance,
-        mode, name, range_action,
+        AddressFilter, BackendEntry, CacheWindow, Control, Flow, FlowV4, FlowV6, NeighbourKey, NextHop, PortSet,
+        RANGE_PREFIX, RangeSource, ServiceEntry, ServiceKey, ServiceStats, Slot, SourceId, SourceKey, SourceRange,
+        SourceUse, balance, mode, name, range_action,
     },
     verdict::{REASONS, Reason},
 };
@@ -266,6 +266,10 @@ impl KernelView {
     /// Where a map cannot be read.
     pub fn map_rows_with(&self, known: impl Fn(&str) -> Option<Counted>) -> Result<Vec<MapRow>, PortError> {
         let mut rows = Vec::new();
+        let cpus = self.cache();
+        let cached = |map: &str, of: fn(&CpuCache) -> u64| {
+            (map == name::CACHE_WINDOWS).then(|| cpus.iter().map(of).fold(0, u64::wrapping_add))
+        };
         for map in name::ALL.iter().copied().chain(name::DAEMON) {
             let data = self.tables.reader(map)?.data();
             let error = |error: aya::maps::MapError| PortError::new(format!("map {map}"), pins::chain(&error));
@@ -288,6 +292,9 @@ impl KernelView {
                 entries,
                 counted,
                 memory: memory(data).unwrap_or(0),
+                hits: cached(map, |cpu| cpu.hits),
+                misses: cached(map, |cpu| cpu.misses),
+                displaced: cached(map, |cpu| cpu.displaced),
                 pin: self.pins.map(map).display().to_string(),
             });
         }
@@ -567,6 +574,18 @@ fn value_text(map: &str, value: &[u8], cpus: usize) -> String {
             format!("eligible={eligible} weight={}", weight_of(word))
         }),
         name::NEXT_HOPS => from_bytes::<NextHop>(value).map(|hop| next_hop_text(&hop)),
+        name::CACHE_WINDOWS => from_bytes::<CacheWindow>(value).map(|window| {
+            let CacheWindow { v4, v6, hits, misses, displaced, told, .. } = window;
+            format!(
+                "sets={} sets_v6={} hits={hits} misses={misses} displaced={displaced} told={told}",
+                v4 >> 32,
+                v6 >> 32
+            )
+        }),
+        name::FLOW_GENERATIONS => {
+            let changes = value.as_chunks::<4>().0.iter().map(|bucket| u64::from(u32::from_ne_bytes(*bucket)));
+            Some(format!("changes={}", changes.sum::<u64>()))
+        }
         name::CONTROL => {
             // The seed is a secret.
             from_bytes::<Control>(value).map(|control| {

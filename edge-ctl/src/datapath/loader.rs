@@ -20,6 +20,7 @@ use edge_common::{
 use super::{
     attach::{self, AttachedHook, Attachment, How},
     cache::FlowCache,
+    cache_split::Receivers,
     flow_ends::FlowEnder,
     host, interfaces,
     kernel_view::KernelView,
@@ -134,6 +135,8 @@ pub struct Datapath {
     control: Array<MapData, Control>,
     interfaces: HashMap<MapData, u32, u32>,
     ports: Array<MapData, PortSet>,
+    cache: FlowCache,
+    receivers: Receivers,
     notes: Vec<String>,
     writes: u64,
 }
@@ -156,6 +159,8 @@ impl Datapath {
             control: pins::open(&pins, name::CONTROL)?,
             interfaces: pins::open(&pins, name::INTERFACES)?,
             ports: pins::open(&pins, name::SNAT_PORTS)?,
+            cache: FlowCache::open(&pins)?,
+            receivers: Receivers::default(),
             notes,
             pins,
             attachments: BTreeMap::new(),
@@ -163,7 +168,7 @@ impl Datapath {
             writes: created,
         };
         datapath.write_seed()?;
-        if FlowCache::open(&datapath.pins)?.split_first(edge.tables.cache_sets() != [0, 0])? {
+        if datapath.cache.split_first(edge.tables.cache_sets() != [0, 0])? {
             datapath.writes += 1;
         }
         datapath.refresh_snat_ports()?;
@@ -384,6 +389,17 @@ impl Datapath {
         self.control.set(0, control, 0).map_err(|error| object_error("writing the control map", &error))?;
         self.writes += 1;
         Ok(control.route_generation)
+    }
+
+    /// Splits the flow cache anew where other CPUs receive packets than have a part of it; those that have one then.
+    ///
+    /// # Errors
+    /// Where the kernel cannot say that no program uses the old parts any more; there is no cache then.
+    pub fn split_cache(&mut self) -> Result<Option<Vec<u32>>, LoadError> {
+        let Some(cpus) = self.receivers.look(&self.cache.cpus()) else { return Ok(None) };
+        self.cache.split(&cpus)?;
+        self.writes += 1;
+        Ok(Some(cpus))
     }
 
     /// Writes the ports that SNAT may use, where they changed.

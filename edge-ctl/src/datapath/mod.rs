@@ -6,6 +6,7 @@ pub mod answer;
 pub mod attach;
 pub mod btf;
 pub mod cache;
+pub mod cache_split;
 pub mod capture;
 pub mod events;
 pub mod fake;

@@ -66,8 +66,7 @@ const STRUCTURES: [(&str, &str, &str); 18] = [
 ];
 
 /// Maps that start empty whenever their layout is another one: copies, and what belongs to copies.
-pub const NOT_CARRIED: [&str; 4] =
-    [name::FLOW_CACHE, name::FLOW_CACHE_V6, name::CACHE_WINDOWS, name::FLOW_GENERATIONS];
+pub const NOT_CARRIED: [&str; 4] = [name::FLOW_CACHE, name::FLOW_CACHE_V6, name::CACHE_WINDOWS, name::FLOW_GENERATIONS];
 
 /// The fields of a map's keys (`k:`) and values (`v:`), as [`btf::describe`] writes them.
 fn describe(btf: Option<&Btf>, map: &str, key: u32, value: u32) -> String {

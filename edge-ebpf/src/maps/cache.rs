@@ -2,12 +2,7 @@
 
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
-use aya_ebpf::{
-    bindings::BPF_F_MMAPABLE,
-    helpers::generated::bpf_get_smp_processor_id,
-    macros::map,
-    maps::Array,
-};
+use aya_ebpf::{bindings::BPF_F_MMAPABLE, helpers::generated::bpf_get_smp_processor_id, macros::map, maps::Array};
 use edge_common::{
     address::{Address, Wide},
     flow::FlowKey,

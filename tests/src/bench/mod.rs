@@ -57,7 +57,18 @@ impl Figure {
             runs.get((last as f64 * share).round() as usize).map_or(f64::NAN, |value| value - baseline)
         };
         let (min, median, p99) = (at(0.0), at(0.5), at(0.99));
-        Self { name, unit, min, median, p99, baseline, runs: runs.len() as u32, ratio: None, hit_rate: None, lookups: None }
+        Self {
+            name,
+            unit,
+            min,
+            median,
+            p99,
+            baseline,
+            runs: runs.len() as u32,
+            ratio: None,
+            hit_rate: None,
+            lookups: None,
+        }
     }
 }
 
@@ -86,7 +97,8 @@ fn print(figures: &[Figure]) {
         "NAME", "MIN", "MEDIAN", "P99", "BASELINE", "RUNS", "RATIO", "HITS", "LOOKUPS"
     );
     for figure in figures {
-        let or_none = |value: Option<f64>, digits: usize| value.map_or("-".to_owned(), |value| format!("{value:.digits$}"));
+        let or_none =
+            |value: Option<f64>, digits: usize| value.map_or("-".to_owned(), |value| format!("{value:.digits$}"));
         let (ratio, hits, lookups) =
             (or_none(figure.ratio, 2), or_none(figure.hit_rate, 3), or_none(figure.lookups, 3));
         println!(

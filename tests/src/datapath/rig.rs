@@ -287,7 +287,14 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { established: 1024, lru: 4096, snat_ports: (20_000, 20_999), timeouts: (300, 30, 60), family: Family::V4, cache: 512 }
+        Self {
+            established: 1024,
+            lru: 4096,
+            snat_ports: (20_000, 20_999),
+            timeouts: (300, 30, 60),
+            family: Family::V4,
+            cache: 512,
+        }
     }
 }
 
@@ -357,7 +364,8 @@ impl Rig {
     fn over(ebpf: Ebpf, hook: Hook, settings: Settings) -> Result<Self> {
         let (uplink, pods) = (ifindex("uplink")?, ifindex("pods")?);
         let cache = map_cache(&ebpf)?;
-        let cpus = if settings.cache == 0 { Vec::new() } else { aya::util::online_cpus().map_err(|(_, error)| error)? };
+        let cpus =
+            if settings.cache == 0 { Vec::new() } else { aya::util::online_cpus().map_err(|(_, error)| error)? };
         cache.split(&cpus)?;
         let mut rig = Self {
             cache,
@@ -639,8 +647,7 @@ impl Rig {
     /// Where a map cannot be read.
     pub fn flows(&mut self, table: &str) -> Result<Vec<Entry>> {
         let map: HashMap<_, FlowKeyV4, FlowV4> = self.hash(table)?;
-        let mut keys: Vec<Key> =
-            map.keys().map(|key| Ok(wide_key(&key?))).collect::<Result<_>>()?;
+        let mut keys: Vec<Key> = map.keys().map(|key| Ok(wide_key(&key?))).collect::<Result<_>>()?;
         let map: HashMap<_, Key, Entry> = self.hash(&v6_table(table))?;
         for key in map.keys() {
             keys.push(key?);

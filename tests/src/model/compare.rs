@@ -217,7 +217,14 @@ pub fn tables(state: &mut State, kernel: &Kernel) -> Result<(), String> {
         keys.sort_unstable();
         keys.dedup();
         for key in keys {
-            entry(state, table, &key, kernel.flow(map_name(table), &key), Times { coarse: 1, precise: 1, after: 0 }, None)?;
+            entry(
+                state,
+                table,
+                &key,
+                kernel.flow(map_name(table), &key),
+                Times { coarse: 1, precise: 1, after: 0 },
+                None,
+            )?;
         }
     }
     let cursor: Option<u32> = kernel.map(name::NEXT_HOP_CURSOR).map_err(|error| error.to_string())?.get(&0u32);
