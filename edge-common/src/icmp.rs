@@ -2,6 +2,8 @@
 
 /// IP protocol number of ICMP.
 pub const ICMP: u8 = 1;
+/// IP protocol number of ICMPv6.
+pub const ICMPV6: u8 = 58;
 /// Bytes of an ICMP or ICMPv6 header.
 pub const HEADER: usize = 8;
 
@@ -15,6 +17,18 @@ pub mod kind {
     pub const PARAMETER_PROBLEM: u8 = 12;
 }
 
+/// Type numbers of ICMPv6 (RFC 4443).
+pub mod kind_v6 {
+    /// Destination unreachable.
+    pub const UNREACHABLE: u8 = 1;
+    /// Packet too big; the MTU is all of the second word.
+    pub const TOO_BIG: u8 = 2;
+    /// Time exceeded.
+    pub const TIME_EXCEEDED: u8 = 3;
+    /// Parameter problem.
+    pub const PARAMETER_PROBLEM: u8 = 4;
+}
+
 /// Code of [`kind::UNREACHABLE`]: fragmentation needed (RFC 1191).
 pub const FRAGMENTATION_NEEDED: u8 = 4;
 
@@ -25,8 +39,17 @@ pub const fn is_error(kind: u8) -> bool {
     matches!(kind, kind::UNREACHABLE | kind::TIME_EXCEEDED | kind::PARAMETER_PROBLEM)
 }
 
+/// As [`is_error`], of ICMPv6 (RFC 4443). Types below 128 that are not assigned are left to the stack, as are ping and
+/// neighbour discovery above it.
+#[inline(always)]
+pub const fn is_error_v6(kind: u8) -> bool {
+    matches!(kind, kind_v6::UNREACHABLE | kind_v6::TOO_BIG | kind_v6::TIME_EXCEEDED | kind_v6::PARAMETER_PROBLEM)
+}
+
 /// Most bytes of a packet that are quoted: the message is to have at most 576 (RFC 1812, 4.3.2.3).
 pub const QUOTE: usize = 576 - 20 - HEADER;
+/// As [`QUOTE`], of an IPv6 packet: as much as fits the smallest MTU that IPv6 allows (RFC 4443, 2.4 (c)).
+pub const QUOTE_V6: usize = 1280 - 40 - HEADER;
 
 /// How much of a packet of `total_len` bytes is quoted: whole 32-bit words, so that a message's length is even.
 #[inline(always)]
@@ -66,5 +89,6 @@ mod tests {
     #[test]
     fn a_quote_has_the_header_and_eight_bytes_at_least() {
         assert_eq!([28, 29, 31, 547, 548, 1500].map(|len| quote_len(len, QUOTE)), [28, 28, 28, 544, 548, 548]);
+        assert_eq!([48, 1231, 1232, 1500].map(|len| quote_len(len, QUOTE_V6)), [48, 1228, 1232, 1232]);
     }
 }

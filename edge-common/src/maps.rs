@@ -124,6 +124,8 @@ pub mod name {
 
     /// `PerCpuArray<FlowV4>`, one element: the flow that an ICMP error is assumed to be about, while it is translated.
     pub const ASSUMED_FLOW: &str = "ASSUMED_FLOW";
+    /// As [`ASSUMED_FLOW`], `PerCpuArray<FlowV6>`.
+    pub const ASSUMED_FLOW_V6: &str = "ASSUMED_FLOW_V6";
 
     /// `LruHashMap<FragmentKey, Fragment>`: first fragments, by which the rest follow.
     pub const FRAGMENTS: &str = "FRAGMENTS";
@@ -179,6 +181,7 @@ pub mod name {
         OWN_ADDRESSES,
         ICMP_PACE,
         ASSUMED_FLOW,
+        ASSUMED_FLOW_V6,
         FRAGMENTS,
         FRAGMENT_IDS,
         FLOW_CACHE,

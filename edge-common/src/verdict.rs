@@ -171,8 +171,8 @@ reasons! {
     BackendsFull = 36, "backends-full";
     /// Dropped as expired or too big, and the sender not told: too many messages were sent this moment.
     IcmpLimited = 20, "icmp-limited";
-    /// Dropped as expired or too big, and the sender not told: nobody may be told about this packet (RFC 1812, 4.3.2.7),
-    /// or no address to tell it from is known.
+    /// Dropped as expired or too big, and the sender not told: nobody may be told about this packet (RFC 1812,
+    /// 4.3.2.7; RFC 4443, 2.4), or no address to tell it from is known.
     IcmpUnanswered = 21, "icmp-unanswered";
     /// Dropped: an ICMP error that expired or is too big itself; nobody is told about errors.
     IcmpUndeliverable = 22, "icmp-undeliverable";

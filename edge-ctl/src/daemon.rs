@@ -5,9 +5,14 @@ mod access_log;
 mod acl;
 mod announcer;
 mod audit;
+mod bgp_orders;
 mod commit;
 mod commits;
+mod damping;
+mod downtime;
+mod drains;
 mod flow_ends;
+mod leave;
 mod orders;
 mod recorder;
 mod slow_start;
@@ -39,6 +44,8 @@ pub use start::{StartError, run};
 use self::{
     acl::Acl,
     commit::{Commits, Texts},
+    damping::Damping,
+    downtime::Downtimes,
     flow_ends::FlowEnds,
     orders::Orders,
     recorder::Recorder,
@@ -121,6 +128,7 @@ struct Shared {
     problems: Vec<String>,
     /// Backends that an administrator drains and that have no flow left.
     drained: BTreeSet<HealthKey>,
+    downtimes: Downtimes,
     /// Prefixes learnt by BGP that the kernel was told of.
     prefixes: usize,
     /// Source ranges given at run time.
@@ -158,6 +166,7 @@ struct Daemon {
     next_hops: NextHops,
     sweeper: Sweeper,
     slow_start: SlowStart,
+    damping: Damping,
     next_share: Option<Instant>,
     program_log: ProgramLog,
     recorder: Recorder,
@@ -203,9 +212,11 @@ impl Daemon {
                 Some(pool) = inbox.pools.recv() => self.on_pools(pool, &mut inbox.pools).await,
                 Some(request) = inbox.requests.recv() => self.on_request(request).await,
                 Ok(()) = inbox.verdicts.changed() => {
-                    self.world.verdicts = Arc::clone(&inbox.verdicts.borrow_and_update());
+                    let verdicts = Arc::clone(&inbox.verdicts.borrow_and_update());
+                    let services = world::services_of_changes(&self.world.verdicts, &verdicts);
+                    self.world.verdicts = verdicts;
+                    self.publish_of(Some(&services));
                     self.dns.heed(dns::gather(&self.config, &self.world.verdicts));
-                    self.publish();
                 }
                 _ = inbox.hangup.recv() => {
                     if let Err(error) = self.reload().await {
@@ -232,6 +243,9 @@ impl Daemon {
         notify::stopping();
         info!("stopping: flows, maps and routes stay in the kernel for the next start");
         if let Some(bgp) = &self.bgp {
+            if let Some(drain) = self.config.bgp.as_ref().and_then(|bgp| bgp.drain) {
+                self.leave(bgp, drain, &mut terminate).await;
+            }
             bgp.shutdown().await;
         }
         Ok(())
@@ -261,7 +275,8 @@ impl Daemon {
                 // Backends behind a lost route stop being eligible before anything else happens.
                 let lost = self.world.hear(updates);
                 if !lost.is_empty() {
-                    self.publish();
+                    let services = self.world.services_at(&lost);
+                    self.publish_of(Some(&services));
                 }
             }
             BgpEvent::PeerUp { address } => info!(peer = %address, "BGP session established"),
@@ -295,6 +310,9 @@ impl Daemon {
         let Some(moved) = self.world.settle() else { return };
         info!(prefixes = self.world.learnt().len(), "BGP has converged");
         self.publish();
+        if let Some(bgp) = &self.bgp {
+            tokio::spawn(announcer::end_restart(bgp.clone(), std::sync::Arc::clone(&self.shared)));
+        }
         self.fib.finish_restart(self.world.learnt()).await;
         if !moved.is_empty() {
             self.route_generation.ask(Instant::now());
@@ -319,6 +337,7 @@ impl Daemon {
                     info!(interface = name, up, "link changed");
                     self.attach();
                 }
+                self.refresh_kernel_prefixes().await;
                 self.route_generation.ask(Instant::now());
                 self.publish();
             }
@@ -337,21 +356,36 @@ impl Daemon {
 
     /// Many services may ask for one name: all that has come by now makes one new state.
     async fn on_pools(&mut self, first: PoolSnapshot, more: &mut mpsc::Receiver<PoolSnapshot>) {
+        let mut sources = BTreeSet::from([first.source.clone()]);
         self.world.hear_pool(&self.config, first);
         while let Ok(pool) = more.try_recv() {
+            sources.insert(pool.source.clone());
             self.world.hear_pool(&self.config, pool);
         }
+        // Addresses that are learnt here are those of members that have come with these pools.
         self.learn_new_snat_sources().await;
-        self.publish();
+        let services = self.config.services.values().filter(|service| sources.contains(&service.backends));
+        let services = services.map(|service| service.name.clone()).collect();
+        self.publish_of(Some(&services));
     }
 
     /// Builds the desired state and hands it to the reconciler.
     fn publish(&mut self) {
+        self.publish_of(None);
+    }
+
+    /// As [`Daemon::publish`], where nothing has changed but what concerns these services.
+    fn publish_of(&mut self, services: Option<&BTreeSet<String>>) {
         let mut shared = lock(&self.shared);
-        self.world.datapath_ready = shared.datapath.is_ready();
-        let mut desired = self.world.desired(&self.config);
+        let ready = shared.datapath.is_ready();
+        let services = services.filter(|_| ready == self.world.datapath_ready);
+        self.world.datapath_ready = ready;
+        let mut desired = self.world.desired_of(&self.config, services);
         shared.acl.overlay(&mut desired, acl::now());
-        self.next_share = self.slow_start.apply(Instant::now(), self.world.adopted(), &mut desired);
+        let now = Instant::now();
+        let next_share = self.slow_start.apply(now, self.world.adopted(), &mut desired);
+        let next_announcement = self.damping.apply(now, &self.config, self.world.adopted(), &mut desired);
+        self.next_share = next_share.into_iter().chain(next_announcement).min();
         self.desired.send_if_modified(|published| {
             let changed = published.as_ref() != Some(&desired);
             if changed {
@@ -361,6 +395,7 @@ impl Daemon {
         });
         self.health.retarget(desired::targets(&self.config, &desired));
         self.flow_ends.look(&self.config, &desired);
+        shared.downtimes.look(Instant::now(), &desired);
         shared.desired = desired;
     }
 
@@ -378,7 +413,7 @@ impl Daemon {
         }
         self.orders.give(key, verb)?;
         self.world.orders.clone_from(self.orders.all());
-        self.publish();
+        self.publish_of(Some(&BTreeSet::from([service.clone()])));
         self.look_at_drains();
         Ok(())
     }
@@ -400,15 +435,30 @@ impl Daemon {
         let routes = self.fib.kernel_prefixes().await;
         let changed = routes != self.world.kernel_routes;
         self.world.kernel_routes = routes;
+        if let Some(bgp) = self.bgp.as_ref().filter(|_| changed) {
+            bgp.kernel(self.world.kernel_routes.clone()).await;
+        }
         changed
     }
 
     /// Asks the kernel which of our addresses it would use towards these backends, and has the way to new ones resolved.
     async fn learn_snat_sources(&mut self, backends: BTreeSet<IpAddr>) {
-        for backend in backends {
-            let Some(source) = self.fib.source_for(backend).await else { continue };
-            if self.world.snat_sources.insert(backend, source).is_none() {
-                self.fib.resolve(backend).await;
+        for group in self.world.by_route(backends) {
+            // Where the kernel says the same of both ends of what one route covers, it says so of all between.
+            let ends = match (group.first(), group.last()) {
+                (Some(first), Some(last)) => (self.fib.source_for(*first).await, self.fib.source_for(*last).await),
+                _ => continue,
+            };
+            for backend in &group {
+                let source = if ends.0 == ends.1 { ends.0 } else { self.fib.source_for(*backend).await };
+                let Some(source) = source else { continue };
+                if self.world.snat_sources.insert(*backend, source).is_none() && !self.world.is_behind_gateway(*backend)
+                {
+                    self.fib.resolve(*backend).await;
+                }
+            }
+            if let Some(first) = group.first() {
+                self.fib.resolve(*first).await;
             }
         }
     }
@@ -608,5 +658,6 @@ fn dns_guard(config: &Config, own: BTreeSet<IpAddr>) -> dns::Guard {
 /// Kernel settings in the way of forwarding, in words.
 fn host_problems(config: &Config) -> Vec<String> {
     let full_nat = config.services.values().any(|service| service.mode == Mode::FullNat);
-    sysctl::check(&config.edge.interfaces, full_nat).iter().map(ToString::to_string).collect()
+    let ipv6 = addresses(config).iter().any(IpAddr::is_ipv6);
+    sysctl::check(&config.edge.interfaces, full_nat, ipv6).iter().map(ToString::to_string).collect()
 }

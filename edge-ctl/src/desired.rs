@@ -14,6 +14,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
     net::{IpAddr, SocketAddr},
+    sync::Arc,
 };
 
 use ipnet::IpNet;
@@ -82,8 +83,9 @@ pub struct AdoptedBackend {
 /// What the datapath and BGP should look like.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DesiredState {
-    /// Every listen address of every service.
-    pub frontends: BTreeMap<Frontend, DesiredFrontend>,
+    /// Every listen address of every service. What has not changed is shared with the state before, so that two states are
+    /// compared as fast as they differ.
+    pub frontends: BTreeMap<Frontend, Arc<DesiredFrontend>>,
     /// VIP prefixes (/32, /128) to announce; only those with enough eligible backends. The unconditional prefixes of
     /// `[bgp] networks` are not among them.
     pub announcements: BTreeMap<IpNet, PathAttributes>,
@@ -168,6 +170,8 @@ pub enum Announced {
     NoDatapath,
     /// The host does not hold the address, so that nobody would answer for its other ports.
     NotHeld,
+    /// Enough backends are eligible, but not for long enough yet.
+    Settling,
     /// Too few eligible backends.
     TooFew {
         /// How many there are.
@@ -184,6 +188,7 @@ impl fmt::Display for Announced {
             Self::Yes => f.write_str("yes"),
             Self::NoDatapath => f.write_str("no: the program is not attached"),
             Self::NotHeld => f.write_str("no: the address is not on lo"),
+            Self::Settling => f.write_str("no: not eligible for `after` yet"),
             Self::TooFew { eligible, wanted } => write!(f, "no: {eligible} of {wanted} backends eligible"),
         }
     }
@@ -213,21 +218,54 @@ impl Timeouts {
 
 /// Builds the desired state.
 pub fn build(config: &Config, inputs: &Inputs<'_>) -> DesiredState {
+    rebuild(config, inputs, &DesiredState::default(), None)
+}
+
+/// As [`build`], where `before` was built of the same configuration and inputs but for what concerns these services; `None`:
+/// whatever may have changed. Only their frontends are built, and those that come out as they were are shared with `before`.
+pub fn rebuild(
+    config: &Config,
+    inputs: &Inputs<'_>,
+    before: &DesiredState,
+    services: Option<&BTreeSet<String>>,
+) -> DesiredState {
     let mut state = DesiredState { record_ends: config.access_log.is_some(), ..DesiredState::default() };
     for service in config.services.values() {
+        let is_concerned = services.is_none_or(|services| services.contains(&service.name));
         for frontend in &service.listen {
-            let desired = build_frontend(config, inputs, service, frontend);
-            if let (Announced::Yes, Some(announce)) = (desired.announced, &service.announce) {
-                // Several services may share a VIP: it is announced while any of them can serve, with the
-                // attributes of the first by name.
-                let prefix = IpNet::from(frontend.address.ip());
-                state.announcements.entry(prefix).or_insert_with(|| announce.attributes.clone());
-            }
+            let known = before.frontends.get(frontend);
+            let desired = match known {
+                Some(known) if !is_concerned => Arc::clone(known),
+                _ => {
+                    let built = build_frontend(config, inputs, service, frontend);
+                    known.filter(|known| ***known == built).map_or_else(|| Arc::new(built), Arc::clone)
+                }
+            };
             state.addresses.insert(frontend.address.ip());
             state.frontends.insert(*frontend, desired);
         }
     }
+    state.announcements = announcements(config, &state.frontends);
     state
+}
+
+/// What is announced of these frontends. Several services may share a VIP, or an aggregate: it is announced while any of
+/// them can serve, with the attributes of the first by name.
+pub fn announcements(
+    config: &Config,
+    frontends: &BTreeMap<Frontend, Arc<DesiredFrontend>>,
+) -> BTreeMap<IpNet, PathAttributes> {
+    let mut announcements = BTreeMap::new();
+    for service in config.services.values() {
+        let Some(announce) = &service.announce else { continue };
+        for frontend in &service.listen {
+            let Some(desired) = frontends.get(frontend).filter(|it| it.announced == Announced::Yes) else { continue };
+            let total = desired.pool.iter().flatten().count();
+            let prefix = announce.prefix(frontend.address.ip());
+            announcements.entry(prefix).or_insert_with(|| announce.attributes(desired.eligible(), total));
+        }
+    }
+    announcements
 }
 
 fn build_frontend(config: &Config, inputs: &Inputs<'_>, service: &Service, frontend: &Frontend) -> DesiredFrontend {
@@ -298,10 +336,10 @@ pub fn targets(config: &Config, state: &DesiredState) -> Targets {
     for frontend in state.frontends.values() {
         let Some(service) = config.services.get(&frontend.service) else { continue };
         let Some(health) = &service.health else { continue };
-        let health = std::sync::Arc::new(health.clone());
+        let health = Arc::new(health.clone());
         for backend in frontend.pool.iter().flatten() {
             let target = Target {
-                health: std::sync::Arc::clone(&health),
+                health: Arc::clone(&health),
                 source: service.snat.addresses.first().copied().or(backend.snat_address),
                 start: backend.facts.start,
                 reachable: backend.facts.route != Route::Missing,
@@ -444,7 +482,7 @@ mod tests {
             balance: Balance::Maglev,
             selection: Selection::default(),
             snat: Snat::default(),
-            announce: Some(Announce { min_backends: 1, attributes: PathAttributes::default() }),
+            announce: Some(Announce::default()),
             health: None,
             on_down: OnDown::default(),
             protection: Protection::default(),
@@ -469,6 +507,10 @@ mod tests {
                 listen_port: Some(179),
                 networks: Vec::new(),
                 peers: BTreeMap::new(),
+                ranges: Vec::new(),
+                transit: false,
+                drain: None,
+                guard: Default::default(),
             }),
             services: BTreeMap::from([("ingress".to_owned(), service)]),
         }
@@ -521,7 +563,7 @@ mod tests {
 
         fn route(&mut self, prefix: &str, hops: &[&str]) {
             let next_hops = hops.iter().map(|hop| hop.parse().unwrap()).collect();
-            self.routes.apply(RouteUpdate { prefix: prefix.parse().unwrap(), next_hops });
+            self.routes.apply(RouteUpdate { prefix: prefix.parse().unwrap(), next_hops, internal: false });
         }
 
         fn build(&self) -> DesiredState {
@@ -754,7 +796,7 @@ mod tests {
         other.backends = BackendSource::Static(vec![StaticBackend::new("10.1.9.9:80".parse().unwrap())]);
         world.config.services.insert("other".to_owned(), other);
         let state = world.build();
-        assert_eq!(state.frontends.values().map(DesiredFrontend::eligible).collect::<Vec<_>>(), [0, 1]);
+        assert_eq!(state.frontends.values().map(|frontend| frontend.eligible()).collect::<Vec<_>>(), [0, 1]);
         assert_eq!(state.announcements.keys().map(ToString::to_string).collect::<Vec<_>>(), ["172.16.1.88/32"]);
     }
 }

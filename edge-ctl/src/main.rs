@@ -1,6 +1,6 @@
 //! `edge-ctl`: wires the library's layers together and leaves.
 
-use std::{io::IsTerminal as _, path::Path, process::ExitCode, thread::available_parallelism};
+use std::{io::IsTerminal as _, net::Ipv4Addr, path::Path, process::ExitCode, thread::available_parallelism};
 
 use edge_ctl::{
     cli::{self, CheckedConfig, Exit, KernelViews, Wiring},
@@ -58,8 +58,27 @@ fn check(file: &Path) -> Result<CheckedConfig, Vec<String>> {
             .into_iter()
             .map(|map| (map.name.to_owned(), u64::from(map.entries), map.bytes))
             .collect(),
-        warnings: lint::warnings(&config),
+        warnings: {
+            let mut warnings = lint::warnings(&config);
+            warnings.extend(lint::unconnected(&config, &connected_networks()));
+            warnings
+        },
     })
+}
+
+/// IPv4 networks on this host's interfaces, from the kernel's table; empty where it cannot be read.
+fn connected_networks() -> Vec<ipnet::IpNet> {
+    let text = std::fs::read_to_string("/proc/net/route").unwrap_or_default();
+    let network = |line: &str| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let [_, destination, gateway, _, _, _, _, mask, ..] = fields.as_slice() else { return None };
+        // Hexadecimal words as they stand in memory: network order, read as the host's.
+        let word = |text: &str| u32::from_str_radix(text, 16).ok().map(|word| Ipv4Addr::from(word.to_ne_bytes()));
+        let (address, mask) = (word(destination)?, word(mask)?);
+        let connected = *gateway == "00000000" && !mask.is_unspecified();
+        ipnet::Ipv4Net::with_netmask(address, mask).ok().filter(|_| connected).map(ipnet::IpNet::V4)
+    };
+    text.lines().skip(1).filter_map(network).collect()
 }
 
 fn counted(count: usize, noun: &str) -> String {

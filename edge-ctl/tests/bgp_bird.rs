@@ -93,7 +93,8 @@ fn an_active_internal_session_learns_announces_withdraws_and_says_goodbye() {
         assert_eq!(edge.hops("10.1.2.0/26"), [NODE]);
         assert_eq!(edge.hops("10.1.3.0/26"), [NODE]);
 
-        let attributes = PathAttributes { communities: vec![(64512, 100)], med: Some(10), local_pref: Some(200) };
+        let communities = vec!["64512:100".parse().unwrap()];
+        let attributes = PathAttributes { communities, med: Some(10), local_pref: Some(200), prepend: 0 };
         edge.handle.announce(prefix("10.9.0.1/32"), attributes).await;
         let show = || lab.birdc("show route all 10.9.0.1/32");
         says("BIRD", "BGP.local_pref: 200", show).await;

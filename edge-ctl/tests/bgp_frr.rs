@@ -84,7 +84,8 @@ fn frr_with_its_capabilities_establishes_exchanges_and_refreshes() {
         assert_eq!((row.hold, row.keepalive), (9, 3), "the lesser of both hold times");
         assert!(row.capabilities.contains(&"4-octet-as".to_owned()), "{row:#?}");
 
-        let attributes = PathAttributes { communities: vec![(64512, 100)], med: Some(10), local_pref: Some(200) };
+        let communities = vec!["64512:100".parse().unwrap()];
+        let attributes = PathAttributes { communities, med: Some(10), local_pref: Some(200), prepend: 0 };
         edge.handle.announce("10.9.0.1/32".parse().unwrap(), attributes).await;
         let show = || lab.vtysh("show bgp ipv4 unicast 10.9.0.1/32");
         says("FRR", "Community: 64512:100", show).await;

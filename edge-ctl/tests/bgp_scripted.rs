@@ -195,3 +195,41 @@ fn a_stranger_is_refused_and_a_second_connection_is_told_of_the_first() {
     };
     with_peer(script, edge, &lab);
 }
+
+#[test]
+fn a_peer_that_reads_nothing_loses_its_session_after_the_send_hold_time_though_it_keeps_talking() {
+    let lab = Lab::new();
+    let (bound, listening) = mpsc::channel();
+    let (finish, finished) = mpsc::channel();
+    let script = move || {
+        let listener = listener();
+        bound.send(()).unwrap();
+        let mut wire = Wire::new(listener.accept().unwrap().0);
+        wire.establish();
+        // It never reads again, and its keepalives hold the session for as long as the hold time alone decides.
+        while finished.recv_timeout(std::time::Duration::from_millis(500)).is_err() {
+            if wire.0.write_all(&recorded(KEEPALIVE)).is_err() {
+                break;
+            }
+        }
+    };
+    let edge = || async move {
+        listening.recv_timeout(PATIENCE).unwrap();
+        let mut deaf = peer(NODE, 64512);
+        deaf.session.send_hold = Some(std::time::Duration::from_secs(3));
+        let mut bgp = config([deaf]);
+        // More than both sockets' buffers hold.
+        bgp.networks = (0..1_500_000u32)
+            .map(|n| ipnet::Ipv4Net::new((0x2000_0000 + (n << 4)).into(), 28).unwrap().into())
+            .collect();
+        let mut edge = Edge::start(bgp).await;
+        let stuck = |row: &edge_ctl::model::view::BgpPeerRow| {
+            row.last_reset.as_ref().is_some_and(|why| why.starts_with("send hold timer expired"))
+        };
+        let row = edge.row_until(NODE, "the end", stuck).await;
+        assert_eq!(row.established_count, 1, "{row:#?}");
+        // The script may have noticed already.
+        let _ = finish.send(());
+    };
+    with_peer(script, edge, &lab);
+}

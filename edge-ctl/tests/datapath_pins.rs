@@ -107,6 +107,7 @@ fn edge(folder: &Path, hook: Hook, interfaces: &[&str]) -> Edge {
             established_v6: 4096,
             half_open_v6: 4096,
             closing_v6: 4096,
+            ..Tables::default()
         },
     }
 }
@@ -543,7 +544,7 @@ fn desired(backends: &[&str]) -> DesiredState {
         announced: Announced::Yes,
     };
     DesiredState {
-        frontends: BTreeMap::from([(frontend, service)]),
+        frontends: BTreeMap::from([(frontend, service.into())]),
         announcements: BTreeMap::from([(address.into(), PathAttributes::default())]),
         addresses: [address].into(),
         ..DesiredState::default()

@@ -144,7 +144,11 @@ fn keep_capabilities(mask: u32) {
 }
 
 fn update(prefix: &str, hops: &[&str]) -> RouteUpdate {
-    RouteUpdate { prefix: prefix.parse().unwrap(), next_hops: hops.iter().map(|hop| hop.parse().unwrap()).collect() }
+    RouteUpdate {
+        prefix: prefix.parse().unwrap(),
+        next_hops: hops.iter().map(|hop| hop.parse().unwrap()).collect(),
+        internal: false,
+    }
 }
 
 fn address(text: &str) -> IpAddr {
@@ -473,16 +477,36 @@ fn settings_that_drop_full_nat_packets_are_found_and_their_fix_works() {
                 set(setting);
             }
             let interfaces = ["up0".to_owned()];
-            let problems = sysctl::check(&interfaces, true);
+            let problems = sysctl::check(&interfaces, true, false);
             let keys: Vec<&str> = problems.iter().map(|problem| problem.key.as_str()).collect();
             assert_eq!(keys, ["net.ipv4.ip_forward", "net.ipv4.conf.up0.rp_filter", "net.ipv4.conf.up0.accept_local"]);
             for problem in problems {
                 set(problem.fix.strip_prefix("sysctl -w ").unwrap());
             }
-            assert_eq!(sysctl::check(&interfaces, true), []);
+            assert_eq!(sysctl::check(&interfaces, true, false), []);
         };
         if let Err(panic) = scope.spawn(work).join() {
             std::panic::resume_unwind(panic);
         }
+    });
+}
+
+#[test]
+fn an_ipv4_route_goes_by_an_ipv6_neighbour_alone_and_beside_an_ipv4_one() {
+    let Some(lab) = Lab::new() else { return };
+    lab.nodes(&["addr", "add", "fd31::2/64", "dev", "node0", "nodad"]);
+    lab.run(|handle, _events| async move {
+        handle
+            .apply(vec![update("10.1.2.0/24", &["fd31::2"]), update("10.1.3.0/24", &["172.31.0.2", "fd31::2"])])
+            .await;
+        let shown = || lab.json(&["-4", "route", "show", "proto", "bgp"]);
+        let texts = || shown().iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
+        until("both routes", || texts().matches("fd31::2").count() == 2).await;
+        assert!(texts().contains("172.31.0.2") && texts().contains("inet6"), "{}", texts());
+        // What is read back is what was wanted: nothing is missing and nothing is written again.
+        let status = handle.status().await;
+        assert!(status.errors.is_empty() && status.route_writes == 2 && status.repairs == 0, "{status:?}");
+        handle.apply(vec![update("10.1.2.0/24", &[]), update("10.1.3.0/24", &[])]).await;
+        until("no routes", || shown().is_empty()).await;
     });
 }

@@ -92,7 +92,7 @@ fn desired(backends: &[&str]) -> DesiredState {
     };
     let frontend = Frontend { address: SocketAddr::new(address, 8443), protocol: Protocol::Tcp };
     DesiredState {
-        frontends: BTreeMap::from([(frontend, service)]),
+        frontends: BTreeMap::from([(frontend, service.into())]),
         announcements: BTreeMap::from([(address.into(), PathAttributes::default())]),
         addresses: [address].into(),
         ..DesiredState::default()

@@ -42,7 +42,12 @@ pub fn untracked<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, side:
 /// The number of an address and port in a map that holds both families. A v4-mapped address in an IPv6 packet stands for
 /// nothing there: it would meet an IPv4 entry.
 #[inline(always)]
-fn lookup<A: Family>(address: A, port: u16, protocol: u8, number: impl Fn(&ServiceKey) -> Option<u32>) -> Option<u32> {
+pub fn lookup<A: Family>(
+    address: A,
+    port: u16,
+    protocol: u8,
+    number: impl Fn(&ServiceKey) -> Option<u32>,
+) -> Option<u32> {
     let address = address.wide();
     if A::V6 && unmapped(&address).is_some() {
         return None;

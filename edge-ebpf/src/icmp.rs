@@ -1,29 +1,26 @@
 //! ICMP errors: those about packets of flows are translated and sent on, and messages of our own are made. Everything else
-//! of ICMP, ping above all, is the kernel's.
+//! of ICMP, ping and neighbour discovery above all, is the kernel's.
 
 pub mod answer;
 pub mod assume;
+pub mod message;
 pub mod quote;
 pub mod relay;
 
 use edge_common::verdict::{Reason, Verdict};
 
 use crate::{
+    family::Family,
     maps::{self, Table},
     packet::Packet,
-    parse::Ip,
     pipeline::prefilter,
     stats::because,
 };
 use quote::Quote;
 
-/// An unfragmented ICMP packet, to whomever, read into `quote`: an error from a router between a dnat backend and its client has
-/// neither of our addresses outside.
+/// An ICMP error, to whomever: one from a router between a dnat backend and its client has neither of our addresses outside.
 #[inline(never)]
-pub fn error<P: Packet>(packet: &mut P, ip: &Ip<u32>, quote: &mut Quote) -> Verdict {
-    if !quote::read(packet, ip, quote) {
-        return Verdict::PASS;
-    }
+pub fn error<A: Family, P: Packet>(packet: &mut P, quote: &Quote<A>) -> Verdict {
     let key = quote.key.reversed();
     if prefilter(key.src, key.dst).is_none() {
         return Verdict::PASS;

@@ -10,6 +10,7 @@ pub mod classify;
 pub mod conntrack;
 pub mod create;
 pub mod events;
+pub mod extensions;
 pub mod family;
 pub mod fib;
 pub mod forward;

@@ -1,9 +1,9 @@
 //! Packets that follow a flow without being packets of its own tuple: ICMP errors about it, and later fragments. They come
-//! here rewritten, and take the flow's next hop.
+//! here to take the flow's next hop.
 
 use edge_common::{
     maps::{Flow, next_hop_flag},
-    verdict::{Reason, Verdict},
+    verdict::{Question, Reason, Verdict},
 };
 use network_types::eth::EthHdr;
 
@@ -16,8 +16,8 @@ use crate::{
     stats::because,
 };
 
-/// Sends the packet to the flow's next hop, or gives it to the stack where only that can. Nobody is told where it does not
-/// fit: these are no packets to tell anybody about.
+/// Sends the packet to the flow's next hop, or gives it to the stack where only that can. Changes the link-layer addresses
+/// only. Whether the sender is told where it does not fit is the caller's to decide.
 #[inline(never)]
 pub fn send<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut Flow<A>) -> Verdict {
     let service = flow.service;
@@ -30,7 +30,7 @@ pub fn send<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut
             resolution::RESOLVED => {}
             resolution::NO_NEIGHBOUR => return because(Reason::NeighbourUnresolved, service),
             resolution::STACK => return because(Reason::ViaStack, service),
-            resolution::TOO_LONG => return too_long(parsed, service),
+            resolution::TOO_LONG => return too_long(parsed, service, (resolved >> 32) as u32),
             resolution::DIRECT => {
                 let ifindex = (resolved >> 32) as u32;
                 return if ifindex == packet.ingress() { Verdict::TRANSMIT } else { Verdict::redirect(ifindex) };
@@ -42,7 +42,7 @@ pub fn send<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut
         return because(Reason::NotReady, service);
     };
     if fib::length(packet, parsed) > hop.mtu as usize {
-        return too_long(parsed, service);
+        return too_long(parsed, service, hop.mtu);
     }
     let same = hop.ifindex == packet.ingress();
     if !P::REDIRECTS_ANYWHERE && !same && hop.flags & next_hop_flag::VIA_STACK != 0 {
@@ -57,9 +57,9 @@ pub fn send<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut
 }
 
 #[inline(always)]
-fn too_long<A: Family>(parsed: &Parsed<A>, service: u32) -> Verdict {
+fn too_long<A: Family>(parsed: &Parsed<A>, service: u32, mtu: u32) -> Verdict {
     if parsed.must_not_fragment {
-        because(Reason::IcmpUndeliverable, service)
+        Verdict::answer(Question::TooBig, service, mtu)
     } else {
         because(Reason::ViaStack, service)
     }

@@ -123,6 +123,9 @@ pub trait Packet {
     /// Makes the first `len` bytes (or all, where there are fewer) readable by [`Packet::header`].
     fn pull(&mut self, len: usize);
 
+    /// As [`Packet::pull`], for use beside [`Packet::header_anew`].
+    fn pull_anew(&mut self, len: usize);
+
     /// The longest piece this packet leaves in, from the IP header on: itself, or a segment of a GSO packet.
     fn segment_len(&self, total_len: usize, headers: usize) -> usize;
 
@@ -253,6 +256,9 @@ impl Packet for XdpPacket {
     fn pull(&mut self, _len: usize) {}
 
     #[inline(always)]
+    fn pull_anew(&mut self, _len: usize) {}
+
+    #[inline(always)]
     fn segment_len(&self, total_len: usize, _headers: usize) -> usize {
         total_len
     }
@@ -356,6 +362,18 @@ impl Packet for SkbPacket {
         let linear = unsafe { (*self.ctx).data_end as usize - (*self.ctx).data as usize };
         if linear < len {
             // SAFETY: valid context. A failure leaves the packet as it was, and `header` then finds it too short.
+            unsafe { generated::bpf_skb_pull_data(self.ctx, len as u32) };
+        }
+    }
+
+    #[inline(always)]
+    fn pull_anew(&mut self, len: usize) {
+        let whole = self.frame_len();
+        let len = if len < whole { len } else { whole };
+        // SAFETY: as in `ingress`; both fields are aligned u32 of the context.
+        let (data, end) = unsafe { (read(&raw const (*self.ctx).data), read(&raw const (*self.ctx).data_end)) };
+        if end - data < len {
+            // SAFETY: as in `pull`.
             unsafe { generated::bpf_skb_pull_data(self.ctx, len as u32) };
         }
     }

@@ -91,21 +91,6 @@ pub struct Parsed<A> {
     pub lacks_checksum: bool,
 }
 
-/// No packet, to be filled.
-pub const NOTHING: Parsed<u32> = Parsed {
-    key: FlowKey::new(0, 0, 0, 0, 0),
-    seq: 0,
-    ack: 0,
-    total_len: 0,
-    flags: 0,
-    ttl: 0,
-    tos: 0,
-    header_len: 0,
-    l4_len: 0,
-    must_not_fragment: false,
-    lacks_checksum: false,
-};
-
 impl<A: Family> Parsed<A> {
     /// Offset of the layer-4 header.
     #[inline(always)]
@@ -177,7 +162,7 @@ pub mod ipv4_field {
 /// The IPv6 header as 16-bit words, network order: all that its alignment in a frame allows.
 pub type Ipv6Header = [u16; 20];
 
-/// Words of an [`Ipv6Header`], and the addresses' offsets in bytes.
+/// Words of an [`Ipv6Header`].
 pub mod ipv6_field {
     /// Version and traffic class, and the first of the flow label.
     pub const VERSION: usize = 0;
@@ -185,10 +170,10 @@ pub mod ipv6_field {
     pub const PAYLOAD: usize = 2;
     /// Next header, then hop limit.
     pub const NEXT_AND_HOPS: usize = 3;
-    /// Source address, bytes.
-    pub const SRC: usize = 8;
-    /// Destination address, bytes.
-    pub const DST: usize = 24;
+    /// First of the source's eight.
+    pub const SRC: usize = 4;
+    /// First of the destination's eight.
+    pub const DST: usize = 12;
 }
 
 /// The fixed IPv6 header, or `None` where it is cut short or none.
@@ -202,16 +187,16 @@ pub fn ipv6<P: Packet>(packet: &mut P) -> Option<Ip<Wide>> {
     let [protocol, ttl] = ip[ipv6_field::NEXT_AND_HOPS].to_ne_bytes();
     Some(Ip {
         src: [
-            word::<{ ipv6_field::SRC }, _>(ip),
-            word::<{ ipv6_field::SRC + 4 }, _>(ip),
-            word::<{ ipv6_field::SRC + 8 }, _>(ip),
-            word::<{ ipv6_field::SRC + 12 }, _>(ip),
+            word::<{ 2 * ipv6_field::SRC }, _>(ip),
+            word::<{ 2 * ipv6_field::SRC + 4 }, _>(ip),
+            word::<{ 2 * ipv6_field::SRC + 8 }, _>(ip),
+            word::<{ 2 * ipv6_field::SRC + 12 }, _>(ip),
         ],
         dst: [
-            word::<{ ipv6_field::DST }, _>(ip),
-            word::<{ ipv6_field::DST + 4 }, _>(ip),
-            word::<{ ipv6_field::DST + 8 }, _>(ip),
-            word::<{ ipv6_field::DST + 12 }, _>(ip),
+            word::<{ 2 * ipv6_field::DST }, _>(ip),
+            word::<{ 2 * ipv6_field::DST + 4 }, _>(ip),
+            word::<{ 2 * ipv6_field::DST + 8 }, _>(ip),
+            word::<{ 2 * ipv6_field::DST + 12 }, _>(ip),
         ],
         protocol,
         ttl,
@@ -225,66 +210,21 @@ pub fn ipv6<P: Packet>(packet: &mut P) -> Option<Ip<Wide>> {
 /// A header length with a bound that the verifier sees: 60 bytes are an IPv4 header's most, and [`EXTENSIONS`] headers of
 /// 2 KiB an IPv6 one's. It keeps track of offsets into a packet below 64 KiB only.
 #[inline(always)]
-fn header_len<A: Family>(header_len: u16) -> usize {
+pub fn header_len<A: Family>(header_len: u16) -> usize {
     if A::V6 { usize::from(header_len & 0x7fff) } else { usize::from(header_len as u8) }
 }
 
 /// Length of the fixed IPv6 header.
 pub const IPV6_LEN: u16 = 40;
 
-/// Extension headers that are walked; a packet with more is the stack's business.
-const EXTENSIONS: u32 = 8;
-
-/// How a walk over extension headers ended.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Upper {
-    /// At another header, whose number and offset are noted.
-    Header,
-    /// At a fragment header of a packet in several pieces.
-    Fragment,
-    /// At what the stack must judge: a routing header that is not done with (a router has to act on it, RFC 8200,
-    /// section 4.4), or too many headers.
-    Stack,
-    /// The packet ends before its headers do.
-    Short,
+/// The address from one of [`ipv6_field`]'s words on.
+#[inline(always)]
+pub fn address(ip: &Ipv6Header, at: usize) -> Wide {
+    let word = |at: usize| u32::from(ip[at]) | u32::from(ip[at + 1]) << 16;
+    [word(at), word(at + 2), word(at + 4), word(at + 6)]
 }
 
-/// Walks hop-by-hop options, routing, destination options and the fragment header of an unfragmented packet (RFC 6946)
-/// up to the first header of another kind. Authentication (AH) is not skipped: a translated packet would fail it.
-#[inline(never)]
-pub fn extensions<P: Packet>(packet: &mut P, ip: &mut Ip<Wide>) -> Upper {
-    const HOP_BY_HOP: u8 = 0;
-    const ROUTING: u8 = 43;
-    const FRAGMENT: u8 = 44;
-    const DESTINATION: u8 = 60;
-    for _ in 0..EXTENSIONS {
-        let kind = ip.protocol;
-        if kind != HOP_BY_HOP && kind != ROUTING && kind != FRAGMENT && kind != DESTINATION {
-            packet.pull(IP + header_len::<Wide>(ip.header_len) + TcpHdr::LEN);
-            return Upper::Header;
-        }
-        let offset = IP + header_len::<Wide>(ip.header_len);
-        packet.pull(offset + 8);
-        let Some(header) = packet.header::<[u8; 8]>(offset) else {
-            return Upper::Short;
-        };
-        let mut length = (u16::from(header[1]) + 1) << 3;
-        if kind == FRAGMENT {
-            // Offset in 8-byte units, two reserved bits, "more fragments".
-            if u16::from_be_bytes([header[2], header[3]]) & 0xfff9 != 0 {
-                return Upper::Fragment;
-            }
-            length = 8;
-        } else if kind == ROUTING && header[3] != 0 {
-            return Upper::Stack;
-        }
-        ip.protocol = header[0];
-        ip.header_len += length;
-    }
-    Upper::Stack
-}
-
-/// The layer-4 header of an unfragmented TCP or UDP packet; `None` where the headers are cut short or contradict
+/// The layer-4 header of a TCP or UDP packet, or of its first fragment; `None` where the headers are cut short or contradict
 /// each other.
 #[inline(always)]
 pub fn transport<A: Family, P: Packet>(packet: &mut P, ip: &Ip<A>) -> Option<Parsed<A>> {

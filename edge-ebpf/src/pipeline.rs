@@ -3,10 +3,10 @@
 //! has none, goes on in `stages`, by a tail call.
 
 use edge_common::{
-    address::Address,
+    address::{Address, Wide},
     conntrack::tcp_flag::{FIN, RST, SYN},
     flow::{TCP, UDP},
-    icmp::ICMP,
+    icmp::{ICMP, ICMPV6},
     maps::{place, stages::IPV6},
     verdict::{Reason, Verdict},
 };
@@ -14,11 +14,12 @@ use network_types::eth::EtherType;
 
 use crate::{
     cache, events,
+    extensions::{self, Upper},
     family::Family,
     forward::{self, MISSED, TOO_LATE},
     maps::{self, Table},
     packet::Packet,
-    parse::{self, Ip, Upper},
+    parse::{self, Ip},
     stages,
     stats::because,
 };
@@ -57,13 +58,13 @@ fn ipv4<P: Packet>(packet: &mut P) -> Verdict {
         return Verdict::PASS;
     };
     let Some(side) = prefilter(ip.src, ip.dst) else {
-        return if ip.protocol == ICMP { stages::icmp(packet) } else { Verdict::PASS };
+        return if ip.protocol == ICMP { stages::icmp::<u32, P>(packet) } else { Verdict::PASS };
     };
     if ip.protocol != TCP && ip.protocol != UDP {
-        return if ip.protocol == ICMP { stages::icmp(packet) } else { Verdict::PASS };
+        return if ip.protocol == ICMP { stages::icmp::<u32, P>(packet) } else { Verdict::PASS };
     }
     if ip.is_fragment() {
-        return stages::fragment(packet);
+        return stages::fragment::<u32, P>(packet);
     }
     serve(packet, &ip, side)
 }
@@ -76,13 +77,14 @@ pub fn ipv6<P: Packet>(packet: &mut P) -> Verdict {
         return Verdict::PASS;
     };
     let Some(side) = prefilter(ip.src, ip.dst) else {
-        return Verdict::PASS;
+        return if ip.protocol == ICMPV6 { stages::icmp::<Wide, P>(packet) } else { Verdict::PASS };
     };
     if ip.protocol != TCP && ip.protocol != UDP {
-        match parse::extensions(packet, &mut ip) {
+        match extensions::skip(packet, &mut ip) {
             Upper::Header if ip.protocol == TCP || ip.protocol == UDP => {}
+            Upper::Header if ip.protocol == ICMPV6 => return stages::icmp::<Wide, P>(packet),
             Upper::Header => return Verdict::PASS,
-            Upper::Fragment => return because(Reason::Fragment, 0),
+            Upper::Fragment => return stages::fragment::<Wide, P>(packet),
             Upper::Stack => return because(Reason::ExtensionHeaders, 0),
             Upper::Short => return because(Reason::Malformed, 0),
         }

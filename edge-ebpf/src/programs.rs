@@ -59,11 +59,14 @@ stage! {
     stages::track::<u32, _>: edge_xdp_track, edge_tc_track;
     stages::create::<u32, _>: edge_xdp_create, edge_tc_create;
     stages::send::<u32, _>: edge_xdp_send, edge_tc_send;
-    stages::relay: edge_xdp_relay, edge_tc_relay;
-    stages::answer: edge_xdp_answer, edge_tc_answer;
-    stages::frag: edge_xdp_frag, edge_tc_frag;
+    stages::relay::<u32, _>: edge_xdp_relay, edge_tc_relay;
+    stages::answer::<u32, _>: edge_xdp_answer, edge_tc_answer;
+    stages::frag::<u32, _>: edge_xdp_frag, edge_tc_frag;
     pipeline::ipv6: edge_xdp_ipv6, edge_tc_ipv6;
     stages::track::<Wide, _>: edge_xdp_track6, edge_tc_track6;
     stages::create::<Wide, _>: edge_xdp_creat6, edge_tc_creat6;
     stages::send::<Wide, _>: edge_xdp_send6, edge_tc_send6;
+    stages::relay::<Wide, _>: edge_xdp_relay6, edge_tc_relay6;
+    stages::answer::<Wide, _>: edge_xdp_answe6, edge_tc_answe6;
+    stages::frag::<Wide, _>: edge_xdp_frag6, edge_tc_frag6;
 }

@@ -2,11 +2,7 @@
 //! the verifier's budget and 512 bytes of stack to itself. A stage ends in a verdict or in a tail call to the next, from its
 //! first frame.
 
-use edge_common::{
-    icmp::ICMP,
-    maps::stages::{ANSWER, FRAG, RELAY, TRACK},
-    verdict::{Question, Reason, Verdict},
-};
+use edge_common::verdict::{Action, Reason, Verdict};
 
 use crate::{
     classify::{self, NEW_FLOW},
@@ -14,7 +10,9 @@ use crate::{
     create::{self, CREATED},
     events,
     family::Family,
-    forward, fragment, icmp, log,
+    forward,
+    fragment::{self, FIRST, Piece},
+    icmp, log,
     maps::{self, Table},
     packet::Packet,
     parse::{self, Parsed},
@@ -33,16 +31,29 @@ pub struct Handover<A> {
     pub table: Table,
     /// The flow it takes the place of, and its service.
     pub past: Past<A>,
-    /// It is the first fragment of a packet, which the rest are to follow: [`send`] remembers it.
-    pub fragment: bool,
+    /// Of the first fragment of a packet, which the rest are to follow: offset of the header that makes it one, from the
+    /// start of the frame. [`send`] remembers it. Of other packets 0.
+    pub fragment: u16,
     /// For [`answer`]: what the sender is told.
     pub question: Verdict,
+}
+
+impl<A: Family> Handover<A> {
+    /// All but the packet's headers, as the first stage finds it.
+    #[inline(always)]
+    fn begin(&mut self, side: Side, fragment: u16, question: Verdict) {
+        self.side = side;
+        self.table = Table::Established;
+        self.past = Past::none();
+        self.fragment = fragment;
+        self.question = question;
+    }
 }
 
 /// From the entry program to [`track`].
 #[inline(always)]
 pub fn begin<A: Family, P: Packet>(packet: &mut P, parsed: Parsed<A>, side: Side) -> Verdict {
-    if !hand_over(packet, parsed, side, false, Verdict::UNDECIDED) {
+    if !hand_over(packet, parsed, side, Verdict::UNDECIDED) {
         return because(Reason::NotReady, 0);
     }
     enter(packet, A::TRACK)
@@ -51,39 +62,31 @@ pub fn begin<A: Family, P: Packet>(packet: &mut P, parsed: Parsed<A>, side: Side
 /// From the entry program to [`answer`]; the packet is as it came.
 #[inline(always)]
 pub fn question<A: Family, P: Packet>(packet: &mut P, parsed: Parsed<A>, side: Side, verdict: Verdict) -> Verdict {
-    if A::V6 {
-        return events::sampled(&parsed, unanswered(verdict));
-    }
-    if !hand_over(packet, parsed, side, false, verdict) {
+    if !hand_over(packet, parsed, side, verdict) {
         return because(Reason::NotReady, 0);
     }
-    enter(packet, ANSWER)
+    enter(packet, A::ANSWER)
 }
 
 /// From the entry program to [`relay`], which needs nothing but the packet. Without it ICMP is the stack's.
 #[inline(always)]
-pub fn icmp<P: Packet>(packet: &mut P) -> Verdict {
-    packet.enter(RELAY);
+pub fn icmp<A: Family, P: Packet>(packet: &mut P) -> Verdict {
+    packet.enter(A::RELAY);
     Verdict::PASS
 }
 
 /// From the entry program to [`frag`], which needs nothing but the packet.
 #[inline(always)]
-pub fn fragment<P: Packet>(packet: &mut P) -> Verdict {
-    enter(packet, FRAG)
+pub fn fragment<A: Family, P: Packet>(packet: &mut P) -> Verdict {
+    enter(packet, A::FRAG)
 }
 
 #[inline(always)]
-fn hand_over<A: Family, P: Packet>(
-    packet: &mut P,
-    parsed: Parsed<A>,
-    side: Side,
-    fragment: bool,
-    question: Verdict,
-) -> bool {
+fn hand_over<A: Family, P: Packet>(packet: &mut P, parsed: Parsed<A>, side: Side, question: Verdict) -> bool {
     match A::handover(P::HOOK) {
         Some(room) => {
-            *room = Handover { parsed, side, table: Table::Established, past: Past::none(), fragment, question };
+            room.parsed = parsed;
+            room.begin(side, 0, question);
             parse::sequence(packet, &mut room.parsed);
             true
         }
@@ -125,7 +128,7 @@ pub fn create<A: Family, P: Packet>(packet: &mut P) -> Verdict {
         }
     }
     if verdict.question().is_some() {
-        return tell::<A, P>(packet, parsed, question, verdict);
+        return tell::<A, P>(packet, question, verdict);
     }
     end(parsed, verdict)
 }
@@ -133,17 +136,17 @@ pub fn create<A: Family, P: Packet>(packet: &mut P) -> Verdict {
 /// A packet that the stages before decided to forward.
 #[inline(always)]
 pub fn send<A: Family, P: Packet>(packet: &mut P) -> Verdict {
-    let Some(Handover::<A> { parsed, table, past, fragment, question, .. }) = A::handover(P::HOOK) else {
+    let Some(Handover::<A> { parsed, table, past, fragment: piece, question, .. }) = A::handover(P::HOOK) else {
         return because(Reason::NotReady, 0);
     };
     let verdict = match maps::flow(*table, &parsed.key) {
         Some(flow) => {
             let verdict = forward::any(packet, parsed, flow);
             if verdict.question().is_some() {
-                return tell::<A, P>(packet, parsed, question, verdict);
+                return tell::<A, P>(packet, question, verdict);
             }
-            if *fragment {
-                A::remember_fragment(packet, parsed, flow);
+            if *piece != 0 && verdict.action() != Action::Drop {
+                fragment::remember(packet, &parsed.key, flow, *piece);
             }
             verdict
         }
@@ -155,71 +158,62 @@ pub fn send<A: Family, P: Packet>(packet: &mut P) -> Verdict {
 
 /// An ICMP packet, to whomever.
 #[inline(always)]
-pub fn relay<P: Packet>(packet: &mut P) -> Verdict {
-    let Some(ip) = parse::ipv4(packet) else {
-        return Verdict::PASS;
+pub fn relay<A: Family, P: Packet>(packet: &mut P) -> Verdict {
+    let Some(quote) = A::quote() else {
+        return because(Reason::NotReady, 0);
     };
-    if ip.protocol != ICMP || ip.is_fragment() {
+    if !icmp::quote::read(packet, quote) {
         return Verdict::PASS;
     }
-    let mut quote = icmp::quote::Quote::NOTHING;
-    let verdict = icmp::error(packet, &ip, &mut quote);
+    let verdict = icmp::error(packet, quote);
     end(&quote.outer, verdict)
 }
 
 /// A packet whose sender is to be told what became of it.
 #[inline(always)]
-pub fn answer<P: Packet>(packet: &mut P) -> Verdict {
-    let Some(Handover { parsed, question, .. }) = u32::handover(P::HOOK) else {
+pub fn answer<A: Family, P: Packet>(packet: &mut P) -> Verdict {
+    let Some(Handover::<A> { parsed, question, .. }) = A::handover(P::HOOK) else {
         return because(Reason::NotReady, 0);
     };
-    let verdict = icmp::answer::send(packet, *question);
+    let verdict = icmp::answer::send(packet, parsed, *question);
     end(parsed, verdict)
 }
 
 /// A fragment of a packet of ours.
 #[inline(always)]
-pub fn frag<P: Packet>(packet: &mut P) -> Verdict {
-    let Some(ip) = parse::ipv4(packet) else {
-        return because(Reason::Malformed, 0);
+pub fn frag<A: Family, P: Packet>(packet: &mut P) -> Verdict {
+    let Some(room) = A::handover(P::HOOK) else {
+        return because(Reason::NotReady, 0);
     };
-    let Some(side) = prefilter(ip.src, ip.dst) else {
+    let found = fragment::read(packet, &mut room.parsed);
+    if found == 0 {
+        return because(Reason::Malformed, 0);
+    }
+    let piece = Piece::unpack(found);
+    let Some(side) = prefilter(room.parsed.key.src, room.parsed.key.dst) else {
         return Verdict::PASS;
     };
-    if ip.is_later_fragment() {
-        let Some(Handover { parsed, .. }) = u32::handover(P::HOOK) else {
-            return because(Reason::NotReady, 0);
-        };
-        let verdict = fragment::follow(packet, &ip, parsed);
-        return end(parsed, verdict);
-    }
-    let Some(parsed) = parse::transport(packet, &ip) else {
-        return because(Reason::Malformed, 0);
+    let verdict = if piece.later {
+        fragment::follow(packet, &piece, &mut room.parsed)
+    } else {
+        fragment::first(packet, &mut room.parsed)
     };
-    fragment::touch(&parsed);
-    if !hand_over(packet, parsed, side, true, Verdict::UNDECIDED) {
-        return because(Reason::NotReady, 0);
+    if verdict.question().is_some() {
+        return tell::<A, P>(packet, &mut room.question, verdict);
     }
-    enter(packet, TRACK)
+    if piece.later || verdict != FIRST {
+        return end(&room.parsed, verdict);
+    }
+    fragment::touch(&room.parsed);
+    room.begin(side, piece.at, Verdict::UNDECIDED);
+    enter(packet, A::TRACK)
 }
 
-/// Has the sender told what became of its packet; nobody is told about IPv6 packets yet.
+/// Has the sender told what became of its packet, which is as it came.
 #[inline(always)]
-fn tell<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, room: &mut Verdict, question: Verdict) -> Verdict {
-    if A::V6 {
-        return end(parsed, unanswered(question));
-    }
+fn tell<A: Family, P: Packet>(packet: &mut P, room: &mut Verdict, question: Verdict) -> Verdict {
     *room = question;
-    enter(packet, ANSWER)
-}
-
-#[inline(always)]
-fn unanswered(question: Verdict) -> Verdict {
-    match question.question() {
-        Some((Question::TooBig, service, _)) => because(Reason::TooBig, service),
-        Some((_, service, _)) => because(Reason::TtlExpired, service),
-        None => question,
-    }
+    enter(packet, A::ANSWER)
 }
 
 /// The tail call; the verdict is of a slot that is empty.

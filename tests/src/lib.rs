@@ -4,6 +4,7 @@ pub mod bench;
 pub mod datapath;
 pub mod kernel_facts;
 pub mod lab;
+pub mod load;
 pub mod model;
 pub mod scenario;
 pub mod skip;

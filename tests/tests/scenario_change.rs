@@ -1,7 +1,13 @@
 //! Changes at run time: what clients see takes a pod out, limits, ends of flows on order, and configurations that go back
 //! by themselves. Real clients, pods and nodes; the daemon as it is installed.
 
-use std::{collections::BTreeMap, fs, net::TcpStream, thread, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fs,
+    net::{SocketAddr, TcpStream},
+    thread,
+    time::Duration,
+};
 
 use anyhow::{Context, Result, ensure};
 use edge_tests::{
@@ -14,7 +20,7 @@ use edge_tests::{
         topology::{EDGE, NODES, ingress},
     },
     needs_namespaces,
-    skip::full,
+    skip::count,
 };
 use serde_json::Value;
 
@@ -22,8 +28,12 @@ const SOON: Duration = Duration::from_secs(20);
 /// Maps that say where new flows go.
 const MAPS: [&str; 6] = ["SERVICE_INDEX", "SERVICES", "BACKENDS", "BACKEND_STATE", "BACKEND_INDEX", "SELECTION"];
 
+fn address(pod: usize) -> SocketAddr {
+    (ingress(pod).address, TCP_ECHO).into()
+}
+
 fn backend(pod: usize) -> String {
-    format!("{}:{TCP_ECHO}", ingress(pod).address)
+    address(pod).to_string()
 }
 
 /// Three echo pods behind a port of the edge.
@@ -33,18 +43,12 @@ fn service(name: &str, port: u16, more: &str) -> String {
 }
 
 fn state(lab: &Lab, service: &str, pod: usize) -> Result<String> {
-    let rows = lab.edge_ctl(&["backend", "list", service])?;
-    let row = rows.as_array().and_then(|rows| rows.iter().find(|row| row["backend"] == backend(pod)).cloned());
-    Ok(row.with_context(|| format!("no row in {rows}"))?["state"].as_str().unwrap_or_default().to_owned())
+    let row = lab.backend_row(service, address(pod))?;
+    Ok(row["state"].as_str().unwrap_or_default().to_owned())
 }
 
 fn wait_state(lab: &Lab, service: &str, pod: usize, wanted: &str) -> Result<()> {
-    wait_for(&format!("{service} in pod {pod} to be {wanted}"), SOON, || {
-        let state = state(lab, service, pod)?;
-        ensure!(state == wanted, "it is {state}");
-        Ok(true)
-    })
-    .map(|_| ())
+    lab.wait_backend(service, address(pod), wanted, SOON)
 }
 
 /// Connections of which some may not be answered: how many were, in `limit`.
@@ -197,6 +201,7 @@ fn a_commit_rolls_back_by_itself_even_across_a_crash_and_one_that_was_confirmed_
     ensure!(told.contains("kept") && told.contains("files still say otherwise"), "{told}");
     daemon.kill()?;
     daemon.start(&lab)?;
+    daemon.wait_ready(&lab, NODES.len() as u64, SOON)?;
     serves(true).context("what was confirmed stays")?;
     lab.edge_ctl(&["reload"])?;
     serves(false).context("until the files are read again")?;
@@ -289,12 +294,15 @@ fn a_daemon_killed_at_random_moments_of_a_changing_scenario_finds_its_way_and_br
     let (mut daemon, text) = started(&lab, &service("changing", 7104, ""))?;
     let mut flows = lab.open_many("client", vip(vip::ECHO), 10)?;
     flows.extend(lab.open_many("client", vip(7104), 10)?);
-    for round in 0..if full() { 200 } else { 6 } {
+    for round in 0..count("kills", 6, 200) {
         let pod = backend(1 + usize::try_from(random.below(3)).unwrap_or(0));
         let weight = (1 + random.below(9)).to_string();
         let extra = service("extra", 7105, if random.below(2) == 0 { "" } else { "balance = \"least-conn\"" });
         daemon.configure(&(text.clone() + if random.below(2) == 0 { "" } else { &extra }))?;
         let killed_after = Duration::from_micros(random.below(60_000));
+        // Pods that leave DNS go on serving what they have.
+        let replicas = 2 + usize::try_from(random.below(2)).unwrap_or(0);
+        lab.publish_pods(1..=replicas)?;
         thread::scope(|scope| -> Result<()> {
             // It may die before it has answered either.
             scope.spawn(|| lab.edge_ctl_raw(&["backend", "weight", "changing", &pod, &weight]));
@@ -310,6 +318,14 @@ fn a_daemon_killed_at_random_moments_of_a_changing_scenario_finds_its_way_and_br
         wait_for("the maps to be as they should", SOON, || {
             let found = lab.edge_ctl(&["map", "audit"])?;
             ensure!(found.as_array().is_some_and(Vec::is_empty), "{found}");
+            Ok(true)
+        })
+        .with_context(what)?;
+        wait_for("the pool to be what DNS says", SOON, || {
+            let rows = lab.edge_ctl(&["service", "list"])?;
+            let row = rows.as_array().and_then(|rows| rows.iter().find(|row| row["name"] == "echo").cloned());
+            let row = row.with_context(|| format!("no service echo in {rows}"))?;
+            ensure!(row["backends"] == format!("{replicas}/{replicas}"), "{replicas} pods are in DNS: {row}");
             Ok(true)
         })
         .with_context(what)?;

@@ -18,7 +18,7 @@ use edge_tests::{
         edge::vip,
         exec::{self, wait_for},
         pods::{SERVICE_NAME, TCP_ECHO},
-        topology::{DNS_PODS, EDGE, ingress},
+        topology::{DNS_PODS, EDGE, NODES, ingress},
     },
     needs_namespaces,
     scenario::Traffic,
@@ -297,6 +297,8 @@ fn knot_and_dnsmasq_are_followed_through_changes_and_outages() -> Result<()> {
     follow("_echo._tcp", with_port(pods(3)))?;
     follow("web.real.test", pods(3))?;
     let (srv, web): (SocketAddr, SocketAddr) = ((EDGE, 7001).into(), (EDGE, 7002).into());
+    // What DNS said is in the maps once the routes and our address towards the pods are known.
+    daemon.wait_ready(&lab, NODES.len() as u64, Duration::from_secs(30))?;
     // The third is of another priority: nobody is sent there while the others serve.
     for _ in 0..60 {
         let echo = lab.open("client", srv)?;

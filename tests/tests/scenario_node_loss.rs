@@ -1,4 +1,5 @@
 //! A node's route is withdrawn, then its session is lost for good: its pods get no new connections, before DNS tells.
+//! Without graceful restart, that is; `scenario_graceful` has the sessions with it.
 
 use std::time::{Duration, Instant};
 
@@ -6,9 +7,9 @@ use anyhow::{Context, Result, ensure};
 use edge_tests::{
     lab::{
         Lab, Speaker,
-        edge::vip,
+        edge::{vip, without_graceful_restart},
         exec::wait_for,
-        topology::{DNS_PODS, EDGE, ingress},
+        topology::{DNS_PODS, EDGE, NODES, ingress},
     },
     needs_namespaces,
 };
@@ -22,7 +23,8 @@ const BACK: Duration = Duration::from_secs(30);
 fn pods_of_a_lost_node_get_no_new_connections_within_a_second() -> Result<()> {
     needs_namespaces!("pods_of_a_lost_node_get_no_new_connections_within_a_second");
     let mut lab = Lab::up(Speaker::Bird, 3)?;
-    let mut daemon = lab.start_ready_edge("1s")?;
+    let mut daemon = lab.start_edge(&without_graceful_restart(&lab.edge_configuration("1s")))?;
+    daemon.wait_ready(&lab, NODES.len() as u64, Duration::from_secs(30))?;
 
     lab.withdraw("knode1")?;
     out_of_use(&lab, "the route was withdrawn")?;

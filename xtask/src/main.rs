@@ -58,6 +58,9 @@ enum Command {
         /// Health checks of 5,000 backends instead of the dataplane.
         #[arg(long, conflicts_with = "e2e")]
         health: bool,
+        /// 1,000 services of 50 backends instead of the dataplane.
+        #[arg(long, conflicts_with_all = ["e2e", "health"])]
+        pools: bool,
     },
     /// Random packets through the loaded program, compared with the reference model.
     FuzzDatapath {
@@ -128,7 +131,7 @@ fn execute(command: Command) -> Result<ExitCode> {
             ]))?;
             return sh::pass_through(sh::as_root(&root().join("target/debug/edge-lab")).args(arguments));
         }
-        Command::Bench { json, e2e, health } => {
+        Command::Bench { json, e2e, health, pools } => {
             setup::run()?;
             build_release()?;
             step("measure");
@@ -139,6 +142,9 @@ fn execute(command: Command) -> Result<ExitCode> {
             }
             if health {
                 command.arg("--health");
+            }
+            if pools {
+                command.arg("--pools");
             }
             if let Some(path) = json {
                 command.arg("--json").arg(path);

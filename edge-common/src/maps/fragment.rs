@@ -10,11 +10,12 @@ pub struct FragmentKey {
     pub dst: [u32; 4],
     /// IP ID as in the packet: 16 bits of IPv4, 32 of IPv6's fragment header.
     pub id: u32,
-    /// IP protocol number.
+    /// IP protocol number; of IPv6 always 44, the fragment header's, since the rest of a packet need not repeat what follows
+    /// that header in the first fragment (RFC 8200, section 4.5).
     pub protocol: u32,
 }
 
-/// What the first fragment said. 16 bytes, alignment 8.
+/// What the first fragment said. 24 bytes, alignment 8.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Fragment {
@@ -26,6 +27,10 @@ pub struct Fragment {
     pub dst_port: u16,
     /// IP ID after rewriting, as in the packet.
     pub id: u32,
+    /// Layer-4 protocol number.
+    pub protocol: u8,
+    /// Zero.
+    pub _pad: [u8; 7],
 }
 
 /// Default entries of [`super::name::FRAGMENTS`].
@@ -33,4 +38,4 @@ pub const FRAGMENT_ENTRIES: u32 = 1 << 14;
 /// Counters of [`super::name::FRAGMENT_IDS`].
 pub const FRAGMENT_COUNTERS: u32 = 1 << 10;
 
-const _: () = assert!(size_of::<FragmentKey>() == 40 && size_of::<Fragment>() == 16);
+const _: () = assert!(size_of::<FragmentKey>() == 40 && size_of::<Fragment>() == 24);

@@ -33,6 +33,13 @@ pub const CREATE_V6: u32 = 8;
 /// As [`SEND`], of IPv6.
 pub const SEND_V6: u32 = 9;
 
+/// As [`RELAY`], of ICMPv6.
+pub const RELAY_V6: u32 = 10;
+/// As [`ANSWER`], of IPv6.
+pub const ANSWER_V6: u32 = 11;
+/// As [`FRAG`], of IPv6.
+pub const FRAG_V6: u32 = 12;
+
 /// Every stage: its number, and its program's name after `edge_xdp_` or `edge_tc_`. The kernel keeps 15 bytes of the whole.
 pub const ALL: &[(u32, &str)] = &[
     (TRACK, "track"),
@@ -45,6 +52,9 @@ pub const ALL: &[(u32, &str)] = &[
     (TRACK_V6, "track6"),
     (CREATE_V6, "creat6"),
     (SEND_V6, "send6"),
+    (RELAY_V6, "relay6"),
+    (ANSWER_V6, "answe6"),
+    (FRAG_V6, "frag6"),
 ];
 
 const _: () = {

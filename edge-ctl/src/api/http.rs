@@ -1,5 +1,7 @@
 //! Routes, and how questions and answers look in HTTP.
 
+mod bgp;
+
 use std::{
     net::{IpAddr, SocketAddr},
     path::PathBuf,
@@ -22,7 +24,7 @@ use super::{Answer, Query, ViewError, Views, metrics};
 use crate::model::capture::CaptureOrder;
 use crate::model::{
     BackendVerb, FlowSelector, MOST_CONNECTIONS, Protocol, RecordType,
-    query::{ConfigChange, ConfigVerb, DEFAULT_LIMIT, Refusal, ServiceDetail},
+    query::{ConfigChange, ConfigVerb, DEFAULT_LIMIT, PolicyQuestion, Refusal, ServiceDetail},
 };
 
 /// Rows that one answer may have; more would hold up the daemon.
@@ -61,6 +63,9 @@ pub(super) fn api(views: Shared) -> Router {
         .route("/v1/maps/{name}", get(map))
         .route("/v1/bgp/peers/{peer}/received", get(received))
         .route("/v1/bgp/peers/{peer}/advertised", get(advertised))
+        .route("/v1/bgp/peers/{peer}/messages", get(bgp::messages))
+        .route("/v1/bgp/peers/{peer}/{verb}", post(bgp::order))
+        .route("/v1/bgp/policy", get(policy))
         .route("/v1/acl/add", post(acl_add))
         .route("/v1/acl/remove", post(acl_remove))
         .route("/v1/capture", post(capture))
@@ -113,7 +118,7 @@ async fn not_found(uri: Uri) -> Response {
 async fn wrong_method(uri: Uri) -> Response {
     let error = format!(
         "{} does not take that method (GET everywhere, POST for /v1/reload, /v1/flows/kill, /v1/config/VERB, /v1/capture, \
-         /v1/acl/add, /v1/acl/remove, /v1/dns/query, /v1/dns/refresh and /v1/backends/SERVICE/ADDRESS:PORT/VERB)",
+         /v1/acl/add, /v1/acl/remove, /v1/dns/query, /v1/dns/refresh, /v1/bgp/peers/ADDRESS/VERB and /v1/backends/SERVICE/ADDRESS:PORT/VERB)",
         uri.path()
     );
     (StatusCode::METHOD_NOT_ALLOWED, Json(Refusal { error, problems: Vec::new() })).into_response()
@@ -385,6 +390,51 @@ async fn peer_routes(views: Shared, peer: Named, query: fn(IpAddr) -> Query) -> 
         },
         Err(rejection) => bad_request(rejection.body_text()),
     }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PolicyParameters {
+    peer: IpAddr,
+    direction: String,
+    prefix: ipnet::IpNet,
+    as_path: Option<String>,
+    communities: Option<String>,
+    next_hop: Option<IpAddr>,
+}
+
+async fn policy(
+    State(views): State<Shared>,
+    parameters: Result<Parameters<PolicyParameters>, QueryRejection>,
+) -> Response {
+    let parameters = match parameters {
+        Ok(Parameters(parameters)) => parameters,
+        Err(rejection) => return bad_request(rejection.body_text()),
+    };
+    match policy_question(parameters) {
+        Ok(question) => ask(views, Query::BgpPolicy(question)).await,
+        Err(why) => bad_request(why),
+    }
+}
+
+fn policy_question(parameters: PolicyParameters) -> Result<PolicyQuestion, String> {
+    let export = match parameters.direction.as_str() {
+        "in" => false,
+        "out" => true,
+        other => return Err(format!("direction `{other}` is not in or out")),
+    };
+    let number = |text: &str| text.parse::<u32>().map_err(|_| format!("`{text}` is not an AS number"));
+    let as_path = parameters.as_path.map(|path| path.split_whitespace().map(number).collect()).transpose()?;
+    let communities = parameters.communities.unwrap_or_default();
+    let communities = communities.split_whitespace().map(|text| text.parse().map_err(|why| format!("`{text}`: {why}")));
+    Ok(PolicyQuestion {
+        peer: parameters.peer,
+        export,
+        prefix: parameters.prefix.trunc(),
+        as_path,
+        communities: communities.collect::<Result<_, String>>()?,
+        next_hop: parameters.next_hop,
+    })
 }
 
 async fn scrape(State(views): State<Shared>) -> Response {

@@ -198,6 +198,10 @@ static METRICS: &[Metric] = &[
     counter("backend_connections", "Flows opened", |s| of_backends(s, |row| row.connections)),
     gauge("backend_active", "Established flows", |s| of_backends(s, |row| row.active)),
     gauge("backend_up", "1 while new flows may go there", |s| of_backends(s, |row| u64::from(row.state == "up"))),
+    counter("backend_downtime", "Time in which it could not be used for another reason than an order", |s| {
+        of_backends(s, |row| row.downtime)
+    })
+    .seconds(),
     gauge("backend_drained", "1 where an administrator drains it and no flow is left", |s| {
         of_backends(s, |row| u64::from(row.state == "drained"))
     }),
@@ -205,6 +209,9 @@ static METRICS: &[Metric] = &[
     counter("health_fails", "Checks that failed", |s| of_checked(s, |row| row.fails)),
     counter("health_inconclusive", "Checks that this host could not make", |s| of_checked(s, |row| row.inconclusive)),
     counter("health_unavailable", "Times that checks took it out of use", |s| of_checked(s, |row| row.unavail)),
+    counter("health_ejections", "Times that what clients saw took it out of use", |s| {
+        of_checked(s, |row| row.ejections)
+    }),
     gauge("health_up", "1 while checks do not speak against it", |s| of_checked(s, |row| u64::from(row.state == "up"))),
     gauge("service_panic", "1 while too few backends are healthy and health is ignored", |s| {
         of_services(s, |row| u64::from(row.panic))
@@ -292,9 +299,22 @@ static METRICS: &[Metric] = &[
         of_peers(s, |row| u64::from(row.state.eq_ignore_ascii_case("established")))
     }),
     gauge("bgp_peer_prefixes_received", "Prefixes it sends, before policy", |s| of_peers(s, |row| row.pfx_received)),
+    gauge("bgp_peer_prefixes_limit", "Prefixes that it may send; absent: any number", |s| {
+        let limited = s.peers.iter().filter_map(|row| Some((peer_labels(row), row.max_prefixes?)));
+        limited.collect()
+    }),
     gauge("bgp_peer_prefixes_accepted", "Prefixes accepted from it", |s| of_peers(s, |row| row.pfx_rcd)),
     gauge("bgp_peer_prefixes_announced", "Prefixes announced to it", |s| of_peers(s, |row| row.pfx_snt)),
     counter("bgp_peer_established", "Times a session was established", |s| of_peers(s, |row| row.established_count)),
+    gauge("bgp_peer_prefixes_stale", "Prefixes of it that are stale: it restarts, or tells its table anew", |s| {
+        of_peers(s, |row| row.pfx_stale)
+    }),
+    gauge("bgp_peer_connect_failures", "Attempts in a row that brought no lasting session", |s| {
+        of_peers(s, |row| row.failures)
+    }),
+    gauge("bgp_peer_shutdown", "1 while an administrator has shut it down", |s| {
+        of_peers(s, |row| u64::from(row.shutdown.is_some()))
+    }),
     counter("bgp_peer_messages", "Messages, by type and direction", |s| {
         let messages = s.peers.iter().flat_map(|row| row.messages.iter().map(move |message| (row, message)));
         messages.map(|(row, (kind, count))| (with(peer_labels(row), "message", kind), *count)).collect()

@@ -11,6 +11,7 @@ use std::{
 use serde_json::{Value, json};
 
 use super::*;
+use crate::model::bgp_session::{Order, PeerOrder};
 use crate::model::capture::{CaptureOrder, CaptureRow};
 use crate::model::{
     RecordType, SnatLevel, SnatRow,
@@ -96,15 +97,32 @@ fn rows(query: Query) -> Result<Answer, ViewError> {
             neighbor: text("172.16.1.80"),
             asn: 64512,
             state: text("Established"),
+            max_prefixes: Some(100),
             messages: map(&[("open_sent", 1)]),
             ..BgpPeerRow::default()
         }]),
+        Query::BgpMessages(peer) => Answer::BgpMessages(vec![BgpMessageRow {
+            time: 1,
+            sent: true,
+            local: std::net::SocketAddr::new(peer, 179),
+            remote: std::net::SocketAddr::new(peer, 1),
+            kind: text("OPEN"),
+            length: 1,
+            bytes: text("ff"),
+        }]),
+        Query::BgpOrder(order) => {
+            Answer::BgpPeers(vec![BgpPeerRow { desc: format!("{order:?}"), ..BgpPeerRow::default() }])
+        }
         Query::BgpReceived(peer) if peer.to_string() != "172.16.1.80" => {
             return Err(ViewError::NotFound(format!("there is no peer {peer}")));
         }
         Query::BgpRoutes | Query::BgpReceived(_) | Query::BgpAdvertised(_) => {
             Answer::BgpRoutes(vec![BgpRouteRow { network: text("10.1.0.0/24"), ..BgpRouteRow::default() }])
         }
+        Query::BgpPolicy(question) => Answer::BgpPolicy(vec![crate::model::view::PolicyRow {
+            network: question.prefix.to_string(),
+            ..Default::default()
+        }]),
         Query::Routes => Answer::Routes(vec![
             RouteRow { protocol: text("bgp"), installed: true, ..RouteRow::default() },
             RouteRow { protocol: text("bgp"), installed: false, ..RouteRow::default() },
@@ -221,6 +239,19 @@ fn every_question_has_a_path_that_leads_to_it() {
         Query::BgpRoutes,
         Query::BgpReceived(peer),
         Query::BgpAdvertised(peer),
+        Query::BgpMessages(peer),
+        Query::BgpOrder(PeerOrder { peer: Some(peer), what: Order::Shutdown("we b&x=1".into()) }),
+        Query::BgpOrder(PeerOrder { peer: None, what: Order::Refresh }),
+        Query::BgpOrder(PeerOrder { peer: None, what: Order::Enable }),
+        Query::BgpOrder(PeerOrder { peer: Some(peer), what: Order::Clear }),
+        Query::BgpPolicy(crate::model::query::PolicyQuestion {
+            peer,
+            export: true,
+            prefix: "10.1.0.0/24".parse().unwrap(),
+            as_path: Some(vec![65001, 65002]),
+            communities: vec!["64512:1".parse().unwrap(), "64512:1:2".parse().unwrap()],
+            next_hop: Some(peer),
+        }),
         Query::Routes,
         Query::Maps,
         Query::Map { name: "../CONTROL".into(), limit: 3 },

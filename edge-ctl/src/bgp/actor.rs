@@ -1,6 +1,8 @@
 //! The actor: owns every peer, the RIB and what we originate, and turns decisions into I/O.
 
 mod reload;
+mod routes;
+mod sessions;
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -10,6 +12,8 @@ use std::{
 };
 
 use bytes::Bytes;
+use ipnet::IpNet;
+use sessions::OwnRestart;
 use tokio::{
     net::TcpStream,
     sync::mpsc,
@@ -17,16 +21,17 @@ use tokio::{
 };
 
 use super::{
-    BgpError, BgpEvent, CONVERGENCE_SILENCE, CONVERGENCE_TIMEOUT, Command,
-    advertise::{AdjRibOut, Originated},
+    BgpError, BgpEvent, CONVERGENCE_SILENCE, CONVERGENCE_TIMEOUT, Command, Leaving,
+    advertise::Originated,
     fsm::{self, Action, Event, Now, Side},
     listener::Listener,
-    peer::{Peer, Session},
-    policy::Local,
+    offer,
+    password::Counters,
+    peer::{self, Peer},
     rib::Rib,
     session::{self, LinkEvent, LinkId},
     show,
-    wire::{self, EncodeError, Family, Message, Notification, Update, cease},
+    wire::{self, EncodeError, Family, Message, Notification, Refresh, Update, cease},
 };
 use crate::config::valid;
 
@@ -64,6 +69,11 @@ pub struct Actor {
     random: RandomState,
     draws: u64,
     start: Instant,
+    restart: OwnRestart,
+    /// Networks whose hosts must sign.
+    signed: Vec<IpNet>,
+    /// Our host name.
+    host: String,
 }
 
 impl Actor {
@@ -75,11 +85,7 @@ impl Actor {
     ) -> Result<Self, BgpError> {
         let (input, inputs) = mpsc::channel(BURST);
         let listeners = reload::listen(&config, &input)?;
-        let local = Local {
-            asn: config.asn,
-            router_id: config.router_id,
-            addresses: config.peers.values().filter_map(|peer| peer.local_address).collect(),
-        };
+        let local = peer::local(&config);
         let mut actor = Self {
             peers: config.peers.iter().map(|(address, peer)| (*address, Peer::new(&config, peer))).collect(),
             config,
@@ -97,20 +103,41 @@ impl Actor {
             random: RandomState::new(),
             draws: 0,
             start: Instant::now(),
+            restart: OwnRestart::default(),
+            signed: Vec::new(),
+            host: host_name(),
         };
+        actor.give_listeners_passwords();
+        actor.rib.watch_best(actor.config.transit);
         actor.originated.set_networks(&actor.config.networks.clone());
         actor.originated_changed();
         Ok(actor)
+    }
+
+    /// See [`super::Speaker::restarting`].
+    pub fn restarting(&mut self) {
+        let limit = offer::longest_restart(self.config.peers.values());
+        self.restart = OwnRestart { until: Some(self.start.elapsed() + limit), preserved: true };
+    }
+
+    /// See [`super::Speaker::shut_down`].
+    pub fn shut_at_start(&mut self, peers: &BTreeMap<IpAddr, String>) {
+        for (address, message) in peers {
+            if let Some(peer) = self.peers.get_mut(address) {
+                peer.shutdown = Some(message.clone());
+            }
+        }
     }
 
     /// Runs until shut down.
     pub async fn run(mut self) {
         let addresses: Vec<IpAddr> = self.peers.keys().copied().collect();
         for address in addresses {
-            self.feed(address, Event::ManualStart);
+            self.start_unless_shut(address);
         }
         loop {
             self.run_timers();
+            self.pass_on();
             self.check_convergence();
             let events = self.events.clone();
             let waiting = self.rib.has_changes() || !self.pending.is_empty();
@@ -160,10 +187,17 @@ impl Actor {
             self.peers.values().filter_map(|peer| Some(peer.session.as_ref()?.last_update + CONVERGENCE_SILENCE));
         let silence = silence.filter(|at| !self.converged && *at > now);
         let timeout = (!self.converged).then_some(CONVERGENCE_TIMEOUT);
-        timers.chain(silence).chain(timeout).min().unwrap_or(now + Duration::from_secs(3600))
+        timers
+            .chain(silence)
+            .chain(timeout)
+            .chain(self.next_session_deadline())
+            .chain(self.next_release())
+            .min()
+            .unwrap_or(now + Duration::from_secs(3600))
     }
 
     fn run_timers(&mut self) {
+        self.release();
         let addresses: Vec<IpAddr> = self.peers.keys().copied().collect();
         let time = self.start.elapsed();
         for address in addresses {
@@ -171,6 +205,7 @@ impl Actor {
                 self.feed(address, event);
             }
         }
+        self.run_session_timers(time);
     }
 
     fn check_convergence(&mut self) {
@@ -178,7 +213,10 @@ impl Actor {
             return;
         }
         let now = self.start.elapsed();
-        let complete = |peer: &Peer| peer.session.as_ref().is_some_and(|s| s.converged(now, CONVERGENCE_SILENCE));
+        let complete = |peer: &Peer| {
+            let session = peer.session.as_ref();
+            peer.shutdown.is_some() || session.is_some_and(|s| s.converged(now, CONVERGENCE_SILENCE))
+        };
         if now >= CONVERGENCE_TIMEOUT || self.peers.values().all(complete) {
             self.converged = true;
             self.pending.push_back(BgpEvent::Converged);
@@ -197,6 +235,10 @@ impl Actor {
     /// One step of a peer's state machine and everything that follows from it.
     fn feed(&mut self, address: IpAddr, event: Event) {
         let now = self.now();
+        if matches!(event, Event::TcpConnectionConfirmed(_)) {
+            self.renew_offer(address);
+        }
+        let silence = (event == Event::ConnectRetryTimerExpires).then(|| self.silence(address)).flatten();
         let Some(peer) = self.peers.get_mut(&address) else { return };
         let before = peer.fsm.name();
         let actions = fsm::step(&mut peer.fsm, now, event);
@@ -205,6 +247,10 @@ impl Actor {
             tracing::debug!(peer = %address, from = before.as_str(), to = after.as_str(), "BGP state");
         }
         for action in actions {
+            let action = match (action, &silence) {
+                (Action::Failed(reason), Some(more)) => Action::Failed(format!("{reason}; {more}")),
+                (action, _) => action,
+            };
             self.act(address, action, now.time);
         }
     }
@@ -220,6 +266,9 @@ impl Actor {
             Action::SendOpen(side, open) => self.send(address, side, "open_sent", open.encode()),
             Action::SendKeepalive(side) => self.send(address, side, "keepalive_sent", wire::encode_keepalive()),
             Action::SendNotification(side, notification) => {
+                if let Some(peer) = self.peers.get_mut(&address).filter(|peer| peer.link(side).is_some()) {
+                    peer.history.error(true, notification.to_string(), now);
+                }
                 self.send(address, side, "notification_sent", notification.encode());
             }
             Action::Close(side) => {
@@ -228,7 +277,7 @@ impl Actor {
                 }
             }
             Action::Up(side, negotiated) => self.up(address, side, negotiated, now),
-            Action::Down(reason) => self.down(address, reason, now),
+            Action::Down { reason, keep } => self.down(address, reason, keep, now),
             Action::Failed(reason) => {
                 if let Some(peer) = self.peers.get_mut(&address) {
                     tracing::info!(peer = %address, %reason, "BGP connection failed");
@@ -246,8 +295,10 @@ impl Actor {
         match message {
             Ok(message) => {
                 if let Some(link) = peer.link(side) {
-                    link.send(message);
+                    let (local, remote) = (link.local, link.remote);
+                    link.send(message.clone());
                     peer.count(name);
+                    peer.history.message(true, local, remote, &message);
                 }
             }
             Err(error) => tracing::error!(peer = %address, %error, "BGP message not sent"),
@@ -259,8 +310,13 @@ impl Actor {
         let id = self.next_link;
         let Some(peer) = self.peers.get_mut(&address) else { return };
         let (config, internal, input) = (peer.config.clone(), peer.policy.internal, self.input.clone());
+        let password = peer.password.clone();
+        peer.signatures = Counters::now();
         let task = tokio::spawn(async move {
-            let result = session::dial(&config, internal).await;
+            let result = match password {
+                Ok(password) => session::dial(&config, internal, &password).await,
+                Err(why) => Err(std::io::Error::other(why)),
+            };
             // The actor is gone where this fails, and so is the reason to dial.
             let _ = input.send(Input::Dialled(address, id, result)).await;
         });
@@ -277,10 +333,22 @@ impl Actor {
 
     fn accepted(&mut self, stream: TcpStream, remote: SocketAddr) {
         let address = remote.ip();
-        let Some(peer) = self.peers.get(&address) else {
+        if !self.peers.contains_key(&address) && self.dynamic_peer(address).is_none() {
             tracing::info!(%remote, "BGP connection refused: no such peer is configured");
             return;
-        };
+        }
+        let Some(peer) = self.peers.get_mut(&address) else { return };
+        if let Err(why) = &peer.password {
+            tracing::warn!(%remote, %why, "BGP connection refused");
+            return;
+        }
+        // The peer may have restarted without our noticing: its OPEN will tell.
+        if peer.incoming.is_some() && peer.fsm.make_room() {
+            std::mem::swap(&mut peer.incoming, &mut peer.outgoing);
+            if let Some(session) = &mut peer.session {
+                session.side = Side::Outgoing;
+            }
+        }
         if peer.incoming.is_some() {
             if peer.fsm.established().is_some_and(|(side, _)| side == Side::Incoming) {
                 return session::refuse(stream, &Notification::cease(cease::CONNECTION_COLLISION_RESOLUTION));
@@ -305,29 +373,30 @@ impl Actor {
         match result {
             Ok(stream) => self.connected(address, Side::Outgoing, stream),
             Err(error) => {
-                let reason = format!("cannot connect to {}: {error}", SocketAddr::new(address, peer.config.port));
+                let reason = Self::diagnose(peer, &error);
                 self.feed(address, Event::TcpConnectionFails(Side::Outgoing, reason));
             }
         }
     }
 
     fn connected(&mut self, address: IpAddr, side: Side, stream: TcpStream) {
-        let local = match stream.local_addr() {
-            Ok(local) => local.ip(),
-            Err(error) => {
-                let reason = format!("connection lost: {error}");
-                return self.feed(address, Event::TcpConnectionFails(side, reason));
-            }
-        };
         self.next_link += 1;
         let id = self.next_link;
         let input = self.input.clone();
-        let link = session::start(id, stream, local, move |event| {
+        let Some(send_hold) = self.peers.get(&address).map(|peer| session::send_hold(&peer.config)) else { return };
+        let link = session::start(id, stream, send_hold, move |event| {
             let input = input.clone();
             async move {
                 let _ = input.send(Input::Link(address, id, event)).await;
             }
         });
+        let link = match link {
+            Ok(link) => link,
+            Err(error) => {
+                let reason = format!("connection lost: {error}");
+                return self.feed(address, Event::TcpConnectionFails(side, reason));
+            }
+        };
         if let Some(peer) = self.peers.get_mut(&address) {
             *peer.link_mut(side) = Some(link);
         }
@@ -352,6 +421,11 @@ impl Actor {
                     self.feed(address, Event::MessageError(side, notification));
                 }
             }
+            LinkEvent::Stuck => {
+                if let Some(side) = self.peers.get(&address).and_then(|peer| peer.side_of(id)) {
+                    self.feed(address, Event::SendHoldTimerExpires(side));
+                }
+            }
             LinkEvent::Closed(reason) => {
                 if let Some(side) = self.peers.get(&address).and_then(|peer| peer.side_of(id)) {
                     self.feed(address, Event::TcpConnectionFails(side, reason));
@@ -361,7 +435,11 @@ impl Actor {
     }
 
     fn on_frame(&mut self, address: IpAddr, side: Side, frame: Bytes) {
+        let now = self.start.elapsed();
         let Some(peer) = self.peers.get_mut(&address) else { return };
+        if let Some((local, remote)) = peer.link(side).map(|link| (link.local, link.remote)) {
+            peer.history.message(false, local, remote, &frame);
+        }
         match wire::decode(frame, peer.context()) {
             Err(notification) => self.feed(address, Event::MessageError(side, notification)),
             Ok(message) => {
@@ -375,7 +453,10 @@ impl Actor {
                 match message {
                     Message::Open(open) => self.feed(address, Event::BgpOpen(side, open)),
                     Message::Keepalive => self.feed(address, Event::KeepAliveMsg(side)),
-                    Message::Notification(notification) => self.feed(address, Event::NotifMsg(side, notification)),
+                    Message::Notification(notification) => {
+                        peer.history.error(false, notification.to_string(), now);
+                        self.feed(address, Event::NotifMsg(side, notification));
+                    }
                     Message::Update(update) => {
                         self.feed(address, Event::UpdateMsg(side));
                         self.on_update(address, side, &update);
@@ -405,17 +486,25 @@ impl Actor {
             *peer.malformed.entry(name).or_default() += 1;
         }
         self.rib.update(address, update, now);
+        if let Some(family) = update.end_of_rib {
+            self.completed(address, family);
+        }
+        if !update.announced.is_empty() {
+            self.limit(address);
+        }
     }
 
-    fn on_refresh(&mut self, address: IpAddr, side: Side, family: Option<Family>) {
+    fn on_refresh(&mut self, address: IpAddr, side: Side, asked: Option<(Family, Refresh)>) {
         let Some(peer) = self.peers.get_mut(&address) else { return };
-        let (Some(session), Some(family)) = (peer.session.as_ref().filter(|s| s.side == side), family) else { return };
+        let (Some(_), Some((family, what))) = (peer.session.as_ref().filter(|s| s.side == side), asked) else { return };
+        if what != Refresh::Ask {
+            return self.on_refresh_mark(address, family, what);
+        }
         if peer.link(side).is_some_and(|link| link.unsent() > LONGEST_OUTBOX) {
             let notification = Notification::cease(cease::OUT_OF_RESOURCES);
             return self.feed(address, Event::MessageError(side, notification));
         }
-        let messages = session.out.refresh(family);
-        self.send_updates(address, side, messages);
+        self.tell_again(address, side, family);
     }
 
     fn send_updates(&mut self, address: IpAddr, side: Side, messages: Result<Vec<Bytes>, EncodeError>) {
@@ -425,56 +514,6 @@ impl Actor {
             }
             Err(error) => tracing::error!(peer = %address, %error, "BGP routes not announced"),
         }
-    }
-
-    fn up(&mut self, address: IpAddr, side: Side, negotiated: fsm::Negotiated, now: Duration) {
-        let Some(peer) = self.peers.get_mut(&address) else { return };
-        let Some(local) = peer.link(side).map(|link| link.local) else { return };
-        tracing::info!(peer = %address, hold = negotiated.hold, "BGP session established");
-        peer.established_count += 1;
-        peer.last_failure = None;
-        peer.changed = Some(now);
-        self.rib.local_address(local);
-        self.rib.peer_up(address, peer.policy.clone(), negotiated.peer.router_id);
-        let context = wire::Context { four_octet_as: negotiated.four_octet_as, internal: peer.policy.internal };
-        let families = negotiated.families.clone();
-        peer.session = Some(Session {
-            side,
-            out: AdjRibOut::new(self.config.asn, local, families.clone(), context),
-            negotiated,
-            end_of_rib: Default::default(),
-            last_update: now,
-        });
-        self.pending.push_back(BgpEvent::PeerUp { address });
-        self.sync(address);
-        for family in families {
-            self.send(address, side, "update_sent", wire::encode_end_of_rib(family));
-        }
-    }
-
-    fn down(&mut self, address: IpAddr, reason: String, now: Duration) {
-        let Some(peer) = self.peers.get_mut(&address) else { return };
-        tracing::warn!(peer = %address, %reason, "BGP session down");
-        peer.session = None;
-        peer.changed = Some(now);
-        peer.last_reset = Some(reason.clone());
-        self.rib.peer_down(address);
-        self.pending.push_back(BgpEvent::PeerDown { address, reason });
-    }
-
-    /// Brings one peer to what it should have from us.
-    fn sync(&mut self, address: IpAddr) {
-        let Some(peer) = self.peers.get_mut(&address) else { return };
-        let Some(session) = &mut peer.session else { return };
-        let (side, messages) = (session.side, session.out.sync(&self.originated, &peer.policy));
-        self.send_updates(address, side, messages);
-    }
-
-    fn originated_changed(&mut self) {
-        self.version += 1;
-        self.rib.originate(self.originated.prefixes());
-        let addresses: Vec<IpAddr> = self.peers.keys().copied().collect();
-        addresses.into_iter().for_each(|address| self.sync(address));
     }
 
     fn on_command(&mut self, command: Command) {
@@ -501,11 +540,40 @@ impl Actor {
                 let _ = reply.send(show::received(&self.rib, peer, now));
             }
             Command::Advertised(peer, reply) => {
-                let rows = self.peers.get(&peer).map(|peer| show::advertised(peer, self.config.asn));
+                let rows = self.peers.get(&peer).map(|peer| show::advertised(peer, &self.rib, &self.originated));
                 let _ = reply.send(rows.unwrap_or_default());
+            }
+            Command::Messages(peer, reply) => {
+                let rows = self.peers.get(&peer).map(|peer| peer.history.messages());
+                let _ = reply.send(rows.unwrap_or_default());
+            }
+            Command::Order(order, reply) => {
+                let _ = reply.send(self.order(order));
+            }
+            Command::Originated(reply) => {
+                let _ = reply.send(self.originated.prefixes());
+            }
+            Command::Restarted(reply) => {
+                self.restarted();
+                let _ = reply.send(());
             }
             Command::Reload(config, reply) => {
                 let _ = reply.send(self.reload(*config));
+            }
+            Command::Leave(step, reply) => {
+                match step {
+                    Leaving::Ask => self.originated.leave(),
+                    Leaving::Withdraw => self.originated.clear(),
+                }
+                self.originated_changed();
+                let _ = reply.send(());
+            }
+            Command::Policy(question, reply) => {
+                let _ = reply.send(self.judge(&question));
+            }
+            Command::Kernel(routes, reply) => {
+                self.rib.kernel(routes);
+                let _ = reply.send(());
             }
             // Handled where the loop can end.
             Command::Shutdown(reply) => drop(reply),
@@ -533,6 +601,11 @@ impl Actor {
         };
         let _ = tokio::time::timeout(SHUTDOWN_WAIT, all).await;
     }
+}
+
+/// Empty where the kernel has none that can be shown.
+fn host_name() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname").map(|name| name.trim().to_owned()).unwrap_or_default()
 }
 
 async fn reserve(events: Option<mpsc::Sender<BgpEvent>>) -> Option<mpsc::OwnedPermit<BgpEvent>> {

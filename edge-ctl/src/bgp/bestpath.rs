@@ -10,6 +10,7 @@ use std::{
 };
 
 use super::wire::{Attributes, Origin};
+use crate::model::Community;
 
 /// A candidate.
 #[derive(Clone, Copy, Debug)]
@@ -22,6 +23,10 @@ pub struct Candidate<'a> {
     pub router_id: Ipv4Addr,
     /// Address of the peer.
     pub peer: IpAddr,
+    /// How far its next hop is.
+    pub cost: u32,
+    /// Path identifier, where the peer sends several (RFC 7911).
+    pub path: u32,
 }
 
 impl Candidate<'_> {
@@ -45,6 +50,8 @@ impl Candidate<'_> {
 pub enum Reason {
     /// We originate the prefix ourselves.
     Local,
+    /// Long-lived stale, and another path is not (RFC 9494).
+    LongLivedStale,
     /// Lower LOCAL_PREF than the best.
     LocalPref(u32),
     /// Longer AS path than the best.
@@ -55,26 +62,33 @@ pub enum Reason {
     Med(u32),
     /// Internal, and an external path exists.
     Internal,
+    /// Its next hop is farther than the best's (RFC 4271 9.1.2.2 e).
+    Cost(u32),
     /// Equal cost; its router id is higher.
     RouterId(Ipv4Addr),
     /// Equal cost; it passed more route reflectors.
     ClusterList,
     /// Equal cost; its peer's address is higher.
     PeerAddress,
+    /// Equal cost, from the same peer; its path identifier is higher.
+    PathId,
 }
 
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Local => f.write_str("we originate this prefix"),
+            Self::LongLivedStale => f.write_str("long-lived stale (another path is not)"),
             Self::LocalPref(best) => write!(f, "lower local preference (best has {best})"),
             Self::AsPath(best) => write!(f, "longer AS path (best has {best})"),
             Self::Origin(best) => write!(f, "worse origin (best has {best})"),
             Self::Med(best) => write!(f, "higher MED (its AS's best has {best})"),
             Self::Internal => f.write_str("internal (an external path exists)"),
+            Self::Cost(best) => write!(f, "farther next hop (best is at {best})"),
             Self::RouterId(best) => write!(f, "higher router id (best has {best})"),
             Self::ClusterList => f.write_str("longer cluster list"),
             Self::PeerAddress => f.write_str("higher peer address"),
+            Self::PathId => f.write_str("higher path identifier"),
         }
     }
 }
@@ -90,36 +104,74 @@ pub struct Selection {
     pub reasons: Vec<Option<Reason>>,
 }
 
-/// Selects among the accepted paths to one prefix.
+/// Selects among the usable paths to one prefix.
 pub fn select(candidates: &[Candidate<'_>]) -> Selection {
-    let mut race = Race { candidates, left: (0..candidates.len()).collect(), reasons: vec![None; candidates.len()] };
-    race.keep_least(|c| u32::MAX - c.local_pref(), |best| Reason::LocalPref(best.local_pref()));
-    race.keep_least(|c| c.attributes.as_path.length(), |best| Reason::AsPath(best.attributes.as_path.length()));
-    race.keep_least(|c| c.attributes.origin, |best| Reason::Origin(best.attributes.origin));
+    race(candidates, false).0
+}
+
+/// What each candidate had to show in each step that it took part in: `local-pref 100 equal`, `as-path 2 lost to 1`.
+pub fn explain(candidates: &[Candidate<'_>]) -> Vec<Vec<String>> {
+    race(candidates, true).1
+}
+
+fn race(candidates: &[Candidate<'_>], explain: bool) -> (Selection, Vec<Vec<String>>) {
+    let mut race = Race {
+        candidates,
+        left: (0..candidates.len()).collect(),
+        reasons: vec![None; candidates.len()],
+        steps: explain.then(|| vec![Vec::new(); candidates.len()]),
+    };
+    // RFC 9494 4.3: below everything else, whoever marked it.
+    let long_lived = |c: &Candidate<'_>| c.attributes.has_community(Community::LLGR_STALE);
+    if candidates.iter().any(long_lived) {
+        race.keep_least("long-lived-stale", long_lived, |c| long_lived(c).to_string(), |_| Reason::LongLivedStale);
+    }
+    let higher = |c: &Candidate<'_>| u32::MAX - c.local_pref();
+    race.keep_least("local-pref", higher, |c| c.local_pref().to_string(), |best| Reason::LocalPref(best.local_pref()));
+    let length = |c: &Candidate<'_>| c.attributes.as_path.length();
+    race.keep_least("as-path", length, |c| length(c).to_string(), |best| Reason::AsPath(length(best)));
+    let origin = |c: &Candidate<'_>| c.attributes.origin;
+    race.keep_least("origin", origin, |c| origin(c).to_string(), |best| Reason::Origin(origin(best)));
     race.compare_meds();
-    race.keep_least(|c| c.internal, |_| Reason::Internal);
+    let kind = |c: &Candidate<'_>| if c.internal { "internal" } else { "external" }.to_owned();
+    race.keep_least("type", |c| c.internal, kind, |_| Reason::Internal);
+    race.keep_least("next-hop-cost", |c| c.cost, |c| c.cost.to_string(), |best| Reason::Cost(best.cost));
     let multipath = race.left.clone();
-    race.keep_least(Candidate::originator, |best| Reason::RouterId(best.originator()));
-    race.keep_least(|c| c.attributes.cluster_list_length, |_| Reason::ClusterList);
-    race.keep_least(|c| c.peer, |_| Reason::PeerAddress);
-    Selection { best: race.left.first().copied(), multipath, reasons: race.reasons }
+    let originator = Candidate::originator;
+    race.keep_least("router-id", originator, |c| originator(c).to_string(), |c| Reason::RouterId(originator(c)));
+    let clusters = |c: &Candidate<'_>| c.attributes.cluster_list_length;
+    race.keep_least("cluster-list", clusters, |c| clusters(c).to_string(), |_| Reason::ClusterList);
+    race.keep_least("peer-address", |c| c.peer, |c| c.peer.to_string(), |_| Reason::PeerAddress);
+    race.keep_least("path-id", |c| c.path, |c| c.path.to_string(), |_| Reason::PathId);
+    let selection = Selection { best: race.left.first().copied(), multipath, reasons: race.reasons };
+    (selection, race.steps.unwrap_or_default())
 }
 
 struct Race<'a> {
     candidates: &'a [Candidate<'a>],
     left: Vec<usize>,
     reasons: Vec<Option<Reason>>,
+    /// By candidate; `None`: nobody asked.
+    steps: Option<Vec<Vec<String>>>,
 }
 
 impl<'a> Race<'a> {
     /// Drops every candidate whose key is not the least.
-    fn keep_least<K: Ord>(&mut self, key: impl Fn(&Candidate<'a>) -> K, reason: impl Fn(&Candidate<'a>) -> Reason) {
+    fn keep_least<K: Ord>(
+        &mut self,
+        step: &str,
+        key: impl Fn(&Candidate<'a>) -> K,
+        show: impl Fn(&Candidate<'a>) -> String,
+        reason: impl Fn(&Candidate<'a>) -> Reason,
+    ) {
         if self.left.len() < 2 {
             return;
         }
         let candidates = self.candidates;
         let Some(best) = self.left.iter().map(|&index| &candidates[index]).min_by_key(|c| key(c)) else { return };
         let least = key(best);
+        let before = self.left.len();
+        let taking_part = self.steps.is_some().then(|| self.left.clone());
         let reasons = &mut self.reasons;
         self.left.retain(|&index| {
             let keep = key(&candidates[index]) == least;
@@ -128,29 +180,61 @@ impl<'a> Race<'a> {
             }
             keep
         });
+        if let Some(taking_part) = taking_part {
+            let parted = self.left.len() < before;
+            self.note(&taking_part, step, |c| (show(c), key(c) == least), parted, &show(best));
+        }
+    }
+
+    fn note(
+        &mut self,
+        taking_part: &[usize],
+        step: &str,
+        stands: impl Fn(&Candidate<'a>) -> (String, bool),
+        parted: bool,
+        best: &str,
+    ) {
+        let Some(steps) = &mut self.steps else { return };
+        for &index in taking_part {
+            let (value, kept) = stands(&self.candidates[index]);
+            steps[index].push(match (kept, parted) {
+                (true, false) => format!("{step} {value} equal"),
+                (true, true) => format!("{step} {value} won"),
+                (false, _) => format!("{step} {value} lost to {best}"),
+            });
+        }
     }
 
     /// MEDs compare only among paths from the same neighbouring AS, and against all of those, so that the outcome does
     /// not depend on the order of arrival.
     fn compare_meds(&mut self) {
+        if self.left.len() < 2 {
+            return;
+        }
         let candidates = self.candidates;
         let before = self.left.clone();
-        let reasons = &mut self.reasons;
-        self.left.retain(|&index| {
-            let this = &candidates[index];
-            let least = before
+        let least_of_as = |this: &Candidate<'_>| {
+            before
                 .iter()
                 .map(|&other| &candidates[other])
                 .filter(|other| other.attributes.as_path.first() == this.attributes.as_path.first())
                 .map(Candidate::med)
                 .min()
-                .unwrap_or(0);
+                .unwrap_or(0)
+        };
+        let reasons = &mut self.reasons;
+        self.left.retain(|&index| {
+            let this = &candidates[index];
+            let least = least_of_as(this);
             let keep = this.med() == least;
             if !keep {
                 reasons[index] = Some(Reason::Med(least));
             }
             keep
         });
+        let parted = self.left.len() < before.len();
+        let stands = |c: &Candidate<'_>| (c.med().to_string(), c.med() == least_of_as(c));
+        self.note(&before, "med", stands, parted, "a lower one of its AS");
     }
 }
 
@@ -175,6 +259,8 @@ mod tests {
                 internal: *internal,
                 router_id: Ipv4Addr::new(10, 0, 0, host),
                 peer: IpAddr::from([10, 0, 0, host]),
+                cost: 0,
+                path: 0,
             })
             .collect();
         select(&candidates)
@@ -251,5 +337,104 @@ mod tests {
         let outcome = race(&[reflected(2), reflected(1), reflected(1)]);
         assert_eq!(outcome.best, Some(1));
         assert_eq!(outcome.reasons, [Some(Reason::ClusterList), None, Some(Reason::PeerAddress)]);
+    }
+
+    #[test]
+    fn a_nearer_next_hop_beats_a_lower_router_id_and_is_no_equal() {
+        let attributes = path(&[1]);
+        let candidate = |host: u8, cost| Candidate {
+            attributes: &attributes,
+            internal: true,
+            router_id: Ipv4Addr::new(10, 0, 0, host),
+            peer: IpAddr::from([10, 0, 0, host]),
+            cost,
+            path: 0,
+        };
+        let outcome = select(&[candidate(1, 1), candidate(2, 0)]);
+        assert_eq!((outcome.best, outcome.multipath), (Some(1), vec![1]));
+        assert_eq!(outcome.reasons[0], Some(Reason::Cost(0)));
+    }
+
+    #[test]
+    fn two_paths_of_one_peer_are_told_apart_by_their_identifiers() {
+        let attributes = path(&[1]);
+        let candidate = |path| Candidate {
+            attributes: &attributes,
+            internal: true,
+            router_id: Ipv4Addr::new(10, 0, 0, 1),
+            peer: IpAddr::from([10, 0, 0, 1]),
+            cost: 0,
+            path,
+        };
+        let outcome = select(&[candidate(7), candidate(3)]);
+        assert_eq!((outcome.best, outcome.multipath), (Some(1), vec![0, 1]));
+        assert_eq!(outcome.reasons[0], Some(Reason::PathId));
+    }
+
+    #[test]
+    fn every_step_is_told_until_a_path_drops_out() {
+        let (short, long) = (path(&[1]), path(&[1, 2]));
+        let candidate = |attributes, host: u8| Candidate {
+            attributes,
+            internal: false,
+            router_id: Ipv4Addr::new(10, 0, 0, host),
+            peer: IpAddr::from([10, 0, 0, host]),
+            cost: 0,
+            path: 0,
+        };
+        let steps = explain(&[candidate(&long, 1), candidate(&short, 2), candidate(&short, 3)]);
+        assert_eq!(steps[0], ["local-pref 100 equal", "as-path 2 lost to 1"]);
+        assert_eq!(
+            steps[2],
+            [
+                "local-pref 100 equal",
+                "as-path 1 won",
+                "origin i equal",
+                "med 0 equal",
+                "type external equal",
+                "next-hop-cost 0 equal",
+                "router-id 10.0.0.3 lost to 10.0.0.2"
+            ]
+        );
+        assert_eq!(steps[1].last().unwrap(), "router-id 10.0.0.2 won");
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn the_best_path_does_not_depend_on_the_order_of_the_candidates(
+            list in proptest::collection::vec(
+                (99u32..102, 0usize..3, 0u32..3, proptest::bool::ANY, 0u32..2, 1u32..4), 1..8),
+            rotate in 0usize..8,
+        ) {
+            let attributes: Vec<Attributes> = list
+                .iter()
+                .map(|(local_pref, length, med, _, _, first)| Attributes {
+                    local_pref: Some(*local_pref),
+                    med: Some(*med),
+                    ..path(&std::iter::once(*first).chain((0..*length).map(|_| 9)).collect::<Vec<_>>())
+                })
+                .collect();
+            let mut candidates: Vec<Candidate<'_>> = (1u8..)
+                .zip(list.iter().zip(&attributes))
+                .map(|(host, ((_, _, _, internal, cost, _), attributes))| Candidate {
+                    attributes,
+                    internal: *internal,
+                    router_id: Ipv4Addr::new(10, 0, 0, host),
+                    peer: IpAddr::from([10, 0, 0, host]),
+                    cost: *cost,
+                    path: 0,
+                })
+                .collect();
+            let best = |candidates: &[Candidate<'_>]| {
+                let selection = select(candidates);
+                let mut equals: Vec<IpAddr> = selection.multipath.iter().map(|&i| candidates[i].peer).collect();
+                equals.sort();
+                (selection.best.map(|i| candidates[i].peer), equals)
+            };
+            let before = best(&candidates);
+            let rotate = rotate % candidates.len();
+            candidates.rotate_left(rotate);
+            proptest::prop_assert_eq!(best(&candidates), before);
+        }
     }
 }

@@ -31,19 +31,28 @@
 //! | Established | KeepAliveMsg, UpdateMsg      | Established | hold timer restarts                              |
 //! | Established | BGPOpen                      | (closed)    | NOTIFICATION 5/3; Down; peer Idle                |
 //! | Established | TcpConnectionFails           | (closed)    | Down; peer Active                                |
-//! | Established | TcpConnectionConfirmed (new) | Established | the new one: Cease/7                             |
+//! | Established | TcpConnectionConfirmed (new) | Established | the new one: Cease/7; with graceful restart: OPEN|
+//! | Established | BGPOpen on the new one, R    | (closed)    | Down, kept; the new one goes on as in OpenSent   |
+//! | Established | BGPOpen on the new one, no R | Established | the new one: Cease/7                             |
 //! | any         | NotifMsg                     | (closed)    | Cease: peer Active; else Idle                    |
 //! | any         | header, OPEN or UPDATE error | (closed)    | the NOTIFICATION; Down if up; peer Idle          |
 //! | confirm/est.| KeepaliveTimer_Expires       | same        | Send KEEPALIVE                                   |
 //! | confirm/est.| HoldTimer_Expires            | (closed)    | NOTIFICATION 4/0; Down if up; peer Idle          |
+//! | any         | SendHoldTimer_Expires        | (closed)    | NOTIFICATION 8/0; Down if up; peer Idle          |
+//!
+//! Routes are kept over a Down (RFC 4724 4.2) that no NOTIFICATION belongs to; where both sides have N (RFC 8538), over
+//! every Down but a Hard Reset's and our own stop's, which is then sent as one. RFC 4724 takes any new connection of an
+//! established peer for its restart. Here only one whose OPEN says so counts, because doubled peerings must not flap.
 
+mod negotiate;
 mod vocabulary;
 
-use std::{net::Ipv4Addr, time::Duration};
+use std::time::Duration;
 
-use super::wire::{Family, Notification, Open, cease, open_error};
+use super::wire::{Capability, Notification, Open, cease};
 
-pub use vocabulary::{Action, Event, Name, Negotiated, Now, Settings, Side};
+pub use negotiate::Negotiated;
+pub use vocabulary::{Action, Event, Name, Now, Settings, Side};
 
 /// Hold timer until the peer's OPEN has come (RFC 4271 8.2.2 suggests four minutes).
 const OPEN_HOLD: Duration = Duration::from_secs(240);
@@ -51,8 +60,9 @@ const OPEN_HOLD: Duration = Duration::from_secs(240);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// First wait between two dials; doubles with every failure.
 const RETRY_FIRST: Duration = Duration::from_secs(1);
-/// Longest wait between two dials. Nodes come back in seconds: RFC 4271's 120 s would keep their pods unreachable.
-const RETRY_LONGEST: Duration = Duration::from_secs(30);
+/// A session that lasted so long forgives the failures before it; shorter ones count as one more, so that two sides that
+/// agree on OPENs and on nothing else do not spin.
+const STABLE: Duration = Duration::from_secs(30);
 
 /// What the peer does about getting a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +78,8 @@ struct Connection {
     stage: Stage,
     hold_at: Option<Duration>,
     keepalive_at: Option<Duration>,
+    /// Since when it is established.
+    since: Option<Duration>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,10 +95,6 @@ impl Connection {
             Stage::OpenSent => None,
             Stage::OpenConfirm(negotiated) | Stage::Established(negotiated) => Some(negotiated),
         }
-    }
-
-    const fn established(&self) -> bool {
-        matches!(self.stage, Stage::Established(_))
     }
 }
 
@@ -127,6 +135,38 @@ impl State {
             Stage::Established(negotiated) => Some((side, negotiated)),
             _ => None,
         })
+    }
+
+    /// From the next connection on, this is what we offer.
+    pub fn offer(&mut self, capabilities: Vec<Capability>) {
+        self.settings.capabilities = capabilities;
+    }
+
+    /// Makes room for another connection of the peer beside the established one that it opened: from now on that one
+    /// counts as ours. Who opened it has no meaning any more once it is established. True where there is room now.
+    pub fn make_room(&mut self) -> bool {
+        let graceful = self.established().is_some_and(|(side, n)| side == Side::Incoming && n.kept().is_some());
+        if !graceful || self.outgoing.is_some() || matches!(self.phase, Phase::Connect { .. }) {
+            return false;
+        }
+        self.outgoing = self.incoming.take();
+        true
+    }
+
+    /// True where the peer was stopped, or never started.
+    pub fn stopped(&self) -> bool {
+        self.phase == Phase::Stopped
+    }
+
+    /// Attempts in a row that brought no lasting session.
+    pub const fn failures(&self) -> u32 {
+        self.failures
+    }
+
+    /// When the hold timer of the established session runs out, and when its next KEEPALIVE is due.
+    pub fn session_timers(&self) -> Option<(Option<Duration>, Option<Duration>)> {
+        let (side, _) = self.established()?;
+        self.connection(side).map(|connection| (connection.hold_at, connection.keepalive_at))
     }
 
     /// True where a connection of this side exists.
@@ -194,7 +234,7 @@ impl State {
 
     /// The wait before the next attempt: exponential, and jittered down to three quarters (RFC 4271 10).
     fn backoff(&mut self, now: Now) -> Duration {
-        let wait = RETRY_FIRST.saturating_mul(1 << self.failures.min(5)).min(RETRY_LONGEST);
+        let wait = RETRY_FIRST.saturating_mul(1 << self.failures.min(16)).min(self.settings.longest_retry);
         self.failures = self.failures.saturating_add(1);
         jitter(wait, now.random)
     }
@@ -236,6 +276,31 @@ enum Then {
     Idle,
 }
 
+/// How a connection ends.
+struct End {
+    /// What the peer is told.
+    send: Option<Notification>,
+    reason: String,
+    then: Then,
+    /// A NOTIFICATION, of either side, that ends more than the connection: see [`Notification::is_final`].
+    notified: Option<Notification>,
+}
+
+impl End {
+    const fn lost(reason: String) -> Self {
+        Self { send: None, reason, then: Then::Active, notified: None }
+    }
+
+    fn sent(notification: Notification, reason: String) -> Self {
+        Self { send: Some(notification.clone()), reason, then: Then::Idle, notified: Some(notification) }
+    }
+
+    fn received(notification: Notification) -> Self {
+        let then = if notification.code == 6 { Then::Active } else { Then::Idle };
+        Self { send: None, reason: format!("received {notification}"), then, notified: Some(notification) }
+    }
+}
+
 /// One step.
 pub fn step(state: &mut State, now: Now, event: Event) -> Vec<Action> {
     let mut actions = Vec::new();
@@ -273,7 +338,12 @@ pub fn step(state: &mut State, now: Now, event: Event) -> Vec<Action> {
             let hold =
                 state.connection(side).and_then(Connection::negotiated).map_or(OPEN_HOLD.as_secs(), |n| n.hold.into());
             let reason = format!("hold timer expired: nothing received for {hold} s");
-            fail(state, now, side, Some(Notification::hold_timer_expired()), reason, Then::Idle, &mut actions);
+            fail(state, now, side, End::sent(Notification::hold_timer_expired(), reason), &mut actions);
+        }
+        // Event 29 (RFC 9687): SendHoldTimer_Expires
+        Event::SendHoldTimerExpires(side) => {
+            let reason = "send hold timer expired: the peer reads nothing (RFC 9687)".to_owned();
+            fail(state, now, side, End::sent(Notification::send_hold_timer_expired(), reason), &mut actions);
         }
         // Event 11: KeepaliveTimer_Expires
         Event::KeepaliveTimerExpires(side) => {
@@ -297,14 +367,11 @@ pub fn step(state: &mut State, now: Now, event: Event) -> Vec<Action> {
             None => {}
         },
         // Events 24 and 25: NotifMsgVerErr, NotifMsg
-        Event::NotifMsg(side, notification) => {
-            let then = if notification.code == 6 { Then::Active } else { Then::Idle };
-            fail(state, now, side, None, format!("received {notification}"), then, &mut actions);
-        }
+        Event::NotifMsg(side, notification) => fail(state, now, side, End::received(notification), &mut actions),
         // Events 21, 22 and 28: BGPHeaderErr, BGPOpenMsgErr, UpdateMsgErr
         Event::MessageError(side, notification) => {
             let reason = format!("sent {notification}");
-            fail(state, now, side, Some(notification), reason, Then::Idle, &mut actions);
+            fail(state, now, side, End::sent(notification, reason), &mut actions);
         }
     }
     actions
@@ -318,8 +385,11 @@ fn reject(side: Side, subcode: u8, actions: &mut Vec<Action>) {
 fn stop(state: &mut State, notification: &Notification, actions: &mut Vec<Action>) {
     let was_up = state.established().is_some();
     for side in [Side::Outgoing, Side::Incoming] {
-        if state.slot(side).take().is_some() {
-            actions.push(Action::SendNotification(side, notification.clone()));
+        if let Some(connection) = state.slot(side).take() {
+            // RFC 8538 4: with N anything but a Hard Reset would leave our routes in place.
+            let hard = connection.negotiated().is_some_and(|negotiated| negotiated.notification_restart);
+            let notification = if hard { notification.hard() } else { notification.clone() };
+            actions.push(Action::SendNotification(side, notification));
             actions.push(Action::Close(side));
         }
     }
@@ -327,7 +397,7 @@ fn stop(state: &mut State, notification: &Notification, actions: &mut Vec<Action
         actions.push(Action::StopDial);
     }
     if was_up {
-        actions.push(Action::Down(format!("sent {notification}")));
+        actions.push(Action::Down { reason: format!("sent {notification}"), keep: false });
     }
     state.phase = Phase::Stopped;
     state.failures = 0;
@@ -340,13 +410,25 @@ fn connected(state: &mut State, now: Now, side: Side, actions: &mut Vec<Action>)
     if side == Side::Outgoing {
         state.phase = Phase::Active { until: None };
     }
-    if state.established().is_some() || state.connected(side) {
+    // With graceful restart the new connection's OPEN will tell whether the peer has restarted.
+    let graceful = state.established().is_none_or(|(_, negotiated)| negotiated.kept().is_some());
+    if !graceful || state.connected(side) {
         return reject(side, cease::CONNECTION_COLLISION_RESOLUTION, actions);
     }
-    *state.slot(side) =
-        Some(Connection { stage: Stage::OpenSent, hold_at: Some(now.time + OPEN_HOLD), keepalive_at: None });
+    *state.slot(side) = Some(Connection {
+        stage: Stage::OpenSent,
+        hold_at: Some(now.time + OPEN_HOLD),
+        keepalive_at: None,
+        since: None,
+    });
     let settings = &state.settings;
-    actions.push(Action::SendOpen(side, Open::ours(settings.local_asn, settings.hold, settings.router_id)));
+    let open = Open {
+        asn: settings.local_asn,
+        hold: settings.hold,
+        router_id: settings.router_id,
+        capabilities: settings.capabilities.clone(),
+    };
+    actions.push(Action::SendOpen(side, open));
     // While this connection tries its luck no further dial is planned; a dial under way goes on.
     if let Phase::Active { until } = &mut state.phase {
         *until = None;
@@ -355,7 +437,7 @@ fn connected(state: &mut State, now: Now, side: Side, actions: &mut Vec<Action>)
 
 fn connection_fails(state: &mut State, now: Now, side: Side, reason: String, actions: &mut Vec<Action>) {
     if state.connected(side) {
-        fail(state, now, side, None, reason, Then::Active, actions);
+        fail(state, now, side, End::lost(reason), actions);
     } else if side == Side::Outgoing && matches!(state.phase, Phase::Connect { .. }) {
         // Only the dial failed.
         if state.idle() {
@@ -368,25 +450,27 @@ fn connection_fails(state: &mut State, now: Now, side: Side, reason: String, act
 }
 
 /// Ends one connection. The peer changes phase only where no other connection is left.
-fn fail(
-    state: &mut State,
-    now: Now,
-    side: Side,
-    notification: Option<Notification>,
-    reason: String,
-    then: Then,
-    actions: &mut Vec<Action>,
-) {
+fn fail(state: &mut State, now: Now, side: Side, end: End, actions: &mut Vec<Action>) {
     let Some(connection) = state.slot(side).take() else { return };
-    if let Some(notification) = notification {
+    if let Some(notification) = end.send {
         actions.push(Action::SendNotification(side, notification));
     }
     actions.push(Action::Close(side));
-    actions.push(if connection.established() { Action::Down(reason) } else { Action::Failed(reason) });
-    if !state.idle() || (matches!(state.phase, Phase::Connect { .. }) && matches!(then, Then::Active)) {
+    if connection.since.is_some_and(|since| now.time.saturating_sub(since) >= STABLE) {
+        state.failures = 0;
+    }
+    actions.push(match &connection.stage {
+        Stage::Established(negotiated) => {
+            let is_final = |notification: &Notification| notification.is_final(negotiated.notification_restart);
+            let keep = negotiated.kept().is_some() && !end.notified.as_ref().is_some_and(is_final);
+            Action::Down { reason: end.reason, keep }
+        }
+        _ => Action::Failed(end.reason),
+    });
+    if !state.idle() || (matches!(state.phase, Phase::Connect { .. }) && matches!(end.then, Then::Active)) {
         return;
     }
-    match then {
+    match end.then {
         Then::Active => state.await_peer(now),
         Then::Idle => state.rest(now, actions),
     }
@@ -400,7 +484,7 @@ fn unexpected(state: &mut State, now: Now, side: Side, what: &str, actions: &mut
         Stage::Established(_) => (3, Name::Established),
     };
     let reason = format!("unexpected {what} in {}", name.as_str());
-    fail(state, now, side, Some(Notification::fsm_error(subcode)), reason, Then::Idle, actions);
+    fail(state, now, side, End::sent(Notification::fsm_error(subcode), reason), actions);
 }
 
 fn opened(state: &mut State, now: Now, side: Side, open: Open, actions: &mut Vec<Action>) {
@@ -409,15 +493,17 @@ fn opened(state: &mut State, now: Now, side: Side, open: Open, actions: &mut Vec
         Some(Stage::OpenSent) => {}
         Some(_) => return unexpected(state, now, side, "OPEN", actions),
     }
-    let negotiated = match negotiate(&state.settings, open) {
+    let negotiated = match negotiate::negotiate(&state.settings, open) {
         Ok(negotiated) => negotiated,
-        Err((subcode, reason)) => {
-            let notification = Notification::open_error(subcode);
+        Err((notification, reason)) => {
             let reason = format!("sent {notification}: {reason}");
-            return fail(state, now, side, Some(notification), reason, Then::Idle, actions);
+            return fail(state, now, side, End::sent(notification, reason), actions);
         }
     };
-    let loser = collision(state, side, negotiated.peer.router_id);
+    if state.connection(side.other()).is_some_and(|other| outlived(other, &negotiated.peer, now)) {
+        fail(state, now, side.other(), End::lost("the peer has restarted".to_owned()), actions);
+    }
+    let loser = collision(state, side, &negotiated.peer);
     if let Some(loser) = loser {
         *state.slot(loser) = None;
         reject(loser, cease::CONNECTION_COLLISION_RESOLUTION, actions);
@@ -433,38 +519,19 @@ fn opened(state: &mut State, now: Now, side: Side, open: Open, actions: &mut Vec
     actions.push(Action::SendKeepalive(side));
 }
 
-/// The OPEN checks of RFC 4271 6.2.
-fn negotiate(settings: &Settings, open: Open) -> Result<Negotiated, (u8, String)> {
-    if open.asn != settings.remote_asn {
-        let reason = format!("the peer is in AS {}, configured is AS {}", open.asn, settings.remote_asn);
-        return Err((open_error::BAD_PEER_AS, reason));
-    }
-    let internal = settings.remote_asn == settings.local_asn;
-    // RFC 6286: non-zero, and within one AS unique.
-    if open.router_id.is_unspecified() || (internal && open.router_id == settings.router_id) {
-        return Err((open_error::BAD_BGP_IDENTIFIER, format!("router id {} is not usable", open.router_id)));
-    }
-    if (1..3).contains(&open.hold) {
-        return Err((open_error::UNACCEPTABLE_HOLD_TIME, format!("hold time {} s is below 3 s", open.hold)));
-    }
-    let hold = settings.hold.min(open.hold);
-    let keepalive =
-        if hold == 0 { Duration::ZERO } else { settings.keepalive.min(Duration::from_secs(u64::from(hold)) / 3) };
-    let theirs = open.families(false);
-    let families = Family::ALL.into_iter().filter(|family| theirs.contains(family)).collect();
-    Ok(Negotiated {
-        hold,
-        keepalive,
-        families,
-        four_octet_as: open.four_octet_as(),
-        route_refresh: open.route_refresh(),
-        peer: open,
-    })
+/// True where `other` is the established connection of an earlier life of the peer, which has restarted. Within one life
+/// R is only ever cleared, so that it tells a new life where the established OPEN had none. Where both have it, the two
+/// may have crossed in one restart, unless the session has lasted.
+fn outlived(other: &Connection, new: &Open, now: Now) -> bool {
+    let Stage::Established(established) = &other.stage else { return false };
+    let restarting = |open: &Open| open.restart().is_some_and(|restart| restart.restarting);
+    let lasted = other.since.is_some_and(|since| now.time.saturating_sub(since) >= STABLE);
+    restarting(new) && (!restarting(&established.peer) || lasted)
 }
 
 /// RFC 4271 6.8 and RFC 6286 2.3: which connection is closed, where the other one has also received its OPEN. The one
 /// that the side with the higher identifier opened survives; with equal identifiers, the higher AS decides.
-fn collision(state: &State, side: Side, peer_id: Ipv4Addr) -> Option<Side> {
+fn collision(state: &State, side: Side, peer: &Open) -> Option<Side> {
     let other = state.connection(side.other())?;
     match other.stage {
         Stage::OpenSent => None,
@@ -472,7 +539,7 @@ fn collision(state: &State, side: Side, peer_id: Ipv4Addr) -> Option<Side> {
         Stage::OpenConfirm(_) => {
             let settings = &state.settings;
             let ours = (settings.router_id, settings.local_asn);
-            let theirs = (peer_id, settings.remote_asn);
+            let theirs = (peer.router_id, settings.remote_asn);
             Some(if ours < theirs { Side::Outgoing } else { Side::Incoming })
         }
     }
@@ -486,8 +553,10 @@ fn keepalive(state: &mut State, now: Now, side: Side, actions: &mut Vec<Action>)
         Some(stage @ Stage::OpenConfirm(_)) => {
             let Stage::OpenConfirm(negotiated) = stage.clone() else { return };
             *stage = Stage::Established(negotiated.clone());
+            if let Some(connection) = state.slot(side) {
+                connection.since = Some(now.time);
+            }
             restart_hold(state, now, side);
-            state.failures = 0;
             if state.slot(side.other()).take().is_some() {
                 reject(side.other(), cease::CONNECTION_COLLISION_RESOLUTION, actions);
             }
@@ -516,7 +585,9 @@ fn restart_keepalive(state: &mut State, now: Now, side: Side) {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::net::Ipv4Addr;
+
+    use super::{super::wire::Family, *};
 
     const PEER_ID: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
 
@@ -528,7 +599,17 @@ mod tests {
             hold: 90,
             keepalive: Duration::from_secs(30),
             passive: false,
+            longest_retry: Duration::from_secs(30),
+            role: None,
+            role_strict: false,
+            capabilities: offered(),
         }
+    }
+
+    fn offered() -> Vec<Capability> {
+        let mut capabilities: Vec<_> = Family::ALL.map(Capability::Multiprotocol).into();
+        capabilities.extend([Capability::RouteRefresh, Capability::FourOctetAs(64513)]);
+        capabilities
     }
 
     /// The middle of the jitter range would hide a missing jitter; its top makes waits equal their nominal value.
@@ -537,7 +618,7 @@ mod tests {
     }
 
     fn open() -> Open {
-        Open::ours(64513, 180, PEER_ID)
+        Open { asn: 64513, hold: 180, router_id: PEER_ID, capabilities: offered() }
     }
 
     /// Started, and fed with `events` at time zero.
@@ -574,8 +655,8 @@ mod tests {
         assert_eq!(state.name(), Name::OpenSent);
         let [Action::SendOpen(Side::Outgoing, open)] = actions.as_slice() else { panic!("{actions:?}") };
         assert_eq!((open.asn, open.hold, open.router_id), (64512, 90, Ipv4Addr::new(10, 0, 0, 1)));
-        assert_eq!(open.families(false), Family::ALL);
-        assert!(open.route_refresh() && open.four_octet_as());
+        assert_eq!(open.families(), Family::ALL);
+        assert!(open.has(&Capability::RouteRefresh) && open.four_octet_as());
     }
 
     #[test]
@@ -620,7 +701,8 @@ mod tests {
         assert_eq!(state.due(Duration::from_secs(140)), Some(Event::HoldTimerExpires(Side::Outgoing)));
         let actions = step(&mut state, at(140), Event::HoldTimerExpires(Side::Outgoing));
         assert!(closed_with(&actions, Side::Outgoing, 4, 0), "{actions:?}");
-        assert!(actions.contains(&Action::Down("hold timer expired: nothing received for 90 s".to_owned())));
+        let reason = "hold timer expired: nothing received for 90 s".to_owned();
+        assert!(actions.contains(&Action::Down { reason, keep: false }));
         assert_eq!(state.name(), Name::Idle);
     }
 
@@ -644,7 +726,7 @@ mod tests {
         let event = state.due(OPEN_HOLD).unwrap();
         let actions = step(&mut state, at(240), event);
         assert!(closed_with(&actions, Side::Incoming, 4, 0), "{actions:?}");
-        assert!(actions.iter().all(|action| !matches!(action, Action::Down(_))));
+        assert!(actions.iter().all(|action| !matches!(action, Action::Down { .. })));
     }
 
     #[test]
@@ -673,16 +755,128 @@ mod tests {
     }
 
     #[test]
-    fn an_established_session_resets_the_backoff() {
+    fn a_session_that_lasted_resets_the_backoff_and_one_that_did_not_lets_it_grow() {
         let (mut state, _) = after(settings(), []);
         for _ in 0..5 {
             step(&mut state, at(0), Event::TcpConnectionFails(Side::Outgoing, String::new()));
             step(&mut state, at(0), Event::ConnectRetryTimerExpires);
         }
         up(Side::Outgoing).into_iter().for_each(|event| drop(step(&mut state, at(100), event)));
-        let actions = step(&mut state, at(100), Event::TcpConnectionFails(Side::Outgoing, "gone".to_owned()));
-        assert_eq!(actions, [Action::Close(Side::Outgoing), Action::Down("gone".to_owned())]);
-        assert_eq!((state.name(), state.next_connect()), (Name::Active, Some(Duration::from_secs(101))));
+        let actions = step(&mut state, at(130), Event::TcpConnectionFails(Side::Outgoing, "gone".to_owned()));
+        let down = Action::Down { reason: "gone".to_owned(), keep: false };
+        assert_eq!(actions, [Action::Close(Side::Outgoing), down]);
+        assert_eq!((state.name(), state.next_connect()), (Name::Active, Some(Duration::from_secs(131))));
+        up(Side::Outgoing).into_iter().for_each(|event| drop(step(&mut state, at(131), event)));
+        step(&mut state, at(132), Event::TcpConnectionFails(Side::Outgoing, "gone again".to_owned()));
+        assert_eq!(state.next_connect(), Some(Duration::from_secs(134)), "one second of session forgives nothing");
+    }
+
+    fn graceful(notification: bool) -> Capability {
+        let families = Family::ALL.map(|family| (family, true)).into();
+        Capability::GracefulRestart(super::super::wire::Restart { restarting: false, notification, time: 60, families })
+    }
+
+    /// Established with graceful restart on both sides.
+    fn graceful_session(notification: bool) -> State {
+        let mut local = settings();
+        local.capabilities.push(graceful(notification));
+        let mut open = open();
+        open.capabilities.push(graceful(notification));
+        let side = Side::Outgoing;
+        let events = [Event::TcpConnectionConfirmed(side), Event::BgpOpen(side, open), Event::KeepAliveMsg(side)];
+        after(local, events).0
+    }
+
+    fn kept(actions: &[Action]) -> Option<bool> {
+        actions.iter().find_map(|action| match action {
+            Action::Down { keep, .. } => Some(*keep),
+            _ => None,
+        })
+    }
+
+    #[test]
+    fn routes_are_kept_over_a_lost_connection_and_over_notifications_only_with_n() {
+        let side = Side::Outgoing;
+        let hard = Notification::shutdown("for good").hard();
+        let cases = [
+            (Event::TcpConnectionFails(side, "reset".to_owned()), true, true),
+            (Event::NotifMsg(side, Notification::shutdown("bye")), false, true),
+            (Event::NotifMsg(side, hard), false, false),
+            (Event::HoldTimerExpires(side), false, true),
+            (Event::SendHoldTimerExpires(side), false, true),
+            (Event::ManualStop(Notification::shutdown("bye")), false, false),
+        ];
+        for (event, without, with) in cases {
+            for (notification, expected) in [(false, without), (true, with)] {
+                let actions = step(&mut graceful_session(notification), at(1), event.clone());
+                assert_eq!(kept(&actions), Some(expected), "N {notification}: {event:?}: {actions:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn our_own_stop_is_a_hard_reset_where_the_peer_would_keep_our_routes() {
+        for (notification, subcode) in [(false, cease::ADMINISTRATIVE_SHUTDOWN), (true, cease::HARD_RESET)] {
+            let stop = Event::ManualStop(Notification::shutdown("bye"));
+            let actions = step(&mut graceful_session(notification), at(1), stop);
+            assert!(closed_with(&actions, Side::Outgoing, 6, subcode), "{actions:?}");
+        }
+    }
+
+    #[test]
+    fn a_second_connection_replaces_the_session_only_where_its_open_says_restarted() {
+        for restarted in [false, true] {
+            let mut state = graceful_session(false);
+            let actions = step(&mut state, at(1), Event::TcpConnectionConfirmed(Side::Incoming));
+            assert!(matches!(actions.as_slice(), [Action::SendOpen(Side::Incoming, _)]), "{actions:?}");
+            let mut again = open();
+            let Capability::GracefulRestart(restart) = graceful(false) else { unreachable!() };
+            let restart = super::super::wire::Restart { restarting: restarted, ..restart };
+            again.capabilities.push(Capability::GracefulRestart(restart));
+            let actions = step(&mut state, at(1), Event::BgpOpen(Side::Incoming, again));
+            assert_eq!(kept(&actions), restarted.then_some(true), "{actions:?}");
+            assert_eq!(closed_with(&actions, Side::Incoming, 6, 7), !restarted);
+            assert_eq!(state.established().is_some(), !restarted);
+            step(&mut state, at(1), Event::KeepAliveMsg(Side::Incoming));
+            assert_eq!(state.name(), Name::Established);
+            assert_eq!(state.connected(Side::Incoming), restarted);
+        }
+    }
+
+    #[test]
+    fn two_connections_that_crossed_in_one_restart_do_not_end_each_other() {
+        let mut local = settings();
+        local.capabilities.push(graceful(false));
+        let mut restarted = open();
+        let Capability::GracefulRestart(restart) = graceful(false) else { unreachable!() };
+        let restart = super::super::wire::Restart { restarting: true, ..restart };
+        restarted.capabilities.push(Capability::GracefulRestart(restart));
+        let (first, second) = (Side::Outgoing, Side::Incoming);
+        let events = [
+            Event::TcpConnectionConfirmed(first),
+            Event::BgpOpen(first, restarted.clone()),
+            Event::KeepAliveMsg(first),
+            Event::TcpConnectionConfirmed(second),
+        ];
+        let (state, _) = after(local, events);
+        let actions = step(&mut state.clone(), at(1), Event::BgpOpen(second, restarted.clone()));
+        assert!(closed_with(&actions, second, 6, 7) && kept(&actions).is_none(), "{actions:?}");
+        let later = step(&mut state.clone(), at(40), Event::BgpOpen(second, restarted));
+        assert_eq!(kept(&later), Some(true), "a second restart, long after: {later:?}");
+    }
+
+    #[test]
+    fn there_is_room_for_another_connection_of_a_peer_that_opened_the_established_one() {
+        let mut local = settings();
+        local.capabilities.push(graceful(false));
+        let (side, mut theirs) = (Side::Incoming, open());
+        theirs.capabilities.push(graceful(false));
+        let events = [Event::TcpConnectionConfirmed(side), Event::BgpOpen(side, theirs), Event::KeepAliveMsg(side)];
+        let (mut state, _) = after(local, events);
+        assert!(state.make_room() && !state.connected(Side::Incoming) && state.connected(Side::Outgoing));
+        assert!(!state.make_room(), "one is enough");
+        let (mut plain, _) = after(settings(), up(Side::Incoming));
+        assert!(!plain.make_room(), "without graceful restart there is nothing to look for");
     }
 
     #[test]
@@ -749,10 +943,10 @@ mod tests {
         let lower = settings();
         let higher = Settings { router_id: Ipv4Addr::new(10, 0, 0, 3), ..settings() };
         for first in [Side::Outgoing, Side::Incoming] {
-            let (state, actions) = collide(lower, first);
+            let (state, actions) = collide(lower.clone(), first);
             assert!(closed_with(&actions, Side::Outgoing, 6, 7), "{first:?}: {actions:?}");
             assert!(state.connected(Side::Incoming) && !state.connected(Side::Outgoing));
-            let (state, actions) = collide(higher, first);
+            let (state, actions) = collide(higher.clone(), first);
             assert!(closed_with(&actions, Side::Incoming, 6, 7), "{first:?}: {actions:?}");
             assert!(state.connected(Side::Outgoing) && !state.connected(Side::Incoming));
         }
@@ -828,7 +1022,10 @@ mod tests {
             let actions = step(&mut state, at(1), Event::NotifMsg(Side::Outgoing, notification.clone()));
             assert_eq!(
                 actions,
-                [Action::Close(Side::Outgoing), Action::Down(format!("received {notification}"))],
+                [
+                    Action::Close(Side::Outgoing),
+                    Action::Down { reason: format!("received {notification}"), keep: false }
+                ],
                 "a NOTIFICATION is never answered with one"
             );
             assert_eq!(state.name(), expected);
@@ -840,7 +1037,7 @@ mod tests {
         let (mut state, _) = after(settings(), up(Side::Outgoing));
         let actions = step(&mut state, at(1), Event::ManualStop(Notification::cease(cease::PEER_DECONFIGURED)));
         assert!(closed_with(&actions, Side::Outgoing, 6, 3), "{actions:?}");
-        assert!(actions.iter().any(|action| matches!(action, Action::Down(_))));
+        assert!(actions.iter().any(|action| matches!(action, Action::Down { .. })));
         assert_eq!((state.name(), state.next_deadline()), (Name::Idle, None));
         let actions = step(&mut state, at(2), Event::TcpConnectionConfirmed(Side::Incoming));
         assert!(closed_with(&actions, Side::Incoming, 6, 5), "{actions:?}");

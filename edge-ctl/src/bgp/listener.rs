@@ -3,16 +3,18 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::{AsFd, OwnedFd},
     time::Duration,
 };
 
+use ipnet::IpNet;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
     net::{TcpListener, TcpStream},
     task::AbortHandle,
 };
 
-use super::wire::Family;
+use super::{password::Password, socket, wire::Family};
 
 /// Pause after an accept error such as "too many open files", which would otherwise spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -49,6 +51,18 @@ fn hint(error: &io::Error, address: SocketAddr) -> String {
 #[derive(Debug)]
 pub struct Listener {
     task: AbortHandle,
+    /// A second descriptor of the socket, for its options.
+    options: OwnedFd,
+}
+
+impl Listener {
+    /// Only who signs with this password may connect from `network`; an empty one takes that back.
+    ///
+    /// # Errors
+    /// The socket option's error.
+    pub fn set_password(&self, network: IpNet, password: &Password) -> io::Result<()> {
+        socket::set_md5(&self.options, network, password.bytes())
+    }
 }
 
 impl Drop for Listener {
@@ -72,6 +86,7 @@ where
     };
     let address = SocketAddr::new(wildcard, port);
     let listener = bind(address).map_err(|source| BgpError::Listen { address, source })?;
+    let options = listener.as_fd().try_clone_to_owned().map_err(|source| BgpError::Listen { address, source })?;
     let task = tokio::spawn(async move {
         loop {
             match listener.accept().await {
@@ -83,7 +98,7 @@ where
             }
         }
     });
-    Ok(Listener { task: task.abort_handle() })
+    Ok(Listener { task: task.abort_handle(), options })
 }
 
 fn bind(address: SocketAddr) -> io::Result<TcpListener> {
@@ -92,6 +107,10 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     socket.set_reuse_address(true)?;
     if address.is_ipv6() {
         socket.set_only_v6(true)?;
+        socket.set_unicast_hops_v6(255)?;
+    } else {
+        // A peer with GTSM (RFC 5082) takes our half of the handshake too only from 255.
+        socket.set_ttl_v4(255)?;
     }
     socket.bind(&address.into())?;
     socket.listen(128)?;

@@ -2,21 +2,33 @@
 //!
 //! Pure parts decide: `wire` (messages), `fsm` (one peer), `policy`, `bestpath`, `rib`, `advertise`. One actor owns them
 //! all and acts through `session` and `listener`, so there are no locks and every decision sees one consistent state.
-//! Nothing learnt is advertised again (see `advertise`). Graceful restart is not offered.
+//! What is learnt is announced again only with `transit` (see `advertise`). Graceful restart is spoken on both sides
+//! (`graceful`, and `actor::sessions` for our own).
 
 mod actor;
 pub mod advertise;
 pub mod bestpath;
 pub mod fsm;
+pub mod graceful;
+mod history;
 mod listener;
+pub mod nexthop;
+pub mod offer;
+mod password;
 mod peer;
 pub mod policy;
+mod policy_test;
 pub mod rib;
 mod session;
 mod show;
+mod socket;
 pub mod wire;
 
-use std::{net::IpAddr, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    time::Duration,
+};
 
 use ipnet::IpNet;
 use tokio::sync::{mpsc, oneshot};
@@ -25,9 +37,13 @@ use crate::{
     config::valid,
     model::{
         PathAttributes, RouteUpdate,
-        view::{BgpPeerRow, BgpRouteRow},
+        bgp_session::{OrderError, PeerOrder},
+        query::PolicyQuestion,
+        view::{BgpMessageRow, BgpPeerRow, BgpRouteRow, PolicyRow},
     },
 };
+
+use crate::model::bgp_session::Order;
 
 pub use listener::BgpError;
 
@@ -57,6 +73,15 @@ pub enum BgpEvent {
     Converged,
 }
 
+/// Steps of a planned end, in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Leaving {
+    /// What we originate carries GRACEFUL_SHUTDOWN (RFC 8326): peers look for another way.
+    Ask,
+    /// It is withdrawn.
+    Withdraw,
+}
+
 #[derive(Debug)]
 enum Command {
     Announce(IpNet, PathAttributes, oneshot::Sender<()>),
@@ -65,6 +90,13 @@ enum Command {
     Routes(oneshot::Sender<Vec<BgpRouteRow>>),
     Received(IpAddr, oneshot::Sender<Vec<BgpRouteRow>>),
     Advertised(IpAddr, oneshot::Sender<Vec<BgpRouteRow>>),
+    Messages(IpAddr, oneshot::Sender<Vec<BgpMessageRow>>),
+    Order(PeerOrder, oneshot::Sender<Result<(), OrderError>>),
+    Restarted(oneshot::Sender<()>),
+    Originated(oneshot::Sender<BTreeSet<IpNet>>),
+    Kernel(Vec<(IpNet, Option<IpAddr>)>, oneshot::Sender<()>),
+    Leave(Leaving, oneshot::Sender<()>),
+    Policy(Box<PolicyQuestion>, oneshot::Sender<Option<PolicyRow>>),
     Reload(Box<valid::Bgp>, oneshot::Sender<Result<(), BgpError>>),
     Shutdown(oneshot::Sender<()>),
 }
@@ -85,10 +117,31 @@ impl Speaker {
         Ok(Self { actor: actor::Actor::new(config, events, inbox)?, commands })
     }
 
+    /// The daemon has restarted, and what its earlier life forwarded has been forwarded since: peers that kept our
+    /// routes are told so (RFC 4724 4.1), and [`BgpHandle::restarted`] is owed to them.
+    #[must_use]
+    pub fn restarting(mut self) -> Self {
+        self.actor.restarting();
+        self
+    }
+
+    /// These peers stay shut down, with these messages.
+    #[must_use]
+    pub fn shut_down(mut self, peers: &BTreeMap<IpAddr, String>) -> Self {
+        self.actor.shut_at_start(peers);
+        self
+    }
+
+    /// What is asked through it waits until [`Speaker::start`].
+    pub fn handle(&self) -> BgpHandle {
+        BgpHandle { commands: self.commands.clone() }
+    }
+
     /// Dials and accepts.
     pub fn start(self) -> BgpHandle {
+        let handle = self.handle();
         tokio::spawn(self.actor.run());
-        BgpHandle { commands: self.commands }
+        handle
     }
 }
 
@@ -136,6 +189,45 @@ impl BgpHandle {
     /// Adj-RIB-Out of a peer.
     pub async fn advertised(&self, peer: IpAddr) -> Vec<BgpRouteRow> {
         self.ask(|reply| Command::Advertised(peer, reply)).await.unwrap_or_default()
+    }
+
+    /// The last messages of a peer, oldest first.
+    pub async fn messages(&self, peer: IpAddr) -> Vec<BgpMessageRow> {
+        self.ask(|reply| Command::Messages(peer, reply)).await.unwrap_or_default()
+    }
+
+    /// Clears, refreshes, shuts down or enables a peer, or all of them.
+    ///
+    /// # Errors
+    /// There is no such peer; the speaker has ended.
+    pub async fn order(&self, order: PeerOrder) -> Result<(), OrderError> {
+        self.ask(|reply| Command::Order(order, reply)).await.unwrap_or(Err(OrderError::Ended))
+    }
+
+    /// Prefixes that are announced now.
+    pub async fn originated(&self) -> BTreeSet<IpNet> {
+        self.ask(Command::Originated).await.unwrap_or_default()
+    }
+
+    /// After a restart: everything is announced that will be, so that peers may forget the rest.
+    pub async fn restarted(&self) {
+        self.ask(Command::Restarted).await;
+    }
+
+    /// The kernel's connected and static routes with their gateways, default routes aside: next hops are resolved by them
+    /// from the first time that they are given.
+    pub async fn kernel(&self, routes: Vec<(IpNet, Option<IpAddr>)>) {
+        self.ask(|reply| Command::Kernel(routes, reply)).await;
+    }
+
+    /// One step of a planned end; [`BgpHandle::shutdown`] is the last.
+    pub async fn leave(&self, step: Leaving) {
+        self.ask(|reply| Command::Leave(step, reply)).await;
+    }
+
+    /// What a peer's policy says of a path; `None`: no such peer.
+    pub async fn policy(&self, question: PolicyQuestion) -> Option<PolicyRow> {
+        self.ask(|reply| Command::Policy(Box::new(question), reply)).await.flatten()
     }
 
     /// Applies a new configuration. Sessions whose settings did not change are untouched; changed prefix lists are

@@ -11,9 +11,12 @@ use tokio::task::AbortHandle;
 use super::{
     advertise::AdjRibOut,
     fsm::{self, Negotiated, Side},
-    policy::Policy,
+    graceful::Helper,
+    history::History,
+    password::{self, Password},
+    policy::{Local, Policy},
     session::{Link, LinkId},
-    wire::{Context, Family},
+    wire::{AddPath, Context, Family},
 };
 use crate::config::valid;
 
@@ -46,6 +49,22 @@ pub struct Peer {
     pub established_count: u64,
     /// When the session came up or went down; `None`: never up.
     pub changed: Option<Duration>,
+    /// What of it outlives its session.
+    pub helper: Helper,
+    /// What happened to it.
+    pub history: History,
+    /// Its TCP MD5 password, or why there is none although one is configured.
+    pub password: Result<Password, String>,
+    /// The kernel's signature counters when the last dial began.
+    pub signatures: password::Counters,
+    /// Shut down by an administrator, with this message.
+    pub shutdown: Option<String>,
+    /// It connected from a `listen_range`.
+    pub dynamic: bool,
+    /// It had too many prefixes; it may come back at this time, or not by itself.
+    pub limited: Option<Option<Duration>>,
+    /// A warning that its prefixes come near the limit was given.
+    pub warned: bool,
 }
 
 /// An established session.
@@ -61,6 +80,8 @@ pub struct Session {
     pub end_of_rib: BTreeSet<Family>,
     /// When the last UPDATE came, or the session was established.
     pub last_update: Duration,
+    /// We have restarted, and have not announced everything yet: the End-of-RIB is still to come.
+    pub owes_end_of_rib: bool,
 }
 
 impl Session {
@@ -88,6 +109,14 @@ impl Peer {
             last_failure: None,
             established_count: 0,
             changed: None,
+            helper: Helper::default(),
+            history: History::default(),
+            password: config.session.password.as_ref().map_or_else(|| Ok(Password::default()), password::read),
+            signatures: password::Counters::default(),
+            shutdown: None,
+            dynamic: false,
+            limited: None,
+            warned: false,
         }
     }
 
@@ -114,8 +143,14 @@ impl Peer {
 
     /// How the bytes of a connection are to be read; before the OPEN nothing depends on it.
     pub fn context(&self) -> Context {
-        let four_octet_as = self.session.as_ref().is_none_or(|session| session.negotiated.four_octet_as);
-        Context { four_octet_as, internal: self.policy.internal }
+        let session = self.session.as_ref();
+        Context {
+            four_octet_as: session.is_none_or(|session| session.negotiated.four_octet_as),
+            internal: self.policy.internal,
+            // The session's task has cut the messages to length: it takes long ones only where both sides do.
+            extended: true,
+            add_path: session.map_or(AddPath::None, |session| session.out.terms.context.add_path),
+        }
     }
 
     /// Counts one message.
@@ -133,15 +168,33 @@ pub fn settings(bgp: &valid::Bgp, peer: &valid::Peer) -> fsm::Settings {
         hold: u16::try_from(peer.hold.as_secs()).unwrap_or(u16::MAX),
         keepalive: peer.keepalive,
         passive: peer.passive,
+        longest_retry: peer.session.connect_retry,
+        role: peer.session.role,
+        role_strict: peer.session.role_strict,
+        capabilities: Vec::new(),
     }
 }
 
 /// The policy's part of the configuration.
 pub fn policy(bgp: &valid::Bgp, peer: &valid::Peer) -> Policy {
-    Policy { internal: peer.remote_asn == bgp.asn, import: peer.import.clone(), export: peer.export.clone() }
+    let list = |terms: &Option<Vec<valid::Term>>| terms.clone().map(std::sync::Arc::new);
+    Policy { internal: peer.remote_asn == bgp.asn, import: list(&peer.import), export: list(&peer.export) }
 }
 
-/// Families of the addresses of peers.
+/// What makes us refuse a path, as far as the configuration says it.
+pub fn local(bgp: &valid::Bgp) -> Local {
+    Local {
+        asn: bgp.asn,
+        router_id: Some(bgp.router_id),
+        addresses: bgp.peers.values().filter_map(|peer| peer.local_address).collect(),
+        pod_networks: bgp.guard.pod_networks.clone(),
+        vips: bgp.guard.vips.clone(),
+        connected: BTreeSet::new(),
+    }
+}
+
+/// Families of the addresses of peers and of the networks that peers may connect from.
 pub fn families(bgp: &valid::Bgp) -> BTreeSet<Family> {
-    bgp.peers.keys().map(|address: &IpAddr| Family::of_address(*address)).collect()
+    let ranges = bgp.ranges.iter().map(|range| Family::of(&range.network));
+    bgp.peers.keys().map(|address: &IpAddr| Family::of_address(*address)).chain(ranges).collect()
 }

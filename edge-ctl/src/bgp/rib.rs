@@ -1,115 +1,257 @@
 //! Adj-RIB-In of every peer and the Loc-RIB, in one table by prefix.
 //!
 //! Received paths are kept before policy, together with the reason why one is refused, so that a policy change is a
-//! re-evaluation and "why is it not used" has an answer. Changes of the next hops are collected and coalesced until
-//! [`Rib::take_changes`].
+//! re-evaluation and "why is it not used" has an answer. A path takes part in selection while policy lets it in and its
+//! next hop can be reached. Changes of the gateways are collected and coalesced until [`Rib::take_changes`].
+//!
+//! A full table is a million prefixes: what they have in common (attributes, gateways, peers) is shared, not copied.
+
+mod reach;
+mod show;
+mod stale;
+mod table;
+#[cfg(test)]
+mod tests;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     net::{IpAddr, Ipv4Addr},
     sync::Arc,
     time::Duration,
 };
 
 use ipnet::IpNet;
+use smallvec::SmallVec;
 
+use self::{reach::Reach, table::Table};
 use super::{
     bestpath::{self, Candidate, Reason, Selection},
-    policy::{Local, Policy, Rejection},
-    wire::{Attributes, Update},
+    policy::{self, Local, Policy, Rejection},
+    wire::{Attributes, Community, Family, Nlri, Update},
 };
 use crate::model::RouteUpdate;
+
+pub use show::Standing;
+
+/// At most so many changes are taken at a time, so that a full table never stands in memory twice.
+const CHANGES: usize = 4096;
+
+/// What an UPDATE says of its prefixes, shared by all of them.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Route {
+    /// Its attributes.
+    pub attributes: Attributes,
+    /// Next hop.
+    pub next_hop: IpAddr,
+}
+
+/// What policy makes of a path.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Judged {
+    AsReceived,
+    Changed(Arc<Route>),
+    Rejected(Box<Rejection>),
+}
 
 /// A path learnt from a peer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Path {
-    /// The peer.
-    pub peer: IpAddr,
-    /// Its attributes, shared by all prefixes of one UPDATE.
-    pub attributes: Arc<Attributes>,
-    /// Next hop.
-    pub next_hop: IpAddr,
-    /// When it was learnt, on the actor's clock.
-    pub learnt: Duration,
-    /// Why it does not take part in route selection.
-    pub rejection: Option<Rejection>,
+    source: u32,
+    /// Path identifier (RFC 7911); 0 without ADD-PATH.
+    pub id: u32,
+    /// As the peer sent it.
+    pub received: Arc<Route>,
+    judged: Judged,
+    /// Seconds on the actor's clock.
+    learnt: u32,
+    /// Its session is down, and the peer is expected back (RFC 4724 4.2).
+    pub stale: bool,
 }
 
-/// A peer whose session is established.
+impl Path {
+    /// After policy; of a rejected path as received.
+    pub const fn used(&self) -> &Arc<Route> {
+        match &self.judged {
+            Judged::Changed(route) => route,
+            Judged::AsReceived | Judged::Rejected(_) => &self.received,
+        }
+    }
+
+    /// Why it does not take part in route selection.
+    pub fn rejection(&self) -> Option<Rejection> {
+        match &self.judged {
+            Judged::Rejected(why) => Some(**why),
+            Judged::AsReceived | Judged::Changed(_) => None,
+        }
+    }
+
+    /// When it was learnt, on the actor's clock.
+    pub const fn learnt(&self) -> Duration {
+        Duration::from_secs(self.learnt as u64)
+    }
+}
+
+/// A peer that has, or had, a session.
 #[derive(Clone, Debug)]
 struct Source {
+    peer: IpAddr,
     policy: Policy,
     router_id: Ipv4Addr,
+    up: bool,
     received: u64,
     accepted: u64,
 }
 
+/// Where packets to a prefix go.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Hops {
+    gateways: Vec<IpAddr>,
+    internal: bool,
+}
+
 #[derive(Clone, Debug, Default)]
 struct Entry {
-    /// One path at most from each peer, by peer address.
-    paths: Vec<Path>,
+    /// By source and path identifier.
+    paths: SmallVec<[Path; 1]>,
+    /// What the last change said.
+    installed: Option<Arc<Hops>>,
     /// We originate the prefix: our own path is preferred over any learnt one and needs no next hop.
     originated: bool,
-    /// What the last change said.
-    next_hops: Vec<IpAddr>,
 }
 
 /// All routes.
 #[derive(Clone, Debug)]
 pub struct Rib {
     local: Local,
-    sources: BTreeMap<IpAddr, Source>,
-    table: BTreeMap<IpNet, Entry>,
+    ids: BTreeMap<IpAddr, u32>,
+    sources: Vec<Source>,
+    table: Table<Entry>,
+    routes: Interner,
+    reach: Reach,
     originated: BTreeSet<IpNet>,
-    changes: BTreeMap<IpNet, Vec<IpAddr>>,
+    changes: BTreeSet<IpNet>,
+    /// Prefixes whose best path may have changed; `None`: nobody is told.
+    moved: Option<BTreeSet<IpNet>>,
 }
 
-/// A path and its standing, for users.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Standing<'a> {
-    /// The path.
-    pub path: &'a Path,
-    /// It is the best one.
-    pub best: bool,
-    /// It carries traffic, alone or with its equals.
-    pub multipath: bool,
-    /// Learnt inside our AS.
+/// The best path, for announcing it again.
+#[derive(Clone, Copy, Debug)]
+pub struct Best<'a> {
+    /// The path after import policy.
+    pub route: &'a Arc<Route>,
+    /// Who it came from.
+    pub peer: IpAddr,
+    /// That peer is in our AS.
     pub internal: bool,
-    /// Why it is not the best, where it is accepted.
-    pub reason: Option<Reason>,
 }
 
 impl Rib {
     /// An empty table.
-    pub const fn new(local: Local) -> Self {
+    pub fn new(local: Local) -> Self {
         Self {
             local,
-            sources: BTreeMap::new(),
-            table: BTreeMap::new(),
+            ids: BTreeMap::new(),
+            sources: Vec::new(),
+            table: Table::default(),
+            routes: Interner::default(),
+            reach: Reach::default(),
             originated: BTreeSet::new(),
-            changes: BTreeMap::new(),
+            changes: BTreeSet::new(),
+            moved: None,
         }
     }
 
-    /// A session came up.
+    /// A session came up. Paths kept from the last one stay stale until [`Rib::sweep`].
     pub fn peer_up(&mut self, peer: IpAddr, policy: Policy, router_id: Ipv4Addr) {
-        self.sources.insert(peer, Source { policy, router_id, received: 0, accepted: 0 });
+        match self.ids.get(&peer).map(|id| *id as usize) {
+            Some(index) => {
+                let source = &mut self.sources[index];
+                let changed = source.policy != policy;
+                source.policy = policy;
+                source.router_id = router_id;
+                source.up = true;
+                if changed {
+                    self.evaluate(peer);
+                }
+            }
+            None => {
+                let id = u32::try_from(self.sources.len()).unwrap_or(u32::MAX);
+                self.ids.insert(peer, id);
+                self.sources.push(Source { peer, policy, router_id, up: true, received: 0, accepted: 0 });
+            }
+        }
     }
 
     /// A session went down: its paths are gone at once.
     pub fn peer_down(&mut self, peer: IpAddr) {
-        if self.sources.remove(&peer).is_none() {
-            return;
+        let Some(id) = self.id(peer) else { return };
+        for prefix in self.prefixes_of(id) {
+            self.edit(prefix, |entry| entry.paths.retain(|path| path.source != id));
         }
-        for prefix in self.prefixes_of(peer) {
-            self.edit(prefix, |entry| entry.paths.retain(|path| path.peer != peer));
-        }
+        let source = &mut self.sources[id as usize];
+        (source.up, source.received, source.accepted) = (false, 0, 0);
+        self.settle();
     }
 
-    /// Our AS number or router id changed; paths are judged by them from now on.
-    pub fn identify(&mut self, asn: u32, router_id: Ipv4Addr) {
-        if (self.local.asn, self.local.router_id) != (asn, router_id) {
-            (self.local.asn, self.local.router_id) = (asn, router_id);
+    /// A session went down under graceful restart: its paths of these families stay, stale but valid (RFC 4724 4.2).
+    pub fn peer_restarts(&mut self, peer: IpAddr, families: &BTreeSet<Family>) {
+        let Some(id) = self.id(peer) else { return };
+        self.sources[id as usize].up = false;
+        for prefix in self.prefixes_of(id) {
+            let keep = families.contains(&Family::of(&prefix));
+            let gone = self.take(prefix, id, |path| {
+                path.stale = true;
+                keep
+            });
+            self.count_out(id, &gone);
+        }
+        self.settle();
+    }
+
+    /// Stale paths of a peer go: its End-of-RIB came, or its time is up. `None`: of all families.
+    pub fn sweep(&mut self, peer: IpAddr, family: Option<Family>) {
+        let Some(id) = self.id(peer) else { return };
+        for prefix in self.prefixes_of(id) {
+            if family.is_none_or(|family| family == Family::of(&prefix)) {
+                let gone = self.take(prefix, id, |path| !path.stale);
+                self.count_out(id, &gone);
+            }
+        }
+        self.settle();
+    }
+
+    /// Keeps of a source's paths to `prefix` those that `keep` says; returns the others.
+    fn take(&mut self, prefix: IpNet, id: u32, mut keep: impl FnMut(&mut Path) -> bool) -> Vec<Path> {
+        let mut gone = Vec::new();
+        self.edit(prefix, |entry| {
+            entry.paths.retain(|path| {
+                let keep = path.source != id || keep(path);
+                if !keep {
+                    gone.push(path.clone());
+                }
+                keep
+            });
+        });
+        gone
+    }
+
+    fn count_out(&mut self, id: u32, gone: &[Path]) {
+        let source = &mut self.sources[id as usize];
+        source.received -= gone.len() as u64;
+        source.accepted -= gone.iter().filter(|path| path.rejection().is_none()).count() as u64;
+    }
+
+    /// What makes us refuse a path has changed, our addresses aside: those that sessions have shown stay known.
+    pub fn identify(&mut self, local: Local) {
+        let connected = std::mem::take(&mut self.local.connected);
+        let mut addresses = std::mem::take(&mut self.local.addresses);
+        addresses.extend(local.addresses.iter().copied());
+        let new = Local { addresses, connected, ..local };
+        let before = std::mem::replace(&mut self.local, new);
+        let same = (self.local.asn, self.local.router_id) == (before.asn, before.router_id)
+            && self.local.pod_networks == before.pod_networks
+            && self.local.vips == before.vips;
+        if !same {
             self.evaluate_all();
         }
     }
@@ -123,72 +265,145 @@ impl Rib {
 
     /// The policy of a peer changed.
     pub fn set_policy(&mut self, peer: IpAddr, policy: Policy) {
-        if let Some(source) = self.sources.get_mut(&peer) {
-            source.policy = policy;
+        if let Some(id) = self.id(peer) {
+            self.sources[id as usize].policy = policy;
             self.evaluate(peer);
         }
     }
 
+    /// From now on [`Rib::take_moved`] tells whose best path may have changed; or no longer.
+    pub fn watch_best(&mut self, on: bool) {
+        match (on, self.moved.is_some()) {
+            (true, false) => self.moved = Some(self.table.iter().map(|(prefix, _)| prefix).collect()),
+            (false, true) => self.moved = None,
+            _ => {}
+        }
+    }
+
+    fn id(&self, peer: IpAddr) -> Option<u32> {
+        self.ids.get(&peer).copied()
+    }
+
     fn evaluate_all(&mut self) {
-        let peers: Vec<IpAddr> = self.sources.keys().copied().collect();
+        let peers: Vec<IpAddr> = self.ids.keys().copied().collect();
         peers.into_iter().for_each(|peer| self.evaluate(peer));
     }
 
     fn evaluate(&mut self, peer: IpAddr) {
-        let Some(policy) = self.sources.get(&peer).map(|source| source.policy.clone()) else { return };
-        let local = self.local.clone();
+        let Some(id) = self.id(peer) else { return };
+        let policy = self.sources[id as usize].policy.clone();
         let mut accepted = 0;
-        for prefix in self.prefixes_of(peer) {
+        for prefix in self.prefixes_of(id) {
+            let Some(entry) = self.table.get(&prefix) else { continue };
+            let received: SmallVec<[Arc<Route>; 1]> =
+                entry.paths.iter().filter(|path| path.source == id).map(|path| Arc::clone(&path.received)).collect();
+            let judged: SmallVec<[Judged; 1]> =
+                received.iter().map(|route| self.judge(peer, &policy, &prefix, route, &mut Vec::new())).collect();
+            accepted += judged.iter().filter(|judged| !matches!(judged, Judged::Rejected(_))).count() as u64;
+            judged.iter().for_each(|judged| self.track(judged, &received));
             self.edit(prefix, |entry| {
-                for path in entry.paths.iter_mut().filter(|path| path.peer == peer) {
-                    path.rejection = policy.import(&local, &prefix, &path.attributes, path.next_hop).err();
-                    accepted += u64::from(path.rejection.is_none());
-                }
+                let paths = entry.paths.iter_mut().filter(|path| path.source == id);
+                paths.zip(judged).for_each(|(path, judged)| path.judged = judged);
             });
         }
-        if let Some(source) = self.sources.get_mut(&peer) {
-            source.accepted = accepted;
+        self.sources[id as usize].accepted = accepted;
+        self.settle();
+    }
+
+    fn track(&mut self, judged: &Judged, received: &[Arc<Route>]) {
+        let hops: SmallVec<[IpAddr; 1]> = match judged {
+            Judged::Changed(route) => SmallVec::from_slice(&[route.next_hop]),
+            Judged::AsReceived => received.iter().map(|route| route.next_hop).collect(),
+            Judged::Rejected(_) => SmallVec::new(),
+        };
+        hops.into_iter().for_each(|hop| self.know(hop));
+    }
+
+    /// What policy says of a path; `changed` remembers what each term made of `route`.
+    fn judge(
+        &mut self,
+        peer: IpAddr,
+        policy: &Policy,
+        prefix: &IpNet,
+        route: &Arc<Route>,
+        changed: &mut Vec<(Option<usize>, Arc<Route>)>,
+    ) -> Judged {
+        let permit = match policy.import(&self.local, prefix, &route.attributes, route.next_hop) {
+            Ok(permit) => permit,
+            Err(why) => return Judged::Rejected(Box::new(why)),
+        };
+        // RFC 8326 4.1: the sender is about to go; whoever else has the route is preferred.
+        let leaves = !policy.internal && route.attributes.has_community(Community::GRACEFUL_SHUTDOWN);
+        if permit.changes.is_none() && !leaves {
+            return Judged::AsReceived;
         }
+        if let Some((_, known)) = changed.iter().find(|(term, _)| *term == permit.term) {
+            return Judged::Changed(Arc::clone(known));
+        }
+        let mut new = Route::clone(route);
+        if leaves {
+            new.attributes.local_pref = Some(0);
+        }
+        if let Some(changes) = permit.changes {
+            policy::apply(changes, &mut new.attributes, &mut new.next_hop, peer, self.local.asn);
+        }
+        let new = self.routes.share(new);
+        changed.push((permit.term, Arc::clone(&new)));
+        Judged::Changed(new)
     }
 
     /// An UPDATE of an established peer.
     pub fn update(&mut self, peer: IpAddr, update: &Update, now: Duration) {
-        let Some(mut source) = self.sources.remove(&peer) else { return };
-        for prefix in &update.withdrawn {
-            self.put(peer, *prefix, None, &mut source);
+        let Some(id) = self.id(peer).filter(|id| self.sources[*id as usize].up) else { return };
+        for nlri in &update.withdrawn {
+            self.put(id, *nlri, None);
         }
-        let attributes = Arc::new(update.attributes.clone());
+        let policy = self.sources[id as usize].policy.clone();
+        let learnt = u32::try_from(now.as_secs()).unwrap_or(u32::MAX);
         for announcement in &update.announced {
-            let next_hop = announcement.next_hop;
-            for prefix in &announcement.prefixes {
-                let rejection = source.policy.import(&self.local, prefix, &attributes, next_hop).err();
-                let path = Path { peer, attributes: Arc::clone(&attributes), next_hop, learnt: now, rejection };
-                self.put(peer, *prefix, Some(path), &mut source);
+            let route =
+                self.routes.share(Route { attributes: update.attributes.clone(), next_hop: announcement.next_hop });
+            let mut changed = Vec::new();
+            for nlri in &announcement.prefixes {
+                let judged = self.judge(peer, &policy, &nlri.prefix, &route, &mut changed);
+                let path =
+                    Path { source: id, id: nlri.path, received: Arc::clone(&route), judged, learnt, stale: false };
+                self.put(id, *nlri, Some(path));
             }
+            self.know(announcement.next_hop);
+            changed.iter().for_each(|(_, route)| self.know(route.next_hop));
         }
-        // Selection needs the source; `put` only marks, the prefixes are decided once it is back in its place.
-        self.sources.insert(peer, source);
-        for prefix in &update.withdrawn {
-            self.decide(*prefix);
+        for nlri in &update.withdrawn {
+            self.decide(nlri.prefix);
         }
-        for prefix in update.announced.iter().flat_map(|announcement| &announcement.prefixes) {
-            self.decide(*prefix);
+        for nlri in update.announced.iter().flat_map(|announcement| &announcement.prefixes) {
+            self.decide(nlri.prefix);
         }
+        self.settle();
     }
 
-    fn put(&mut self, peer: IpAddr, prefix: IpNet, path: Option<Path>, source: &mut Source) {
-        let entry = self.table.entry(prefix).or_default();
-        let place = entry.paths.binary_search_by_key(&peer, |path| path.peer);
+    fn put(&mut self, id: u32, nlri: Nlri, path: Option<Path>) {
+        let source = &mut self.sources[id as usize];
+        if path.is_none() && self.table.get(&nlri.prefix).is_none() {
+            return;
+        }
+        let entry = self.table.at(nlri.prefix);
+        let place = entry.paths.binary_search_by_key(&(id, nlri.path), |path| (path.source, path.id));
         if let Ok(index) = place {
             source.received -= 1;
-            source.accepted -= u64::from(entry.paths[index].rejection.is_none());
+            source.accepted -= u64::from(entry.paths[index].rejection().is_none());
         }
         if let Some(path) = &path {
             source.received += 1;
-            source.accepted += u64::from(path.rejection.is_none());
+            source.accepted += u64::from(path.rejection().is_none());
         }
         match (place, path) {
-            (Ok(index), Some(path)) => entry.paths[index] = path,
+            // Said again unchanged, a path keeps its age.
+            (Ok(index), Some(path)) => {
+                let old = &mut entry.paths[index];
+                let learnt = if old.received == path.received { old.learnt } else { path.learnt };
+                *old = Path { learnt, ..path };
+            }
             (Ok(index), None) => drop(entry.paths.remove(index)),
             (Err(index), Some(path)) => entry.paths.insert(index, path),
             (Err(_), None) => {}
@@ -198,70 +413,103 @@ impl Rib {
     /// We originate these prefixes and no others.
     pub fn originate(&mut self, wanted: BTreeSet<IpNet>) {
         let before = std::mem::replace(&mut self.originated, wanted);
-        for prefix in before.symmetric_difference(&self.originated.clone()) {
-            let originated = self.originated.contains(prefix);
-            self.edit(*prefix, |entry| entry.originated = originated);
+        let differ: Vec<IpNet> = before.symmetric_difference(&self.originated).copied().collect();
+        for prefix in differ {
+            let originated = self.originated.contains(&prefix);
+            self.edit(prefix, |entry| entry.originated = originated);
         }
+        self.settle();
     }
 
     fn edit(&mut self, prefix: IpNet, change: impl FnOnce(&mut Entry)) {
-        change(self.table.entry(prefix).or_default());
+        change(self.table.at(prefix));
         self.decide(prefix);
     }
 
     fn decide(&mut self, prefix: IpNet) {
         let Some(entry) = self.table.get(&prefix) else { return };
-        let next_hops = self.next_hops(entry);
-        let Some(entry) = self.table.get_mut(&prefix) else { return };
-        if entry.next_hops != next_hops {
-            entry.next_hops.clone_from(&next_hops);
-            self.changes.insert(prefix, next_hops);
+        let hops = self.hops(entry);
+        let empty = entry.paths.is_empty() && !entry.originated;
+        if let Some(moved) = &mut self.moved {
+            moved.insert(prefix);
         }
-        if entry.paths.is_empty() && !entry.originated {
+        if entry.installed != hops {
+            if let Some(entry) = self.table.get_mut(&prefix) {
+                entry.installed = hops;
+            }
+            self.changes.insert(prefix);
+            self.reach.route_changed(&prefix);
+        }
+        if empty {
             self.table.remove(&prefix);
         }
     }
 
-    fn next_hops(&self, entry: &Entry) -> Vec<IpAddr> {
+    fn hops(&self, entry: &Entry) -> Option<Arc<Hops>> {
         if entry.originated {
-            return Vec::new();
+            return None;
         }
-        let accepted: Vec<&Path> = entry.paths.iter().filter(|path| path.rejection.is_none()).collect();
-        if let [only] = accepted.as_slice() {
-            return vec![only.next_hop];
+        let usable: SmallVec<[&Path; 4]> = entry.paths.iter().filter(|path| self.usable(path)).collect();
+        let internal = |path: &Path| self.sources[path.source as usize].policy.internal;
+        match usable.as_slice() {
+            [] => None,
+            [only] => self.reach.alone(only.used().next_hop, internal(only)),
+            several => {
+                let selection = self.select(several);
+                let chosen = || selection.multipath.iter().map(|&index| several[index]);
+                let mut gateways: Vec<IpAddr> =
+                    chosen().flat_map(|path| self.reach.gateways(path.used().next_hop)).collect();
+                gateways.sort_unstable();
+                gateways.dedup();
+                let internal = chosen().next().is_some_and(internal);
+                Some(Arc::new(Hops { gateways, internal }))
+            }
         }
-        let selection = self.select(&accepted);
-        let mut next_hops: Vec<IpAddr> = selection.multipath.iter().map(|&index| accepted[index].next_hop).collect();
-        next_hops.sort_unstable();
-        next_hops.dedup();
-        next_hops
     }
 
-    fn select(&self, accepted: &[&Path]) -> Selection {
-        let candidates: Vec<Candidate<'_>> = accepted
+    fn usable(&self, path: &Path) -> bool {
+        path.rejection().is_none() && self.reach.reachable(path.used().next_hop)
+    }
+
+    fn select(&self, usable: &[&Path]) -> Selection {
+        bestpath::select(&self.candidates(usable))
+    }
+
+    fn candidates<'a>(&'a self, usable: &[&'a Path]) -> Vec<Candidate<'a>> {
+        usable
             .iter()
-            .filter_map(|path| {
-                let source = self.sources.get(&path.peer)?;
-                Some(Candidate {
-                    attributes: &path.attributes,
+            .map(|path| {
+                let source = &self.sources[path.source as usize];
+                Candidate {
+                    attributes: &path.used().attributes,
                     internal: source.policy.internal,
                     router_id: source.router_id,
-                    peer: path.peer,
-                })
+                    peer: source.peer,
+                    cost: self.reach.cost(path.used().next_hop),
+                    path: path.id,
+                }
             })
-            .collect();
-        bestpath::select(&candidates)
+            .collect()
     }
 
-    fn prefixes_of(&self, peer: IpAddr) -> Vec<IpNet> {
-        let has = |entry: &Entry| entry.paths.iter().any(|path| path.peer == peer);
-        self.table.iter().filter(|(_, entry)| has(entry)).map(|(prefix, _)| *prefix).collect()
+    fn prefixes_of(&self, id: u32) -> Vec<IpNet> {
+        let has = |entry: &Entry| entry.paths.iter().any(|path| path.source == id);
+        self.table.iter().filter(|(_, entry)| has(entry)).map(|(prefix, _)| prefix).collect()
     }
 
-    /// The changes since the last call, one for each prefix, in the order of prefixes.
+    /// The changes since the last call, one for each prefix, in the order of prefixes; a part of them where there are
+    /// very many.
     pub fn take_changes(&mut self) -> Vec<RouteUpdate> {
-        let changes = std::mem::take(&mut self.changes);
-        changes.into_iter().map(|(prefix, next_hops)| RouteUpdate { prefix, next_hops }).collect()
+        let mut list = Vec::new();
+        while list.len() < CHANGES
+            && let Some(prefix) = self.changes.pop_first()
+        {
+            let hops = self.table.get(&prefix).and_then(|entry| entry.installed.as_ref());
+            let next_hops = hops.map(|hops| hops.gateways.clone()).unwrap_or_default();
+            let internal = hops.is_some_and(|hops| hops.internal);
+            list.push(RouteUpdate { prefix, next_hops, internal });
+        }
+        list
     }
 
     /// True where [`Rib::take_changes`] has something.
@@ -269,312 +517,55 @@ impl Rib {
         !self.changes.is_empty()
     }
 
+    /// Prefixes whose best path may have changed since the last call, where [`Rib::watch_best`] asked for them.
+    pub fn take_moved(&mut self) -> BTreeSet<IpNet> {
+        self.moved.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    /// The best learnt path to `prefix`; `None` where we originate it ourselves.
+    pub fn best(&self, prefix: &IpNet) -> Option<Best<'_>> {
+        let entry = self.table.get(prefix).filter(|entry| !entry.originated)?;
+        let usable: SmallVec<[&Path; 4]> = entry.paths.iter().filter(|path| self.usable(path)).collect();
+        let best = *usable.get(self.select(&usable).best?)?;
+        let source = &self.sources[best.source as usize];
+        Some(Best { route: best.used(), peer: source.peer, internal: source.policy.internal })
+    }
+
+    /// Every prefix with a learnt path.
+    pub fn prefixes(&self) -> impl Iterator<Item = IpNet> {
+        self.table.iter().filter(|(_, entry)| !entry.paths.is_empty()).map(|(prefix, _)| prefix)
+    }
+
     /// Prefixes received from a peer, and those of them that were accepted.
     pub fn counts(&self, peer: IpAddr) -> (u64, u64) {
-        self.sources.get(&peer).map_or((0, 0), |source| (source.received, source.accepted))
+        let source = self.id(peer).map(|id| &self.sources[id as usize]);
+        source.map_or((0, 0), |source| (source.received, source.accepted))
     }
 
-    /// Every prefix that a peer has announced, with the standing of its path.
-    pub fn received(&self, peer: IpAddr) -> impl Iterator<Item = (&IpNet, Standing<'_>)> {
-        let of_peer = move |standing: &Standing<'_>| standing.path.peer == peer;
-        self.table
-            .iter()
-            .filter(move |(_, entry)| entry.paths.iter().any(|path| path.peer == peer))
-            .filter_map(move |(prefix, entry)| Some((prefix, self.standings(entry).into_iter().find(of_peer)?)))
-    }
-
-    /// Every prefix with its paths' standing and whether we originate it.
-    pub fn iter(&self) -> impl Iterator<Item = (&IpNet, bool, Vec<Standing<'_>>)> {
-        self.table.iter().map(|(prefix, entry)| (prefix, entry.originated, self.standings(entry)))
-    }
-
-    fn standings<'a>(&'a self, entry: &'a Entry) -> Vec<Standing<'a>> {
-        let accepted: Vec<&Path> = entry.paths.iter().filter(|path| path.rejection.is_none()).collect();
-        let selection = self.select(&accepted);
-        let mut position = 0;
-        entry
-            .paths
-            .iter()
-            .map(|path| {
-                let internal = self.sources.get(&path.peer).is_some_and(|source| source.policy.internal);
-                if path.rejection.is_some() {
-                    return Standing { path, best: false, multipath: false, internal, reason: None };
-                }
-                let index = position;
-                position += 1;
-                if entry.originated {
-                    return Standing { path, best: false, multipath: false, internal, reason: Some(Reason::Local) };
-                }
-                Standing {
-                    path,
-                    best: selection.best == Some(index),
-                    multipath: selection.multipath.contains(&index),
-                    internal,
-                    reason: selection.reasons.get(index).copied().flatten(),
-                }
-            })
-            .collect()
+    /// What makes us refuse paths.
+    pub const fn local(&self) -> &Local {
+        &self.local
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
+/// Routes by content, so that the same attributes in many UPDATEs are kept once.
+#[derive(Clone, Debug, Default)]
+struct Interner {
+    known: HashSet<Arc<Route>>,
+    clean_at: usize,
+}
 
-    use super::{
-        super::wire::{Announcement, AsPath, Segment},
-        *,
-    };
-    use crate::config::valid::PrefixRule;
-
-    const NOW: Duration = Duration::from_secs(1);
-
-    fn address(host: u8) -> IpAddr {
-        IpAddr::from([172, 16, 1, host])
-    }
-
-    /// Internal peers 172.16.1.HOST, established.
-    fn rib(hosts: &[u8]) -> Rib {
-        let local = Local { asn: 64512, router_id: Ipv4Addr::new(172, 16, 1, 88), addresses: [address(88)].into() };
-        let mut rib = Rib::new(local);
-        for host in hosts {
-            let policy = Policy { internal: true, ..Policy::default() };
-            rib.peer_up(address(*host), policy, Ipv4Addr::new(172, 16, 1, *host));
+impl Interner {
+    fn share(&mut self, route: Route) -> Arc<Route> {
+        if let Some(known) = self.known.get(&route) {
+            return Arc::clone(known);
         }
-        rib
-    }
-
-    fn announce(prefixes: &[&str], next_hop: IpAddr) -> Update {
-        announce_with(prefixes, next_hop, Attributes::default())
-    }
-
-    fn announce_with(prefixes: &[&str], next_hop: IpAddr, attributes: Attributes) -> Update {
-        let prefixes = prefixes.iter().map(|prefix| prefix.parse().unwrap()).collect();
-        Update { announced: vec![Announcement { next_hop, prefixes }], attributes, ..Update::default() }
-    }
-
-    fn withdraw(prefixes: &[&str]) -> Update {
-        Update { withdrawn: prefixes.iter().map(|prefix| prefix.parse().unwrap()).collect(), ..Update::default() }
-    }
-
-    fn change(prefix: &str, hosts: &[u8]) -> RouteUpdate {
-        RouteUpdate { prefix: prefix.parse().unwrap(), next_hops: hosts.iter().map(|host| address(*host)).collect() }
-    }
-
-    #[test]
-    fn a_withdrawal_says_that_the_prefix_is_gone_and_leaves_no_entry() {
-        let mut rib = rib(&[80]);
-        rib.update(address(80), &announce(&["10.1.0.0/24"], address(80)), NOW);
-        assert_eq!(rib.take_changes(), [change("10.1.0.0/24", &[80])]);
-        rib.update(address(80), &withdraw(&["10.1.0.0/24", "10.9.0.0/24"]), NOW);
-        assert_eq!(rib.take_changes(), [change("10.1.0.0/24", &[])]);
-        assert_eq!(rib.iter().count(), 0);
-        assert_eq!(rib.counts(address(80)), (0, 0));
-    }
-
-    #[test]
-    fn equal_paths_share_the_load_sorted_and_without_duplicates() {
-        let mut rib = rib(&[82, 81, 80]);
-        rib.update(address(82), &announce(&["10.1.0.0/24"], address(82)), NOW);
-        rib.update(address(81), &announce(&["10.1.0.0/24"], address(81)), NOW);
-        rib.update(address(80), &announce(&["10.1.0.0/24"], address(82)), NOW);
-        assert_eq!(rib.take_changes(), [change("10.1.0.0/24", &[81, 82])]);
-    }
-
-    #[test]
-    fn a_session_that_goes_down_takes_its_paths_and_leaves_the_others() {
-        let mut rib = rib(&[80, 81]);
-        rib.update(address(80), &announce(&["10.1.0.0/24", "10.1.1.0/24"], address(80)), NOW);
-        rib.update(address(81), &announce(&["10.1.0.0/24"], address(81)), NOW);
-        rib.take_changes();
-        rib.peer_down(address(80));
-        assert_eq!(rib.take_changes(), [change("10.1.0.0/24", &[81]), change("10.1.1.0/24", &[])]);
-        assert_eq!(rib.counts(address(80)), (0, 0));
-        rib.peer_down(address(80));
-        assert!(!rib.has_changes());
-    }
-
-    #[test]
-    fn a_better_path_replaces_the_group_and_its_loss_restores_it() {
-        let mut rib = rib(&[80, 81]);
-        rib.update(address(80), &announce(&["10.1.0.0/24"], address(80)), NOW);
-        let preferred = Attributes { local_pref: Some(200), ..Attributes::default() };
-        rib.update(address(81), &announce_with(&["10.1.0.0/24"], address(81), preferred), NOW);
-        assert_eq!(rib.take_changes(), [change("10.1.0.0/24", &[81])]);
-        rib.update(address(81), &withdraw(&["10.1.0.0/24"]), NOW);
-        assert_eq!(rib.take_changes(), [change("10.1.0.0/24", &[80])]);
-    }
-
-    #[test]
-    fn the_same_announcement_again_changes_nothing() {
-        let mut rib = rib(&[80]);
-        let update = announce(&["10.1.0.0/24"], address(80));
-        rib.update(address(80), &update, NOW);
-        rib.take_changes();
-        rib.update(address(80), &update, NOW);
-        assert!(!rib.has_changes());
-        assert_eq!(rib.counts(address(80)), (1, 1));
-    }
-
-    #[test]
-    fn a_prefix_both_withdrawn_and_announced_is_announced() {
-        let mut rib = rib(&[80]);
-        let update =
-            Update { withdrawn: withdraw(&["10.1.0.0/24"]).withdrawn, ..announce(&["10.1.0.0/24"], address(80)) };
-        rib.update(address(80), &update, NOW);
-        assert_eq!(rib.take_changes(), [change("10.1.0.0/24", &[80])]);
-    }
-
-    #[test]
-    fn a_refused_path_is_kept_with_its_reason_and_replaces_the_accepted_one() {
-        let mut rib = rib(&[80]);
-        rib.update(address(80), &announce(&["10.1.0.0/24"], address(80)), NOW);
-        rib.take_changes();
-        let looped = Attributes { as_path: AsPath(vec![Segment::Sequence(vec![64512])]), ..Attributes::default() };
-        rib.update(address(80), &announce_with(&["10.1.0.0/24"], address(80), looped), NOW);
-        assert_eq!(rib.take_changes(), [change("10.1.0.0/24", &[])]);
-        let (_, _, standings) = rib.iter().next().unwrap();
-        assert_eq!(standings[0].path.rejection, Some(Rejection::OwnAs(64512)));
-        assert_eq!(rib.counts(address(80)), (1, 0));
-    }
-
-    #[test]
-    fn a_changed_policy_is_applied_to_what_was_received() {
-        let mut rib = rib(&[80]);
-        rib.update(address(80), &announce(&["10.1.0.0/24", "10.2.0.0/24"], address(80)), NOW);
-        rib.take_changes();
-        let only = PrefixRule { prefix: "10.1.0.0/16".parse().unwrap(), min_length: 16, max_length: 32 };
-        let policy = Policy { internal: true, import: Some(vec![only]), export: None };
-        rib.set_policy(address(80), policy);
-        assert_eq!(rib.take_changes(), [change("10.2.0.0/24", &[])]);
-        assert_eq!(rib.counts(address(80)), (2, 1));
-        rib.set_policy(address(80), Policy { internal: true, ..Policy::default() });
-        assert_eq!(rib.take_changes(), [change("10.2.0.0/24", &[80])]);
-    }
-
-    #[test]
-    fn an_address_that_turns_out_to_be_ours_is_no_next_hop_any_more() {
-        let mut rib = rib(&[80]);
-        rib.update(address(80), &announce(&["10.1.0.0/24"], address(99)), NOW);
-        rib.take_changes();
-        rib.local_address(address(99));
-        assert_eq!(rib.take_changes(), [change("10.1.0.0/24", &[])]);
-    }
-
-    #[test]
-    fn a_prefix_of_our_own_needs_no_route_even_where_a_peer_offers_one() {
-        let mut rib = rib(&[80]);
-        rib.originate(["10.9.0.1/32".parse().unwrap()].into());
-        rib.update(address(80), &announce(&["10.9.0.1/32"], address(80)), NOW);
-        assert!(!rib.has_changes());
-        let (_, own, standings) = rib.iter().next().unwrap();
-        assert!(own);
-        assert_eq!(standings[0].reason, Some(Reason::Local));
-        drop(standings);
-        rib.originate(BTreeSet::new());
-        assert_eq!(rib.take_changes(), [change("10.9.0.1/32", &[80])]);
-    }
-
-    #[test]
-    fn updates_of_a_peer_that_is_not_up_are_ignored() {
-        let mut rib = rib(&[]);
-        rib.update(address(80), &announce(&["10.1.0.0/24"], address(80)), NOW);
-        assert!(!rib.has_changes());
-        assert_eq!(rib.iter().count(), 0);
-    }
-
-    #[test]
-    fn standings_name_the_best_its_equals_and_why_the_rest_lost() {
-        let mut rib = rib(&[80, 81, 82, 83]);
-        rib.update(address(80), &announce(&["10.1.0.0/24"], address(88)), NOW);
-        rib.update(address(81), &announce(&["10.1.0.0/24"], address(81)), NOW);
-        rib.update(address(82), &announce(&["10.1.0.0/24"], address(82)), NOW);
-        let worse = Attributes { local_pref: Some(50), ..Attributes::default() };
-        rib.update(address(83), &announce_with(&["10.1.0.0/24"], address(83), worse), NOW);
-        let (_, _, standings) = rib.iter().next().unwrap();
-        let shown: Vec<_> = standings.iter().map(|s| (s.best, s.multipath, s.reason)).collect();
-        let router_id = Reason::RouterId(Ipv4Addr::new(172, 16, 1, 81));
-        assert_eq!(
-            shown,
-            [
-                (false, false, None),
-                (true, true, None),
-                (false, true, Some(router_id)),
-                (false, false, Some(Reason::LocalPref(100)))
-            ]
-        );
-        assert_eq!(standings[0].path.rejection, Some(Rejection::OwnNextHop(address(88))));
-    }
-
-    /// What may happen to the RIB in the property below.
-    #[derive(Clone, Debug)]
-    enum Step {
-        Announce { peer: u8, prefix: u8, hop: u8, local_pref: u32 },
-        Withdraw { peer: u8, prefix: u8 },
-        Down { peer: u8 },
-    }
-
-    fn steps() -> impl Strategy<Value = Step> {
-        let (peer, prefix) = (80u8..84, 0u8..4);
-        prop_oneof![
-            4 => (peer.clone(), prefix.clone(), 90u8..93, 100u32..102)
-                .prop_map(|(peer, prefix, hop, local_pref)| Step::Announce { peer, prefix, hop, local_pref }),
-            2 => (peer.clone(), prefix).prop_map(|(peer, prefix)| Step::Withdraw { peer, prefix }),
-            1 => peer.prop_map(|peer| Step::Down { peer }),
-        ]
-    }
-
-    proptest! {
-        #[test]
-        fn the_changes_added_up_are_always_the_next_hops_of_the_best_paths(
-            list in prop::collection::vec(steps(), 1..60),
-            take_every in 1usize..5,
-        ) {
-            let mut rib = rib(&[80, 81, 82, 83]);
-            let mut paths: BTreeMap<(String, u8), (u8, u32)> = BTreeMap::new();
-            let mut installed = crate::model::RouteSet::default();
-            for (number, step) in list.into_iter().enumerate() {
-                match step {
-                    Step::Announce { peer, prefix, hop, local_pref } => {
-                        let prefix = format!("10.{prefix}.0.0/16");
-                        let attributes = Attributes { local_pref: Some(local_pref), ..Attributes::default() };
-                        rib.update(address(peer), &announce_with(&[&prefix], address(hop), attributes), NOW);
-                        paths.insert((prefix, peer), (hop, local_pref));
-                    }
-                    Step::Withdraw { peer, prefix } => {
-                        let prefix = format!("10.{prefix}.0.0/16");
-                        rib.update(address(peer), &withdraw(&[&prefix]), NOW);
-                        paths.remove(&(prefix, peer));
-                    }
-                    Step::Down { peer } => {
-                        rib.peer_down(address(peer));
-                        let policy = Policy { internal: true, ..Policy::default() };
-                        rib.peer_up(address(peer), policy, Ipv4Addr::new(172, 16, 1, peer));
-                        paths.retain(|(_, from), _| *from != peer);
-                    }
-                }
-                if number % take_every == 0 {
-                    rib.take_changes().into_iter().for_each(|change| {
-                        installed.apply(change);
-                    });
-                }
-            }
-            rib.take_changes().into_iter().for_each(|change| {
-                        installed.apply(change);
-                    });
-            let mut expected = crate::model::RouteSet::default();
-            for prefix in (0..4).map(|number| format!("10.{number}.0.0/16")) {
-                let of: Vec<_> = paths.iter().filter(|((p, _), _)| *p == prefix).map(|(_, path)| *path).collect();
-                let best = of.iter().map(|(_, local_pref)| *local_pref).max();
-                let hops: std::collections::BTreeSet<u8> =
-                    of.iter().filter(|(_, local_pref)| Some(*local_pref) == best).map(|(hop, _)| *hop).collect();
-                expected.apply(change(&prefix, &hops.into_iter().collect::<Vec<_>>()));
-            }
-            prop_assert_eq!(&installed, &expected);
-            for peer in 80..84 {
-                let count = paths.keys().filter(|(_, from)| *from == peer).count() as u64;
-                prop_assert_eq!(rib.counts(address(peer)), (count, count));
-            }
+        if self.known.len() >= self.clean_at {
+            self.known.retain(|route| Arc::strong_count(route) > 1);
+            self.clean_at = (self.known.len() * 2).max(1024);
         }
+        let route = Arc::new(route);
+        self.known.insert(Arc::clone(&route));
+        route
     }
 }

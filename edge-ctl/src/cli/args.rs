@@ -9,6 +9,7 @@ use super::acl::AclVerb;
 use super::dns::DnsVerb;
 use super::flows::{Client, KillArgs};
 use super::orders::{One, Order};
+use super::sessions::{MessagesArgs, Target, message};
 use crate::model::query::DEFAULT_LIMIT;
 
 /// Layer-4 load balancer for the edge of on-premises Kubernetes: the daemon, and the views into it.
@@ -284,12 +285,78 @@ pub(super) enum BgpVerb {
         /// Its address
         address: IpAddr,
     },
+    /// End a session, which comes back at once; with --soft, tell and ask for all routes again instead
+    Clear {
+        #[command(flatten)]
+        target: Target,
+        /// The session stays
+        #[arg(long)]
+        soft: bool,
+    },
+    /// End a session until it is enabled again. Kept across restarts
+    Shutdown {
+        #[command(flatten)]
+        target: Target,
+        /// What the peer's operators read (RFC 9003)
+        #[arg(long, value_parser = message)]
+        message: Option<String>,
+    },
+    /// Let a session that was shut down come up again
+    Enable {
+        #[command(flatten)]
+        target: Target,
+    },
+    /// The last messages of a peer, both ways
+    Messages(MessagesArgs),
     /// Routes, with the reason why one is not best or not accepted
     #[command(infer_subcommands = true)]
+    #[command(args_conflicts_with_subcommands = true)]
     Routes {
+        /// Only paths to this prefix, or to the longest one with this address in it
+        prefix: Option<String>,
         #[command(subcommand)]
         which: Option<Which>,
     },
+    /// What policy says
+    #[command(infer_subcommands = true)]
+    Policy {
+        #[command(subcommand)]
+        verb: PolicyVerb,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum PolicyVerb {
+    /// Ask a peer's policy about a path: the one that there is, or one with these attributes
+    Test(PolicyArgs),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct PolicyArgs {
+    /// Its address
+    pub peer: IpAddr,
+    /// What it sends, or what is announced to it
+    #[arg(value_enum)]
+    pub direction: Direction,
+    /// The prefix
+    pub prefix: ipnet::IpNet,
+    /// AS numbers with spaces between
+    #[arg(long, value_name = "NUMBERS")]
+    pub as_path: Option<String>,
+    /// A community; may be given more than once
+    #[arg(long = "community", value_name = "COMMUNITY")]
+    pub communities: Vec<crate::model::Community>,
+    /// Next hop
+    #[arg(long, value_name = "ADDRESS")]
+    pub next_hop: Option<IpAddr>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(super) enum Direction {
+    /// What the peer sends
+    In,
+    /// What is announced to it
+    Out,
 }
 
 #[derive(Debug, Subcommand)]
@@ -359,6 +426,20 @@ pub(super) enum ConfigVerb {
     Rollback,
     /// The JSON schema of the configuration
     Schema,
+    /// Another program's configuration as ours, and what is wrong with it
+    Import {
+        /// Whose it is
+        #[arg(value_enum)]
+        from: ImportFrom,
+        /// The file
+        file: PathBuf,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(super) enum ImportFrom {
+    /// FRR's or Quagga's bgpd
+    Frr,
 }
 
 fn confirm(text: &str) -> Result<Duration, String> {
@@ -527,6 +608,12 @@ mod tests {
             "bgp routes available",
             "bgp routes received",
             "bgp routes advertised 172.16.1.80",
+            "bgp clear 172.16.1.80",
+            "bgp clear all --soft",
+            "bgp shutdown 172.16.1.80 --message later",
+            "bgp enable all",
+            "bgp messages 172.16.1.80",
+            "bgp messages 172.16.1.80 /tmp/peer.pcap",
             "route list",
             "map list",
             "map dump SERVICES",

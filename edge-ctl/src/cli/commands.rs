@@ -20,6 +20,7 @@ use super::{
     dns::{self, DnsVerb},
     flows::{self, Client},
     orders::{self, One, Order},
+    sessions,
     table::{self, Column},
     views::{self, View},
 };
@@ -47,7 +48,8 @@ enum Show {
     BgpSummary,
     BgpPeers,
     BgpPeer(IpAddr),
-    BgpRoutes,
+    BgpRoutes(Option<String>),
+    BgpPolicy(super::args::PolicyArgs),
     BgpReceived(Option<IpAddr>),
     BgpAdvertised(Option<IpAddr>),
     Routes,
@@ -66,6 +68,9 @@ pub(super) fn execute(cli: Cli, wiring: &Wiring<'_>) -> Exit {
     let show = match cli.command {
         Command::Run => return (wiring.run)(&config),
         Command::Config { verb: ConfigVerb::Check } => return check(&config, wiring, global),
+        Command::Config { verb: ConfigVerb::Import { from: super::args::ImportFrom::Frr, file } } => {
+            return super::bgp::import_frr(&file);
+        }
         Command::Config { verb: ConfigVerb::Schema } => {
             print(crate::config::SCHEMA);
             return Exit::Ok;
@@ -90,6 +95,15 @@ pub(super) fn execute(cli: Cli, wiring: &Wiring<'_>) -> Exit {
         Command::Backend { verb: Some(BackendVerb::Order(given)) } => {
             return with_source(global, wiring, |source| order(source, &given));
         }
+        Command::Bgp {
+            verb:
+                Some(
+                    verb @ (BgpVerb::Clear { .. }
+                    | BgpVerb::Shutdown { .. }
+                    | BgpVerb::Enable { .. }
+                    | BgpVerb::Messages(_)),
+                ),
+        } => return with_source(global, wiring, |source| sessions::run(source, &verb)),
         Command::Show { noun: ShowNoun::Version } => return with_source(global, wiring, version),
         other => view_of(other),
     };
@@ -110,6 +124,7 @@ fn view_of(command: Command) -> Option<Show> {
                 | ConfigVerb::Diff { .. }
                 | ConfigVerb::Commit { .. }
                 | ConfigVerb::Rollback
+                | ConfigVerb::Import { .. }
                 | ConfigVerb::Schema,
         } => return None,
         Command::Status => Show::Status,
@@ -133,7 +148,7 @@ fn view_of(command: Command) -> Option<Show> {
         Command::Dns { verb: Some(DnsVerb::Stats) } => Show::DnsStats,
         Command::Dns { verb: Some(DnsVerb::Servers) } => Show::DnsServers,
         Command::Dns { .. } => Show::Dns,
-        Command::Bgp { verb } => bgp(verb),
+        Command::Bgp { verb } => return bgp(verb),
         Command::Route { .. } => Show::Routes,
         Command::Map { verb: Some(MapVerb::Dump(args)) } => Show::Map(args.name, args.limit),
         Command::Map { verb: Some(MapVerb::Audit) } => Show::Audit,
@@ -154,15 +169,20 @@ fn all_flows() -> FlowArgs {
     FlowArgs { service: None, limit: crate::model::query::DEFAULT_LIMIT }
 }
 
-fn bgp(verb: Option<BgpVerb>) -> Show {
-    match verb {
+fn bgp(verb: Option<BgpVerb>) -> Option<Show> {
+    Some(match verb {
         None | Some(BgpVerb::Summary) => Show::BgpSummary,
         Some(BgpVerb::Peers) => Show::BgpPeers,
         Some(BgpVerb::Peer { address }) => Show::BgpPeer(address),
-        Some(BgpVerb::Routes { which: None | Some(Which::Available) }) => Show::BgpRoutes,
-        Some(BgpVerb::Routes { which: Some(Which::Received { peer }) }) => Show::BgpReceived(peer),
-        Some(BgpVerb::Routes { which: Some(Which::Advertised { peer }) }) => Show::BgpAdvertised(peer),
-    }
+        Some(BgpVerb::Routes { which: None | Some(Which::Available), prefix }) => Show::BgpRoutes(prefix),
+        Some(BgpVerb::Routes { which: Some(Which::Received { peer }), .. }) => Show::BgpReceived(peer),
+        Some(BgpVerb::Routes { which: Some(Which::Advertised { peer }), .. }) => Show::BgpAdvertised(peer),
+        Some(BgpVerb::Policy { verb: super::args::PolicyVerb::Test(question) }) => Show::BgpPolicy(question),
+        // Those are no views.
+        Some(BgpVerb::Clear { .. } | BgpVerb::Shutdown { .. } | BgpVerb::Enable { .. } | BgpVerb::Messages(_)) => {
+            return None;
+        }
+    })
 }
 
 fn get(noun: GetNoun) -> Show {
@@ -181,7 +201,7 @@ fn get(noun: GetNoun) -> Show {
 fn vtysh(noun: ShowNoun) -> Option<Show> {
     Some(match noun {
         ShowNoun::Version => return None,
-        ShowNoun::Bgp { verb } | ShowNoun::Ip { noun: ShowIp::Bgp { verb } } => bgp(verb),
+        ShowNoun::Bgp { verb } | ShowNoun::Ip { noun: ShowIp::Bgp { verb } } => return bgp(verb),
         ShowNoun::Ip { noun: ShowIp::Route } => Show::Routes,
         ShowNoun::RunningConfig => Show::Config,
         ShowNoun::Status => Show::Status,
@@ -210,6 +230,10 @@ pub(super) struct Failure {
 impl Failure {
     pub fn error(message: impl ToString) -> Self {
         Self { exit: Exit::Error, message: message.to_string() }
+    }
+
+    pub fn usage(message: impl ToString) -> Self {
+        Self { exit: Exit::Usage, message: message.to_string() }
     }
 }
 
@@ -334,7 +358,8 @@ fn shown(source: &Source<'_>, show: &Show) -> Outcome<Shown> {
         Show::BgpSummary => list(&views::BGP_SUMMARY, &Query::BgpPeers),
         Show::BgpPeers => list(&views::BGP_PEERS, &Query::BgpPeers),
         Show::BgpPeer(address) => peer(source, *address),
-        Show::BgpRoutes => list(&views::BGP_ROUTES, &Query::BgpRoutes),
+        Show::BgpRoutes(prefix) => super::bgp::routes(source, prefix.as_deref()),
+        Show::BgpPolicy(question) => super::bgp::policy(source, question),
         Show::BgpReceived(peer) => peer_routes(source, *peer, Query::BgpReceived),
         Show::BgpAdvertised(peer) => peer_routes(source, *peer, Query::BgpAdvertised),
         Show::Routes => routes(source),

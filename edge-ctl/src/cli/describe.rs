@@ -162,7 +162,16 @@ pub(super) fn backend(row: &Value) -> String {
             ("Tier", text(row, "tier")),
             ("Limit", views::limit(row)),
             ("Flows", format!("{} active, {} in all", text(row, "active"), text(row, "connections"))),
-            ("Checks", format!("{} failed, {} times unavailable", text(row, "fails"), text(row, "unavail"))),
+            (
+                "Checks",
+                format!(
+                    "{} failed, {} times unavailable, {} times ejected",
+                    text(row, "fails"),
+                    text(row, "unavail"),
+                    text(row, "ejections")
+                ),
+            ),
+            ("Downtime", seconds(row, "downtime", age)),
             ("Last check", seconds(row, "last-check", age)),
             ("Connect", views::connect_time(row)),
             ("First byte", views::first_byte(row)),
@@ -221,26 +230,69 @@ pub(super) fn peer(row: &Value) -> String {
             ("Router ID", text(row, "router_id")),
             ("State", format!("{}, for {}", text(row, "state"), views::up_down(row))),
             ("Hold time", format!("{} s, keepalive {} s", text(row, "hold"), text(row, "keepalive"))),
-            ("Capabilities", list(row, "capabilities").join(", ")),
+            ("Timers", timers(row)),
+            ("Connection", format!("{} to {}", text(row, "local"), text(row, "remote"))),
+            ("Host name", text(row, "hostname")),
+            ("Shut down", text(row, "shutdown")),
+            ("In force", list(row, "capabilities").join(", ")),
+            ("Offered", list(row, "capabilities_sent").join(", ")),
+            ("It offers", list(row, "capabilities_received").join(", ")),
             (
                 "Prefixes",
                 format!(
-                    "{} received, {} accepted, {} announced",
+                    "{} received{}, {} accepted, {} announced",
                     text(row, "pfx_received"),
+                    row.get("max_prefixes").and_then(Value::as_u64).map(|max| format!(" of {max}")).unwrap_or_default(),
                     text(row, "pfx_rcd"),
                     text(row, "pfx_snt")
                 ),
             ),
             ("Sessions", format!("{} established so far", text(row, "established_count"))),
             ("Last reset", text(row, "last_reset")),
-            ("Next connect", seconds(row, "next_connect", age)),
+            (
+                "Next connect",
+                format!("{}, after {} failures", seconds(row, "next_connect", age), text(row, "failures")),
+            ),
+            ("Error sent", told(row, "error_sent")),
+            ("Error received", told(row, "error_received")),
             ("Messages", format!("{} received, {} sent", text(row, "msg_rcvd"), text(row, "msg_sent"))),
         ],
     );
     for (kind, count) in counts(row, "messages") {
         let _ = writeln!(out, "    {kind:<28}{count:>10}");
     }
+    sessions(&mut out, row);
     out
+}
+
+fn timers(row: &Value) -> String {
+    format!("hold runs out in {}, keepalive in {}", seconds(row, "hold_left", age), seconds(row, "keepalive_left", age))
+}
+
+/// A NOTIFICATION and how long ago it was.
+fn told(row: &Value, key: &str) -> String {
+    match row.get(key).filter(|error| !error.is_null()) {
+        Some(error) => format!("{}, {} ago", text(error, "text"), seconds(error, "ago", age)),
+        None => "-".to_owned(),
+    }
+}
+
+/// Routes that outlive their session, and when sessions came and went.
+fn sessions(out: &mut String, row: &Value) {
+    let rows = |key: &str| row.get(key).and_then(Value::as_array).cloned().unwrap_or_default();
+    for stale in rows("stale") {
+        let left = seconds(&stale, "left", age);
+        let _ = writeln!(out, "  Stale {}: {}, {left} left", text(&stale, "family"), text(&stale, "stage"));
+    }
+    let flaps = rows("flaps");
+    if !flaps.is_empty() {
+        out.push_str("  Sessions, newest first:\n");
+    }
+    for flap in flaps {
+        let up = flap.get("up").and_then(Value::as_bool) == Some(true);
+        let what = if up { "up".to_owned() } else { format!("down: {}", text(&flap, "reason")) };
+        let _ = writeln!(out, "    {:>8} ago  {what}", seconds(&flap, "ago", age));
+    }
 }
 
 /// Routes as vtysh prints them: `B>* 10.1.0.0/24 [20] via 172.16.1.80, ens33, 00:01:02`.

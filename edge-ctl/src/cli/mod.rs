@@ -3,6 +3,7 @@
 
 mod acl;
 mod args;
+mod bgp;
 mod capture;
 mod change;
 mod client;
@@ -11,6 +12,7 @@ mod describe;
 mod dns;
 mod flows;
 mod orders;
+mod sessions;
 mod table;
 mod views;
 

@@ -68,6 +68,8 @@ pub(super) static BACKENDS: View = View {
         column("CONN/S", "conn/s", Show::Rate),
         column("FAILS", "fails", Show::Number),
         column("UNAVAIL", "unavail", Show::Number),
+        wide("DOWNTIME", "downtime", Show::Age),
+        wide("EJECTIONS", "ejections", Show::Number),
         column("LAST-CHECK", "last-check", Show::Age),
         column("CONNECT", "connect", Show::Row(connect_time)),
         column("SOURCE", "source", Show::Text),
@@ -101,6 +103,7 @@ pub(super) static HEALTH: View = View {
         column("CHECKS", "checks", Show::Number),
         column("FAILS", "fails", Show::Number),
         column("UNAVAIL", "unavail", Show::Number),
+        wide("EJECTIONS", "ejections", Show::Number),
         column("LAST-CHECK", "last-check", Show::Age),
         column("CONNECT", "connect", Show::Row(connect_time)),
         wide("NEXT", "next", Show::Age),
@@ -269,6 +272,7 @@ pub(super) static DNS_SERVERS: View = View {
         column("MS", "took_ms", Show::Number),
         column("REQUESTS", "requests", Show::Number),
         wide("RESPONSES", "responses", Show::Counts),
+        wide("SOURCE", "source", Show::Text),
         column("ERROR", "error", Show::Text),
     ],
 };
@@ -349,6 +353,29 @@ pub(super) static BGP_PEERS: View = View {
     ],
 };
 
+pub(super) static BGP_MESSAGES: View = View {
+    kind: "message",
+    names: &["time"],
+    columns: &[
+        column("TIME", "time", Show::RowRight(message_time)),
+        column("DIRECTION", "sent", Show::Row(message_direction)),
+        column("TYPE", "kind", Show::Text),
+        column("LENGTH", "length", Show::Number),
+        column("LOCAL", "local", Show::Text),
+        column("REMOTE", "remote", Show::Text),
+        wide("BYTES", "bytes", Show::Text),
+    ],
+};
+
+fn message_time(row: &Value) -> String {
+    let time = std::time::Duration::from_micros(row.get("time").and_then(Value::as_u64).unwrap_or_default());
+    humantime::format_rfc3339_micros(std::time::UNIX_EPOCH + time).to_string()
+}
+
+fn message_direction(row: &Value) -> String {
+    if row.get("sent").and_then(Value::as_bool) == Some(true) { "sent" } else { "received" }.to_owned()
+}
+
 pub(super) static BGP_ROUTES: View = View {
     kind: "path",
     names: &["network", "peer"],
@@ -363,6 +390,28 @@ pub(super) static BGP_ROUTES: View = View {
         column("Age", "age", Show::Clock),
         column("Reason", "reason", Show::Text),
         wide("Communities", "communities", Show::Text),
+        wide("PathId", "path_id", Show::Number),
+        wide("Via", "via", Show::Text),
+        wide("Selection", "steps", Show::Text),
+    ],
+};
+
+pub(super) static BGP_POLICY: View = View {
+    kind: "verdict",
+    names: &["peer", "network"],
+    columns: &[
+        column("PEER", "peer", Show::Text),
+        column("DIRECTION", "direction", Show::Text),
+        column("NETWORK", "network", Show::Text),
+        column("PATH-FROM", "path_from", Show::Text),
+        column("VERDICT", "verdict", Show::Text),
+        column("TERM", "term", Show::Number),
+        column("REASON", "reason", Show::Text),
+        column("NEXT-HOP", "next_hop", Show::Text),
+        column("MED", "metric", Show::Number),
+        column("LOCPRF", "locprf", Show::Number),
+        column("PATH", "path", Show::Text),
+        column("COMMUNITIES", "communities", Show::Text),
     ],
 };
 

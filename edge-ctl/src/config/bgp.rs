@@ -6,12 +6,17 @@ use std::{
     time::Duration,
 };
 
+use ipnet::IpNet;
+
 use super::{
+    bgp_session::RawSession,
+    policy::{self, Guard, Intake, MaxPrefixes, Term},
     raw::Place,
     read::{At, Section},
-    valid::{Bgp, Peer, PrefixRule},
+    valid::{Bgp, Peer, PeerRange},
     values,
 };
+use crate::model::Service;
 
 const DEFAULT_PORT: u16 = 179;
 /// RFC 4271 10 suggests 90 s, and a third of it for keepalives.
@@ -30,24 +35,20 @@ struct Settings {
     keepalive: Option<At<Duration>>,
     hold: Option<At<Duration>>,
     ebgp_multihop: Option<u8>,
-    import: Option<Vec<PrefixRule>>,
-    export: Option<Vec<PrefixRule>>,
+    session: RawSession,
+    import: Option<Vec<Term>>,
+    export: Option<Vec<Term>>,
+    max_prefixes: Option<MaxPrefixes>,
+    add_path: Option<bool>,
 }
 
 impl Settings {
     fn read(section: &Section<'_>) -> Self {
-        section.not_yet(&[
-            "password_file",
-            "listen_range",
-            "ttl_security",
-            "bfd",
-            "graceful_restart",
-            "max_prefixes",
-            "max_prefix",
-            "password",
-        ]);
-        let (keepalive, hold) = timers(section);
+        section.not_yet(&["bfd"]);
+        let mut session = RawSession::read(section);
+        let (keepalive, hold) = timers(section, &mut session);
         Self {
+            session,
             remote_asn: section.integer("remote_asn", AS_NUMBER),
             port: section.port("port", 1),
             passive: section.boolean("passive"),
@@ -55,8 +56,10 @@ impl Settings {
             keepalive,
             hold,
             ebgp_multihop: section.integer("ebgp_multihop", 1..=255).and_then(|hops| u8::try_from(hops).ok()),
-            import: rules(section, "import"),
-            export: rules(section, "export"),
+            import: policy::terms(section, "import"),
+            export: policy::terms(section, "export"),
+            max_prefixes: policy::max_prefixes(section),
+            add_path: section.boolean("add_path"),
         }
     }
 
@@ -71,14 +74,48 @@ impl Settings {
             // The pair belongs together: a peer's hold with the group's keepalive may contradict each other.
             keepalive: if self.hold.is_some() { self.keepalive } else { self.keepalive.or(group.keepalive) },
             hold: self.hold.or(group.hold),
+            session: self.session.over(group.session),
             ebgp_multihop: self.ebgp_multihop.or(group.ebgp_multihop),
             import: self.import.or(group.import),
             export: self.export.or(group.export),
+            max_prefixes: self.max_prefixes.or(group.max_prefixes),
+            add_path: self.add_path.or(group.add_path),
         }
     }
 }
 
-fn timers(section: &Section<'_>) -> (Option<At<Duration>>, Option<At<Duration>>) {
+impl Settings {
+    fn into_peer(
+        self,
+        section: &Section<'_>,
+        address: IpAddr,
+        remote_asn: u32,
+        asn: Option<u32>,
+        group: Option<String>,
+        description: String,
+    ) -> Peer {
+        let (keepalive, hold) = agreed_timers(section, &self);
+        let internal = asn == Some(remote_asn);
+        Peer {
+            address,
+            remote_asn,
+            port: self.port.unwrap_or(DEFAULT_PORT),
+            description,
+            group,
+            passive: self.passive.unwrap_or(false),
+            local_address: self.local_address.map(|local| local.value),
+            keepalive,
+            hold,
+            ebgp_multihop: self.ebgp_multihop.unwrap_or(1),
+            session: self.session.settle(section, internal, self.ebgp_multihop.is_some()),
+            import: self.import,
+            export: self.export,
+            intake: Intake { max_prefixes: self.max_prefixes, add_path: self.add_path.unwrap_or(false) },
+        }
+    }
+}
+
+fn timers(section: &Section<'_>, session: &mut RawSession) -> (Option<At<Duration>>, Option<At<Duration>>) {
     let Some(timers) = section.table("timers") else { return (None, None) };
     let whole = |longest: u64| {
         move |text: &str| match values::duration(text)? {
@@ -92,13 +129,9 @@ fn timers(section: &Section<'_>) -> (Option<At<Duration>>, Option<At<Duration>>)
         hold if (1..SHORTEST_HOLD).contains(&hold.as_secs()) => Err("RFC 4271 4.2 forbids 1 s and 2 s".to_owned()),
         hold => Ok(hold),
     });
+    session.read_timers(&timers);
     timers.finish();
     (keepalive, hold)
-}
-
-fn rules(section: &Section<'_>, key: &'static str) -> Option<Vec<PrefixRule>> {
-    let rules = section.list(key, values::PREFIX_RULE, values::prefix_rule)?;
-    Some(rules.into_iter().map(|rule| rule.value).collect())
 }
 
 fn address(text: &str) -> Result<IpAddr, String> {
@@ -118,13 +151,16 @@ pub(super) fn bgp(root: &Section<'_>) -> Option<Bgp> {
     }
     let listen_port = section.port("listen_port", 0).unwrap_or(DEFAULT_PORT);
     let networks = section.list("networks", values::PREFIX, values::prefix).unwrap_or_default();
-    let groups: BTreeMap<&str, Settings> = section.named("group").into_iter().map(group).collect();
+    let mut ranges = Vec::new();
+    let groups: BTreeMap<&str, Settings> =
+        section.named("group").into_iter().map(|named| group(named, asn, &mut ranges)).collect();
     let mut peers = BTreeMap::new();
     for peer in section.each("peer") {
         read_peer(peer, asn, &groups, &mut peers);
     }
-    section.not_yet(&["graceful_restart", "bfd", "listen_range", "password_file"]);
     let router_id = router_id(&section, &peers);
+    let transit = section.boolean("transit").unwrap_or(false);
+    let drain = section.parse("drain", values::DURATION, values::duration).map(|drain| drain.value);
     section.finish();
     Some(Bgp {
         asn: asn?,
@@ -132,16 +168,63 @@ pub(super) fn bgp(root: &Section<'_>) -> Option<Bgp> {
         listen_port: Some(listen_port).filter(|port| *port != 0),
         networks: networks.into_iter().map(|network| network.value).collect(),
         peers: peers.into_iter().map(|(address, (peer, _))| (address, peer)).collect(),
+        transit,
+        drain,
+        guard: Guard::default(),
+        ranges: by_length(ranges),
     })
 }
 
-fn group<'a>((name, section): (&'a str, Section<'_>)) -> (&'a str, Settings) {
+/// With what no import may bring in unasked: pods are routed, our own addresses are not.
+pub(super) fn guarded(bgp: Bgp, pod_networks: &[IpNet], services: &BTreeMap<String, Service>) -> Bgp {
+    let vips = services.values().flat_map(|service| &service.listen).map(|frontend| frontend.address.ip()).collect();
+    Bgp { guard: Guard { pod_networks: Some(pod_networks.to_vec()), vips }, ..bgp }
+}
+
+fn group<'a>(
+    (name, section): (&'a str, Section<'_>),
+    asn: Option<u32>,
+    ranges: &mut Vec<(At<IpNet>, Peer)>,
+) -> (&'a str, Settings) {
     if let Err(why) = values::table_name(name) {
         section.fault(section.place(), why);
     }
     let settings = Settings::read(&section);
+    listen_ranges(name, &section, &settings, asn, ranges);
     section.finish();
     (name, settings)
+}
+
+/// Who connects from one of these networks is a passive peer with the group's settings.
+fn listen_ranges(
+    name: &str,
+    section: &Section<'_>,
+    settings: &Settings,
+    asn: Option<u32>,
+    ranges: &mut Vec<(At<IpNet>, Peer)>,
+) {
+    let Some(networks) = section.list("listen_range", values::PREFIX, values::prefix) else { return };
+    let Some(remote_asn) = settings.remote_asn else {
+        return section.missing("remote_asn", "the AS number of those who connect from `listen_range`");
+    };
+    for network in networks {
+        if let Some((first, _)) = ranges.iter().find(|(other, _)| other.value == network.value) {
+            section.fault(&network.at, format!("{} is already a `listen_range` at {}", network.value, first.at));
+            continue;
+        }
+        let settled = Settings { passive: Some(true), ..settings.clone() };
+        let template =
+            settled.into_peer(section, network.value.addr(), remote_asn, asn, Some(name.to_owned()), String::new());
+        ranges.push((network, template));
+    }
+}
+
+/// The most specific first.
+fn by_length(ranges: Vec<(At<IpNet>, Peer)>) -> Vec<PeerRange> {
+    let mut ranges: Vec<PeerRange> =
+        ranges.into_iter().map(|(network, template)| PeerRange { network: network.value, template }).collect();
+    ranges.sort_by_key(|range| std::cmp::Reverse(range.network.prefix_len()));
+    ranges
 }
 
 fn read_peer(
@@ -171,27 +254,14 @@ fn read_peer(
     }
     if let (Some(neighbour), Some(remote_asn)) = (neighbour, settings.remote_asn) {
         check_family(&section, &neighbour, settings.local_address.as_ref());
-        let (keepalive, hold) = agreed_timers(&section, &settings);
         if let Some((_, first)) = peers.get(&neighbour.value) {
             section.fault(&neighbour.at, format!("peer {} is already configured at {first}", neighbour.value));
         }
         if asn == Some(remote_asn) && settings.ebgp_multihop.is_some() {
             section.fault(&at, "`ebgp_multihop` has no meaning for an iBGP peer (same AS number); remove it".into());
         }
-        let peer = Peer {
-            address: neighbour.value,
-            remote_asn,
-            port: settings.port.unwrap_or(DEFAULT_PORT),
-            description: description.map(|text| text.value).unwrap_or_default(),
-            group,
-            passive: settings.passive.unwrap_or(false),
-            local_address: settings.local_address.map(|local| local.value),
-            keepalive,
-            hold,
-            ebgp_multihop: settings.ebgp_multihop.unwrap_or(1),
-            import: settings.import,
-            export: settings.export,
-        };
+        let description = description.map(|text| text.value).unwrap_or_default();
+        let peer = settings.into_peer(&section, neighbour.value, remote_asn, asn, group, description);
         peers.entry(neighbour.value).or_insert((peer, neighbour.at));
     }
     section.finish();

@@ -109,7 +109,7 @@ pub fn needs_new_session(old: &Peer, new: &Peer) -> bool {
     let transport = |peer: &Peer| {
         (peer.remote_asn, peer.port, peer.passive, peer.local_address, peer.keepalive, peer.hold, peer.ebgp_multihop)
     };
-    transport(old) != transport(new)
+    transport(old) != transport(new) || old.session != new.session || old.intake.add_path != new.intake.add_path
 }
 
 fn service(before: &Service, after: &Service) -> String {
@@ -153,6 +153,7 @@ fn bgp(old: &Bgp, new: &Bgp, changes: &mut Changes) {
         ("[bgp] router_id", old.router_id != new.router_id),
         ("[bgp] listen_port", old.listen_port != new.listen_port),
         ("[bgp] networks", old.networks != new.networks),
+        ("[bgp.group.*] listen_range", old.ranges != new.ranges),
     ] {
         if differs {
             changes.applied.push(format!("{key} changed"));

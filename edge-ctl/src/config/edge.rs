@@ -14,6 +14,10 @@ use super::{
 const SMALLEST_TABLE: u32 = 1 << 10;
 /// Most entries of a flow table: 2^26 of them take some 10 GiB.
 const LARGEST_TABLE: u32 = 1 << 26;
+/// Each backend has counters on every CPU: 2^20 of them take 150 MiB for each.
+const MOST_BACKENDS: u32 = 1 << 20;
+/// 1 GiB.
+const MOST_CHUNKS: u32 = 1 << 22;
 /// A socket path has 108 bytes with its final zero (unix(7)).
 const LONGEST_SOCKET_PATH: usize = 107;
 
@@ -116,6 +120,8 @@ fn tables(section: &Section<'_>) -> Tables {
         half_open_v6: entries("half_open_v6", defaults.half_open_v6),
         closing_v6: entries("closing_v6", defaults.closing_v6),
         cache: tables.parse("cache", CACHE, memory).map_or(defaults.cache, |cache| cache.value),
+        backends: tables.integer("backends", SMALLEST_TABLE..=MOST_BACKENDS).unwrap_or(defaults.backends),
+        selection: tables.integer("selection", SMALLEST_TABLE..=MOST_CHUNKS).unwrap_or(defaults.selection),
     };
     tables.finish();
     read

@@ -2,7 +2,7 @@
 
 use ipnet::IpNet;
 
-use super::valid::{Bgp, Config, Peer, PrefixRule};
+use super::valid::{Bgp, Config, Peer, PrefixRule, Term};
 
 /// One line for each thing worth a second look.
 pub fn warnings(config: &Config) -> Vec<String> {
@@ -36,7 +36,7 @@ fn peer_warnings(bgp: &Bgp, peer: &Peer, pod_networks: &[IpNet], warnings: &mut 
         None if peer.remote_asn != bgp.asn => warnings.push(format!(
             "peer {address}: eBGP without `import` accepts nothing (RFC 8212); give a list, or `import = []` to say so"
         )),
-        Some(rules) => warnings.extend(rules.iter().filter(|rule| is_exact_cover(rule, pod_networks)).map(|rule| {
+        Some(terms) => warnings.extend(rules(terms).filter(|rule| is_exact_cover(rule, pod_networks)).map(|rule| {
             format!(
                 "peer {address}: `import` \"{0}\" accepts that prefix only, not the nodes' blocks inside it; meant \
                  \"{0} le 32\"?",
@@ -45,6 +45,44 @@ fn peer_warnings(bgp: &Bgp, peer: &Peer, pod_networks: &[IpNet], warnings: &mut 
         })),
         None => {}
     }
+    let all = |rule: &&PrefixRule| rule.prefix.prefix_len() == 0 && rule.max_length > 0;
+    for rule in peer.import.iter().flat_map(|terms| rules(terms)).filter(all) {
+        warnings.push(format!(
+            "peer {address}: `import` \"{} le {}\" accepts every network that the peer names; list those that it has",
+            rule.prefix, rule.max_length
+        ));
+    }
+    for rule in peer.export.iter().flat_map(|terms| rules(terms)).filter(|rule| matches_no_host(rule)) {
+        warnings.push(format!(
+            "peer {address}: `export` \"{0}\" lets that network out and no VIP in it; meant \"{0} le {1}\"?",
+            rule.prefix,
+            rule.prefix.max_prefix_len()
+        ));
+    }
+}
+
+/// A list element for a network that no VIP, a /32 or /128, can match.
+fn matches_no_host(rule: &PrefixRule) -> bool {
+    rule.max_length < rule.prefix.max_prefix_len()
+}
+
+/// Peers that are in none of this host's networks, although a session with them may not leave the link.
+pub fn unconnected(config: &Config, networks: &[IpNet]) -> Vec<String> {
+    let Some(bgp) = config.bgp.as_ref().filter(|_| !networks.is_empty()) else { return Vec::new() };
+    let same_family = |peer: &Peer| networks.iter().any(|network| network.addr().is_ipv4() == peer.address.is_ipv4());
+    let far = |peer: &&Peer| peer.ebgp_multihop < 2 && !networks.iter().any(|network| network.contains(&peer.address));
+    let peers = bgp.peers.values().filter(|peer| same_family(peer)).filter(far);
+    peers
+        .map(|peer| format!("peer {}: in no network that this host is connected to; a wrong address?", peer.address))
+        .collect()
+}
+
+fn rules(terms: &[Term]) -> impl Iterator<Item = &PrefixRule> {
+    terms.iter().filter(|term| !term.deny).flat_map(|term| &term.prefixes)
+}
+
+fn matches_prefix(term: &Term, prefix: &IpNet) -> bool {
+    term.prefixes.is_empty() || term.prefixes.iter().any(|rule| rule.matches(prefix))
 }
 
 /// A rule without lengths on a prefix that pods are numbered from: nodes announce parts of it.
@@ -59,7 +97,7 @@ fn unannounced(config: &Config, bgp: &Bgp, warnings: &mut Vec<String>) {
         for frontend in &service.listen {
             let vip = IpNet::from(frontend.address.ip());
             let announced = bgp.peers.values().any(|peer| match &peer.export {
-                Some(rules) => rules.iter().any(|rule| rule.matches(&vip)),
+                Some(terms) => terms.iter().any(|term| !term.deny && matches_prefix(term, &vip)),
                 None => peer.remote_asn == bgp.asn,
             });
             if !announced {

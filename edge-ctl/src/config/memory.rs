@@ -48,24 +48,24 @@ fn one(name: &str, tables: &Tables, cpus: u32) -> (u32, u64) {
         name::HALF_OPEN_V6 => flow_v6(tables.half_open_v6),
         name::CLOSING_V6 => flow_v6(tables.closing_v6),
         name::SERVICE_INDEX => (maps::SERVICES, hash::<maps::ServiceKey, u32>(maps::SERVICES, cpus)),
-        name::BACKEND_INDEX => (maps::BACKENDS, hash::<maps::ServiceKey, u32>(maps::BACKENDS, cpus)),
+        name::BACKEND_INDEX => (tables.backends, hash::<maps::ServiceKey, u32>(tables.backends, cpus)),
         name::NEXT_HOP_INDEX => (maps::NEXT_HOPS, hash::<maps::NeighbourKey, u32>(maps::NEXT_HOPS, cpus)),
         name::INTERFACES => (maps::INTERFACES, hash::<u32, u32>(maps::INTERFACES, cpus)),
         name::SERVICES => (maps::SERVICES, array::<maps::ServiceEntry>(maps::SERVICES)),
         name::SERVICE_LABELS => (maps::SERVICES, array::<maps::Label>(maps::SERVICES)),
-        name::BACKENDS => (maps::BACKENDS, array::<maps::BackendEntry>(maps::BACKENDS)),
+        name::BACKENDS => (tables.backends, array::<maps::BackendEntry>(tables.backends)),
         name::BACKEND_STATE | name::BACKEND_CURSOR | name::BACKEND_LIVE => {
-            (maps::BACKENDS, array::<u32>(maps::BACKENDS))
+            (tables.backends, array::<u32>(tables.backends))
         }
-        name::BACKEND_PENDING => (maps::BACKENDS, array::<maps::Pending>(maps::BACKENDS)),
-        name::BACKEND_EXPIRED => (maps::BACKENDS, array::<u64>(maps::BACKENDS)),
+        name::BACKEND_PENDING => (tables.backends, array::<maps::Pending>(tables.backends)),
+        name::BACKEND_EXPIRED => (tables.backends, array::<u64>(tables.backends)),
         name::SERVICE_CURSOR => (maps::SERVICES, array::<u32>(maps::SERVICES)),
         name::SELECTION_MET_FULL => (1, per_cpu::<u32>(1, cpus)),
         name::AFFINITY => {
             let entries = maps::AFFINITY_ENTRIES;
             (entries, hash::<maps::AffinityKey, maps::AffinityEntry>(entries, cpus))
         }
-        name::SELECTION => (maps::SELECTION_CHUNKS, array::<maps::Chunk>(maps::SELECTION_CHUNKS)),
+        name::SELECTION => (tables.selection, array::<maps::Chunk>(tables.selection)),
         name::NEXT_HOPS => (maps::NEXT_HOPS, array::<maps::NextHop>(maps::NEXT_HOPS)),
         name::NEXT_HOP_CURSOR | name::NOTICES => (1, array::<u32>(1)),
         name::OWN_ADDRESSES => (maps::INTERFACES, hash::<u32, maps::OwnAddresses>(maps::INTERFACES, cpus)),
@@ -77,16 +77,17 @@ fn one(name: &str, tables: &Tables, cpus: u32) -> (u32, u64) {
         name::CACHE_WINDOWS => (maps::CACHE_CPUS, array::<maps::CacheWindow>(maps::CACHE_CPUS)),
         name::FLOW_GENERATIONS => (1, array::<maps::Generations>(1)),
         name::ASSUMED_FLOW => (1, per_cpu::<maps::FlowV4>(1, cpus)),
+        name::ASSUMED_FLOW_V6 => (1, per_cpu::<maps::FlowV6>(1, cpus)),
         name::ICMP_PACE => (1, per_cpu::<u64>(1, cpus)),
         name::ADDRESS_FILTER => (1, array::<maps::AddressFilter>(1)),
         name::SNAT_PORTS => (1, array::<maps::PortSet>(1)),
         name::CONTROL => (1, array::<maps::Control>(1)),
         name::SERVICE_STATS => (maps::SERVICES, per_cpu::<maps::ServiceStats>(maps::SERVICES, cpus)),
-        name::BACKEND_STATS => (maps::BACKENDS, per_cpu::<maps::BackendStats>(maps::BACKENDS, cpus)),
+        name::BACKEND_STATS => (tables.backends, per_cpu::<maps::BackendStats>(tables.backends, cpus)),
         name::REASONS => (maps::REASON_SLOTS, per_cpu::<u64>(maps::REASON_SLOTS, cpus)),
         name::SOURCE_RANGES => (maps::SOURCE_RANGES, trie::<maps::RangeSource, maps::SourceRange>(maps::SOURCE_RANGES)),
         name::SOURCES => (maps::SOURCES, hash::<maps::SourceId, maps::SourceUse>(maps::SOURCES, cpus)),
-        name::BACKEND_SIGNALS => (maps::BACKENDS, per_cpu::<maps::BackendSignals>(maps::BACKENDS, cpus)),
+        name::BACKEND_SIGNALS => (tables.backends, per_cpu::<maps::BackendSignals>(tables.backends, cpus)),
         name::EVENTS_LOST => (1, per_cpu::<u64>(1, cpus)),
         // Entries are bytes here; the kernel adds three pages of its own (kernel/bpf/ringbuf.c).
         name::EVENTS => (maps::events::EVENTS_BYTES, u64::from(maps::events::EVENTS_BYTES) + 3 * 4096),

@@ -2,12 +2,15 @@
 //! form that travels: one door between the two, [`load`]. Every fault is reported, each with its file and line.
 
 mod bgp;
+mod bgp_session;
 pub mod diff;
 mod edge;
 mod health;
+pub mod import_frr;
 pub mod lint;
 mod log;
 pub mod memory;
+mod policy;
 mod protect;
 mod raw;
 mod read;
@@ -157,9 +160,11 @@ fn validate(merged: &Merged, at: Place, report: &Report) -> Option<Config> {
     let resolvers = service::resolvers(&root);
     let bgp = bgp::bgp(&root);
     let pod_networks = edge.as_ref().map_or(&[][..], |edge| &edge.pod_networks);
-    let context = service::Context { pod_networks, resolvers: &resolvers, has_bgp: root.has("bgp") };
+    let backends = edge.as_ref().map_or(edge_common::maps::BACKENDS, |edge| edge.tables.backends);
+    let context = service::Context { pod_networks, resolvers: &resolvers, has_bgp: root.has("bgp"), backends };
     let services = service::services(&root, &context);
     root.finish();
+    let bgp = bgp.map(|bgp| bgp::guarded(bgp, pod_networks, &services));
     Some(Config { edge: edge?, http, access_log, resolvers: resolvers.into_values(), bgp, services })
 }
 

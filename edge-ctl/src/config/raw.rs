@@ -83,7 +83,7 @@ pub(super) struct Merged {
 
 impl Merged {
     pub fn add(&mut self, file: &Path, text: &str, report: &Report) {
-        let reader = Reader { file: Arc::new(file.to_owned()), rank: self.files, text };
+        let reader = Reader::new(file, self.files, text);
         self.files += 1;
         let (document, errors) = DeTable::parse_recoverable(text);
         for error in errors {
@@ -126,15 +126,21 @@ fn are_tables(nodes: &[Node]) -> bool {
     nodes.iter().all(|node| matches!(node.value, Value::Table(_)))
 }
 
-struct Reader<'a> {
+struct Reader {
     file: Arc<PathBuf>,
     rank: usize,
-    text: &'a str,
+    /// Offsets of the line ends, in order: every value asks for its line, and there may be a hundred thousand.
+    ends: Vec<usize>,
 }
 
-impl Reader<'_> {
+impl Reader {
+    fn new(file: &Path, rank: usize, text: &str) -> Self {
+        let ends = text.bytes().enumerate().filter(|(_, byte)| *byte == b'\n').map(|(at, _)| at);
+        Self { file: Arc::new(file.to_owned()), rank, ends: ends.collect() }
+    }
+
     fn line(&self, offset: usize) -> usize {
-        1 + self.text.bytes().take(offset).filter(|byte| *byte == b'\n').count()
+        1 + self.ends.partition_point(|end| *end < offset)
     }
 
     fn place(&self, offset: usize) -> Place {

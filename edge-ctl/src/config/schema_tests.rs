@@ -23,16 +23,25 @@ access = "journal"
 [resolver.dns]
 servers = ["10.1.0.41"]
 valid = "10s"
+follow = { dns = "dns.kube-system.svc.cluster.local", port = 53, record = "a" }
 [bgp]
 asn = 64512
 router_id = "172.16.1.88"
 [bgp.group.tor]
 remote_asn = 65001
 timers = { keepalive = "3s", hold = "9s" }
+listen_range = ["198.51.100.0/24"]
 [[bgp.peer]]
 address = "192.0.2.1"
 group = "tor"
-import = ["10.0.0.0/8 ge 24 le 32"]
+password_file = "/etc/edge/tor.md5"
+graceful_restart = { time = "60s" }
+ttl_security = 1
+role = "customer"
+families = ["ipv4"]
+import = ["10.0.0.0/8 ge 24 le 32", { prefixes = ["10.0.0.0/8 le 24"], as_path = "^65001_", set = { local_pref = 200 } }]
+export = [{ communities = ["64512:1"], action = "deny" }]
+max_prefixes = { limit = 1000, warning = 80, restart = "5m" }
 [service.web]
 listen = ["172.16.1.88:80/tcp"]
 backends = { dns = "web.cluster.local", port = 80, resolver = "dns", record = "a" }
@@ -89,7 +98,7 @@ fn alternatives<'a>(root: &'a Json, node: &'a Json) -> Vec<&'a Json> {
         return root.pointer(name.trim_start_matches('#')).into_iter().collect();
     }
     match node.get("anyOf").and_then(Json::as_array) {
-        Some(several) => several.iter().collect(),
+        Some(several) => several.iter().flat_map(|one| alternatives(root, one)).collect(),
         None => vec![node],
     }
 }

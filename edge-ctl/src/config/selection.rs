@@ -6,7 +6,7 @@ use edge_common::maglev;
 
 use super::{
     raw::Place,
-    read::{Mixed, Section, not_yet},
+    read::{Mixed, Section},
     values,
 };
 use crate::model::{Balance, Protocol, Selection, StaticBackend, Tier, within};
@@ -65,7 +65,6 @@ fn period(text: &str, most: u64) -> Result<Duration, String> {
 pub(super) fn fixed(source: &Section<'_>, pod_networks: &[ipnet::IpNet]) -> Vec<StaticBackend> {
     let parse = |text: &str| match text.parse::<SocketAddr>() {
         Ok(address) if address.port() == 0 => Err("port 0 cannot be used".to_owned()),
-        Ok(SocketAddr::V6(_)) => Err(not_yet("an IPv6 backend")),
         // Without any network the fault is there, not here.
         Ok(address) if !pod_networks.is_empty() && !within(pod_networks, address.ip()) => {
             let networks: Vec<_> = pod_networks.iter().map(ToString::to_string).collect();

@@ -12,17 +12,16 @@ use super::{
     health,
     protect::protection,
     raw::{Place, Value},
-    read::{At, Section, nearest, not_yet},
+    read::{At, Section, nearest},
     selection, values,
 };
 use crate::model::{
-    Announce, BackendSource, Frontend, Mode, PathAttributes, RecordType, Resolver, Service, Snat, within,
+    Announce, BackendSource, Capacity, Frontend, Mode, PathAttributes, RecordType, Resolver, Service, Snat, within,
 };
 
 const DNS_PORT: u16 = 53;
 /// Service and backend numbers start at 1.
 const MOST_FRONTENDS: usize = edge_common::maps::SERVICES as usize - 1;
-const MOST_BACKENDS: usize = edge_common::maps::BACKENDS as usize - 1;
 /// Source ranges, each counted for every listen address of its service.
 const MOST_RANGES: usize = edge_common::maps::SOURCE_RANGES as usize;
 const BACKENDS: &str = "{ dns = NAME, port = N, resolver = NAME } or { static = [\"ADDRESS:PORT\"], backup = [...] }";
@@ -78,6 +77,8 @@ pub(super) struct Context<'a> {
     pub pod_networks: &'a [IpNet],
     pub resolvers: &'a Resolvers,
     pub has_bgp: bool,
+    /// Numbers in the table of backends, 0 included.
+    pub backends: u32,
 }
 
 pub(super) fn services(root: &Section<'_>, context: &Context<'_>) -> BTreeMap<String, Service> {
@@ -101,8 +102,14 @@ pub(super) fn services(root: &Section<'_>, context: &Context<'_>) -> BTreeMap<St
             root.fault(&place, message);
             break;
         }
-        if taken.len() > MOST_FRONTENDS || backends > MOST_BACKENDS {
-            root.fault(&place, format!("more than {MOST_FRONTENDS} listen addresses or {MOST_BACKENDS} backends"));
+        if taken.len() > MOST_FRONTENDS {
+            root.fault(&place, format!("more than {MOST_FRONTENDS} listen addresses"));
+            break;
+        }
+        let most = usize::try_from(context.backends).unwrap_or(usize::MAX).saturating_sub(1);
+        if backends > most {
+            let help = "`backends` of [edge.tables] makes room for more";
+            root.fault(&place, format!("more than {most} backends, counted for each listen address; {help}"));
             break;
         }
     }
@@ -126,6 +133,9 @@ fn service(
     let protocols: Vec<_> = listen.iter().map(|frontend| frontend.protocol).collect();
     let (balance, selection) = selection::selection(&section, &protocols);
     let backends = backends(&section, context);
+    if let Some(backends) = &backends {
+        one_family(&section, &listen, backends);
+    }
     let snat = snat(&section, mode, context);
     let announce = announce(&section, context);
     let health = health::health(&section, &protocols);
@@ -173,9 +183,40 @@ fn listen(
 fn frontend(text: &str) -> Result<Frontend, String> {
     let frontend: Frontend = text.parse().map_err(|_| String::new())?;
     match frontend.address.ip() {
-        IpAddr::V6(_) => Err(not_yet("an IPv6 listen address")),
         address if !values::is_host(address) => Err("clients cannot send to that address".into()),
         _ => Ok(frontend),
+    }
+}
+
+/// Nothing translates between IPv4 and IPv6: a listen address without backends of its family would never serve, and
+/// backends without a listen address of theirs would get nothing.
+fn one_family(section: &Section<'_>, listen: &[Frontend], backends: &BackendSource) {
+    let of = |v6: bool| if v6 { "IPv6" } else { "IPv4" };
+    let found: BTreeSet<bool> = match backends {
+        BackendSource::Dns { record: RecordType::A, .. } => BTreeSet::from([false]),
+        BackendSource::Dns { record: RecordType::Aaaa, .. } => BTreeSet::from([true]),
+        BackendSource::Dns { record: RecordType::Srv, .. } => return,
+        BackendSource::Static(backends) => backends.iter().map(|backend| backend.address.is_ipv6()).collect(),
+    };
+    if found.is_empty() || listen.is_empty() {
+        return;
+    }
+    if let Some(frontend) = listen.iter().find(|frontend| !found.contains(&frontend.address.is_ipv6())) {
+        let record = match backends {
+            BackendSource::Dns { .. } if frontend.address.is_ipv6() => " (with `record = \"aaaa\"`)",
+            _ => "",
+        };
+        let family = of(frontend.address.is_ipv6());
+        let message = format!(
+            "`listen`: {frontend} has no {family} backends; give it a service of its own with such backends{record}"
+        );
+        section.fault(section.place(), message);
+    } else if let Some(v6) =
+        found.into_iter().find(|v6| !listen.iter().any(|frontend| frontend.address.is_ipv6() == *v6))
+    {
+        let message =
+            format!("`backends`: the {0} ones get nothing; add an {0} `listen` address or remove them", of(v6));
+        section.fault(section.place(), message);
     }
 }
 
@@ -235,10 +276,10 @@ fn dns(source: &Section<'_>, context: &Context<'_>) -> Option<BackendSource> {
     if !source.has("resolver") {
         source.missing("resolver", "the name of a [resolver.NAME]");
     }
-    let record = source.parse("record", "\"a\" or \"srv\"", |text| match text {
+    let record = source.parse("record", "\"a\", \"aaaa\" or \"srv\"", |text| match text {
         "a" => Ok(RecordType::A),
         "srv" => Ok(RecordType::Srv),
-        "aaaa" => Err(not_yet("`record = \"aaaa\"`")),
+        "aaaa" => Ok(RecordType::Aaaa),
         _ => Err(String::new()),
     });
     let record_known = record.is_some() || !source.has("record");
@@ -249,7 +290,7 @@ fn dns(source: &Section<'_>, context: &Context<'_>) -> Option<BackendSource> {
             source
                 .fault(source.place(), "`port` with `record = \"srv\"`: SRV answers carry the port; remove it".into());
         }
-        RecordType::A if !source.has("port") && record_known => {
+        RecordType::A | RecordType::Aaaa if !source.has("port") && record_known => {
             source.missing("port", "the backends' port, 1 to 65535");
         }
         _ => {}
@@ -262,8 +303,7 @@ fn snat(section: &Section<'_>, mode: Mode, context: &Context<'_>) -> Snat {
     if mode == Mode::Dnat {
         snat.fault(snat.place(), "a dnat service keeps the client's address; remove `snat` or use full-nat".into());
     }
-    let addresses = snat.list("addresses", "an IPv4 address of this host", |text| match text.parse::<IpAddr>() {
-        Ok(IpAddr::V6(_)) => Err(not_yet("an IPv6 SNAT address")),
+    let addresses = snat.list("addresses", "an address of this host", |text| match text.parse::<IpAddr>() {
         Ok(address) if !values::is_host(address) => Err("pods cannot answer to that address".to_owned()),
         Ok(address) if within(context.pod_networks, address) => Err("it lies in `pod_networks`".to_owned()),
         Ok(address) => Ok(address),
@@ -280,22 +320,16 @@ fn snat(section: &Section<'_>, mode: Mode, context: &Context<'_>) -> Snat {
 }
 
 fn announce(section: &Section<'_>, context: &Context<'_>) -> Option<Announce> {
-    const EXPECTED: &str = "true, false, or { min_backends, communities, med, local_pref }";
+    const EXPECTED: &str = "true, false, or { min_backends, communities, med, local_pref, ... }";
     let node = section.get("announce")?;
     let announce = match &node.value {
         Value::Boolean(false) => return None,
-        Value::Boolean(true) => Announce { min_backends: 1, attributes: PathAttributes::default() },
+        Value::Boolean(true) => Announce::default(),
         Value::Table(_) => {
             let table = section.table("announce")?;
-            let communities = table.list("communities", values::COMMUNITY, values::community).unwrap_or_default();
-            let min_backends = table.integer("min_backends", 1..=65_535).unwrap_or(1);
-            let attributes = PathAttributes {
-                communities: communities.into_iter().map(|community| community.value).collect(),
-                med: table.integer("med", 0..=u32::MAX),
-                local_pref: table.integer("local_pref", 0..=u32::MAX),
-            };
+            let announce = announcement(&table);
             table.finish();
-            Announce { min_backends: usize::try_from(min_backends).unwrap_or(1), attributes }
+            announce
         }
         _ => {
             section.wrong_kind("announce", node, EXPECTED);
@@ -306,4 +340,36 @@ fn announce(section: &Section<'_>, context: &Context<'_>) -> Option<Announce> {
         section.fault(&node.at, "`announce` needs BGP; add [bgp] with at least one peer, or remove it".into());
     }
     Some(announce)
+}
+
+fn announcement(table: &Section<'_>) -> Announce {
+    let count = |key| table.integer(key, 1..=65_535).and_then(|count| usize::try_from(count).ok());
+    let communities = table.list("communities", values::COMMUNITY, values::community).unwrap_or_default();
+    let min_backends = count("min_backends").unwrap_or(1);
+    let keep_backends = count("keep_backends").unwrap_or(min_backends);
+    if keep_backends > min_backends {
+        let message =
+            format!("`keep_backends` {keep_backends} is more than `min_backends` {min_backends}; it would flap");
+        table.fault(table.place(), message);
+    }
+    let length = |key, range| table.integer(key, range).and_then(|length| u8::try_from(length).ok());
+    let capacity = table.parse("capacity", "\"med\" or \"prepend\"", |text| match text {
+        "med" => Ok(Capacity::Med),
+        "prepend" => Ok(Capacity::Prepend),
+        _ => Err(String::new()),
+    });
+    let prepend = table.integer("prepend", 0..=16).and_then(|times| u8::try_from(times).ok());
+    Announce {
+        min_backends,
+        keep_backends,
+        after: table.parse("after", values::DURATION, values::duration).map(|after| after.value).unwrap_or_default(),
+        aggregate: (length("aggregate", 8..=32), length("aggregate_v6", 16..=128)),
+        capacity: capacity.map(|capacity| capacity.value),
+        attributes: PathAttributes {
+            communities: communities.into_iter().map(|community| community.value).collect(),
+            med: table.integer("med", 0..=u32::MAX),
+            local_pref: table.integer("local_pref", 0..=u32::MAX),
+            prepend: prepend.unwrap_or(0),
+        },
+    }
 }

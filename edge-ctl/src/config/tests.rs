@@ -55,7 +55,7 @@ fn the_example_is_read_to_the_last_key() {
     assert_eq!((bgp.asn, bgp.listen_port, bgp.peers.len()), (64512, Some(179), 3));
     let peer = &bgp.peers[&"172.16.1.80".parse::<IpAddr>().unwrap()];
     assert_eq!((peer.description.as_str(), peer.group.as_deref()), ("kcontrol", Some("calico")));
-    assert_eq!(peer.import.as_ref().unwrap()[0].max_length, 32);
+    assert_eq!(peer.import.as_ref().unwrap()[0].prefixes[0].max_length, 32);
     let service = &config.services["ingress-https"];
     assert_eq!(service.mode, Mode::FullNat);
     assert_eq!(
@@ -137,13 +137,43 @@ fn services_by_dns_are_checked() {
         ("{ dns = \"web.local\", resolver = \"kube-dns\" }", "`port` is missing"),
         ("{ dns = \"web.local\", resolver = \"kube-dns\", port = 0 }", "1 to 65535"),
         ("{ dns = \"web.local\", resolver = \"kube-dns\", port = 1, record = \"srv\" }", "SRV answers carry the port"),
-        ("{ dns = \"web.local\", resolver = \"kube-dns\", port = 1, record = \"aaaa\" }", "does not do it yet"),
         ("{ dns = \"web.local\", resolver = \"kube-dns\", port = 1, record = \"mx\" }", "\"srv\""),
     ] {
         let faults = faults(&with(backends));
         assert_eq!(faults.len(), 1, "{backends}: {faults:#?}");
         assert!(faults[0].starts_with("edge.toml:11: ") && faults[0].contains(word), "{backends}: {}", faults[0]);
     }
+}
+
+#[test]
+fn a_service_has_backends_of_each_of_its_families_and_of_no_other() {
+    let both = BASE.replace("[\"10.1.0.0/16\"]", "[\"10.1.0.0/16\", \"fd00:10:1::/48\"]");
+    let with = |listen: &str, backends: &str| {
+        both.replace("\"172.16.1.88:80/tcp\"", listen).replace("{ static = [\"10.1.0.4:80\"] }", backends)
+    };
+    let (v4, v6) = ("\"172.16.1.88:80/tcp\"", "\"[2001:db8::88]:80/tcp\"");
+    let dual = format!("{v4}, {v6}");
+    let dns =
+        |record: &str| format!("{{ dns = \"web.local\", port = 1, resolver = \"kube-dns\", record = \"{record}\" }}");
+    let fixed = |addresses: &str| format!("{{ static = [{addresses}] }}");
+    let (pod4, pod6) = ("\"10.1.0.4:80\"", "\"[fd00:10:1::4]:80\"");
+    ok(&with(v6, &dns("aaaa")));
+    ok(&with(v6, &fixed(pod6)));
+    ok(&with(&dual, &fixed(&format!("{pod4}, {pod6}"))));
+    ok(&with(&dual, "{ dns = \"_http._tcp.web.local\", resolver = \"kube-dns\", record = \"srv\" }"));
+    for (listen, backends, word) in [
+        (v6, dns("a"), "has no IPv6 backends"),
+        (v4, dns("aaaa"), "has no IPv4 backends"),
+        (&dual, dns("aaaa"), "172.16.1.88:80/tcp has no IPv4 backends"),
+        (&dual, fixed(pod4), "[2001:db8::88]:80/tcp has no IPv6 backends"),
+        (v4, fixed(&format!("{pod4}, {pod6}")), "the IPv6 ones get nothing"),
+    ] {
+        let faults = faults(&with(listen, &backends));
+        assert_eq!(faults.len(), 1, "{listen} {backends}: {faults:#?}");
+        assert!(faults[0].contains(word), "{listen} {backends}: {}", faults[0]);
+    }
+    let link_local = faults(&with("\"[fe80::1]:80/tcp\"", &dns("aaaa")));
+    assert!(link_local[0].contains("clients cannot send to that address"), "{link_local:?}");
 }
 
 #[test]
@@ -198,12 +228,7 @@ fn faults_of_selection_are_found_with_their_lines() {
 
 #[test]
 fn what_this_version_cannot_do_is_refused_and_not_ignored() {
-    let service = [
-        "listen = [\"[2001:db8::1]:80/tcp\"]",
-        "snat = { addresses = [\"2001:db8::1\"] }",
-        "backends = { kubernetes = { service = \"web\" } }",
-        "backends = { static = [\"[2001:db8::1]:80\"] }",
-    ];
+    let service = ["backends = { kubernetes = { service = \"web\" } }"];
     for key in service {
         let name = key.split(' ').next().unwrap();
         let base: String =
@@ -214,14 +239,7 @@ fn what_this_version_cannot_do_is_refused_and_not_ignored() {
         assert!(faults[0].starts_with(&format!("edge.toml:{line}: ")), "{key}: {}", faults[0]);
         assert!(faults[0].contains("known, but this version does not do it yet"), "{key}: {}", faults[0]);
     }
-    let peer = [
-        "password_file = \"/etc/edge/md5\"",
-        "listen_range = \"172.16.1.0/24\"",
-        "ttl_security = true",
-        "bfd = { interval = \"50ms\" }",
-        "graceful_restart = { time = \"120s\" }",
-        "max_prefixes = 10",
-    ];
+    let peer = ["bfd = { interval = \"50ms\" }"];
     for key in peer {
         let text = format!("{BASE}[[bgp.peer]]\naddress = \"172.16.1.80\"\nremote_asn = 64512\n{key}\n");
         let faults = faults(&text);
@@ -277,7 +295,7 @@ fn peers_inherit_from_their_group_and_override_it() {
     let first = &peers[&"192.0.2.1".parse::<IpAddr>().unwrap()];
     assert_eq!((first.remote_asn, first.port, first.passive, first.ebgp_multihop), (65001, 1179, false, 2));
     assert_eq!((first.keepalive.as_secs(), first.hold.as_secs()), (10, 30));
-    assert_eq!(first.import.as_ref().unwrap()[0].min_length, 24);
+    assert_eq!(first.import.as_ref().unwrap()[0].prefixes[0].min_length, 24);
     let second = &peers[&"2001:db8::1".parse::<IpAddr>().unwrap()];
     assert_eq!((second.keepalive.as_secs(), second.hold.as_secs(), second.passive), (3, 9, true));
     assert_eq!(second.import, Some(vec![]));
@@ -323,6 +341,42 @@ fn faults_of_peers_are_found() {
 }
 
 #[test]
+fn policies_are_read_term_by_term_and_their_faults_have_a_line() {
+    let with = |lines: &str| format!("{BASE}[[bgp.peer]]\naddress = \"172.16.1.80\"\nremote_asn = 1\n{lines}\n");
+    let text = with(
+        "import = [\"10.1.0.0/16 le 32\",\n{ prefixes = [\"10.2.0.0/16\"], as_path = \"_65001_\", communities = \
+         [\"1:2\", \"1:2:3\"], set = { local_pref = 200, communities = [\"rt:1:2\"], prepend = 3, next_hop = \"self\" } },\n\
+         { action = \"deny\" }]\nmax_prefixes = { limit = 200, warning = 50, restart = \"1m\" }\nadd_path = true",
+    );
+    let bgp = ok(&text).bgp.unwrap();
+    let peer = bgp.peers.values().next().unwrap();
+    let terms = peer.import.as_ref().unwrap();
+    assert_eq!((terms.len(), terms[0].prefixes[0].max_length, terms[2].deny), (3, 32, true));
+    assert_eq!((terms[1].set.local_pref, terms[1].set.prepend, terms[1].communities.len()), (Some(200), 3, 2));
+    let limit = peer.intake.max_prefixes.unwrap();
+    assert_eq!((limit.limit, limit.warning, limit.restart), (200, 100, Some(Duration::from_secs(60))));
+    assert!(peer.intake.add_path);
+    assert!(bgp.guard.vips.contains(&"172.16.1.88".parse::<IpAddr>().unwrap()));
+    for (lines, line, word) in [
+        ("import = [{ prefix = [\"10.1.0.0/16\"] }]", 15, "did you mean `prefixes`?"),
+        ("import = [\"10.1.0.0/16\",\n\"10.1.0.0/33\"]", 16, "not a prefix"),
+        ("import = [{ as_path = \"(65001\" }]", 15, "unclosed group"),
+        ("import = [{ action = \"drop\" }]", 15, "\"permit\" or \"deny\""),
+        ("import = [{ action = \"deny\", set = { med = 1 } }]", 15, "no meaning"),
+        ("import = [{ prefixes = [] }]", 15, "matches nothing"),
+        ("export = [{ set = { prepend = 17 } }]", 15, "17 is refused"),
+        ("export = [{ set = { next_hop = \"peer\" } }]", 15, "\"self\""),
+        ("max_prefixes = 0", 15, "0 is refused"),
+        ("max_prefixes = { warning = 80 }", 15, "`limit` is missing"),
+        ("max_prefixes = { limit = 5, restart = \"10ms\" }", 15, "at least 1 s"),
+    ] {
+        let faults = faults(&with(lines));
+        assert_eq!(faults.len(), 1, "{lines}: {faults:#?}");
+        assert!(faults[0].starts_with(&format!("edge.toml:{line}: ")) && faults[0].contains(word), "{}", faults[0]);
+    }
+}
+
+#[test]
 fn the_router_id_follows_from_the_one_local_address() {
     let text = BASE.replace("router_id = \"172.16.1.88\"\n", "")
         + "[[bgp.peer]]\naddress = \"172.16.1.80\"\nremote_asn = 64512\nlocal_address = \"172.16.1.88\"\n";
@@ -334,7 +388,8 @@ fn announcing_needs_bgp_and_carries_its_attributes() {
     let announce = ok(&format!("{BASE}announce = {{ communities = [\"64512:100\", \"no-export\"], med = 10 }}\n"));
     let announce = announce.services["web"].announce.clone().unwrap();
     assert_eq!((announce.min_backends, announce.attributes.med), (1, Some(10)));
-    assert_eq!(announce.attributes.communities, [(64512, 100), (65535, 65281)]);
+    let communities: Vec<_> = announce.attributes.communities.iter().map(ToString::to_string).collect();
+    assert_eq!(communities, ["64512:100", "no-export"]);
     assert_eq!(ok(&format!("{BASE}announce = false\n")).services["web"].announce, None);
     let without = BASE.replace("[bgp]\nasn = 64512\nrouter_id = \"172.16.1.88\"\n", "");
     let faults = faults(&format!("{without}announce = true\n"));

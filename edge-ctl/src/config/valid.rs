@@ -9,7 +9,8 @@ use std::{
 
 use ipnet::IpNet;
 
-use crate::model::{Resolver, Service, access::AccessLog};
+pub use super::policy::{AsPathPattern, Changes, Guard, Intake, MaxPrefixes, NextHop, Term};
+use crate::model::{Resolver, Service, access::AccessLog, bgp_session::SessionSettings};
 
 /// The whole configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,7 +64,7 @@ pub enum Hook {
     Tc,
 }
 
-/// `[edge.tables]`: entries, two per flow.
+/// `[edge.tables]`: entries; of flow tables two per flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tables {
     /// Established flows.
@@ -80,6 +81,10 @@ pub struct Tables {
     pub closing_v6: u32,
     /// Memory of the flow cache, bytes; 0: none.
     pub cache: u64,
+    /// Backends of all services, counted for each listen address.
+    pub backends: u32,
+    /// Chunks of selection tables: 128 slots each, and one or two more for each pool.
+    pub selection: u32,
 }
 
 impl Tables {
@@ -111,6 +116,8 @@ impl Default for Tables {
             half_open_v6: maps::HALF_OPEN_V6_ENTRIES,
             closing_v6: maps::CLOSING_V6_ENTRIES,
             cache: maps::CACHE_BYTES,
+            backends: maps::BACKENDS,
+            selection: maps::SELECTION_CHUNKS,
         }
     }
 }
@@ -128,6 +135,23 @@ pub struct Bgp {
     pub networks: Vec<IpNet>,
     /// Peers, groups merged in, by address.
     pub peers: BTreeMap<IpAddr, Peer>,
+    /// What is learnt may be announced again: between external and internal peers, never among internal ones.
+    pub transit: bool,
+    /// How long a planned end waits for flows after peers were asked to look for another way; `None`: not at all.
+    pub drain: Option<Duration>,
+    /// What no import may bring in unasked.
+    pub guard: Guard,
+    /// Networks whose hosts may connect without being listed; the most specific one counts.
+    pub ranges: Vec<PeerRange>,
+}
+
+/// `listen_range` of a group: who connects from there becomes a passive peer with the group's settings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerRange {
+    /// The network.
+    pub network: IpNet,
+    /// The peer that a host of the network becomes; its address is the network's.
+    pub template: Peer,
 }
 
 /// A BGP neighbour, its group's settings merged in.
@@ -153,10 +177,14 @@ pub struct Peer {
     pub hold: Duration,
     /// Hop limit of an eBGP session; 1: directly connected.
     pub ebgp_multihop: u8,
-    /// What is accepted from it; `None`: no list given, so nothing from eBGP (RFC 8212) and everything from iBGP.
-    pub import: Option<Vec<PrefixRule>>,
-    /// What is announced to it; `None` as for `import`.
-    pub export: Option<Vec<PrefixRule>>,
+    /// Everything else about its session.
+    pub session: SessionSettings,
+    /// What is accepted from it; `None`: no list given, so nothing from eBGP (RFC 8212) and pod networks from iBGP.
+    pub import: Option<Vec<Term>>,
+    /// What is announced to it; `None`: nothing to eBGP, all that is ours to iBGP.
+    pub export: Option<Vec<Term>>,
+    /// How much of it, and which paths.
+    pub intake: Intake,
 }
 
 /// One element of a prefix list: `10.1.0.0/16 ge 24 le 32`.
@@ -171,6 +199,13 @@ pub struct PrefixRule {
 }
 
 impl PrefixRule {
+    /// True where it names `candidate` and nothing else.
+    pub fn is_exactly(&self, candidate: &IpNet) -> bool {
+        self.prefix == *candidate
+            && self.min_length == candidate.prefix_len()
+            && self.max_length == candidate.prefix_len()
+    }
+
     /// True where `candidate` lies inside the rule.
     pub fn matches(&self, candidate: &IpNet) -> bool {
         self.prefix.contains(&candidate.network())

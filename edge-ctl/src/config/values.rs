@@ -6,13 +6,14 @@ use std::{net::IpAddr, time::Duration};
 use ipnet::IpNet;
 
 use super::valid::PrefixRule;
+use crate::model::Community;
 
 pub(super) const DURATION: &str = "a duration such as \"500ms\", \"10s\", \"2h4m\"";
 pub(super) const PREFIX: &str = "a prefix such as \"10.1.0.0/16\"";
 pub(super) const PREFIX_RULE: &str = "\"PREFIX [ge N] [le M]\", such as \"10.1.0.0/16 le 32\"";
 pub(super) const PORT_RANGE: &str = "\"LOWEST-HIGHEST\", such as \"1024-32767\"";
-pub(super) const COMMUNITY: &str =
-    "\"N:M\" with both up to 65535, or no-export, no-advertise, graceful-shutdown, blackhole";
+pub(super) const COMMUNITY: &str = "\"N:M\" with both up to 65535, a large one \"N:A:B\", \"rt:N:A\", \"soo:N:A\", or no-export, \
+     no-advertise, graceful-shutdown, blackhole";
 
 /// `10s`, `500ms`, `2h4m`: numbers with units, largest first.
 pub fn duration(text: &str) -> Result<Duration, String> {
@@ -101,20 +102,9 @@ pub(super) fn port_range(text: &str) -> Result<(u16, u16), String> {
     }
 }
 
-/// An RFC 1997 community, by number or well-known name.
-pub(super) fn community(text: &str) -> Result<(u16, u16), String> {
-    match text {
-        "no-export" => return Ok((65535, 65281)),
-        "no-advertise" => return Ok((65535, 65282)),
-        "graceful-shutdown" => return Ok((65535, 0)),
-        "blackhole" => return Ok((65535, 666)),
-        _ => {}
-    }
-    let (high, low) = text.split_once(':').ok_or("not a community")?;
-    match (high.parse(), low.parse()) {
-        (Ok(high), Ok(low)) => Ok((high, low)),
-        _ => Err("not a community".into()),
-    }
+/// A community of any kind.
+pub(super) fn community(text: &str) -> Result<Community, String> {
+    text.parse()
 }
 
 /// A fully qualified name; the final dot may be left out.
@@ -222,15 +212,6 @@ mod tests {
         assert_eq!(dns_name("_https._tcp.web.example.com"), Ok("_https._tcp.web.example.com".into()));
         for text in ["web", "web.prod.svc", "web..local", "-web.local", "we b.local", "", "."] {
             assert!(dns_name(text).is_err(), "{text}");
-        }
-    }
-
-    #[test]
-    fn communities_are_two_numbers_or_a_well_known_name() {
-        assert_eq!(community("64512:100"), Ok((64512, 100)));
-        assert_eq!(community("no-export"), Ok((65535, 65281)));
-        for text in ["64512", "70000:1", "1:2:3", ""] {
-            assert!(community(text).is_err(), "{text}");
         }
     }
 }

@@ -8,6 +8,7 @@
 use std::{
     collections::BTreeMap,
     path::Path,
+    sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -125,9 +126,10 @@ impl Acl {
             return;
         }
         for frontend in desired.frontends.values_mut() {
-            let mine = self.entries.iter().filter(|((service, _), _)| *service == frontend.service);
+            let name = frontend.service.clone();
+            let mine = self.entries.iter().filter(|((service, _), _)| *service == name);
             for ((_, prefix), given) in mine.filter(|(_, given)| !given.is_over(now)) {
-                frontend.protection.source_ranges.ranges.insert(*prefix, given.action);
+                Arc::make_mut(frontend).protection.source_ranges.ranges.insert(*prefix, given.action);
             }
         }
     }

@@ -64,3 +64,19 @@ impl AnnouncementPort for Announcer {
         Ok(())
     }
 }
+
+/// Between two looks at what is announced.
+const LOOK: std::time::Duration = std::time::Duration::from_millis(50);
+
+/// Once routes have settled after a start: waits until the speaker announces what is desired, then lets peers forget what
+/// else an earlier life had announced. Where that never comes, the speaker's own restart timer says so.
+pub(super) async fn end_restart(bgp: BgpHandle, shared: super::SharedState) {
+    loop {
+        let wanted: std::collections::BTreeSet<IpNet> =
+            super::lock(&shared).desired.announcements.keys().copied().collect();
+        if wanted.is_subset(&bgp.originated().await) {
+            return bgp.restarted().await;
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}

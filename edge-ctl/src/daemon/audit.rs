@@ -20,13 +20,14 @@ pub(super) fn audit(shared: &SharedState, kernel: &KernelView) -> Result<Vec<Aud
     let mut state = kernel.tables().state()?;
     // Only the maps are looked at.
     state.announced.clone_from(&desired.announcements);
-    let plan = diff(&desired, &state, &Reserved::default(), &*table_filler(seed));
-    // What only waits for its last flow, or rests, is as it should be; so are filter bits that go with it.
-    let differs = |action: &&Action| !matches!(action, Action::FreeBackend { .. } | Action::FreeService { .. });
-    let frees = plan.actions.iter().any(|action| !differs(&action));
-    let actions =
-        plan.actions.iter().filter(differs).filter(|action| !(frees && matches!(action, Action::SetFilter { .. })));
+    // Whatever only waits for its last flow, or rests, is as it should be, with all that goes with it.
+    let resting = Reserved {
+        backends: state.backends.keys().copied().collect(),
+        services: state.services.keys().copied().collect(),
+        ..Reserved::default()
+    };
+    let plan = diff(&desired, &state, &resting, &*table_filler(seed));
     let row = |action: &Action| AuditRow { write: action.kind().to_owned(), detail: format!("{action:?}") };
     let problem = |text: String| AuditRow { write: "problem".to_owned(), detail: text };
-    Ok(actions.map(row).chain(plan.problems.into_iter().map(problem)).collect())
+    Ok(plan.actions.iter().map(row).chain(plan.problems.into_iter().map(problem)).collect())
 }

@@ -10,11 +10,12 @@ use std::{
 use serde::{Deserialize, Serialize};
 use tracing::info;
 
+use super::drains::Drains;
 use crate::{
     config::valid::Config,
     datapath::{answer::answer_from_pins, kernel_view::KernelView},
     model::{
-        AdminOrder, AdminOrders, AdminState, BackendVerb, HealthKey,
+        AdminOrder, AdminOrders, BackendVerb, HealthKey,
         query::{Answer, Query, ViewError},
     },
     state_file::{StateFile, StateFileError},
@@ -33,8 +34,7 @@ struct Stored(BTreeMap<String, BTreeMap<SocketAddr, AdminOrder>>);
 pub struct Orders {
     file: StateFile,
     orders: AdminOrders,
-    /// Of those that drain, the ones that have no flow left.
-    drained: BTreeSet<HealthKey>,
+    drains: Drains,
 }
 
 impl Orders {
@@ -48,7 +48,7 @@ impl Orders {
         let flat = stored.into_iter().flat_map(|(service, backends)| {
             backends.into_iter().map(move |(backend, order)| ((service.clone(), backend), order))
         });
-        Ok(Self { orders: flat.collect(), drained: BTreeSet::new(), file })
+        Ok(Self { orders: flat.collect(), drains: Drains::default(), file })
     }
 
     /// All of them.
@@ -58,7 +58,7 @@ impl Orders {
 
     /// Those that drain and have no flow left.
     pub fn drained(&self) -> &BTreeSet<HealthKey> {
-        &self.drained
+        self.drains.drained()
     }
 
     /// Takes an order: it is on disk before it is in force.
@@ -95,21 +95,14 @@ impl Orders {
         }
         self.file.write(&stored)?;
         self.orders = orders;
-        let drains = |key: &HealthKey| self.orders.get(key).is_some_and(|order| order.state == AdminState::Drain);
-        self.drained.retain(drains);
+        self.drains.orders(&self.orders);
         Ok(())
     }
 
     /// Looks whether flows are left where backends drain. Half-open flows count: their clients may be about to send.
     pub fn look(&mut self, kernel: &KernelView) {
-        let draining = self.orders.iter().filter(|(_, order)| order.state == AdminState::Drain);
-        let waiting: Vec<HealthKey> =
-            draining.map(|(key, _)| key.clone()).filter(|key| !self.drained.contains(key)).collect();
-        for key in waiting {
-            if remaining(kernel, &key) == Some(0) {
-                info!(service = key.0, backend = %key.1, "backend is drained: no flow is left");
-                self.drained.insert(key);
-            }
+        for (service, backend) in self.drains.look(&self.orders, |key| remaining(kernel, key)) {
+            info!(service, %backend, "backend is drained: no flow is left");
         }
     }
 }
@@ -132,6 +125,7 @@ fn remaining(kernel: &KernelView, (service, backend): &HealthKey) -> Option<usiz
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::AdminState;
 
     fn key() -> HealthKey {
         ("web".to_owned(), "10.1.0.4:443".parse().unwrap())

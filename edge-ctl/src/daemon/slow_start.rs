@@ -4,6 +4,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -38,15 +39,15 @@ impl SlowStart {
         let mut eligible = BTreeSet::new();
         let mut next = None;
         for (frontend, desired) in &mut state.frontends {
+            let Some(period) = desired.selection.slow_start.filter(|period| !period.is_zero()) else {
+                self.seen.remove(frontend);
+                continue;
+            };
+            let desired = Arc::make_mut(desired);
             let is_first = desired.pool.is_some() && self.seen.insert(*frontend);
-            let slow_start = desired.selection.slow_start;
             for backend in desired.pool.iter_mut().flatten().filter(|backend| backend.eligible()) {
                 let key = (*frontend, backend.address);
                 eligible.insert(key);
-                let Some(period) = slow_start.filter(|period| !period.is_zero()) else {
-                    self.started.remove(&key);
-                    continue;
-                };
                 if is_first {
                     let before = adopted.get(frontend).into_iter().flatten();
                     let before = before.filter(|b| b.eligible).find(|b| b.address == backend.address);
@@ -88,6 +89,8 @@ fn share(elapsed: Duration, period: Duration) -> (u8, Option<Duration>) {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::{
         desired::{Announced, DesiredBackend, DesiredFrontend, Exclusion, Facts, Timeouts},
@@ -123,7 +126,7 @@ mod tests {
             panic: None,
             protection: Protection::default(),
         };
-        DesiredState { frontends: BTreeMap::from([(frontend(), desired)]), ..DesiredState::default() }
+        DesiredState { frontends: BTreeMap::from([(frontend(), Arc::new(desired))]), ..DesiredState::default() }
     }
 
     fn shares(state: &DesiredState) -> Vec<u8> {
@@ -180,5 +183,58 @@ mod tests {
         let mut later = state(&[(A, true)]);
         assert!(slow.apply(now + Duration::from_secs(18), &adopted, &mut later).is_none());
         assert_eq!(shares(&later), [100]);
+    }
+
+    #[derive(Clone, Debug)]
+    enum Event {
+        /// Time passes, milliseconds.
+        Pass(u64),
+        /// A backend becomes eligible, or not any more.
+        Turn(bool, bool),
+    }
+
+    fn event() -> impl Strategy<Value = Event> {
+        prop_oneof![
+            (0_u64..20_000).prop_map(Event::Pass),
+            (any::<bool>(), any::<bool>()).prop_map(|(first, up)| Event::Turn(first, up)),
+        ]
+    }
+
+    proptest! {
+        /// The model knows only since when each backend has been eligible without a break.
+        #[test]
+        fn the_share_is_a_tenth_for_each_begun_tenth_of_the_period_and_whole_for_those_of_the_start(
+            at_start in any::<(bool, bool)>(),
+            events in proptest::collection::vec(event(), 1..80),
+        ) {
+            let start = Instant::now();
+            let (mut slow, mut now) = (SlowStart::default(), start);
+            let mut up = [at_start.0, at_start.1];
+            // `None`: from the start, at full weight.
+            let mut since: [Option<Instant>; 2] = [None; 2];
+            slow.apply(now, &BTreeMap::new(), &mut state(&[(A, up[0]), (B, up[1])]));
+            for event in events {
+                match event {
+                    Event::Pass(passes) => now += Duration::from_millis(passes),
+                    Event::Turn(first, turns_up) => {
+                        let which = usize::from(!first);
+                        if turns_up && !up[which] {
+                            since[which] = Some(now);
+                        }
+                        up[which] = turns_up;
+                    }
+                }
+                let mut built = state(&[(A, up[0]), (B, up[1])]);
+                let next = slow.apply(now, &BTreeMap::new(), &mut built);
+                let expected = |which: usize| match since[which].filter(|_| up[which]) {
+                    Some(since) => u8::try_from(((now - since).as_secs() / 3 + 1).min(10) * 10).unwrap(),
+                    None => 100,
+                };
+                prop_assert_eq!(shares(&built), [expected(0), expected(1)]);
+                let starts = (0..2).any(|which| expected(which) < 100);
+                prop_assert_eq!(next.is_some(), starts, "it is looked at again exactly while somebody starts");
+                prop_assert!(next.is_none_or(|next| next > now && next <= now + Duration::from_secs(3)));
+            }
+        }
     }
 }

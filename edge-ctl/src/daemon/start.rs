@@ -21,8 +21,11 @@ use super::{
     Daemon, Inbox, Orders, ROUTE_GENERATION_PAUSE, Shared,
     acl::{self, Acl},
     announcer::Announcer,
+    bgp_orders::BgpOrders,
     commit::{Commits, Texts},
+    damping::Damping,
     dns_guard, dns_sources,
+    downtime::Downtimes,
     flow_ends::FlowEnds,
     host_problems, lock,
     recorder::Recorder,
@@ -120,7 +123,7 @@ async fn start(file: &Path, config: Config, texts: Texts, commits: Commits) -> R
     let datapath = Datapath::open(&config.edge, EBPF_OBJECT)?;
     let (fib_events, fib_inbox) = mpsc::channel(256);
     let fib = fib::spawn(FibOptions::default(), fib_events).await?;
-    let bgp = speaker.map(Speaker::start);
+    let bgp = speaker.as_ref().map(Speaker::handle);
     let reconciler = Reconciler::new(
         datapath.port()?,
         Announcer::spawn(bgp.clone()),
@@ -129,6 +132,14 @@ async fn start(file: &Path, config: Config, texts: Texts, commits: Commits) -> R
     )?;
     let mut world = World::new(reconciler.adopted(), fib.stale().await);
     world.orders.clone_from(orders.all());
+    let sessions = BgpOrders::load(&config.edge.state_dir)?;
+    if let Some(speaker) = speaker {
+        let speaker = speaker.shut_down(&sessions.shut_down());
+        // What an earlier life left in maps or routes has gone on forwarding without us.
+        let forwarded = !world.adopted().is_empty() || fib.stale().await.iter().next().is_some();
+        let speaker = if forwarded { speaker.restarting() } else { speaker };
+        speaker.start();
+    }
     if bgp.is_none() {
         world.converged();
         world.settle();
@@ -152,6 +163,7 @@ async fn start(file: &Path, config: Config, texts: Texts, commits: Commits) -> R
         desired: DesiredState::default(),
         problems: Vec::new(),
         drained: BTreeSet::new(),
+        downtimes: Downtimes::default(),
         prefixes: 0,
         acl,
         swept: Swept::default(),
@@ -160,7 +172,7 @@ async fn start(file: &Path, config: Config, texts: Texts, commits: Commits) -> R
     let (requests, request_inbox) = mpsc::channel(4);
     let views = DaemonViews::new(
         Arc::clone(&shared),
-        Parts { fib: fib.clone(), bgp: bgp.clone(), dns: dns.clone(), health: health.clone() },
+        Parts { fib: fib.clone(), bgp: bgp.clone(), sessions, dns: dns.clone(), health: health.clone() },
         reconciler_status.clone(),
         requests,
         recorder.told(),
@@ -182,6 +194,7 @@ async fn start(file: &Path, config: Config, texts: Texts, commits: Commits) -> R
         next_hops,
         sweeper,
         slow_start: SlowStart::default(),
+        damping: Damping::default(),
         next_share: None,
         program_log,
         recorder,

@@ -14,7 +14,9 @@ use tokio::{
 use tracing::warn;
 
 use super::{
-    Request, SharedState, acl, audit, lock,
+    Request, SharedState, acl, audit,
+    bgp_orders::BgpOrders,
+    lock,
     recorder::{self, Told},
 };
 use crate::{
@@ -24,7 +26,7 @@ use crate::{
         acl_view::acl_rows,
         answer::answer_from_pins,
         kernel_view::{Counted, KernelView, Rates},
-        pins::SIZED,
+        pins::FLOW_TABLES,
     },
     desired::{DesiredBackend, DesiredState, Exclusion},
     fib::FibHandle,
@@ -53,6 +55,8 @@ pub struct Parts {
     pub fib: FibHandle,
     /// Peers, where BGP is configured.
     pub bgp: Option<BgpHandle>,
+    /// Orders for their sessions.
+    pub sessions: BgpOrders,
     /// Names.
     pub dns: DnsHandle,
     /// Checks.
@@ -64,6 +68,7 @@ pub struct DaemonViews {
     shared: SharedState,
     fib: FibHandle,
     bgp: Option<BgpHandle>,
+    sessions: BgpOrders,
     dns: DnsHandle,
     health: HealthHandle,
     reconciler: watch::Receiver<ReconcilerStatus>,
@@ -85,11 +90,11 @@ impl DaemonViews {
         requests: mpsc::Sender<Request>,
         told: Arc<Mutex<Told>>,
     ) -> Result<Self, PortError> {
-        let Parts { fib, bgp, dns, health } = parts;
+        let Parts { fib, bgp, sessions, dns, health } = parts;
         let kernel = Arc::new(lock(&shared).datapath.view()?);
         let sampled = Sampled::default();
         tokio::spawn(sample(Arc::clone(&kernel), reconciler.clone(), Arc::clone(&sampled)));
-        Ok(Self { shared, fib, bgp, dns, health, reconciler, requests, kernel, sampled, told })
+        Ok(Self { shared, fib, bgp, sessions, dns, health, reconciler, requests, kernel, sampled, told })
     }
 
     async fn answer_one(&self, query: Query) -> Result<Answer, ViewError> {
@@ -118,6 +123,16 @@ impl DaemonViews {
             Query::BgpRoutes => Answer::BgpRoutes(bgp()?.routes().await),
             Query::BgpReceived(peer) => Answer::BgpRoutes(self.peer(peer).await?.received(peer).await),
             Query::BgpAdvertised(peer) => Answer::BgpRoutes(self.peer(peer).await?.advertised(peer).await),
+            Query::BgpMessages(peer) => Answer::BgpMessages(self.peer(peer).await?.messages(peer).await),
+            Query::BgpOrder(order) => {
+                let bgp = bgp()?;
+                self.sessions.give(bgp, order).await?;
+                Answer::BgpPeers(bgp.summary().await)
+            }
+            Query::BgpPolicy(question) => {
+                let rows = self.peer(question.peer).await?.policy(question).await;
+                Answer::BgpPolicy(rows.into_iter().collect())
+            }
             Query::Routes => Answer::Routes(self.fib.routes().await),
             Query::Xdp => Answer::Xdp(lock(&self.shared).datapath.xdp_rows()),
             Query::Acl => Answer::Acl(self.acl()?),
@@ -139,7 +154,11 @@ impl DaemonViews {
 
     async fn peer(&self, peer: std::net::IpAddr) -> Result<&BgpHandle, ViewError> {
         let unknown = || ViewError::NotFound(format!("there is no BGP peer {peer}"));
-        let known = lock(&self.shared).config.0.bgp.as_ref().is_some_and(|bgp| bgp.peers.contains_key(&peer));
+        // Peers out of a `listen_range` are in no configuration.
+        let known = match &self.bgp {
+            Some(bgp) => bgp.summary().await.iter().any(|row| row.neighbor.parse() == Ok(peer)),
+            None => false,
+        };
         self.bgp.as_ref().filter(|_| known).ok_or_else(unknown)
     }
 
@@ -198,6 +217,8 @@ impl DaemonViews {
         };
         let checked: BTreeMap<(String, String), HealthRow> =
             self.health.rows().into_iter().map(|row| ((row.service.clone(), row.backend.clone()), row)).collect();
+        let now = Instant::now();
+        let downtime = |key: &BackendKey| lock(&self.shared).downtimes.of(now, key).as_secs();
         let numbers = backend_numbers(&self.reconciler.borrow().state);
         let sampled = self.sampled.lock().unwrap_or_else(PoisonError::into_inner);
         for row in &mut rows {
@@ -225,8 +246,12 @@ impl DaemonViews {
             if row.state == "up" && row.limit > 0 && row.active >= row.limit {
                 "full".clone_into(&mut row.state);
             }
+            if let Some(key) = row_key(row) {
+                row.downtime = downtime(&key);
+            }
             if let Some(checked) = checked.get(&(row.service.clone(), row.backend.clone())) {
                 (row.fails, row.unavail) = (checked.fails, checked.unavail);
+                row.ejections = checked.ejections;
                 (row.last_check, row.connect) = (checked.last_check, checked.connect);
             }
         }
@@ -241,7 +266,7 @@ impl DaemonViews {
                 let (age, entries) = counted.as_ref()?;
                 Some((*entries.get(map)?, age.as_secs()))
             };
-            SIZED.contains(&map).then(|| Counted(known()))
+            FLOW_TABLES.contains(&map).then(|| Counted(known()))
         };
         Ok(self.kernel.map_rows_with(known)?)
     }

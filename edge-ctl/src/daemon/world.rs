@@ -14,7 +14,7 @@ use ipnet::IpNet;
 
 use crate::{
     config::valid::Config,
-    desired::{self, AdoptedBackend, DesiredState, Inputs},
+    desired::{self, AdoptedBackend, DesiredFrontend, DesiredState, Inputs},
     model::{AdminOrders, BackendSource, Frontend, PoolSnapshot, RouteSet, RouteUpdate},
     sources::health::Verdicts,
 };
@@ -29,7 +29,7 @@ pub struct World {
     /// The same over the BGP routes that an earlier life left in the kernel; serves until routes have settled.
     with_stale: RouteSet,
     /// Route changes that the kernel has yet to be told.
-    waiting: BTreeMap<IpNet, Vec<IpAddr>>,
+    waiting: BTreeMap<IpNet, RouteUpdate>,
     converged: bool,
     routes_settled: bool,
     /// Backends that a route or prefix covered at some time since the start, kept until routes have settled.
@@ -48,6 +48,8 @@ pub struct World {
     pub orders: AdminOrders,
     /// The pools in the maps at start, or at the last reload.
     adopted: BTreeMap<Frontend, Vec<AdoptedBackend>>,
+    /// The state that was built last.
+    built: DesiredState,
 }
 
 impl World {
@@ -75,7 +77,7 @@ impl World {
             if update.next_hops.is_empty() && self.take_over(&update) {
                 lost.extend(behind(&backends, &update.prefix));
             }
-            self.waiting.insert(update.prefix, update.next_hops);
+            self.waiting.insert(update.prefix, update);
         }
         lost
     }
@@ -84,9 +86,9 @@ impl World {
     pub fn next_changes(&mut self, limit: usize) -> Vec<RouteUpdate> {
         let mut changes = Vec::new();
         while changes.len() < limit
-            && let Some((prefix, next_hops)) = self.waiting.pop_first()
+            && let Some((_, update)) = self.waiting.pop_first()
         {
-            changes.push(RouteUpdate { prefix, next_hops });
+            changes.push(update);
         }
         changes
     }
@@ -176,7 +178,44 @@ impl World {
     }
 
     /// The desired state of this world under `config`.
+    #[cfg(test)]
     pub fn desired(&mut self, config: &Config) -> DesiredState {
+        self.desired_of(config, None)
+    }
+
+    /// Services with a backend at one of these addresses, as of the state that was built last.
+    pub fn services_at(&self, addresses: &BTreeSet<IpAddr>) -> BTreeSet<String> {
+        let has = |frontend: &&Arc<DesiredFrontend>| {
+            frontend.pool.iter().flatten().any(|backend| addresses.contains(&backend.address.ip()))
+        };
+        self.built.frontends.values().filter(has).map(|frontend| frontend.service.clone()).collect()
+    }
+
+    /// These addresses by the most specific route that covers them; the default route's, and no route's, together.
+    pub fn by_route(&self, addresses: BTreeSet<IpAddr>) -> Vec<Vec<IpAddr>> {
+        let mut groups: BTreeMap<Option<IpNet>, Vec<IpAddr>> = BTreeMap::new();
+        for address in addresses {
+            groups.entry(self.route(address).map(|(prefix, _)| prefix)).or_default().push(address);
+        }
+        groups.into_values().collect()
+    }
+
+    /// True where the next hop towards an address is a router, which many addresses have in common.
+    pub fn is_behind_gateway(&self, address: IpAddr) -> bool {
+        self.route(address).is_some_and(|(_, gateway)| gateway)
+    }
+
+    /// The most specific route to an address but the default route, and whether it leads by way of a router.
+    fn route(&self, address: IpAddr) -> Option<(IpNet, bool)> {
+        let learnt = self.routes().lookup(address).map(|(prefix, hops)| (prefix, !hops.is_empty()));
+        let kernel = self.kernel_routes.iter().filter(|(prefix, _)| prefix.contains(&address));
+        let kernel = kernel.map(|(prefix, gateway)| (*prefix, gateway.is_some()));
+        kernel.chain(learnt).max_by_key(|(prefix, _)| prefix.prefix_len())
+    }
+
+    /// The desired state of this world under `config`, where since the last time only what concerns these services has
+    /// changed; `None`: whatever may have.
+    pub fn desired_of(&mut self, config: &Config, services: Option<&BTreeSet<String>>) -> DesiredState {
         let kernel_prefixes: Vec<IpNet> = self.kernel_routes.iter().map(|(prefix, _)| *prefix).collect();
         if !self.routes_settled {
             let backends = self.backend_addresses();
@@ -186,7 +225,9 @@ impl World {
             self.covered.extend(covered);
         }
         let nodes = node_names(config);
-        desired::build(
+        // Until routes have settled the doubt that backends are given depends on more than their own services.
+        let services = services.filter(|_| self.routes_settled);
+        let built = desired::rebuild(
             config,
             &Inputs {
                 pools: &self.pools,
@@ -202,8 +243,23 @@ impl World {
                 verdicts: &self.verdicts,
                 orders: &self.orders,
             },
-        )
+            &self.built,
+            services,
+        );
+        self.built = built.clone();
+        built
     }
+}
+
+/// Services of which a verdict came, went or changed.
+pub fn services_of_changes(before: &Verdicts, after: &Verdicts) -> BTreeSet<String> {
+    let changed = |one: &Verdicts, other: &Verdicts| -> BTreeSet<String> {
+        let differs = one.iter().filter(|(key, verdict)| other.get(*key) != Some(*verdict));
+        differs.map(|((service, _), _)| service.clone()).collect()
+    };
+    let mut services = changed(before, after);
+    services.extend(changed(after, before));
+    services
 }
 
 /// The addresses in a prefix.
@@ -257,7 +313,11 @@ mod tests {
     }
 
     fn update(prefix: &str, hops: &[&str]) -> RouteUpdate {
-        RouteUpdate { prefix: prefix.parse().unwrap(), next_hops: hops.iter().map(|hop| ip(hop)).collect() }
+        RouteUpdate {
+            prefix: prefix.parse().unwrap(),
+            next_hops: hops.iter().map(|hop| ip(hop)).collect(),
+            internal: false,
+        }
     }
 
     fn member(text: &str) -> PoolMember {
@@ -445,7 +505,11 @@ mod tests {
             let hop = |random: &mut Self| IpAddr::from([172, 16, 1, 80 + u8::try_from(random.below(3)).unwrap()]);
             let mut update = |_| {
                 let hops = self.below(3);
-                RouteUpdate { prefix: self.prefix(), next_hops: (0..hops).map(|_| hop(self)).collect() }
+                RouteUpdate {
+                    prefix: self.prefix(),
+                    next_hops: (0..hops).map(|_| hop(self)).collect(),
+                    internal: false,
+                }
             };
             (0..3).map(&mut update).collect()
         }
@@ -560,7 +624,8 @@ mod tests {
             assert_eq!(selected(&after.desired(&config)), selected(&old), "seed {seed}: nothing heard yet");
             assert_eq!(after.desired(&config).announcements, old.announcements, "seed {seed}");
             let routes = before.learnt().iter().map(|(prefix, hops)| (*prefix, hops.to_vec()));
-            let mut routes: Vec<_> = routes.map(|(prefix, next_hops)| RouteUpdate { prefix, next_hops }).collect();
+            let mut routes: Vec<_> =
+                routes.map(|(prefix, next_hops)| RouteUpdate { prefix, next_hops, internal: false }).collect();
             let mut pools: Vec<_> = before.pools.values().cloned().collect();
             while !routes.is_empty() || !pools.is_empty() {
                 match (random.below(2), pools.pop()) {

@@ -42,7 +42,15 @@ pub fn answer_from_pins(view: &KernelView, query: &Query) -> Result<Answer, View
         Query::Dns | Query::DnsZones | Query::DnsQuery { .. } | Query::DnsRefresh { .. } => {
             return Err(only_daemon("what DNS answered"));
         }
-        Query::BgpPeers | Query::BgpRoutes | Query::BgpReceived(_) | Query::BgpAdvertised(_) => {
+        Query::BgpOrder(_) => {
+            return Err(ViewError::Unavailable("an order for BGP sessions needs the running daemon".to_owned()));
+        }
+        Query::BgpPeers
+        | Query::BgpRoutes
+        | Query::BgpReceived(_)
+        | Query::BgpAdvertised(_)
+        | Query::BgpMessages(_)
+        | Query::BgpPolicy(_) => {
             return Err(only_daemon("the state of BGP"));
         }
         Query::Routes => return Err(only_daemon("which routes are BGP's")),

@@ -17,6 +17,7 @@ use crate::{
     },
     reconcile::{
         diff::{Plan, Reserved, diff},
+        narrow,
         ports::{self, Action, DatapathPort, DatapathState, service_key},
         protect as ranges,
     },
@@ -62,7 +63,10 @@ fn service(mode: Mode, pool: Option<Vec<DesiredBackend>>) -> DesiredFrontend {
 }
 
 fn state(frontends: Vec<(Frontend, DesiredFrontend)>) -> DesiredState {
-    let mut state = DesiredState { frontends: frontends.into_iter().collect(), ..DesiredState::default() };
+    let mut state = DesiredState {
+        frontends: frontends.into_iter().map(|(key, desired)| (key, desired.into())).collect(),
+        ..DesiredState::default()
+    };
     for (frontend, desired) in &state.frontends {
         state.addresses.insert(frontend.address.ip());
         if desired.announced == Announced::Yes {
@@ -254,6 +258,95 @@ proptest! {
         prop_assert!(reached.index.keys().all(is_wanted));
         prop_assert_eq!(reached.filter.clone(), reached.needed_filter());
         prop_assert_eq!(&world.plan(&third, &Reserved::default()).actions, &vec![]);
+    }
+
+    /// The restarted daemon may die again, after every single write.
+    #[test]
+    fn after_a_death_at_every_single_write_the_next_one_gets_there(
+        first in arbitrary_state(),
+        second in arbitrary_state(),
+    ) {
+        let mut start = World::default();
+        start.reach(&first);
+        let actions = start.plan(&second, &Reserved::default()).actions;
+        for cut in 0..=actions.len() {
+            let mut world = start.clone();
+            actions.iter().take(cut).for_each(|action| world.apply(action));
+            world.announced.clear();
+            for action in world.plan(&second, &Reserved::default()).actions {
+                world.apply(&action);
+                prop_assert_eq!(world.check(), Ok(()), "after {} writes and {:?}", cut, action);
+            }
+            prop_assert_eq!(&world.plan(&second, &Reserved::default()).actions, &vec![], "after {} writes", cut);
+            let reached = world.snapshot();
+            prop_assert_eq!(reached.filter.clone(), reached.needed_filter());
+        }
+    }
+
+    /// Whoever stays in the pool changes at random; some changes are too wide for the narrow way, which must say so.
+    #[test]
+    fn the_narrow_way_leads_where_the_whole_diff_leads_and_is_valid_after_every_write(
+        wish in arbitrary_state(),
+        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), 0_u16..4), 1..6),
+        flows in prop::collection::vec((1_u32..20, 0_u64..3), 0..6),
+    ) {
+        let mut world = World::default();
+        world.reach(&wish);
+        for (number, count) in flows {
+            world.set_flows(number, count);
+        }
+        let mut next: Vec<_> = wish.frontends.iter().map(|(key, desired)| (*key, (**desired).clone())).collect();
+        for (which, member, weight) in changes {
+            if next.is_empty() {
+                break;
+            }
+            let at = which.index(next.len());
+            let Some(pool) = &mut next[at].1.pool else { continue };
+            if pool.is_empty() {
+                continue;
+            }
+            let at = member.index(pool.len());
+            pool[at].weight = weight.max(1);
+            pool[at].excluded = (weight == 0).then_some(Exclusion::NoRoute);
+        }
+        let next = state(next.into_iter().map(|(key, desired)| (key, service(desired.mode, desired.pool))).collect());
+        let excluded = narrow::exclusions(&wish, &next, &world.snapshot());
+        for action in &excluded {
+            world.apply(action);
+            prop_assert_eq!(world.check(), Ok(()), "after {:?}", action);
+        }
+        let actual = world.snapshot();
+        let mut members: BTreeMap<u32, BTreeSet<u32>> = BTreeMap::new();
+        for (number, slot) in &actual.backends {
+            members.entry(slot.entry.service).or_default().insert(*number);
+        }
+        let plan = narrow::narrow(&wish, &next, &actual, &members, &Reserved::default(), &fill);
+        if wish.announcements == next.announcements {
+            for (key, desired) in &next.frontends {
+                let shut: BTreeSet<_> = desired.pool.iter().flatten().filter(|b| !b.eligible()).map(|b| b.address).collect();
+                let open: BTreeSet<_> = eligible(&actual, key).into_iter().map(|(address, _)| address).collect();
+                prop_assert!(open.is_disjoint(&shut), "an exclusion waits for the rest");
+            }
+        } else {
+            prop_assert!(plan.is_none(), "an announcement concerns the VIP's other services");
+        }
+        let Some(plan) = plan else { return Ok(()) };
+        for action in &plan.actions {
+            world.apply(action);
+            prop_assert_eq!(world.check(), Ok(()), "after {:?}", action);
+        }
+        let reached = world.snapshot();
+        for (key, wanted) in &next.frontends {
+            let Some(pool) = &wanted.pool else { continue };
+            let wanted: BTreeSet<_> = pool.iter().filter(|b| b.eligible()).map(|b| (b.address, b.weight)).collect();
+            prop_assert_eq!(eligible(&reached, key), wanted, "{}", key);
+        }
+        let resting = Reserved {
+            backends: reached.backends.keys().copied().collect(),
+            services: reached.services.keys().copied().collect(),
+            ..Reserved::default()
+        };
+        prop_assert_eq!(world.plan(&next, &resting).actions, vec![]);
     }
 
     #[test]

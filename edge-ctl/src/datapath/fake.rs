@@ -67,7 +67,7 @@ impl DatapathPort for FakeDatapath {
             state.services.insert(*number, ServiceSlot { entry: *entry, label, active });
             let region = selection::decode(entry.selection, |chunk| self.chunks.get(&chunk).copied());
             if let Some(region) = region.filter(|_| entry.selection != 0) {
-                state.regions.insert(entry.selection, region);
+                state.regions.insert(entry.selection, region.into());
             }
         }
         for (number, entry) in self.backends.iter().filter(|(_, entry)| entry.protocol != 0) {

@@ -112,7 +112,7 @@ impl KernelView {
                 attempts: stats.half_opened,
                 discarded: drops(&reasons, *number).values().sum(),
                 affinity: slot.entry.affinity_timeout.into(),
-                slots: slots(state.regions.get(&slot.entry.selection)),
+                slots: slots(state.regions.get(&slot.entry.selection).map(|region| &**region)),
                 backup_slots: slots(
                     state.regions.get(&slot.entry.selection).and_then(|region| region.backup.as_deref()),
                 ),

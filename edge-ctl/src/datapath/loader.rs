@@ -592,10 +592,11 @@ fn object_error(what: &str, error: &dyn std::error::Error) -> LoadError {
 }
 
 /// Entries of a table: what is configured, but an LRU at least what its per-CPU free lists need.
-fn table_sizes(tables: &Tables) -> [(&'static str, u32); 8] {
+fn table_sizes(tables: &Tables) -> Vec<(&'static str, u32)> {
     let cpus = aya::util::nr_cpus().unwrap_or(1);
     let lru = u32::try_from(128 * 8 * cpus).unwrap_or(u32::MAX);
-    [
+    let backends = pins::OF_BACKENDS.map(|map| (map, tables.backends));
+    let flows = [
         (name::ESTABLISHED, tables.established.max(2)),
         (name::HALF_OPEN, tables.half_open.max(lru)),
         (name::CLOSING, tables.closing.max(lru)),
@@ -604,7 +605,8 @@ fn table_sizes(tables: &Tables) -> [(&'static str, u32); 8] {
         (name::CLOSING_V6, tables.closing_v6.max(lru)),
         (name::FLOW_CACHE, tables.cache_sets()[0].max(1)),
         (name::FLOW_CACHE_V6, tables.cache_sets()[1].max(1)),
-    ]
+    ];
+    flows.into_iter().chain(backends).chain([(name::SELECTION, tables.selection)]).collect()
 }
 
 /// Creates the maps that are not pinned yet, with what maps of earlier layouts hold; the number created, and what users
@@ -694,7 +696,7 @@ fn size_notes(pins: &Pins, tables: &Tables) -> Vec<String> {
         let Ok(info) = aya::maps::MapInfo::from_pin(pins.map(map)) else { continue };
         if info.max_entries() != wanted {
             notes.push(format!(
-                "{map} keeps its {} entries instead of {wanted}, since its flows live in it; `edge-ctl xdp detach` and a \
+                "{map} keeps its {} entries instead of {wanted}, since what is in it is in use; `edge-ctl xdp detach` and a \
                  restart make it anew",
                 info.max_entries()
             ));

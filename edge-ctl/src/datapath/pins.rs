@@ -86,21 +86,35 @@ fn describe(btf: Option<&Btf>, map: &str, key: u32, value: u32) -> String {
 }
 
 /// Maps whose capacity is the operator's choice, and so no part of their layout.
-pub const SIZED: [&str; 8] = [
-    name::ESTABLISHED,
-    name::HALF_OPEN,
-    name::CLOSING,
-    name::ESTABLISHED_V6,
-    name::HALF_OPEN_V6,
-    name::CLOSING_V6,
-    name::FLOW_CACHE,
-    name::FLOW_CACHE_V6,
+fn is_sized(map: &str) -> bool {
+    FLOW_TABLES.contains(&map)
+        || OF_BACKENDS.contains(&map)
+        || map == name::SELECTION
+        || map == name::FLOW_CACHE
+        || map == name::FLOW_CACHE_V6
+}
+
+/// Maps with one element for each backend.
+pub const OF_BACKENDS: [&str; 9] = [
+    name::BACKENDS,
+    name::BACKEND_STATE,
+    name::BACKEND_CURSOR,
+    name::BACKEND_LIVE,
+    name::BACKEND_PENDING,
+    name::BACKEND_EXPIRED,
+    name::BACKEND_INDEX,
+    name::BACKEND_STATS,
+    name::BACKEND_SIGNALS,
 ];
+
+/// Maps whose entries the sweep counts on its way.
+pub const FLOW_TABLES: [&str; 6] =
+    [name::ESTABLISHED, name::HALF_OPEN, name::CLOSING, name::ESTABLISHED_V6, name::HALF_OPEN_V6, name::CLOSING_V6];
 
 impl Layout {
     /// The hash in the pin's name.
     pub fn hash(&self, map: &str) -> u64 {
-        let max_entries = if SIZED.contains(&map) { 0 } else { self.max_entries };
+        let max_entries = if is_sized(map) { 0 } else { self.max_entries };
         let numbers = [maps::LAYOUT, self.kind, self.key, self.value, max_entries, self.flags];
         let bytes: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
         fnv1a(&[map.as_bytes(), &bytes, &self.fields.to_le_bytes()])

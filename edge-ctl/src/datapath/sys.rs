@@ -1,5 +1,5 @@
 //! The bpf() calls that aya 0.14 does not have: opening a pin read-only, reading maps in batches, and which interface a
-//! link is attached to. The one module of this crate that may hold `unsafe`.
+//! link is attached to. Beside `bgp::socket` the one module of this crate that may hold `unsafe`.
 #![allow(unsafe_code, reason = "raw bpf() calls; each names the fact that makes it sound")]
 
 use std::{

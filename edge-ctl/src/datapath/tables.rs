@@ -78,7 +78,7 @@ impl Tables {
         state.backend_index = self.hash(name::BACKEND_INDEX)?;
         for slot in state.services.values().filter(|slot| slot.entry.selection != 0) {
             if let Some(region) = self.region(slot.entry.selection)? {
-                state.regions.insert(slot.entry.selection, region);
+                state.regions.insert(slot.entry.selection, region.into());
             }
         }
         state.capacity = Capacity {

@@ -14,7 +14,7 @@ use tokio::{
 
 use super::{
     Command, FibError, FibEvent, FibOptions, FibStatus, Kernel, Link, Neighbour, Notice, RouteTo, Snapshot,
-    plan::{KernelRoute, NextHop, Plan, RouteChange, plan},
+    plan::{KernelRoute, METRIC, METRIC_INTERNAL, NextHop, Plan, RouteChange, plan},
     protocol_name,
 };
 use crate::model::{RouteSet, RouteUpdate, view::RouteRow};
@@ -77,7 +77,11 @@ impl<K: Kernel> Actor<K> {
                 continue;
             }
             let next_hops = route.next_hops.iter().filter_map(|hop| hop.gateway).collect();
-            self.stale.apply(RouteUpdate { prefix: route.prefix, next_hops });
+            self.stale.apply(RouteUpdate {
+                prefix: route.prefix,
+                next_hops,
+                internal: route.metric == METRIC_INTERNAL,
+            });
             self.owned.insert(route.prefix);
         }
         self.keep = self.owned.clone();
@@ -436,11 +440,14 @@ impl<K: Kernel> Actor<K> {
 
     fn kernel_prefixes(&self) -> Vec<(IpNet, Option<IpAddr>)> {
         let loopback = |hop: &NextHop| self.known.links.get(&hop.ifindex).is_some_and(|link| link.loopback);
+        // The kernel keeps the routes of a link that has lost its carrier; nothing is reached through them.
+        let up = |hop: &NextHop| self.known.links.get(&hop.ifindex).is_none_or(|link| link.up);
         let mut prefixes: Vec<(IpNet, Option<IpAddr>)> = self
             .known
             .table
             .others()
             .filter(|route| route.prefix.prefix_len() > 0 && !route.next_hops.iter().all(loopback))
+            .filter(|route| route.next_hops.is_empty() || route.next_hops.iter().any(up))
             .map(|route| (route.prefix, route.next_hops.iter().find_map(|hop| hop.gateway)))
             .collect();
         prefixes.dedup();
@@ -452,7 +459,8 @@ impl<K: Kernel> Actor<K> {
             self.known.table.iter().map(|route| (route.prefix, self.row(route))).collect();
         for (prefix, gateways) in self.desired.iter() {
             if self.known.table.ours(prefix).is_none() {
-                rows.push((*prefix, missing_row(prefix, gateways)));
+                let metric = if self.desired.is_internal(prefix) { METRIC_INTERNAL } else { METRIC };
+                rows.push((*prefix, missing_row(prefix, metric, gateways)));
             }
         }
         rows.sort_by_key(|(prefix, _)| *prefix);
@@ -485,13 +493,13 @@ impl<K: Kernel> Actor<K> {
     }
 }
 
-fn missing_row(prefix: &IpNet, gateways: &[IpAddr]) -> RouteRow {
+fn missing_row(prefix: &IpNet, metric: u32, gateways: &[IpAddr]) -> RouteRow {
     RouteRow {
         code: "B".into(),
         prefix: prefix.to_string(),
         next_hops: gateways.iter().map(|gateway| format!("via {gateway}")).collect(),
         protocol: protocol_name(super::plan::PROTOCOL_BGP),
-        metric: super::plan::METRIC,
+        metric,
         installed: false,
         age: None,
     }
@@ -513,10 +521,7 @@ fn ticker(period: Duration) -> tokio::time::Interval {
 
 #[cfg(test)]
 mod tests {
-    use super::{
-        super::{fake::FakeKernel, plan::METRIC},
-        *,
-    };
+    use super::{super::fake::FakeKernel, *};
 
     const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -547,7 +552,7 @@ mod tests {
 
     fn update(prefix: &str, hops: &[&str]) -> RouteUpdate {
         let next_hops = hops.iter().map(|hop| hop.parse().unwrap()).collect();
-        RouteUpdate { prefix: prefix.parse().unwrap(), next_hops }
+        RouteUpdate { prefix: prefix.parse().unwrap(), next_hops, internal: false }
     }
 
     fn installed(kernel: &FakeKernel, prefix: &str) -> bool {

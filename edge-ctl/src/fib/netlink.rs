@@ -19,14 +19,16 @@ use rtnetlink::{
         neighbour::{
             NeighbourAddress, NeighbourAttribute, NeighbourExtFlags, NeighbourFlags, NeighbourMessage, NeighbourState,
         },
-        route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteNextHop, RouteProtocol, RouteType},
+        route::{
+            RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteNextHop, RouteProtocol, RouteType, RouteVia,
+        },
     },
 };
 use tokio::sync::mpsc;
 
 use super::{
     FibError, Kernel, Link, LocalAddress, Neighbour, Notice, RouteTo, Snapshot, monitor,
-    plan::{KernelRoute, METRIC, NextHop, PROTOCOL_BGP, RouteChange, Table},
+    plan::{KernelRoute, NextHop, PROTOCOL_BGP, RouteChange, Table},
 };
 
 /// A kernel that does not answer within this time is taken for broken, and the request as failed.
@@ -91,12 +93,12 @@ impl Netlink {
     async fn make(&self, change: RouteChange) -> Result<(), FibError> {
         let prefix = change.prefix();
         match change {
-            RouteChange::Replace { next_hops, .. } => {
-                let message = RouteNetlinkMessage::NewRoute(route_message(prefix, METRIC, &next_hops)?);
+            RouteChange::Replace { metric, next_hops, .. } => {
+                let message = RouteNetlinkMessage::NewRoute(route_message(prefix, metric, &next_hops));
                 self.request(|| format!("install the route to {prefix}"), message, NLM_F_CREATE | NLM_F_REPLACE).await
             }
             RouteChange::Delete { metric, .. } => {
-                let message = RouteNetlinkMessage::DelRoute(route_message(prefix, metric, &[])?);
+                let message = RouteNetlinkMessage::DelRoute(route_message(prefix, metric, &[]));
                 match self.request(|| format!("delete the route to {prefix}"), message, 0).await {
                     // Gone already: that is what was wanted.
                     Err(FibError::Refused { errno: libc::ESRCH, .. }) => Ok(()),
@@ -217,12 +219,7 @@ fn family(address: IpAddr) -> AddressFamily {
     if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
 }
 
-fn route_message(prefix: IpNet, metric: u32, next_hops: &[NextHop]) -> Result<RouteMessage, FibError> {
-    let refused = |error: rtnetlink::Error| FibError::Refused {
-        what: format!("describe the route to {prefix}"),
-        reason: error.to_string(),
-        errno: libc::EINVAL,
-    };
+fn route_message(prefix: IpNet, metric: u32, next_hops: &[NextHop]) -> RouteMessage {
     let mut message = RouteMessage::default();
     message.header.address_family = family(prefix.addr());
     message.header.destination_prefix_length = prefix.prefix_len();
@@ -232,25 +229,35 @@ fn route_message(prefix: IpNet, metric: u32, next_hops: &[NextHop]) -> Result<Ro
     message.attributes.push(RouteAttribute::Destination(prefix.network().into()));
     message.attributes.push(RouteAttribute::Priority(metric));
     if let [hop] = next_hops {
-        message.attributes.extend(hop.gateway.map(|gateway| RouteAttribute::Gateway(gateway.into())));
+        message.attributes.extend(hop.gateway.map(|gateway| via(prefix, gateway)));
         message.attributes.push(RouteAttribute::Oif(hop.ifindex));
     } else if !next_hops.is_empty() {
-        let hops: Result<Vec<RouteNextHop>, FibError> = next_hops
-            .iter()
-            .map(|hop| {
-                let builder = RouteNextHopBuilder::new(family(prefix.addr())).interface(hop.ifindex);
-                Ok(match hop.gateway {
-                    Some(gateway) => builder
-                        .via(gateway)
-                        .map_err(|error| refused(rtnetlink::Error::InvalidNla(error.to_string())))?
-                        .build(),
-                    None => builder.build(),
-                })
-            })
-            .collect();
-        message.attributes.push(RouteAttribute::MultiPath(hops?));
+        let hops = next_hops.iter().map(|hop| {
+            let mut built = RouteNextHopBuilder::new(family(prefix.addr())).interface(hop.ifindex).build();
+            built.attributes.extend(hop.gateway.map(|gateway| via(prefix, gateway)));
+            built
+        });
+        message.attributes.push(RouteAttribute::MultiPath(hops.collect()));
     }
-    Ok(message)
+    message
+}
+
+/// The gateway of a route; one of the other family goes into RTA_VIA (since 5.2 for IPv4 routes).
+fn via(prefix: IpNet, gateway: IpAddr) -> RouteAttribute {
+    match (prefix, gateway) {
+        (IpNet::V4(_), IpAddr::V6(gateway)) => RouteAttribute::Via(RouteVia::Inet6(gateway)),
+        _ => RouteAttribute::Gateway(gateway.into()),
+    }
+}
+
+/// The gateway that a route's attribute names.
+fn gateway_of(attribute: &RouteAttribute) -> Option<IpAddr> {
+    match attribute {
+        RouteAttribute::Gateway(value) => ip(value),
+        RouteAttribute::Via(RouteVia::Inet6(address)) => Some(IpAddr::V6(*address)),
+        RouteAttribute::Via(RouteVia::Inet(address)) => Some(IpAddr::V4(*address)),
+        _ => None,
+    }
 }
 
 fn address_message(ifindex: u32, address: IpAddr) -> AddressMessage {
@@ -335,7 +342,7 @@ pub(super) fn kernel_route(message: &RouteMessage) -> Option<KernelRoute> {
             RouteAttribute::Table(value) => table = *value,
             RouteAttribute::Priority(value) => metric = *value,
             RouteAttribute::Destination(value) => prefix = ip(value),
-            RouteAttribute::Gateway(value) => gateway = ip(value),
+            RouteAttribute::Gateway(_) | RouteAttribute::Via(_) => gateway = gateway_of(attribute),
             RouteAttribute::Oif(value) => oif = Some(*value),
             RouteAttribute::MultiPath(hops) => multipath = hops.iter().map(next_hop).collect(),
             _ => {}
@@ -359,10 +366,7 @@ pub(super) fn kernel_route(message: &RouteMessage) -> Option<KernelRoute> {
 }
 
 fn next_hop(hop: &RouteNextHop) -> NextHop {
-    let gateway = hop.attributes.iter().find_map(|attribute| match attribute {
-        RouteAttribute::Gateway(value) => ip(value),
-        _ => None,
-    });
+    let gateway = hop.attributes.iter().find_map(gateway_of);
     NextHop { gateway, ifindex: hop.interface_index }
 }
 
@@ -371,7 +375,7 @@ fn route_to(message: &RouteMessage) -> Option<RouteTo> {
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Oif(value) => route.ifindex = *value,
-            RouteAttribute::Gateway(value) => route.gateway = ip(value),
+            RouteAttribute::Gateway(_) | RouteAttribute::Via(_) => route.gateway = gateway_of(attribute),
             RouteAttribute::PrefSource(value) => route.source = ip(value),
             _ => {}
         }

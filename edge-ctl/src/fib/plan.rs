@@ -11,8 +11,10 @@ use crate::model::RouteSet;
 
 /// `RTPROT_BGP`: marks the routes that belong to BGP in the kernel's table.
 pub const PROTOCOL_BGP: u8 = 186;
-/// Kernel metric of our routes, as FRR gives to BGP.
+/// Kernel metric of routes learnt from external peers: the administrative distance that operators know of eBGP.
 pub const METRIC: u32 = 20;
+/// Kernel metric of routes learnt inside our AS: the distance of iBGP.
+pub const METRIC_INTERNAL: u32 = 200;
 
 /// One next hop of a route in the kernel.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -48,7 +50,7 @@ impl KernelRoute {
     }
 
     fn is_ours(&self) -> bool {
-        self.is_bgp() && self.metric == METRIC
+        self.is_bgp() && [METRIC, METRIC_INTERNAL].contains(&self.metric)
     }
 }
 
@@ -59,6 +61,8 @@ pub enum RouteChange {
     Replace {
         /// Destination.
         prefix: IpNet,
+        /// Kernel metric.
+        metric: u32,
         /// At least one next hop, each with a gateway, sorted.
         next_hops: Vec<NextHop>,
     },
@@ -109,20 +113,24 @@ impl Table {
         self.iter().filter(|route| !route.is_bgp())
     }
 
-    /// Our own route of this prefix.
+    /// Our own route of this prefix; while it moves from one metric to the other, the one that the kernel uses.
     pub fn ours(&self, prefix: &IpNet) -> Option<&KernelRoute> {
-        self.routes.get(prefix)?.iter().find(|route| route.is_ours())
+        self.all_ours(prefix).min_by_key(|route| route.metric)
+    }
+
+    fn all_ours(&self, prefix: &IpNet) -> impl Iterator<Item = &KernelRoute> {
+        self.routes.get(prefix).into_iter().flatten().filter(|route| route.is_ours())
     }
 
     /// Takes over a change that the kernel accepted.
     pub fn apply(&mut self, change: &RouteChange) {
         match change {
-            RouteChange::Replace { prefix, next_hops } => {
+            RouteChange::Replace { prefix, metric, next_hops } => {
                 let same = self.routes.entry(*prefix).or_default();
-                same.retain(|route| route.metric != METRIC);
+                same.retain(|route| route.metric != *metric);
                 let route = KernelRoute {
                     prefix: *prefix,
-                    metric: METRIC,
+                    metric: *metric,
                     protocol: PROTOCOL_BGP,
                     next_hops: next_hops.clone(),
                 };
@@ -189,14 +197,16 @@ pub fn plan<'a>(
     let mut plan = Plan::default();
     let mut deletions = Vec::new();
     for prefix in prefixes {
-        let present = table.ours(prefix);
         let Some(gateways) = desired.get(prefix) else {
             if !keep.contains(prefix) {
-                deletions.extend(present.map(delete));
+                deletions.extend(table.all_ours(prefix).map(delete));
             }
             continue;
         };
-        if let Some(foreign) = conflict(table, prefix) {
+        let metric = if desired.is_internal(prefix) { METRIC_INTERNAL } else { METRIC };
+        let present = table.all_ours(prefix).find(|route| route.metric == metric);
+        let other = table.all_ours(prefix).find(|route| route.metric != metric);
+        if let Some(foreign) = conflict(table, prefix, metric) {
             plan.errors.insert(*prefix, foreign);
             continue;
         }
@@ -204,10 +214,12 @@ pub fn plan<'a>(
         if !off_link.is_empty() {
             plan.errors.insert(*prefix, off_link_text(&off_link));
         }
+        // The new one stands before the old one of the other metric goes.
+        deletions.extend(other.map(delete));
         if next_hops.is_empty() {
             deletions.extend(present.map(delete));
         } else if present.map(|route| &route.next_hops) != Some(&next_hops) {
-            plan.changes.push(RouteChange::Replace { prefix: *prefix, next_hops });
+            plan.changes.push(RouteChange::Replace { prefix: *prefix, metric, next_hops });
         }
     }
     // Longer prefixes may move to a covering one: what is added comes before what is removed.
@@ -219,10 +231,10 @@ fn delete(route: &KernelRoute) -> RouteChange {
     RouteChange::Delete { prefix: route.prefix, metric: route.metric }
 }
 
-fn conflict(table: &Table, prefix: &IpNet) -> Option<String> {
-    let route = table.routes.get(prefix)?.iter().find(|route| !route.is_bgp() && route.metric == METRIC)?;
+fn conflict(table: &Table, prefix: &IpNet, metric: u32) -> Option<String> {
+    let route = table.routes.get(prefix)?.iter().find(|route| !route.is_bgp() && route.metric == metric)?;
     Some(format!(
-        "a route of protocol {} with metric {METRIC} already stands in the main table; delete it or give it another metric",
+        "a route of protocol {} with metric {metric} already stands in the main table; delete it or give it another metric",
         super::protocol_name(route.protocol),
     ))
 }
@@ -275,7 +287,7 @@ mod tests {
         let mut set = RouteSet::default();
         for (prefix, hops) in routes {
             let next_hops = hops.iter().map(|hop| hop.parse().unwrap()).collect();
-            set.apply(RouteUpdate { prefix: net(prefix), next_hops });
+            set.apply(RouteUpdate { prefix: net(prefix), next_hops, internal: false });
         }
         set
     }
@@ -310,7 +322,10 @@ mod tests {
         let table = Table::new([connected("172.16.1.0/24", 2)]);
         let plan = run(&desired, &table);
         let hops = vec![NextHop { gateway: Some("172.16.1.80".parse().unwrap()), ifindex: 2 }];
-        assert_eq!(plan.changes, [RouteChange::Replace { prefix: net("10.1.0.0/24"), next_hops: hops }]);
+        assert_eq!(
+            plan.changes,
+            [RouteChange::Replace { prefix: net("10.1.0.0/24"), metric: METRIC, next_hops: hops }]
+        );
         assert!(plan.errors[&net("10.1.0.0/24")].contains("192.0.2.1"));
     }
 
@@ -364,7 +379,7 @@ mod tests {
             let mut desired = RouteSet::default();
             for (n, hops) in &want {
                 let next_hops = hops.iter().map(|n| hop(n).parse().unwrap()).collect();
-                desired.apply(RouteUpdate { prefix: net(&format!("10.1.{n}.0/24")), next_hops });
+                desired.apply(RouteUpdate { prefix: net(&format!("10.1.{n}.0/24")), next_hops, internal: false });
             }
             let mut routes = vec![connected("172.16.1.0/30", 2)];
             for (n, hops) in &have {

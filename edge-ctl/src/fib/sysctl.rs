@@ -11,6 +11,8 @@ pub struct Settings {
     pub all_rp_filter: Option<u32>,
     /// `net.ipv4.conf.all.accept_local`.
     pub all_accept_local: Option<u32>,
+    /// `net.ipv6.conf.all.forwarding`.
+    pub ipv6_forwarding: Option<u32>,
     /// Settings of the interfaces in use.
     pub interfaces: Vec<InterfaceSettings>,
 }
@@ -51,9 +53,22 @@ impl fmt::Display for SysctlProblem {
 /// Reads the settings of the present network namespace and judges them; empty: all is well.
 ///
 /// `full_nat`: at least one service is full-nat. Its rewritten packets carry a local source address in both directions,
-/// and every one that needs a neighbour or fragmentation goes through the stack.
-pub fn check(interfaces: &[String], full_nat: bool) -> Vec<SysctlProblem> {
-    evaluate(&read(Path::new("/proc/sys"), interfaces), full_nat)
+/// and every one that needs a neighbour or fragmentation goes through the stack. `ipv6`: at least one VIP is an IPv6
+/// address; IPv6 has neither reverse-path filtering nor `accept_local`.
+pub fn check(interfaces: &[String], full_nat: bool, ipv6: bool) -> Vec<SysctlProblem> {
+    let settings = read(Path::new("/proc/sys"), interfaces);
+    let mut problems = evaluate(&settings, full_nat);
+    problems.extend(ipv6.then(|| forwarding_ipv6(&settings)).flatten());
+    problems
+}
+
+fn forwarding_ipv6(settings: &Settings) -> Option<SysctlProblem> {
+    (settings.ipv6_forwarding != Some(1)).then(|| SysctlProblem {
+        key: "net.ipv6.conf.all.forwarding".into(),
+        value: settings.ipv6_forwarding,
+        effect: "the kernel forwards no IPv6, and bpf_fib_lookup refuses".into(),
+        fix: "sysctl -w net.ipv6.conf.all.forwarding=1".into(),
+    })
 }
 
 /// Reads the settings below `root` (`/proc/sys`).
@@ -64,6 +79,7 @@ pub fn read(root: &Path, interfaces: &[String]) -> Settings {
         ip_forward: value("net/ipv4/ip_forward"),
         all_rp_filter: conf("all", "rp_filter"),
         all_accept_local: conf("all", "accept_local"),
+        ipv6_forwarding: value("net/ipv6/conf/all/forwarding"),
         interfaces: interfaces
             .iter()
             // One that is not there has no settings yet; attaching to it names it, and it is judged once it appears.
@@ -142,6 +158,7 @@ mod tests {
             ip_forward: Some(1),
             all_rp_filter: Some(all),
             all_accept_local: Some(0),
+            ipv6_forwarding: Some(0),
             interfaces: vec![InterfaceSettings {
                 name: "ens33".into(),
                 rp_filter: Some(own),
@@ -175,6 +192,15 @@ mod tests {
             assert_eq!(problems.len(), 1);
             assert!(problems[0].to_string().contains("`sysctl -w net.ipv4.ip_forward=1`"));
         }
+    }
+
+    #[test]
+    fn ipv6_forwarding_is_named_with_its_fix() {
+        let mut settings = settings(0, 0, 1);
+        let problem = forwarding_ipv6(&settings).map(|problem| problem.fix);
+        assert_eq!(problem.as_deref(), Some("sysctl -w net.ipv6.conf.all.forwarding=1"));
+        settings.ipv6_forwarding = Some(1);
+        assert_eq!(forwarding_ipv6(&settings), None);
     }
 
     #[test]

@@ -1,7 +1,9 @@
 //! Plain data that every layer speaks: services, backends, routes, and the rows that users see. No I/O, no clock.
 
 pub mod access;
+pub mod bgp_session;
 pub mod capture;
+mod community;
 mod health;
 mod protect;
 pub mod query;
@@ -12,17 +14,18 @@ mod service;
 mod snat;
 pub mod view;
 
+pub use community::Community;
 pub use health::{
     AdminOrder, AdminOrders, AdminState, BackendVerb, Check, Exchange, Health, HealthKey, Http, Passive,
     PassiveCounters, PassiveSignals, Tls, Verdict,
 };
 pub use protect::{Limits, Protection, RangeAction, Rate, SourceRanges};
-pub use resolver::ResolverPolicy;
+pub use resolver::{Follow, ResolverPolicy};
 pub use route::{PathAttributes, RouteSet, RouteUpdate};
 pub use selection::{MOST_CONNECTIONS, Selection, StaticBackend, TableShape, Tier};
 
 pub use service::{
-    Announce, BackendSource, Balance, FlowSelector, Frontend, Mode, OnDown, ParseFrontendError, PoolMember,
+    Announce, BackendSource, Balance, Capacity, FlowSelector, Frontend, Mode, OnDown, ParseFrontendError, PoolMember,
     PoolSnapshot, PoolState, Protocol, RecordType, Resolver, Service, Snat, within,
 };
 pub use snat::{SnatAlarms, SnatLevel, SnatRow};

@@ -7,19 +7,56 @@ use std::{
     path::PathBuf,
 };
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use super::bgp_session::{Order, PeerOrder};
 use super::capture::{CaptureOrder, CaptureRow};
 use super::{
-    BackendVerb, FlowSelector, RecordType,
+    BackendVerb, Community, FlowSelector, RecordType,
     view::{
-        BackendRow, BgpPeerRow, BgpRouteRow, DnsRecordRow, DnsRow, DnsZoneRow, EventRow, FlowRow, HealthEventRow,
-        HealthRow, MapRow, RouteRow, ServiceRow, StatusRow, XdpRow,
+        BackendRow, BgpMessageRow, BgpPeerRow, BgpRouteRow, DnsRecordRow, DnsRow, DnsZoneRow, EventRow, FlowRow,
+        HealthEventRow, HealthRow, MapRow, PolicyRow, RouteRow, ServiceRow, StatusRow, XdpRow,
     },
 };
 
 /// Rows that a list of flows or map entries has unless told otherwise.
 pub const DEFAULT_LIMIT: usize = 1000;
+
+/// A path that a peer's policy is asked about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PolicyQuestion {
+    /// The peer.
+    pub peer: IpAddr,
+    /// About what is announced to it rather than what it sends.
+    pub export: bool,
+    /// The prefix.
+    pub prefix: IpNet,
+    /// AS numbers of the path; `None`, with no community and next hop: the path that there is.
+    pub as_path: Option<Vec<u32>>,
+    /// Communities of the path.
+    pub communities: Vec<Community>,
+    /// Next hop of the path.
+    pub next_hop: Option<IpAddr>,
+}
+
+impl PolicyQuestion {
+    fn path(&self) -> String {
+        let direction = if self.export { "out" } else { "in" };
+        let prefix = percent_encode(&self.prefix.to_string());
+        let mut path = format!("/v1/bgp/policy?peer={}&direction={direction}&prefix={prefix}", self.peer);
+        if let Some(numbers) = &self.as_path {
+            let numbers: Vec<String> = numbers.iter().map(u32::to_string).collect();
+            path.push_str(&format!("&as_path={}", percent_encode(&numbers.join(" "))));
+        }
+        if !self.communities.is_empty() {
+            let communities: Vec<String> = self.communities.iter().map(ToString::to_string).collect();
+            path.push_str(&format!("&communities={}", percent_encode(&communities.join(" "))));
+        }
+        path.extend(self.next_hop.map(|next_hop| format!("&next_hop={next_hop}")));
+        path
+    }
+}
 
 /// A question.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,6 +102,12 @@ pub enum Query {
     BgpReceived(IpAddr),
     /// What is announced to a peer: [`Answer::BgpRoutes`].
     BgpAdvertised(IpAddr),
+    /// The last messages of a peer: [`Answer::BgpMessages`].
+    BgpMessages(IpAddr),
+    /// Clear, refresh, shut down or enable a peer, or all: [`Answer::BgpPeers`].
+    BgpOrder(PeerOrder),
+    /// What a peer's policy says of a path: [`Answer::BgpPolicy`].
+    BgpPolicy(PolicyQuestion),
     /// Routes of the kernel that concern us: [`Answer::Routes`].
     Routes,
     /// Maps: [`Answer::Maps`].
@@ -166,6 +209,16 @@ impl Query {
             Self::BgpRoutes => "/v1/bgp/routes".to_owned(),
             Self::BgpReceived(peer) => format!("/v1/bgp/peers/{peer}/received"),
             Self::BgpAdvertised(peer) => format!("/v1/bgp/peers/{peer}/advertised"),
+            Self::BgpMessages(peer) => format!("/v1/bgp/peers/{peer}/messages"),
+            Self::BgpOrder(PeerOrder { peer, what }) => {
+                let peer = peer.map_or_else(|| "all".to_owned(), |peer| peer.to_string());
+                let message = match what {
+                    Order::Shutdown(message) => format!("?message={}", percent_encode(message)),
+                    _ => String::new(),
+                };
+                return ("POST", format!("/v1/bgp/peers/{peer}/{}{message}", what.as_str()));
+            }
+            Self::BgpPolicy(question) => question.path(),
             Self::Routes => "/v1/routes".to_owned(),
             Self::Maps => "/v1/maps".to_owned(),
             Self::Map { name, limit } => format!("/v1/maps/{}?limit={limit}", percent_encode(name)),
@@ -245,10 +298,14 @@ pub enum Answer {
     DnsZones(Vec<DnsZoneRow>),
     /// To [`Query::DnsQuery`].
     DnsRecords(Vec<DnsRecordRow>),
-    /// To [`Query::BgpPeers`].
+    /// To [`Query::BgpMessages`].
+    BgpMessages(Vec<BgpMessageRow>),
+    /// To [`Query::BgpPeers`] and [`Query::BgpOrder`].
     BgpPeers(Vec<BgpPeerRow>),
     /// To [`Query::BgpRoutes`], [`Query::BgpReceived`] and [`Query::BgpAdvertised`].
     BgpRoutes(Vec<BgpRouteRow>),
+    /// To [`Query::BgpPolicy`].
+    BgpPolicy(Vec<PolicyRow>),
     /// To [`Query::Routes`].
     Routes(Vec<RouteRow>),
     /// To [`Query::Maps`].

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use super::RecordType;
+
 /// Settings of `[resolver.NAME]` beside its servers; all of them are optional.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ResolverPolicy {
@@ -13,6 +15,19 @@ pub struct ResolverPolicy {
     pub shrink_limit: u8,
     /// Domains appended to names in turn; empty: names are asked as they stand.
     pub search: Vec<String>,
+    /// The service that the servers themselves belong to.
+    pub follow: Option<Follow>,
+}
+
+/// A service whose endpoints are DNS servers: asked of the resolver itself, and followed like any pool.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Follow {
+    /// Its name.
+    pub name: String,
+    /// Record type.
+    pub record: RecordType,
+    /// The servers' port, where the answer has none.
+    pub port: u16,
 }
 
 impl Default for ResolverPolicy {
@@ -22,6 +37,7 @@ impl Default for ResolverPolicy {
             shrink_hold: Duration::from_secs(10),
             shrink_limit: 50,
             search: Vec::new(),
+            follow: None,
         }
     }
 }

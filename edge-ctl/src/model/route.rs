@@ -1,6 +1,9 @@
 //! Routes as BGP decides them and the FIB installs them.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use ipnet::IpNet;
 
@@ -9,35 +12,60 @@ use ipnet::IpNet;
 pub struct RouteUpdate {
     /// The prefix.
     pub prefix: IpNet,
-    /// Equal-cost next hops, sorted; empty: the prefix is gone.
+    /// Equal-cost gateways, sorted; empty: the prefix is gone.
     pub next_hops: Vec<IpAddr>,
+    /// The best path was learnt inside our AS.
+    pub internal: bool,
 }
 
 /// Path attributes of a prefix that we originate.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PathAttributes {
-    /// RFC 1997 communities.
-    pub communities: Vec<(u16, u16)>,
+    /// Communities of all kinds.
+    pub communities: Vec<super::Community>,
     /// MULTI_EXIT_DISC.
     pub med: Option<u32>,
     /// LOCAL_PREF, to iBGP peers only; `None`: 100.
     pub local_pref: Option<u32>,
+    /// How many times more than once our AS number stands in the path towards external peers.
+    pub prepend: u8,
 }
 
 /// Best routes by prefix, with longest-prefix lookup.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RouteSet {
     routes: BTreeMap<IpNet, Vec<IpAddr>>,
+    /// Those learnt inside our AS.
+    internal: BTreeSet<IpNet>,
 }
 
 impl RouteSet {
     /// Applies one update; true where it changed anything.
     pub fn apply(&mut self, update: RouteUpdate) -> bool {
         if update.next_hops.is_empty() {
+            self.internal.remove(&update.prefix);
             return self.routes.remove(&update.prefix).is_some();
         }
-        let before = self.routes.insert(update.prefix, update.next_hops.clone());
-        before.as_ref() != Some(&update.next_hops)
+        let moved = match update.internal {
+            true => self.internal.insert(update.prefix),
+            false => self.internal.remove(&update.prefix),
+        };
+        match self.routes.get_mut(&update.prefix) {
+            Some(before) if *before == update.next_hops => moved,
+            Some(before) => {
+                *before = update.next_hops;
+                true
+            }
+            None => {
+                self.routes.insert(update.prefix, update.next_hops);
+                true
+            }
+        }
+    }
+
+    /// True where the route of exactly this prefix was learnt inside our AS.
+    pub fn is_internal(&self, prefix: &IpNet) -> bool {
+        self.internal.contains(prefix)
     }
 
     /// Next hops of exactly this prefix.
@@ -78,6 +106,7 @@ mod tests {
         RouteUpdate {
             prefix: prefix.parse().unwrap(),
             next_hops: hops.iter().map(|hop| hop.parse().unwrap()).collect(),
+            internal: false,
         }
     }
 

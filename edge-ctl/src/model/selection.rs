@@ -49,7 +49,7 @@ impl StaticBackend {
 }
 
 /// What a selection table is made for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct TableShape {
     /// The method.
     pub balance: Balance,

@@ -114,7 +114,7 @@ impl fmt::Display for Mode {
 }
 
 /// How a backend is chosen for a new flow.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, PartialOrd, Ord)]
 #[serde(rename_all = "kebab-case")]
 pub enum Balance {
     /// Weighted Maglev over the keyed hash of the tuple.
@@ -193,8 +193,69 @@ pub struct Snat {
 pub struct Announce {
     /// Announce while at least this many backends are eligible.
     pub min_backends: usize,
+    /// Once announced, it stays so while at least this many are eligible; not more than `min_backends`.
+    pub keep_backends: usize,
+    /// How long they must have been eligible before it is announced.
+    pub after: std::time::Duration,
+    /// Length of the prefix that is announced instead of the /32 or /128, IPv4 and IPv6.
+    pub aggregate: (Option<u8>, Option<u8>),
+    /// What tells routers how much of the pool is healthy.
+    pub capacity: Option<Capacity>,
     /// Path attributes of the announcement.
     pub attributes: super::PathAttributes,
+}
+
+impl Default for Announce {
+    fn default() -> Self {
+        Self {
+            min_backends: 1,
+            keep_backends: 1,
+            after: std::time::Duration::ZERO,
+            aggregate: (None, None),
+            capacity: None,
+            attributes: super::PathAttributes::default(),
+        }
+    }
+}
+
+impl Announce {
+    /// The prefix that is announced for a VIP.
+    pub fn prefix(&self, vip: std::net::IpAddr) -> ipnet::IpNet {
+        let length = if vip.is_ipv4() { self.aggregate.0 } else { self.aggregate.1 };
+        length.and_then(|length| ipnet::IpNet::new(vip, length).ok()).map_or_else(|| vip.into(), |net| net.trunc())
+    }
+
+    /// The attributes while `eligible` of `total` backends are.
+    pub fn attributes(&self, eligible: usize, total: usize) -> super::PathAttributes {
+        let mut attributes = self.attributes.clone();
+        // Tenths lost: small changes of a large pool are no news to routers.
+        let lost = ((total - eligible.min(total)) * 10).checked_div(total).unwrap_or(0);
+        match self.capacity {
+            Some(Capacity::Med) => {
+                let step = u32::try_from(lost).unwrap_or(10) * MED_STEP;
+                attributes.med = Some(attributes.med.unwrap_or(0).saturating_add(step));
+            }
+            // A quarter of the pool lost is one more AS number.
+            Some(Capacity::Prepend) => {
+                let more = u8::try_from(lost * 2 / 5).unwrap_or(4);
+                attributes.prepend = attributes.prepend.saturating_add(more);
+            }
+            None => {}
+        }
+        attributes
+    }
+}
+
+/// MED added for each tenth of a pool that is not eligible.
+const MED_STEP: u32 = 10;
+
+/// How the healthy part of a pool is told to routers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Capacity {
+    /// MED grows by 10 with each tenth that is lost.
+    Med,
+    /// Our AS number is prepended once more with each quarter that is lost.
+    Prepend,
 }
 
 /// What becomes of a backend's flows when checks fail, its route is lost, or an administrator takes it down.

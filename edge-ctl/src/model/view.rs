@@ -91,6 +91,12 @@ pub struct BackendRow {
     pub fails: u64,
     /// Times it became unavailable.
     pub unavail: u64,
+    /// Seconds, since the daemon started, in which it could not be used for another reason than an order.
+    #[serde(default)]
+    pub downtime: u64,
+    /// Times that what clients saw took it out of use.
+    #[serde(default)]
+    pub ejections: u64,
     /// Seconds since the last check; absent while there are no checks.
     #[serde(rename = "last-check")]
     pub last_check: Option<u64>,
@@ -167,6 +173,9 @@ pub struct HealthRow {
     pub fails: u64,
     /// Times it became unavailable.
     pub unavail: u64,
+    /// Times that what clients saw took it out of use.
+    #[serde(default)]
+    pub ejections: u64,
     /// Checks that this host could not make: they say nothing about the backend.
     pub inconclusive: u64,
     /// Seconds since the last check.
@@ -319,6 +328,9 @@ pub struct DnsServerRow {
     pub requests: u64,
     /// Answers by class.
     pub responses: std::collections::BTreeMap<String, u64>,
+    /// `configured`, or `followed`: an endpoint of the resolver's own service.
+    #[serde(default)]
+    pub source: String,
 }
 
 /// One record in `dns query`.
@@ -381,6 +393,8 @@ pub struct BgpPeerRow {
     pub capabilities: Vec<String>,
     /// Prefixes received before policy.
     pub pfx_received: u64,
+    /// How many it may send; absent: no limit.
+    pub max_prefixes: Option<u64>,
     /// Messages by type, `open_sent`, `open_received`, `update_sent`, and so on.
     pub messages: std::collections::BTreeMap<String, u64>,
     /// Why the last session ended.
@@ -389,12 +403,92 @@ pub struct BgpPeerRow {
     pub next_connect: Option<u64>,
     /// Times a session was established.
     pub established_count: u64,
+    /// Capabilities that we offered on the session.
+    pub capabilities_sent: Vec<String>,
+    /// Capabilities that the peer offered.
+    pub capabilities_received: Vec<String>,
+    /// The peer's host name, where it tells one.
+    pub hostname: Option<String>,
+    /// Our address and port on the session.
+    pub local: Option<String>,
+    /// The peer's address and port on the session.
+    pub remote: Option<String>,
+    /// Seconds until the hold timer runs out.
+    pub hold_left: Option<u64>,
+    /// Seconds until the next KEEPALIVE.
+    pub keepalive_left: Option<u64>,
+    /// Attempts in a row that brought no lasting session.
+    pub failures: u64,
+    /// Administratively shut down, with this message.
+    pub shutdown: Option<String>,
+    /// Configured by a `listen_range`.
+    pub dynamic: bool,
+    /// The last NOTIFICATION sent.
+    pub error_sent: Option<BgpErrorRow>,
+    /// The last NOTIFICATION received.
+    pub error_received: Option<BgpErrorRow>,
+    /// Comings and goings, newest first.
+    pub flaps: Vec<BgpFlapRow>,
+    /// Routes kept while the peer is away or tells its table anew.
+    pub stale: Vec<BgpStaleRow>,
+    /// Prefixes of it that are stale.
+    pub pfx_stale: u64,
+}
+
+/// An error that a NOTIFICATION told.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BgpErrorRow {
+    /// Seconds ago.
+    pub ago: u64,
+    /// In words.
+    pub text: String,
+}
+
+/// A session that came or went.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BgpFlapRow {
+    /// Seconds ago.
+    pub ago: u64,
+    /// It came up.
+    pub up: bool,
+    /// Why it went down.
+    pub reason: String,
+}
+
+/// Routes of one family that outlive their session.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BgpStaleRow {
+    /// Family.
+    pub family: String,
+    /// `restarting`, `long-lived` or `refreshing`.
+    pub stage: String,
+    /// Seconds until they go.
+    pub left: u64,
+}
+
+/// One message in `bgp messages`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BgpMessageRow {
+    /// Microseconds since 1970.
+    pub time: u64,
+    /// We sent it.
+    pub sent: bool,
+    /// Our address and port.
+    pub local: std::net::SocketAddr,
+    /// The peer's.
+    pub remote: std::net::SocketAddr,
+    /// OPEN, UPDATE, NOTIFICATION, KEEPALIVE or ROUTE-REFRESH.
+    pub kind: String,
+    /// Octets.
+    pub length: usize,
+    /// The message, hexadecimal.
+    pub bytes: String,
 }
 
 /// One path in `bgp routes`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct BgpRouteRow {
-    /// `*` valid, `>` best, `=` multipath, `i` internal; `r` rejected by policy.
+    /// `*` valid, `>` best, `=` multipath, `i` internal, `S` stale; `r` rejected by policy, `u` next hop unreachable.
     pub status: String,
     /// Prefix.
     pub network: String,
@@ -412,7 +506,42 @@ pub struct BgpRouteRow {
     pub age: u64,
     /// Why it is not best, or not accepted.
     pub reason: Option<String>,
-    /// Communities.
+    /// Communities of all kinds.
+    pub communities: Vec<String>,
+    /// Path identifier (RFC 7911), where the peer sends several paths.
+    pub path_id: Option<u32>,
+    /// Gateways, where the next hop is not a neighbour itself.
+    pub via: Vec<String>,
+    /// What the path had to show in each step of selection, in order; only of `bgp routes`.
+    pub steps: Vec<String>,
+}
+
+/// What policy says of a path, in `bgp policy test`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PolicyRow {
+    /// The peer.
+    pub peer: String,
+    /// `in` or `out`.
+    pub direction: String,
+    /// Prefix.
+    pub network: String,
+    /// Whose path it is: `received`, `ours`, `best path`, or `given` with the question.
+    pub path_from: String,
+    /// `accepted` or `refused`, `announced` or `withheld`.
+    pub verdict: String,
+    /// The term that permits it, counted from 1; absent: there is no list, or it is not known.
+    pub term: Option<u64>,
+    /// Why it is refused or withheld.
+    pub reason: Option<String>,
+    /// Next hop after policy.
+    pub next_hop: Option<String>,
+    /// MED after policy.
+    pub metric: Option<u32>,
+    /// LOCAL_PREF after policy.
+    pub locprf: Option<u32>,
+    /// AS path after policy.
+    pub path: String,
+    /// Communities after policy.
     pub communities: Vec<String>,
 }
 

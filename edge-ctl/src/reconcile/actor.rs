@@ -14,8 +14,10 @@ use tokio::{sync::watch, time};
 use tracing::{debug, info, warn};
 
 use super::{
-    diff::{Reserved, diff},
-    ports::{Action, AnnouncementPort, DatapathPort, DatapathState, PortError},
+    diff::{Plan, Reserved, diff},
+    memo::Memo,
+    narrow,
+    ports::{Action, AnnouncementPort, DatapathPort, DatapathState, FlowCounts, PortError},
 };
 use crate::{
     desired::{AdoptedBackend, DesiredState, Timeouts},
@@ -79,10 +81,14 @@ pub type OwnedFill = Box<dyn Fn(&[PoolMember], TableShape) -> Vec<u16> + Send>;
 pub struct Reconciler<D, A> {
     datapath: D,
     announcements: A,
-    fill: OwnedFill,
+    fill: Memo,
     intervals: Intervals,
     /// The maps as last read and written; `None`: to be read again.
     memory: Option<DatapathState>,
+    /// What `memory` holds, where it holds all of it; `None`: not known.
+    reached: Option<DesiredState>,
+    /// Backend numbers by service number, of `memory` as of the last round over all services.
+    members: BTreeMap<u32, BTreeSet<u32>>,
     retired: Vec<(Instant, (u32, u32))>,
     resting_backends: BTreeMap<u32, Instant>,
     resting_services: BTreeMap<u32, Instant>,
@@ -100,9 +106,11 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
         let mut reconciler = Self {
             datapath,
             announcements,
-            fill,
+            fill: Memo::new(fill),
             intervals,
             memory: None,
+            reached: None,
+            members: BTreeMap::new(),
             retired: Vec::new(),
             resting_backends: BTreeMap::new(),
             resting_services: BTreeMap::new(),
@@ -164,6 +172,7 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
                 self.status.error = Some(error.to_string());
                 self.status.in_sync = false;
                 self.memory = None;
+                self.reached = None;
             }
         }
         if let Some(memory) = &self.memory {
@@ -182,32 +191,78 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
             None => self.datapath.snapshot()?,
         };
         memory.announced = self.announcements.announced();
-        let mut reserved = self.reserved(Instant::now());
-        // What takes flows now may hold some that nobody has counted yet: it is freed in a later round at the earliest.
-        reserved.services.extend(memory.index.values());
-        let live = memory.backends.iter().filter(|(_, slot)| slot.eligible());
-        reserved.backends.extend(live.map(|(number, _)| *number));
-        let mut plan = diff(desired, &memory, &reserved, &*self.fill);
-        if plan.actions.iter().any(|action| matches!(action, Action::FreeBackend { .. } | Action::FreeService { .. })) {
-            self.refresh_counts(&mut memory)?;
-            plan = diff(desired, &memory, &reserved, &*self.fill);
+        let reached = self.reached.take();
+        let mut steps = 0;
+        // New flows avoid whoever is out from here on; how the rest changes is worked out after that.
+        let excluded = reached.iter().flat_map(|reached| narrow::exclusions(reached, desired, &memory));
+        for action in excluded.collect::<Vec<_>>() {
+            self.step(&action, &mut memory)?;
+            steps += 1;
         }
+        let reserved = self.reserved(Instant::now());
+        // BGP may have forgotten what it was told.
+        let is_told = memory.announced == desired.announcements && self.status.problems.is_empty();
+        let narrow = reached.filter(|_| is_told).and_then(|reached| {
+            let fill = |members: &[PoolMember], shape| self.fill.table(members, shape);
+            narrow::narrow(&reached, desired, &memory, &self.members, &reserved, &fill)
+        });
+        let is_narrow = narrow.is_some();
+        let plan = match narrow {
+            Some(plan) => plan,
+            None => self.whole_plan(desired, &mut memory, reserved)?,
+        };
         for problem in plan.problems.iter().filter(|problem| !self.status.problems.contains(problem)) {
             warn!(%problem, "part of the configuration has no datapath");
         }
         self.status.problems = plan.problems;
         for action in &plan.actions {
-            self.carry_out(action)?;
-            self.note(action, &memory);
-            memory.apply(action);
+            self.step(action, &mut memory)?;
         }
+        steps += plan.actions.len();
         let now = Instant::now();
         self.retired.extend(plan.retired.into_iter().map(|region| (now, region)));
-        if !plan.actions.is_empty() {
-            info!(actions = plan.actions.len(), "datapath brought to the desired state");
+        if steps > 0 {
+            info!(actions = steps, "datapath brought to the desired state");
         }
         self.status.applied += 1;
+        if !is_narrow {
+            self.members.clear();
+            for (number, slot) in &memory.backends {
+                self.members.entry(slot.entry.service).or_default().insert(*number);
+            }
+        }
+        self.reached = Some(desired.clone());
         self.memory = Some(memory);
+        Ok(())
+    }
+
+    /// The steps that all services need.
+    fn whole_plan(
+        &mut self,
+        desired: &DesiredState,
+        memory: &mut DatapathState,
+        mut reserved: Reserved,
+    ) -> Result<Plan, PortError> {
+        // What takes flows now may hold some that nobody has counted yet: it is freed in a later round at the earliest.
+        reserved.services.extend(memory.index.values());
+        let live = memory.backends.iter().filter(|(_, slot)| slot.eligible());
+        reserved.backends.extend(live.map(|(number, _)| *number));
+        self.fill.begin();
+        let whole = |memory: &_| diff(desired, memory, &reserved, &|members, shape| self.fill.table(members, shape));
+        let mut plan = whole(memory);
+        if plan.actions.iter().any(|action| matches!(action, Action::FreeBackend { .. } | Action::FreeService { .. })) {
+            let counts = self.datapath.flow_counts()?;
+            refresh_counts(&counts, memory);
+            plan = whole(memory);
+        }
+        self.fill.end();
+        Ok(plan)
+    }
+
+    fn step(&mut self, action: &Action, memory: &mut DatapathState) -> Result<(), PortError> {
+        self.carry_out(action)?;
+        self.note(action, memory);
+        memory.apply(action);
         Ok(())
     }
 
@@ -273,23 +328,13 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
     }
 
     fn look_at_drains(&mut self) {
-        let Some(mut memory) = self.memory.take() else { return };
-        if let Err(error) = self.refresh_counts(&mut memory) {
-            warn!(%error, "flow counters could not be read");
+        let Some(memory) = &mut self.memory else { return };
+        match self.datapath.flow_counts() {
+            Ok(counts) => refresh_counts(&counts, memory),
+            Err(error) => warn!(%error, "flow counters could not be read"),
         }
-        self.memory = Some(memory);
-    }
-
-    /// Brings the counts of flows up to date; nothing may be freed on older ones.
-    fn refresh_counts(&mut self, memory: &mut DatapathState) -> Result<(), PortError> {
-        let counts = self.datapath.flow_counts()?;
-        for (number, slot) in &mut memory.services {
-            slot.active = counts.services.get(number).copied().unwrap_or(0);
-        }
-        for (number, slot) in &mut memory.backends {
-            slot.active = counts.backends.get(number).copied().unwrap_or(0);
-        }
-        Ok(())
+        // What has drained is freed by a look at everything.
+        self.reached = None;
     }
 
     /// Reads the maps back. What differs is logged; the round that follows repairs it.
@@ -306,10 +351,21 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
             let differences = differences(memory, &snapshot);
             if !differences.is_empty() {
                 self.status.audit_findings += 1;
+                self.reached = None;
                 warn!(maps = ?differences, "the maps differ from what was written to them; repairing");
             }
         }
         self.memory = Some(snapshot);
+    }
+}
+
+/// Brings the counts of flows up to date; nothing may be freed on older ones.
+fn refresh_counts(counts: &FlowCounts, memory: &mut DatapathState) {
+    for (number, slot) in &mut memory.services {
+        slot.active = counts.services.get(number).copied().unwrap_or(0);
+    }
+    for (number, slot) in &mut memory.backends {
+        slot.active = counts.backends.get(number).copied().unwrap_or(0);
     }
 }
 

@@ -27,6 +27,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
+    rc::Rc,
     time::Duration,
 };
 
@@ -35,8 +36,8 @@ use edge_common::maps::{
 };
 
 use super::ports::{
-    Action, DatapathState, FilterBits, Region, frontend_of, same_family, service_key, share_of, state_word, tier_of,
-    weight_of, wire,
+    Action, DatapathState, FilterBits, Region, frontend_of, needed_filter, same_family, service_key, share_of,
+    state_word, tier_of, weight_of, wire,
 };
 use super::protect::{protected, ranges};
 use crate::{
@@ -89,11 +90,17 @@ pub fn diff(desired: &DesiredState, actual: &DatapathState, reserved: &Reserved,
         fill,
         state: actual.clone(),
         plan: Plan::default(),
+        members: BTreeMap::new(),
         services: BTreeMap::new(),
+        wanted: Rc::default(),
         failed: BTreeSet::new(),
     };
+    for (number, slot) in &actual.backends {
+        planner.members.entry(slot.entry.service).or_default().insert(*number);
+    }
     planner.withdraw();
     planner.number_services();
+    planner.wanted = Rc::new(planner.find_wanted());
     planner.exclude_backends(Scope::Served);
     planner.add_backends();
     planner.add_filter_bits();
@@ -120,6 +127,9 @@ enum Scope {
     All,
 }
 
+/// Desired backends by service number, address and protocol number.
+type Wanted<'a> = BTreeMap<(u32, SocketAddr, u8), &'a DesiredBackend>;
+
 struct Planner<'a> {
     desired: &'a DesiredState,
     reserved: &'a Reserved,
@@ -127,14 +137,29 @@ struct Planner<'a> {
     /// The datapath after the steps so far.
     state: DatapathState,
     plan: Plan,
+    /// Backend numbers by service number, of `state`.
+    members: BTreeMap<u32, BTreeSet<u32>>,
     /// Numbers of the desired frontends that have a pool.
     services: BTreeMap<Frontend, u32>,
+    wanted: Rc<Wanted<'a>>,
     /// Frontends that cannot be served.
     failed: BTreeSet<Frontend>,
 }
 
 impl<'a> Planner<'a> {
     fn step(&mut self, action: Action) {
+        match &action {
+            Action::PutBackend { number, entry, .. } => {
+                self.members.entry(entry.service).or_default().insert(*number);
+            }
+            Action::FreeBackend { number } => {
+                let service = self.state.backends.get(number).map(|slot| slot.entry.service);
+                if let Some(members) = service.and_then(|service| self.members.get_mut(&service)) {
+                    members.remove(number);
+                }
+            }
+            _ => {}
+        }
         self.state.apply(&action);
         self.plan.actions.push(action);
     }
@@ -148,7 +173,7 @@ impl<'a> Planner<'a> {
     fn served(&self) -> Vec<(&'a Frontend, &'a DesiredFrontend, u32)> {
         let desired = self.desired;
         let number = |frontend| self.services.get(frontend).copied();
-        desired.frontends.iter().filter_map(|(key, value)| Some((key, value, number(key)?))).collect()
+        desired.frontends.iter().filter_map(|(key, value)| Some((key, value.as_ref(), number(key)?))).collect()
     }
 
     fn withdraw(&mut self) {
@@ -199,7 +224,7 @@ impl<'a> Planner<'a> {
 
     /// The desired backends of a service number, by address and protocol number: those of its VIP's family, since nothing
     /// translates between the two.
-    fn wanted(&self) -> BTreeMap<(u32, SocketAddr, u8), &'a DesiredBackend> {
+    fn find_wanted(&self) -> Wanted<'a> {
         let mut wanted = BTreeMap::new();
         for (frontend, service, number) in self.served() {
             let vip = frontend.address.ip();
@@ -208,6 +233,10 @@ impl<'a> Planner<'a> {
             }
         }
         wanted
+    }
+
+    fn wanted(&self) -> Rc<Wanted<'a>> {
+        Rc::clone(&self.wanted)
     }
 
     /// Service numbers whose frontend keeps what the maps have.
@@ -245,10 +274,10 @@ impl<'a> Planner<'a> {
         taken.extend(&self.reserved.backends);
         let mut free = (1..self.state.capacity.backends).filter(|number| !taken.contains(number));
         let mut overflow = 0_usize;
-        for ((service, address, protocol), backend) in self.wanted() {
-            let number = known.get(&(service, address, protocol)).copied();
+        for ((service, address, protocol), backend) in self.wanted().iter() {
+            let number = known.get(&(*service, *address, *protocol)).copied();
             let before = number.and_then(|number| self.state.backends.get(&number)).map(|slot| slot.entry);
-            let mut entry = backend_entry(service, protocol, backend, before);
+            let mut entry = backend_entry(*service, *protocol, backend, before);
             entry.limit = backend.limit.unwrap_or(0);
             match number.or_else(|| free.next()) {
                 Some(_) if before == Some(entry) => {}
@@ -262,13 +291,13 @@ impl<'a> Planner<'a> {
     }
 
     fn add_filter_bits(&mut self) {
-        let mut planned = self.state.clone();
+        let mut planned = self.state.services.clone();
         for (frontend, service, number) in self.served() {
             let entry = self.service_entry(frontend, service, 0);
-            planned.services.entry(number).or_default().entry = entry;
+            planned.entry(number).or_default().entry = entry;
         }
         // Bits for what is there before and after: entries may still change in between.
-        let needed = planned.needed_filter().union(&self.state.needed_filter());
+        let needed = needed_filter(&planned, &self.state.backends).union(&self.state.needed_filter());
         self.set_filter(self.state.filter.union(&needed));
     }
 
@@ -391,22 +420,22 @@ impl<'a> Planner<'a> {
             (None, Some(backup)) => backup,
             (None, None) => return Some(0),
         };
-        if current != 0 && self.state.regions.get(&current) == Some(&region) {
+        if current != 0 && self.state.regions.get(&current).is_some_and(|now| **now == region) {
             return Some(current);
         }
         let Some(first_chunk) = self.room(region.chunks()) else {
             self.fail(frontend, format!("{frontend}: the selection map is full; its pool stays as it was"));
             return None;
         };
-        self.step(Action::WriteRegion { first_chunk, region });
+        self.step(Action::WriteRegion { first_chunk, region: region.into() });
         Some(first_chunk)
     }
 
     /// The eligible backends of one tier and their table; `None` where there are none.
     fn region(&self, service: u32, tier: Tier, shape: TableShape) -> Option<Region> {
-        let slots = self.state.backends.iter();
-        let mine =
-            slots.filter(|(_, slot)| slot.entry.service == service && slot.eligible() && tier_of(slot.state) == tier);
+        let numbers = self.members.get(&service).into_iter().flatten();
+        let slots = numbers.filter_map(|number| Some((number, self.state.backends.get(number)?)));
+        let mine = slots.filter(|(_, slot)| slot.eligible() && tier_of(slot.state) == tier);
         let mut members: Vec<(PoolMember, u8, u32)> = mine
             .map(|(number, slot)| {
                 let member = PoolMember { address: slot.address(), weight: weight_of(slot.state), tier };
@@ -459,7 +488,7 @@ impl<'a> Planner<'a> {
 
     fn free(&mut self) {
         let (wanted, kept) = (self.wanted(), self.kept());
-        let referenced: BTreeSet<u32> = self.state.regions.values().flat_map(Region::numbers).collect();
+        let referenced: BTreeSet<u32> = self.state.regions.values().flat_map(|region| region.numbers()).collect();
         let mut idle = Vec::new();
         for (number, slot) in &self.state.backends {
             let is_wanted = wanted.contains_key(&(slot.entry.service, slot.address(), slot.entry.protocol));

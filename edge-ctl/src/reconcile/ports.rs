@@ -5,6 +5,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
 };
 
 use edge_common::{
@@ -32,7 +33,7 @@ pub struct DatapathState {
     /// A dnat backend's address to its number.
     pub backend_index: BTreeMap<ServiceKey, u32>,
     /// Selection regions that a service refers to, by first chunk.
-    pub regions: BTreeMap<u32, Region>,
+    pub regions: BTreeMap<u32, Arc<Region>>,
     /// Source ranges: `range_action` numbers.
     pub ranges: BTreeMap<SourceKey, u32>,
     /// The address prefilter.
@@ -232,7 +233,7 @@ pub enum Action {
         /// First chunk.
         first_chunk: u32,
         /// Pool and table.
-        region: Region,
+        region: Arc<Region>,
     },
     /// Write a source range.
     PutRange {
@@ -331,23 +332,27 @@ impl DatapathState {
             Action::SetFilter { bits } => self.filter = bits.clone(),
             Action::PutBackendIndex { key, number } => drop(self.backend_index.insert(*key, *number)),
             Action::RemoveBackendIndex { key } => drop(self.backend_index.remove(key)),
-            Action::WriteRegion { first_chunk, region } => drop(self.regions.insert(*first_chunk, region.clone())),
+            Action::WriteRegion { first_chunk, region } => drop(self.regions.insert(*first_chunk, Arc::clone(region))),
             Action::PutRange { key, action } => drop(self.ranges.insert(*key, *action)),
             Action::RemoveRange { key } => drop(self.ranges.remove(key)),
             Action::PutLabel { number, label } => self.services.entry(*number).or_default().label = label.clone(),
             Action::PutService { number, entry, fresh } => {
                 let slot = self.services.entry(*number).or_default();
-                slot.entry = *entry;
+                let before = std::mem::replace(&mut slot.entry, *entry).selection;
                 if *fresh {
                     slot.active = 0;
                 }
-                self.forget_unreferenced_regions();
+                if before != entry.selection {
+                    self.regions.remove(&before);
+                }
             }
             Action::SetIndex { key, number } => drop(self.index.insert(*key, *number)),
             Action::FreeBackend { number } => drop(self.backends.remove(number)),
             Action::FreeService { number } => {
-                self.services.remove(number);
-                self.forget_unreferenced_regions();
+                // A region has one service.
+                if let Some(slot) = self.services.remove(number) {
+                    self.regions.remove(&slot.entry.selection);
+                }
             }
             Action::Announce { prefix, attributes } => drop(self.announced.insert(*prefix, attributes.clone())),
         }
@@ -363,11 +368,6 @@ impl DatapathState {
         self.backends.last_key_value().map_or(0, |(number, _)| number.saturating_add(1))
     }
 
-    fn forget_unreferenced_regions(&mut self) {
-        let services = &self.services;
-        self.regions.retain(|first, _| services.values().any(|slot| slot.entry.selection == *first));
-    }
-
     /// The number of a backend of a service, if it has one.
     pub fn backend_number(&self, service: u32, address: SocketAddr, protocol: Protocol) -> Option<u32> {
         self.backends.iter().find_map(|(number, slot)| {
@@ -379,11 +379,9 @@ impl DatapathState {
 
     /// What the maps hold for each frontend in the index, for [`crate::desired::Inputs::adopted`].
     pub fn adopted(&self) -> BTreeMap<Frontend, Vec<AdoptedBackend>> {
-        let mut adopted = BTreeMap::new();
-        for (key, number) in &self.index {
-            let Some(frontend) = frontend_of(key) else { continue };
-            let backends = self.backends.values().filter(|slot| slot.entry.service == *number);
-            let backends = backends.map(|slot| AdoptedBackend {
+        let mut by_service: BTreeMap<u32, Vec<AdoptedBackend>> = BTreeMap::new();
+        for slot in self.backends.values() {
+            by_service.entry(slot.entry.service).or_default().push(AdoptedBackend {
                 address: slot.address(),
                 weight: weight_of(slot.state),
                 share: share_of(slot.state),
@@ -391,31 +389,36 @@ impl DatapathState {
                 eligible: slot.eligible(),
                 snat_address: (!is_none(&slot.entry.snat_address)).then(|| ip(slot.entry.snat_address)),
             });
-            adopted.insert(frontend, backends.collect());
         }
-        adopted
+        let frontends = self.index.iter().filter_map(|(key, number)| Some((frontend_of(key)?, number)));
+        frontends.map(|(frontend, number)| (frontend, by_service.remove(number).unwrap_or_default())).collect()
     }
 
     /// The filter bits that the services and backends in this state need.
     pub fn needed_filter(&self) -> FilterBits {
-        let mut bits = FilterBits::default();
-        for slot in self.services.values() {
-            bits.destinations.insert(filter_bit(&slot.entry.address));
-            let count = usize::try_from(slot.entry.snat_count).unwrap_or(usize::MAX);
-            for address in slot.entry.snat_addresses.iter().take(count) {
-                bits.destinations.insert(filter_bit(address));
-            }
-        }
-        for slot in self.backends.values() {
-            if !is_none(&slot.entry.snat_address) {
-                bits.destinations.insert(filter_bit(&slot.entry.snat_address));
-            }
-            if self.services.get(&slot.entry.service).is_some_and(|service| service.entry.mode == mode::DNAT) {
-                bits.sources.insert(filter_bit(&slot.entry.address));
-            }
-        }
-        bits
+        needed_filter(&self.services, &self.backends)
     }
+}
+
+/// The filter bits that these services and backends need.
+pub fn needed_filter(services: &BTreeMap<u32, ServiceSlot>, backends: &BTreeMap<u32, BackendSlot>) -> FilterBits {
+    let mut bits = FilterBits::default();
+    for slot in services.values() {
+        bits.destinations.insert(filter_bit(&slot.entry.address));
+        let count = usize::try_from(slot.entry.snat_count).unwrap_or(usize::MAX);
+        for address in slot.entry.snat_addresses.iter().take(count) {
+            bits.destinations.insert(filter_bit(address));
+        }
+    }
+    for slot in backends.values() {
+        if !is_none(&slot.entry.snat_address) {
+            bits.destinations.insert(filter_bit(&slot.entry.snat_address));
+        }
+        if services.get(&slot.entry.service).is_some_and(|service| service.entry.mode == mode::DNAT) {
+            bits.sources.insert(filter_bit(&slot.entry.address));
+        }
+    }
+    bits
 }
 
 /// Flows by number.

@@ -77,6 +77,12 @@ impl Question {
         }
     }
 
+    /// What a resolver asks itself about its servers; `None`: they are as configured.
+    fn of_servers(resolver: &Resolver) -> Option<Self> {
+        let follow = resolver.policy.follow.as_ref()?;
+        Some(Self { name: follow.name.clone(), resolver: resolver.name.clone(), record: follow.record })
+    }
+
     /// A backend's address as the answer names it: SRV brings ports, the others do not.
     pub fn as_member(&self, backend: SocketAddr) -> SocketAddr {
         match self.record {
@@ -190,7 +196,7 @@ impl DnsHandle {
     pub fn rerouted(&self, prefixes: &[IpNet]) {
         let book = self.book();
         for task in book.tasks.values() {
-            let servers = task.shared.state().resolver.servers.clone();
+            let servers = task.shared.zone.addresses();
             if servers.iter().any(|server| prefixes.iter().any(|prefix| prefix.contains(&server.ip()))) {
                 task.shared.zone.reconnect(&servers, self.options.server_timeout);
                 task.shared.wake.notify_one();
@@ -237,6 +243,11 @@ impl DnsHandle {
     pub fn reconfigure(&self, sources: Vec<(BackendSource, Resolver)>, guard: impl Into<Guard>) {
         let guard = guard.into();
         let mut asked: BTreeMap<Question, (Resolver, BTreeSet<BackendSource>)> = BTreeMap::new();
+        for (_, resolver) in &sources {
+            if let Some(question) = Question::of_servers(resolver) {
+                asked.entry(question).or_insert_with(|| (resolver.clone(), BTreeSet::new()));
+            }
+        }
         for (source, resolver) in sources {
             if let Some(question) = Question::of(&source) {
                 asked.entry(question).or_insert_with(|| (resolver, BTreeSet::new())).1.insert(source);
@@ -310,7 +321,8 @@ impl DnsHandle {
         };
         let shared = Shared { state: Mutex::new(state), zone, wake: Notify::new(), started: Instant::now() };
         let shared = Arc::new(shared);
-        let task = tokio::spawn(ask_for_ever(question, Arc::clone(&shared), self.out.clone()));
+        let task =
+            tokio::spawn(ask_for_ever(question, Arc::clone(&shared), self.out.clone(), self.options.server_timeout));
         Task { shared, abort: task.abort_handle() }
     }
 
@@ -331,7 +343,7 @@ fn same_name(one: &str, other: &str) -> bool {
 }
 
 /// Asks, sends what changed, waits: until the receiver of the snapshots is gone.
-async fn ask_for_ever(question: Question, shared: Arc<Shared>, out: mpsc::Sender<PoolSnapshot>) {
+async fn ask_for_ever(question: Question, shared: Arc<Shared>, out: mpsc::Sender<PoolSnapshot>, timeout: Duration) {
     loop {
         if tell(&shared, &out).await.is_none() {
             return;
@@ -342,6 +354,7 @@ async fn ask_for_ever(question: Question, shared: Arc<Shared>, out: mpsc::Sender
             reason: format!("aliases and SRV targets took longer than {LONGEST_REFRESH:?}"),
         });
         let next = conclude(&shared, &question, outcome, &counts);
+        follow(&shared, &question, timeout);
         if tell(&shared, &out).await.is_none() {
             return;
         }
@@ -423,6 +436,22 @@ fn conclude(shared: &Shared, question: &Question, outcome: Outcome, counts: &Cou
         state.untold = state.sources.clone();
     }
     next
+}
+
+/// Where this pool is the resolver's own servers, they are asked from now on. An empty pool leaves them as they are: somebody
+/// has to be asked when they are back.
+fn follow(shared: &Shared, question: &Question, timeout: Duration) {
+    let state = shared.state();
+    let Some(follow) = state.resolver.policy.follow.as_ref() else { return };
+    let members = &state.tracker.pool().members;
+    if Question::of_servers(&state.resolver).as_ref() != Some(question) || members.is_empty() {
+        return;
+    }
+    let address = |member: &PoolMember| match member.address {
+        address if address.port() == 0 => SocketAddr::new(address.ip(), follow.port),
+        address => address,
+    };
+    shared.zone.follow(members.iter().map(address).collect(), &state.resolver, timeout);
 }
 
 fn report(question: &Question, tracker: &PoolTracker, step: &Step) {

@@ -77,8 +77,10 @@ pub fn peer(address: &str, remote_asn: u32) -> valid::Peer {
         keepalive: Duration::from_secs(30),
         hold: Duration::from_secs(90),
         ebgp_multihop: 1,
+        session: Default::default(),
         import: None,
         export: None,
+        intake: valid::Intake::default(),
     }
 }
 
@@ -90,12 +92,16 @@ pub fn config(peers: impl IntoIterator<Item = valid::Peer>) -> valid::Bgp {
         listen_port: Some(179),
         networks: vec![],
         peers: peers.into_iter().map(|peer| (peer.address, peer)).collect(),
+        ranges: vec![],
+        transit: false,
+        drain: None,
+        guard: valid::Guard::default(),
     }
 }
 
 /// `prefix ge min le max`.
-pub fn rule(prefix: &str, min_length: u8, max_length: u8) -> valid::PrefixRule {
-    valid::PrefixRule { prefix: prefix.parse().unwrap(), min_length, max_length }
+pub fn rule(prefix: &str, min_length: u8, max_length: u8) -> valid::Term {
+    valid::PrefixRule { prefix: prefix.parse().unwrap(), min_length, max_length }.into()
 }
 
 /// The speaker and what it has said so far.

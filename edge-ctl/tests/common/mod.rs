@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "every test binary compiles this module and uses its own part of it")]
 
 pub mod bgp;
+pub mod speakers;
 
 use std::{
     fs::File,
@@ -72,12 +73,17 @@ impl Namespace {
 
     /// Moves the calling thread into it.
     pub fn enter(&self) {
-        let file = File::open(Path::new("/run/netns").join(&self.name)).unwrap();
-        // SAFETY: setns takes a descriptor, which `file` keeps open, and changes the calling thread alone.
-        #[allow(unsafe_code, reason = "std has no setns")]
-        let result = unsafe { libc::setns(file.as_raw_fd(), libc::CLONE_NEWNET) };
-        assert_eq!(result, 0, "setns {}: {}", self.name, std::io::Error::last_os_error());
+        enter(&self.name);
     }
+}
+
+/// Moves the calling thread into the namespace of this name.
+pub fn enter(name: &str) {
+    let file = File::open(Path::new("/run/netns").join(name)).unwrap();
+    // SAFETY: setns takes a descriptor, which `file` keeps open, and changes the calling thread alone.
+    #[allow(unsafe_code, reason = "std has no setns")]
+    let result = unsafe { libc::setns(file.as_raw_fd(), libc::CLONE_NEWNET) };
+    assert_eq!(result, 0, "setns {name}: {}", std::io::Error::last_os_error());
 }
 
 impl Drop for Guard {

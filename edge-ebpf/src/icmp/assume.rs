@@ -3,21 +3,20 @@
 //! edge that chose the port knows, and its SNAT address is its own, so that such an error finds it.
 
 use edge_common::{
-    address::{Address, mapped},
     conntrack::Direction,
-    flow::FlowKeyV4,
-    maps::{BackendEntry, FlowV4, ServiceKey, mode},
+    flow::FlowKey,
+    maps::{BackendEntry, Flow, mode},
     verdict::{Reason, Verdict},
 };
 
 use super::{quote::Quote, relay, unmatched};
-use crate::{fib, maps, packet::Packet, select, stats::because};
+use crate::{classify::lookup, family::Family, fib, maps, packet::Packet, select, stats::because};
 
 /// Translates the error as the flow's own edge would, or passes it.
 #[inline(always)]
-pub fn relay<P: Packet>(packet: &mut P, quote: &Quote) -> Verdict {
+pub fn relay<A: Family, P: Packet>(packet: &mut P, quote: &Quote<A>) -> Verdict {
     // Not on the stack, which the stages that follow need.
-    let Some(flow) = maps::assumed_flow() else {
+    let Some(flow) = A::assumed_flow() else {
         return unmatched();
     };
     match find(&quote.key, flow) {
@@ -34,12 +33,12 @@ const OTHER_CHOICE: u32 = 2;
 
 /// The flow that would answer the quoted packet, next hop and all that only a running flow has left out.
 #[inline(never)]
-fn find(quoted: &FlowKeyV4, flow: &mut FlowV4) -> u32 {
+fn find<A: Family>(quoted: &FlowKey<A>, flow: &mut Flow<A>) -> u32 {
     let mut client = quoted.reversed();
     // About a backend's reply, or about a client's packet as the backend was to get it: that backend, else 0.
-    let (number, named) = match maps::frontend(&service_key(client.dst, client.dst_port, client.protocol)) {
+    let (number, named) = match lookup(client.dst, client.dst_port, client.protocol, maps::frontend) {
         Some(number) => (number, 0),
-        None => match maps::dnat_backend(&service_key(quoted.dst, quoted.dst_port, quoted.protocol)) {
+        None => match lookup(quoted.dst, quoted.dst_port, quoted.protocol, maps::dnat_backend) {
             Some(named) => (maps::backend(named).map_or(0, |backend| backend.service), named),
             None => return NOTHING,
         },
@@ -51,8 +50,7 @@ fn find(quoted: &FlowKeyV4, flow: &mut FlowV4) -> u32 {
         return NOTHING;
     }
     if named != 0 {
-        client =
-            FlowKeyV4::new(quoted.src, u32::narrow(&service.address), quoted.src_port, service.port, quoted.protocol);
+        client = FlowKey::new(quoted.src, A::narrow(&service.address), quoted.src_port, service.port, quoted.protocol);
     }
     flow.service = number;
     let chosen = select::agreed(service, &client);
@@ -72,18 +70,13 @@ fn find(quoted: &FlowKeyV4, flow: &mut FlowV4) -> u32 {
     FOUND
 }
 
-#[inline(always)]
-fn service_key(address: u32, port: u16, protocol: u8) -> ServiceKey {
-    ServiceKey { address: mapped(address), port, protocol, _pad: 0 }
-}
-
 /// The client's half of a dnat flow.
 #[inline(always)]
-fn write(flow: &mut FlowV4, client: &FlowKeyV4, backend: &BackendEntry) {
+fn write<A: Family>(flow: &mut Flow<A>, client: &FlowKey<A>, backend: &BackendEntry) {
     flow.key = *client;
     flow.new_src = client.src;
     flow.new_src_port = client.src_port;
-    flow.new_dst = u32::narrow(&backend.address);
+    flow.new_dst = A::narrow(&backend.address);
     flow.new_dst_port = backend.port;
     flow.set_deltas();
     flow.next_hop = 0;

@@ -1,28 +1,27 @@
 //! The packet that an ICMP error is about, as far as it quotes it.
 
 use edge_common::{
-    flow::{FlowKeyV4, TCP, UDP},
+    flow::{FlowKey, UDP},
     icmp,
 };
 use network_types::ip::Ipv4Hdr;
 
 use crate::{
+    family::Family,
     packet::Packet,
-    parse::{self, IP, Ip, Parsed},
+    parse::{self, IP, Parsed},
 };
 
 /// What the error's bytes say. Offsets are from the start of the frame.
-pub struct Quote {
+pub struct Quote<A> {
     /// The error itself; its ports are 0.
-    pub outer: Parsed<u32>,
+    pub outer: Parsed<A>,
     /// The tuple of the quoted packet.
-    pub key: FlowKeyV4,
+    pub key: FlowKey<A>,
     /// Offset of the ICMP header.
-    pub icmp: u8,
-    /// Offset of the quoted IP header.
-    pub ip: u8,
+    icmp: u16,
     /// Offset of the quoted layer-4 header.
-    pub l4: u8,
+    l4: u16,
     /// The quote is long enough to hold the layer-4 checksum: UDP's always is, TCP's beyond the 8 bytes of RFC 792.
     pub has_check: bool,
 }
@@ -31,65 +30,69 @@ pub struct Quote {
 const MINIMUM: usize = 8;
 /// Bytes of a TCP header up to its checksum's end.
 const TCP_CHECKED: usize = 18;
-/// Everything of an error that is read or written: all options outside and inside.
-const DEPTH: usize = IP + 60 + icmp::HEADER + 60 + TCP_CHECKED;
-const OFFSET: u16 = 0x1fff;
 
-impl Quote {
-    /// To be filled by [`read`].
-    pub const NOTHING: Self =
-        Self { outer: parse::NOTHING, key: FlowKeyV4::new(0, 0, 0, 0, 0), icmp: 0, ip: 0, l4: 0, has_check: false };
+impl<A: Family> Quote<A> {
+    /// Offset of the ICMP header, with a bound that the verifier sees.
+    #[inline(always)]
+    pub fn icmp(&self) -> usize {
+        place::<A>(self.icmp)
+    }
+
+    /// Offset of the quoted IP header.
+    #[inline(always)]
+    pub fn ip(&self) -> usize {
+        self.icmp() + icmp::HEADER
+    }
+
+    /// Offset of the quoted layer-4 header.
+    #[inline(always)]
+    pub fn l4(&self) -> usize {
+        place::<A>(self.l4)
+    }
 }
 
-/// Reads an unfragmented ICMP packet; false where it is no error, or does not quote the ports of a TCP or UDP packet, as
+#[inline(always)]
+fn place<A: Family>(offset: u16) -> usize {
+    usize::from(if A::V6 { offset & 0x7fff } else { offset & 0xff })
+}
+
+/// Reads an ICMP packet; false where it is a fragment, it is no error, or does not quote the ports of a TCP or UDP packet, as
 /// one about a later fragment does not. Its checksum is left to the receiver, who sees it changed by differences only.
 #[inline(never)]
-pub fn read<P: Packet>(packet: &mut P, ip: &Ip<u32>, quote: &mut Quote) -> bool {
-    packet.pull(DEPTH);
-    let header_len = usize::from(ip.header_len as u8);
+pub fn read<A: Family, P: Packet>(packet: &mut P, quote: &mut Quote<A>) -> bool {
+    let Some(ip) = A::icmp(packet) else {
+        return false;
+    };
+    let header_len = parse::header_len::<A>(ip.header_len);
+    let icmp = IP + header_len;
     let end = IP + ip.total_len as usize;
-    if header_len < Ipv4Hdr::LEN || end > packet.frame_len() {
+    if header_len < Ipv4Hdr::LEN || !packet.holds(end) {
         return false;
     }
-    let icmp = IP + header_len;
+    packet.pull_anew(icmp + icmp::HEADER + A::QUOTED);
     let Some(message) = packet.header_anew::<[u8; icmp::HEADER]>(icmp) else {
         return false;
     };
-    if !icmp::is_error(message[0]) {
+    if !A::is_error(message[0]) {
         return false;
     }
-    let inner_at = icmp + icmp::HEADER;
-    let Some(inner) = packet.header_anew::<Ipv4Hdr>(inner_at) else {
-        return false;
-    };
-    let inner_len = usize::from(inner.vihl & 0xf) << 2;
-    let protocol = inner.proto;
-    if inner.vihl >> 4 != 4
-        || inner_len < Ipv4Hdr::LEN
-        || u16::from_be_bytes(inner.frags) & OFFSET != 0
-        || (protocol != TCP && protocol != UDP)
-    {
-        return false;
-    }
-    let (src, dst) = (u32::from_ne_bytes(inner.src_addr), u32::from_ne_bytes(inner.dst_addr));
-    let l4 = inner_at + inner_len;
-    if l4 + MINIMUM > end {
+    let l4 = A::quoted(packet, icmp + icmp::HEADER, &mut quote.key);
+    if l4 == 0 || l4 + MINIMUM > end {
         return false;
     }
     let Some(ports) = packet.header_anew::<[u16; MINIMUM / 2]>(l4) else {
         return false;
     };
-    quote.key = FlowKeyV4::new(src, dst, ports[0], ports[1], protocol);
-    quote.outer.key = FlowKeyV4::new(ip.src, ip.dst, 0, 0, icmp::ICMP);
+    (quote.key.src_port, quote.key.dst_port) = (ports[0], ports[1]);
+    quote.outer.key = FlowKey::new(ip.src, ip.dst, 0, 0, A::NUMBER);
     quote.outer.total_len = ip.total_len;
     quote.outer.header_len = ip.header_len;
     quote.outer.ttl = ip.ttl;
     quote.outer.tos = ip.tos;
     quote.outer.l4_len = icmp::HEADER as u8;
     quote.outer.must_not_fragment = ip.must_not_fragment();
-    quote.icmp = icmp as u8;
-    quote.ip = inner_at as u8;
-    quote.l4 = l4 as u8;
-    quote.has_check = protocol == UDP || l4 + TCP_CHECKED <= end;
+    quote.icmp = icmp as u16;
+    quote.l4 = l4 as u16;
+    quote.has_check = quote.key.protocol == UDP || l4 + TCP_CHECKED <= end;
     true
 }

@@ -13,11 +13,21 @@ static ICMP_PACE: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 static ASSUMED_FLOW: PerCpuArray<layout::FlowV4> = PerCpuArray::with_max_entries(1, 0);
 
+#[map]
+static ASSUMED_FLOW_V6: PerCpuArray<layout::FlowV6> = PerCpuArray::with_max_entries(1, 0);
+
 /// This CPU's place for a flow that is in no table.
 #[inline(always)]
 pub fn assumed_flow() -> Option<&'static mut layout::FlowV4> {
     // SAFETY: this CPU's own element; programs of one hook do not preempt each other on a CPU.
     ASSUMED_FLOW.get_ptr_mut(0).map(|flow| unsafe { &mut *flow })
+}
+
+/// As [`assumed_flow`], of IPv6.
+#[inline(always)]
+pub fn assumed_flow_v6() -> Option<&'static mut layout::FlowV6> {
+    // SAFETY: as in `assumed_flow`.
+    ASSUMED_FLOW_V6.get_ptr_mut(0).map(|flow| unsafe { &mut *flow })
 }
 
 /// The addresses that messages to an interface are signed with.

@@ -2,10 +2,13 @@
 //! have, an IPv6 one nearly a third, and kernels before 6.7 round each frame up to 32 bytes.
 
 use aya_ebpf::{macros::map, maps::PerCpuArray};
-use edge_common::maps::{Flow, FlowV4, FlowV6};
+use edge_common::{
+    address::Wide,
+    maps::{Flow, FlowV4, FlowV6},
+};
 
 use super::FlowTables;
-use crate::fib::Lookup;
+use crate::{fib::Lookup, icmp::quote::Quote};
 
 #[map]
 static SCRATCH: PerCpuArray<FlowV4> = PerCpuArray::with_max_entries(1, 0);
@@ -13,6 +16,10 @@ static SCRATCH: PerCpuArray<FlowV4> = PerCpuArray::with_max_entries(1, 0);
 static SCRATCH_V6: PerCpuArray<FlowV6> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 static ROUTE_LOOKUP: PerCpuArray<Lookup> = PerCpuArray::with_max_entries(1, 0);
+#[map]
+static QUOTE: PerCpuArray<Quote<u32>> = PerCpuArray::with_max_entries(1, 0);
+#[map]
+static QUOTE_V6: PerCpuArray<Quote<Wide>> = PerCpuArray::with_max_entries(1, 0);
 
 /// The element of IPv4 entries.
 #[inline(always)]
@@ -54,4 +61,18 @@ pub fn empty<A: FlowTables>() -> Option<&'static mut Flow<A>> {
 pub fn lookup() -> Option<&'static mut Lookup> {
     // SAFETY: as in `scratch`; integers and byte arrays only.
     ROUTE_LOOKUP.get_ptr_mut(0).map(|lookup| unsafe { &mut *lookup })
+}
+
+/// This CPU's room for what an ICMP error quotes.
+#[inline(always)]
+pub fn quote() -> Option<&'static mut Quote<u32>> {
+    // SAFETY: as in `scratch`; integers and a `bool` that is 0 or written as one.
+    QUOTE.get_ptr_mut(0).map(|quote| unsafe { &mut *quote })
+}
+
+/// As [`quote`], of ICMPv6.
+#[inline(always)]
+pub fn quote_v6() -> Option<&'static mut Quote<Wide>> {
+    // SAFETY: as in `quote`.
+    QUOTE_V6.get_ptr_mut(0).map(|quote| unsafe { &mut *quote })
 }

@@ -4,7 +4,6 @@
 use std::{
     fs,
     net::{Ipv4Addr, SocketAddr, TcpListener},
-    process::Command,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -16,31 +15,15 @@ use edge_ctl::{
 };
 use socket2::{Domain, Socket, Type};
 
-use super::Figure;
+use super::{Figure, Namespace, TICKS};
 use crate::{
-    lab::{
-        exec::{ip_batch, run as run_command},
-        netns,
-    },
+    lab::{exec::ip_batch, netns},
     skip::full,
 };
 
 const BACKENDS: u32 = 5000;
 const INTERVAL: Duration = Duration::from_secs(1);
 const PORT: u16 = 8080;
-/// From `sysconf(_SC_CLK_TCK)`, which is 100 on every Linux that we run on.
-const TICKS: f64 = 100.0;
-
-/// A namespace that is removed when dropped.
-struct Namespace(String);
-
-impl Drop for Namespace {
-    fn drop(&mut self) {
-        if let Err(error) = run_command(Command::new("ip").args(["netns", "del", &self.0])) {
-            eprintln!("{error:#}");
-        }
-    }
-}
 
 /// Measures; about half a minute.
 ///
@@ -49,8 +32,7 @@ impl Drop for Namespace {
 pub fn run() -> Result<Vec<Figure>> {
     ensure!(netns::effective_user_is_root(), "namespaces need root: run it with sudo");
     netns::raise_file_limit();
-    let namespace = Namespace(format!("eh{:x}-bench", std::process::id()));
-    run_command(Command::new("ip").args(["netns", "add", &namespace.0]))?;
+    let namespace = Namespace::make("health")?;
     ip_batch(Some(&namespace.0), &["link set lo up".to_owned()])?;
     netns::within(&namespace.0, measure)
 }
@@ -131,11 +113,8 @@ fn cpu_seconds() -> Result<f64> {
     let mut ticks = 0;
     for task in fs::read_dir("/proc/self/task").context("list the threads")?.flatten() {
         let Ok(text) = fs::read_to_string(task.path().join("stat")) else { continue };
-        let Some((head, tail)) = text.rsplit_once(')') else { continue };
-        if head.ends_with("(checks") {
-            // proc(5): utime and stime are fields 14 and 15; the state, after the name, is field 3.
-            ticks +=
-                tail.split_whitespace().skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum::<u64>();
+        if text.split(')').next().is_some_and(|head| head.ends_with("(checks")) {
+            ticks += super::ticks_of(&text).unwrap_or_default();
         }
     }
     Ok(ticks as f64 / TICKS)

@@ -3,11 +3,17 @@
 pub mod dataplane;
 pub mod e2e;
 pub mod health;
+pub mod pools;
 
-use std::{fs, path::Path};
+use std::{fs, path::Path, process::Command};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
+
+use crate::lab::exec;
+
+/// From `sysconf(_SC_CLK_TCK)`, which is 100 on every Linux that we run on.
+const TICKS: f64 = 100.0;
 
 /// Which benchmarks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +24,8 @@ pub enum What {
     EndToEnd,
     /// Health checks at scale.
     Health,
+    /// Many services with many backends.
+    Pools,
 }
 
 /// One measured figure.
@@ -80,6 +88,7 @@ pub fn run_and_print(what: What, only: &str, json: Option<&Path>) -> Result<()> 
     let figures = match what {
         What::EndToEnd => e2e::run()?,
         What::Health => health::run()?,
+        What::Pools => pools::run()?,
         What::Dataplane => dataplane::run(only)?,
     };
     print(&figures);
@@ -89,6 +98,32 @@ pub fn run_and_print(what: What, only: &str, json: Option<&Path>) -> Result<()> 
         println!("written to {}", path.display());
     }
     Ok(())
+}
+
+/// A namespace that is removed when dropped.
+struct Namespace(String);
+
+impl Namespace {
+    fn make(what: &str) -> Result<Self> {
+        let namespace = Self(format!("eb{:x}-{what}", std::process::id()));
+        exec::run(Command::new("ip").args(["netns", "add", &namespace.0]))?;
+        Ok(namespace)
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        if let Err(error) = exec::run(Command::new("ip").args(["netns", "del", &self.0])) {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
+/// User and system time in the text of a `stat` file, clock ticks.
+fn ticks_of(stat: &str) -> Option<u64> {
+    // proc(5): utime and stime are fields 14 and 15; the state, after the name, is field 3.
+    let (_, tail) = stat.rsplit_once(')')?;
+    Some(tail.split_whitespace().skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum())
 }
 
 fn print(figures: &[Figure]) {

@@ -76,6 +76,9 @@ enum Command {
         /// Health checks of 5,000 backends instead of the dataplane.
         #[arg(long, conflicts_with = "e2e")]
         health: bool,
+        /// 1,000 services of 50 backends instead of the dataplane.
+        #[arg(long, conflicts_with_all = ["e2e", "health"])]
+        pools: bool,
         /// Of the dataplane's, those whose name contains this.
         #[arg(long, default_value = "", conflicts_with = "e2e")]
         only: String,
@@ -159,10 +162,11 @@ fn execute(command: Command) -> Result<ExitCode> {
             return Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
         Command::Run => run::run()?,
-        Command::Bench { e2e, health, only, json } => {
-            let what = match (e2e, health) {
-                (true, _) => What::EndToEnd,
-                (_, true) => What::Health,
+        Command::Bench { e2e, health, pools, only, json } => {
+            let what = match (e2e, health, pools) {
+                (true, ..) => What::EndToEnd,
+                (_, true, _) => What::Health,
+                (_, _, true) => What::Pools,
                 _ => What::Dataplane,
             };
             bench::run_and_print(what, &only, json.as_deref())?;

@@ -220,7 +220,7 @@ pub fn endpoints_if_valid(frame: &[u8]) -> Option<(SocketAddr, SocketAddr)> {
 }
 
 /// The pseudo-header of RFC 9293 (IPv4) or RFC 8200, section 8.1 (IPv6); both sum up to the same fields.
-fn pseudo(src: IpAddr, dst: IpAddr, protocol: u8, length: usize) -> Vec<u8> {
+pub(super) fn pseudo(src: IpAddr, dst: IpAddr, protocol: u8, length: usize) -> Vec<u8> {
     let mut bytes = Vec::new();
     for address in [src, dst] {
         match address {

@@ -11,7 +11,7 @@ use crate::lab::xdp_pass;
 
 use super::{
     namespace::{ifindex, ip, run, sysctl},
-    rig::{CLIENT, CLIENT_MAC, Hook, Rig, SNAT, VIP, mac, pod, pod_mac},
+    rig::{CLIENT, CLIENT_MAC, CLIENT6, Hook, Rig, SNAT, SNAT6, VIP, VIP6, mac, pod, pod_mac, pod6},
 };
 
 type Job = Box<dyn FnOnce() + Send>;
@@ -73,9 +73,9 @@ impl Drop for Host {
 
 /// A client and a pod on either side of the rig.
 pub struct Live {
-    /// 172.16.1.10, on `uplink`.
+    /// 172.16.1.10 and its IPv6 twin, on `uplink`.
     pub client: Host,
-    /// Pod 0, 10.1.0.4, on `pods`.
+    /// Pod 0, 10.1.0.4 and its IPv6 twin, on `pods`.
     pub pod: Host,
     /// What lets the far ends of XDP links see frames that come back by XDP_TX.
     _awake: Vec<OwnedFd>,
@@ -104,8 +104,8 @@ impl Live {
         }
         let mut live = Self { client: Host::new()?, pod: Host::new()?, _awake: Vec::new() };
         let ends = [
-            (&live.client, "uplink-peer", CLIENT, CLIENT_MAC, VIP),
-            (&live.pod, "pods-peer", pod(0), pod_mac(0), SNAT),
+            (&live.client, "uplink-peer", (CLIENT, CLIENT6), CLIENT_MAC, (VIP, VIP6)),
+            (&live.pod, "pods-peer", (pod(0), pod6(0)), pod_mac(0), (SNAT, SNAT6)),
         ];
         let mut awake = Vec::new();
         for (host, link, address, host_mac, gateway) in ends {
@@ -117,8 +117,10 @@ impl Live {
             ip(&format!("link set {link} netns {}", host.id))?;
             host.run(move || {
                 ip(&format!("link set {link} address {} up", mac(host_mac)))?;
-                ip(&format!("address add {address}/24 dev {link}"))?;
-                ip(&format!("route add default via {gateway}"))
+                ip(&format!("address add {}/24 dev {link}", address.0))?;
+                ip(&format!("address add {}/64 dev {link} nodad", address.1))?;
+                ip(&format!("route add default via {}", gateway.0))?;
+                ip(&format!("route add default via {}", gateway.1))
             })?;
             if hook == Hook::Xdp {
                 awake.push(host.run(move || xdp_pass::listen(ifindex(link)?))?);

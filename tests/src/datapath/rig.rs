@@ -61,7 +61,7 @@ pub const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
 
 impl Family {
     /// The address of this family.
-    fn of(self, v4: Ipv4Addr, v6: Ipv6Addr) -> IpAddr {
+    pub fn of(self, v4: Ipv4Addr, v6: Ipv6Addr) -> IpAddr {
         match self {
             Self::V4 => v4.into(),
             Self::V6 => v6.into(),
@@ -81,6 +81,11 @@ impl Family {
     /// [`CLIENT`] or [`CLIENT6`].
     pub fn client(self) -> IpAddr {
         self.of(CLIENT, CLIENT6)
+    }
+
+    /// [`OWN`] or [`OWN6`].
+    pub fn own(self) -> [IpAddr; 2] {
+        [0, 1].map(|n: usize| self.of(OWN[n], OWN6[n]))
     }
 
     /// The address of pod `n`.
@@ -133,6 +138,9 @@ pub const VIP: Ipv4Addr = Ipv4Addr::new(172, 16, 1, 88);
 pub const SNAT: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 1);
 /// What the edge signs its ICMP messages with: towards clients, and towards pods.
 pub const OWN: [Ipv4Addr; 2] = [Ipv4Addr::new(172, 16, 1, 2), Ipv4Addr::new(10, 1, 0, 2)];
+/// The IPv6 twins of [`OWN`].
+pub const OWN6: [Ipv6Addr; 2] =
+    [Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 2), Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0, 2)];
 /// A client on the edge's own network.
 pub const CLIENT: Ipv4Addr = Ipv4Addr::new(172, 16, 1, 10);
 /// The IPv6 twin of [`VIP`].
@@ -385,8 +393,8 @@ impl Rig {
             interfaces.insert(index, interface_flag::ATTACHED | interface_flag::XDP_REDIRECT, 0)?;
         }
         let mut own: HashMap<_, u32, OwnAddresses> = rig.hash(name::OWN_ADDRESSES)?;
-        for (index, address) in [uplink, pods].into_iter().zip(OWN) {
-            own.insert(index, OwnAddresses { v4: wire(address), ..OwnAddresses::default() }, 0)?;
+        for (n, index) in [uplink, pods].into_iter().enumerate() {
+            own.insert(index, OwnAddresses { v4: wire(OWN[n]), v6: wire(OWN6[n]) }, 0)?;
         }
         rig.array(name::SNAT_PORTS)?.set(0, PortSet([u64::MAX; 1024]), 0)?;
         for family in FAMILIES {
@@ -432,6 +440,11 @@ impl Rig {
         self.filter.sources[bit / 64] |= 1 << (bit % 64);
         let filter = *self.filter;
         Ok(self.array(name::ADDRESS_FILTER)?.set(0, filter, 0)?)
+    }
+
+    /// Has the services that follow be of another family.
+    pub fn set_family(&mut self, family: Family) {
+        self.settings.family = family;
     }
 
     /// A service on VIP:`port` with pods `0..pods` at `backend_port`; its backends' numbers.

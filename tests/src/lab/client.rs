@@ -149,7 +149,11 @@ pub struct Echo {
 }
 
 impl Echo {
-    fn open(server: SocketAddr) -> Result<Self> {
+    /// Connects from the current namespace and reads the greeting.
+    ///
+    /// # Errors
+    /// Where it cannot be opened or the pod does not greet.
+    pub fn open(server: SocketAddr) -> Result<Self> {
         let stream = TcpStream::connect_timeout(&server, REQUEST).with_context(|| format!("connect to {server}"))?;
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(REQUEST))?;

@@ -8,12 +8,12 @@ use hickory_proto::{
     op::{Edns, Message, MessageType, Metadata, OpCode, Query, ResponseCode},
     rr::{
         DNSClass, Name, RData, Record, RecordType,
-        rdata::{A, SOA, SRV},
+        rdata::{A, AAAA, SOA, SRV},
     },
 };
 use serde::{Deserialize, Serialize};
 
-use super::dns_faults::Fault;
+use super::{dns_faults::Fault, ipv6::ipv6};
 
 /// Seconds a record may be cached, CoreDNS's default for the `kubernetes` plugin.
 const TTL: u32 = 5;
@@ -42,6 +42,9 @@ pub struct Zone {
     pub mode: DnsMode,
     /// Headless services by `SERVICE.NAMESPACE`.
     pub services: BTreeMap<String, HeadlessService>,
+    /// Every pod has an IPv6 address besides: [`super::ipv6::ipv6`].
+    #[serde(default)]
+    pub dual_stack: bool,
     /// What the server does wrong, by the address it listens on; `*`: whichever.
     #[serde(default)]
     pub faults: BTreeMap<String, Fault>,
@@ -184,6 +187,9 @@ fn fill(zone: &Zone, query: &Query, response: &mut Message) -> Option<()> {
         (RecordType::A, Found::Service(service)) => {
             response.add_answers(service.addresses.iter().map(|address| a(query.name().clone(), *address)));
         }
+        (RecordType::AAAA, Found::Service(service)) if zone.dual_stack => {
+            response.add_answers(service.addresses.iter().map(|address| aaaa(query.name().clone(), *address)));
+        }
         (RecordType::A, Found::Endpoint(address)) => {
             response.add_answer(a(query.name().clone(), address));
         }
@@ -210,6 +216,10 @@ fn fill(zone: &Zone, query: &Query, response: &mut Message) -> Option<()> {
 
 fn a(name: Name, address: Ipv4Addr) -> Record {
     Record::from_rdata(name, TTL, RData::A(A(address)))
+}
+
+fn aaaa(name: Name, address: Ipv4Addr) -> Record {
+    Record::from_rdata(name, TTL, RData::AAAA(AAAA(ipv6(address))))
 }
 
 fn soa() -> Option<Record> {

@@ -51,6 +51,12 @@ pub fn dedicated_service(name: &str, port: u16, target: u16, mode: &str) -> Stri
     )
 }
 
+/// `configuration` with sessions whose routes go at once when they are lost, graceful restart or not.
+pub fn without_graceful_restart(configuration: &str) -> String {
+    let group = "[bgp.group.calico]\n";
+    configuration.replace(group, &format!("{group}graceful_restart = false\n"))
+}
+
 /// The session to the router of [`Lab::start_tor`], which is told of dedicated VIPs and teaches nothing.
 pub fn tor_peer() -> String {
     format!(

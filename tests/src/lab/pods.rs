@@ -3,7 +3,8 @@
 use std::{
     fs,
     io::{Read, Write},
-    net::{IpAddr, SocketAddr, TcpStream, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket},
+    path::Path,
     process::Command,
     thread,
     time::Duration,
@@ -31,6 +32,8 @@ pub const SERVICE_NAME: &str = "nginx-ingress-svc.nginx-ingress.svc.cluster.loca
 pub const UDP_ECHO: u16 = 5353;
 /// Port of the pods' TCP line echo.
 pub const TCP_ECHO: u16 = 9000;
+/// Where a test puts a file that every pod serves: its name in the lab's folder, and its path.
+pub const LARGE: &str = "large";
 const ANSWERING: Duration = Duration::from_secs(10);
 
 impl Lab {
@@ -92,6 +95,9 @@ impl Lab {
         let folder = folder.display();
         let run = self.folder();
         let run = run.display();
+        // A kernel without IPv6 refuses the address.
+        let listen_v6 =
+            if Path::new("/proc/net/if_inet6").exists() { "listen [::]:80 backlog=4096 ipv6only=on;" } else { "" };
         // Workers stay few: the lab shares its cores with everything else.
         format!(
             r#"daemon off;
@@ -111,11 +117,14 @@ http {{
   default_type text/plain;
   server {{
     listen 80 backlog=4096;
+    {listen_v6}
     listen 443 ssl backlog=4096;
     ssl_certificate {run}/tls.crt;
     ssl_certificate_key {run}/tls.key;
     location / {{ return 200 "{name}\n"; }}
     location = /client {{ return 200 "$remote_addr\n"; }}
+    location = /{LARGE} {{ root {run}; }}
+    location = /upload {{ client_max_body_size 0; return 200; }}
   }}
 }}
 "#
@@ -263,7 +272,8 @@ pub fn http_get_path(server: SocketAddr, path: &str, limit: Duration) -> Result<
 /// # Errors
 /// Where there is no answer within `limit`.
 pub fn udp_ask(server: SocketAddr, text: &str, limit: Duration) -> Result<String> {
-    let socket = UdpSocket::bind("0.0.0.0:0").context("make a UDP socket")?;
+    let any = if server.is_ipv4() { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { IpAddr::V6(Ipv6Addr::UNSPECIFIED) };
+    let socket = UdpSocket::bind((any, 0)).context("make a UDP socket")?;
     socket.connect(server)?;
     socket.set_read_timeout(Some(limit))?;
     socket.send(text.as_bytes()).with_context(|| format!("send to {server}"))?;

@@ -11,6 +11,7 @@ use anyhow::Result;
 
 use super::{
     decide::{Decision, Rewrite},
+    icmp::Translated,
     kernel::Kernel,
     moves::map_name,
     state::{Counters, State, TABLES, Table},
@@ -26,6 +27,9 @@ use crate::datapath::rig::Action;
 pub fn packet(decision: &Decision, input: &[u8], action: Action, got: &[u8]) -> Result<(), String> {
     if action != decision.action {
         return Err(format!("verdict {action:?}, expected {decision:?}"));
+    }
+    if let Some(error) = decision.error.as_ref().filter(|_| action != Action::Drop) {
+        return translated(error, input, got);
     }
     match &decision.rewrite {
         _ if action == Action::Drop => Ok(()),
@@ -105,6 +109,66 @@ fn rewritten(rewrite: &Rewrite, input: &[u8], got: &[u8]) -> Result<(), String> 
     if got != expected {
         return Err(format!("bytes differ\n  expected {}\n  got      {}", hex(&expected), hex(got)));
     }
+    Ok(())
+}
+
+/// An ICMP error outside and inside. Its quote is cut off, so that the checksums inside are judged by what they change by.
+fn translated(error: &Translated, input: &[u8], got: &[u8]) -> Result<(), String> {
+    let quote = &error.quote;
+    let mut expected = input.to_vec();
+    if let Some((dst, src)) = error.macs {
+        expected[..6].copy_from_slice(&dst);
+        expected[6..12].copy_from_slice(&src);
+    }
+    expected[22] -= 1;
+    for (at, address) in
+        [(26, error.outside.0), (30, error.outside.1), (quote.ip + 12, error.inside.0), (quote.ip + 16, error.inside.1)]
+    {
+        expected[at..at + 4].copy_from_slice(&address.to_ne_bytes());
+    }
+    expected[quote.l4..quote.l4 + 2].copy_from_slice(&error.ports.0.to_ne_bytes());
+    expected[quote.l4 + 2..quote.l4 + 4].copy_from_slice(&error.ports.1.to_ne_bytes());
+    if got.len() != expected.len() {
+        return Err(format!("{} bytes became {}", expected.len(), got.len()));
+    }
+    // Inside out, since each covers the ones before.
+    let inner = quote.ip..quote.l4;
+    let icmp = quote.icmp..quote.end;
+    let outer = wire::ETHERNET..quote.icmp;
+    settle("quoted IP checksum", quote.ip + 10, false, got, &mut expected, |new| {
+        wire::recomputed(input, new, inner, quote.ip + 10)
+    })?;
+    if let Some(at) = quote.check() {
+        settle("quoted checksum", at, quote.udp, got, &mut expected, |new| {
+            wire::moved(input, new, at, quote.udp, [quote.ip + 12..quote.ip + 20, quote.l4..quote.l4 + 4])
+        })?;
+    }
+    settle("ICMP checksum", quote.icmp + 2, false, got, &mut expected, |new| {
+        wire::recomputed(input, new, icmp, quote.icmp + 2)
+    })?;
+    settle("IP checksum", wire::ETHERNET + 10, false, got, &mut expected, |new| {
+        wire::recomputed(input, new, outer, wire::ETHERNET + 10)
+    })?;
+    if got != expected {
+        return Err(format!("bytes differ\n  expected {}\n  got      {}", hex(&expected), hex(got)));
+    }
+    Ok(())
+}
+
+/// Judges the checksum at `at` by what it must be, and takes it over.
+fn settle(
+    what: &str,
+    at: usize,
+    udp: bool,
+    got: &[u8],
+    expected: &mut [u8],
+    check: impl FnOnce(&[u8]) -> Check,
+) -> Result<(), String> {
+    let (found, check) = (wire::word(got, at).unwrap_or(0), check(expected));
+    if !check.admits(found, udp) {
+        return Err(format!("{what} {found:#06x}, expected {check:x?}\n  got      {}", hex(got)));
+    }
+    expected[at..at + 2].copy_from_slice(&found.to_be_bytes());
     Ok(())
 }
 

@@ -32,6 +32,18 @@ points! {
     FragmentTtl,
     /// A later fragment that is too long and must not be fragmented.
     FragmentTooBig,
+    /// An ICMP error about a flow's packet was translated.
+    IcmpTranslated,
+    /// An ICMP error about what may be ours, but is nobody's flow.
+    IcmpUnmatched,
+    /// An ICMP error whose TTL ends here.
+    IcmpExpired,
+    /// An ICMP error that is too long and must not be fragmented.
+    IcmpTooBig,
+    /// dnat: an ICMP error that follows Maglev's choice.
+    IcmpAssumed,
+    /// dnat: an ICMP error about another choice than Maglev's.
+    IcmpOtherChoice,
     /// The sender was told.
     Answered,
     /// The sender would have been told, had not so many been.

@@ -5,7 +5,7 @@ use edge_common::verdict::Reason;
 use super::{
     connections::{self, Tracked},
     coverage::Point,
-    create, forward, fragments,
+    create, forward, fragments, icmp,
     state::{Config, State, Table},
     wire::{self, Ip, Segment},
 };
@@ -67,13 +67,15 @@ pub struct Decision {
     pub rewrite: Option<Rewrite>,
     /// It leaves as an ICMP message to its sender.
     pub message: bool,
+    /// It is an ICMP error, and must leave like this.
+    pub error: Option<icmp::Translated>,
 }
 
 impl Decision {
     /// To the stack, untouched.
-    pub const PASS: Self = Self { action: Action::Pass, rewrite: None, message: false };
+    pub const PASS: Self = Self { action: Action::Pass, rewrite: None, message: false, error: None };
     /// Gone. What its bytes are does not matter.
-    pub const DROP: Self = Self { action: Action::Drop, rewrite: None, message: false };
+    pub const DROP: Self = Self { action: Action::Drop, rewrite: None, message: false, error: None };
 }
 
 /// What the program chose where it is free to: looked at after it ran, and judged by the model.
@@ -93,6 +95,9 @@ pub fn decide(state: &mut State, input: &Input, choices: &dyn Choices) -> Result
         state.hit(Point::NotIpv4);
         return Ok(Decision::PASS);
     };
+    if ip.protocol == icmp::ICMP {
+        return Ok(icmp::relay(state, input, ip));
+    }
     let to_us = state.config.destinations[Config::bit(ip.dst)];
     if !to_us && !state.config.sources[Config::bit(ip.src)] {
         state.hit(Point::NotOurs);
@@ -140,7 +145,7 @@ pub fn answer(state: &mut State, input: &Input, reason: Reason, service: u32) ->
     state.hit(Point::Answered);
     state.because(reason, service);
     let action = if input.hook == Hook::Xdp { Action::Transmit } else { Action::Redirect };
-    Decision { action, rewrite: None, message: true }
+    Decision { action, rewrite: None, message: true, error: None }
 }
 
 /// Sends the packet on by an entry.

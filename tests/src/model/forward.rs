@@ -11,7 +11,7 @@ use super::{
     decide::{Decision, Input, Original, Rewrite, answer, refuse},
     fragments,
     state::{Route, State, Table},
-    wire::{Segment, UDP},
+    wire::{Ip, Segment, UDP},
 };
 use crate::datapath::rig::{Action, Hook};
 
@@ -24,6 +24,8 @@ pub enum Way {
         macs: ([u8; 6], [u8; 6]),
         mtu: u32,
         redirectable: bool,
+        /// By a next-hop number.
+        listed: bool,
     },
     /// Not there: why, and whether the stack gets it (rewritten) or nobody.
     Stack(Reason, Point),
@@ -40,7 +42,7 @@ pub fn send(state: &mut State, input: &Input, segment: &Segment, table: Table) -
         state.hit(Point::ForwardTtl);
         return answer(state, input, Reason::TtlExpired, flow.service);
     }
-    let (ifindex, macs, mtu, redirectable) = match way(state, table, &flow) {
+    let (ifindex, macs, mtu, redirectable, listed) = match way(state, table, &flow) {
         Way::Nowhere(reason, point) => {
             state.hit(point);
             return refuse(state, reason, flow.service);
@@ -49,13 +51,12 @@ pub fn send(state: &mut State, input: &Input, segment: &Segment, table: Table) -
             state.hit(point);
             return to_stack(state, input, segment, table, &flow, reason);
         }
-        Way::Out { ifindex, macs, mtu, redirectable } => (ifindex, macs, mtu, redirectable),
+        Way::Out { ifindex, macs, mtu, redirectable, listed } => (ifindex, macs, mtu, redirectable, listed),
     };
     let same = ifindex == input.ingress;
     let reachable = same || redirectable || input.hook == Hook::Tc;
     // By a number, the length is judged first; by a lookup of its own, whether XDP can go there at all.
-    let listed = state.flow(table, key).is_some_and(|flow| flow.next_hop != 0);
-    if longest_piece(state, input, segment) > mtu as usize && (listed || reachable) {
+    if longest_piece(state, input, segment.ip.total_len, segment.headers) > mtu as usize && (listed || reachable) {
         if segment.ip.dont_fragment {
             state.hit(Point::TooBig);
             return answer(state, input, Reason::TooBig, flow.service);
@@ -71,17 +72,54 @@ pub fn send(state: &mut State, input: &Input, segment: &Segment, table: Table) -
     state.hit(if same { Point::Transmit } else { Point::Redirect });
     // TC has no "transmit": it redirects to the interface the packet came by.
     let action = if same && input.hook == Hook::Xdp { Action::Transmit } else { Action::Redirect };
-    Decision { action, rewrite: Some(rewritten(state, input, segment, &flow, Some(macs))), message: false }
+    Decision { action, rewrite: Some(rewritten(state, input, segment, &flow, Some(macs))), ..Decision::PASS }
 }
 
 /// Its length, or a segment's.
-pub fn longest_piece(state: &mut State, input: &Input, segment: &Segment) -> usize {
+fn longest_piece(state: &mut State, input: &Input, total_len: usize, headers: usize) -> usize {
     if input.hook == Hook::Tc && input.gso_size != 0 {
         state.hit(Point::Gso);
-        segment.headers + input.gso_size as usize
+        headers + input.gso_size as usize
     } else {
-        segment.ip.total_len
+        total_len
     }
+}
+
+/// Where a packet goes that follows a flow without being one of its tuple.
+#[allow(missing_docs, reason = "named by what they are")]
+pub enum Onward {
+    Nowhere(Reason),
+    /// Longer than the next hop takes, and not to be fragmented.
+    TooBig,
+    Stack(Reason),
+    /// With these MACs.
+    Out(Action, ([u8; 6], [u8; 6])),
+}
+
+/// Where a packet with this IP header and `l4_len` bytes of headers behind it goes, that follows a flow.
+pub fn onward(state: &mut State, input: &Input, ip: &Ip, l4_len: usize, (table, flow): (Table, &FlowV4)) -> Onward {
+    let (ifindex, macs, mtu, redirectable, listed) = match way(state, table, flow) {
+        Way::Nowhere(reason, point) => {
+            state.hit(point);
+            return Onward::Nowhere(reason);
+        }
+        Way::Stack(reason, point) => {
+            state.hit(point);
+            return Onward::Stack(reason);
+        }
+        Way::Out { ifindex, macs, mtu, redirectable, listed } => (ifindex, macs, mtu, redirectable, listed),
+    };
+    let same = ifindex == input.ingress;
+    let reachable = same || redirectable || input.hook == Hook::Tc;
+    let longest = longest_piece(state, input, ip.total_len, ip.header_len + l4_len);
+    let too_long = longest > mtu as usize && (listed || reachable);
+    if too_long && ip.dont_fragment {
+        return Onward::TooBig;
+    }
+    if too_long || !reachable {
+        return Onward::Stack(Reason::ViaStack);
+    }
+    Onward::Out(if same && input.hook == Hook::Xdp { Action::Transmit } else { Action::Redirect }, macs)
 }
 
 fn to_stack(
@@ -94,7 +132,7 @@ fn to_stack(
 ) -> Decision {
     account(state, input, segment, table);
     state.because(reason, flow.service);
-    Decision { action: Action::Pass, rewrite: Some(rewritten(state, input, segment, flow, None)), message: false }
+    Decision { rewrite: Some(rewritten(state, input, segment, flow, None)), ..Decision::PASS }
 }
 
 fn rewritten(
@@ -162,7 +200,7 @@ pub fn way(state: &mut State, table: Table, flow: &FlowV4) -> Way {
                 }
                 None => {
                     state.hit(Point::NoNextHopNumber);
-                    Way::Out { ifindex, macs: (dst_mac, src_mac), mtu, redirectable }
+                    Way::Out { ifindex, macs: (dst_mac, src_mac), mtu, redirectable, listed: false }
                 }
             }
         }
@@ -176,6 +214,7 @@ fn listed(state: &mut State, number: u32) -> Way {
             macs: (hop.dst_mac, hop.src_mac),
             mtu: hop.mtu,
             redirectable: hop.flags & next_hop_flag::VIA_STACK == 0,
+            listed: true,
         },
         None => Way::Nowhere(Reason::NotReady, Point::NoNextHop),
     }

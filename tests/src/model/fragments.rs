@@ -5,11 +5,11 @@ use edge_common::{flow::FlowKeyV4, maps::FlowV4, verdict::Reason};
 use super::{
     coverage::Point,
     decide::{Decision, Input, Original, Rewrite, refuse},
-    forward::{Way, account, longest_piece, way},
+    forward::{Onward, account, onward},
     state::{State, TABLES},
     wire::{ETHERNET, Ip, Segment, UDP},
 };
-use crate::datapath::rig::{Action, Hook};
+use crate::datapath::rig::Action;
 
 /// A first fragment goes on by `flow`: the ID that it leaves with, which is free where the source is a new one.
 pub fn remember(state: &mut State, input: &Input, segment: &Segment, flow: &FlowV4) -> u16 {
@@ -39,7 +39,6 @@ pub fn follow(state: &mut State, input: &Input, ip: Ip) -> Decision {
     state.hit(Point::LaterFragment);
     let l4 = ETHERNET + ip.header_len;
     let segment = Segment { ip, key, l4, headers: ip.header_len, flags: 0, seq: 0, ack: 0 };
-    account(state, input, &segment, table);
     let rewrite = |macs| Rewrite {
         addresses: (flow.new_src, flow.new_dst),
         ports: (flow.new_src_port, flow.new_dst_port),
@@ -47,31 +46,19 @@ pub fn follow(state: &mut State, input: &Input, ip: Ip) -> Decision {
         id,
         segment: Original { l4, udp: key.protocol == UDP, later_fragment: true },
     };
-    let stack = Decision { action: Action::Pass, rewrite: Some(rewrite(None)), message: false };
-    let (ifindex, macs, mtu, redirectable) = match way(state, table, &flow) {
-        Way::Nowhere(reason, point) => {
-            state.hit(point);
-            return refuse(state, reason, flow.service);
+    let outcome = onward(state, input, &ip, 0, (table, &flow));
+    let (action, macs) = match outcome {
+        Onward::Nowhere(reason) => return refuse(state, reason, flow.service),
+        Onward::TooBig => {
+            state.hit(Point::FragmentTooBig);
+            return refuse(state, Reason::IcmpUndeliverable, flow.service);
         }
-        Way::Stack(reason, point) => {
-            state.hit(point);
+        Onward::Stack(reason) => {
             state.because(reason, flow.service);
-            return stack;
+            (Action::Pass, None)
         }
-        Way::Out { ifindex, macs, mtu, redirectable } => (ifindex, macs, mtu, redirectable),
+        Onward::Out(action, macs) => (action, Some(macs)),
     };
-    let same = ifindex == input.ingress;
-    let reachable = same || redirectable || input.hook == Hook::Tc;
-    let listed = state.flow(table, &key).is_some_and(|flow| flow.next_hop != 0);
-    let too_long = longest_piece(state, input, &segment) > mtu as usize && (listed || reachable);
-    if too_long && ip.dont_fragment {
-        state.hit(Point::FragmentTooBig);
-        return refuse(state, Reason::IcmpUndeliverable, flow.service);
-    }
-    if too_long || !reachable {
-        state.because(Reason::ViaStack, flow.service);
-        return stack;
-    }
-    let action = if same && input.hook == Hook::Xdp { Action::Transmit } else { Action::Redirect };
-    Decision { action, rewrite: Some(rewrite(Some(macs))), message: false }
+    account(state, input, &segment, table);
+    Decision { action, rewrite: Some(rewrite(macs)), ..Decision::PASS }
 }

@@ -1,7 +1,7 @@
 //! What happens next in a world: a packet, or something else. Drawn from a step's own seed and the tables, so that a step
 //! means something after others before it have been left out.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
 
 use edge_common::{flow::FlowKeyV4, maps::FlowV4};
 
@@ -15,6 +15,7 @@ use super::{
 };
 use crate::datapath::{
     frame::Frame,
+    icmp::IcmpError,
     rig::{CLIENT, SNAT, VIP, wire},
 };
 
@@ -100,9 +101,10 @@ fn packet(dice: &mut Dice, world: &World, state: &State, network: &Network) -> M
         30..52 => (of_a_flow(dice, world, state, 0), network.uplink),
         52..88 => (of_a_flow(dice, world, state, 1), network.pods),
         88..92 => (stray_reply(dice, world), network.pods),
-        92..95 => (to_another_port(dice), network.uplink),
-        95..97 => (of_others(dice), network.uplink),
-        _ => (client_packet(dice, world, state), network.pods),
+        92..94 => (to_another_port(dice), network.uplink),
+        94..95 => (of_others(dice), network.uplink),
+        95..97 => (client_packet(dice, world, state), network.pods),
+        _ => return error(dice, world, state, network),
     };
     if dice.chance(5) {
         ingress = dice.pick(&[network.uplink, network.pods]);
@@ -113,6 +115,58 @@ fn packet(dice: &mut Dice, world: &World, state: &State, network: &Network) -> M
         damage(dice, &mut bytes);
     }
     Move::Packet { frame: bytes, ingress, gso_size }
+}
+
+/// An ICMP error about a packet as the far end of a flow was to get it, or as nobody was.
+fn error(dice: &mut Dice, world: &World, state: &State, network: &Network) -> Move {
+    let table = dice.pick(&TABLES);
+    let direction = dice.roll(2) as u8;
+    let (about, mut ingress) = match entry(dice, state, table, Some(direction)) {
+        Some(FlowV4 { key, .. }) if dice.chance(80) => {
+            let (src, dst) = (endpoint(key.dst, key.dst_port), endpoint(key.src, key.src_port));
+            let ingress = if direction == 0 { network.uplink } else { network.pods };
+            (build(dice, &State::default(), src, dst, key.protocol, false), ingress)
+        }
+        // What a client sends, to the VIP or already to a backend; turned round, what it is answered.
+        _ => {
+            let sent = client_packet(dice, world, state);
+            match (world.backends.is_empty(), dice.roll(2)) {
+                (false, 0) => {
+                    let (address, port, protocol) = dice.pick(&world.backends);
+                    (Frame { dst: SocketAddrV4::new(address, port).into(), protocol, ..sent }, network.pods)
+                }
+                _ => (Frame { src: sent.dst, dst: sent.src, ..sent }, network.uplink),
+            }
+        }
+    };
+    let (IpAddr::V4(sender), IpAddr::V4(receiver)) = (about.src.ip(), about.dst.ip()) else {
+        return Move::Sweep;
+    };
+    let router = dice.pick(&[receiver, receiver, Ipv4Addr::new(10, 1, 0, 200), Ipv4Addr::new(172, 16, 1, 200)]);
+    let to = if dice.chance(4) { dice.pick(&[VIP, SNAT, CLIENT]) } else { sender };
+    let packet = about.bytes();
+    let quoted = match dice.roll(4) {
+        0 => about.header_len() + 8,
+        1 => about.header_len() + dice.roll(24) as usize,
+        _ => packet.len() - 14,
+    };
+    let quote = packet.get(14..14 + quoted).unwrap_or(&packet[14..]);
+    let (kind, code) = dice.pick(&[(3, 0), (3, 3), (3, 4), (3, 4), (11, 0), (11, 0), (12, 0), (8, 0)]);
+    let error = IcmpError {
+        ttl: if dice.chance(6) { dice.roll(3) as u8 } else { 64 },
+        fragment: dice.pick(&[0, 0x4000, 0x4000]),
+        options: vec![1; dice.pick(&[0, 0, 0, 0, 4, 40])],
+        rest: [0, 0, 5, dice.word() as u8],
+        ..IcmpError::new(router, to, kind, code, quote)
+    };
+    if dice.chance(5) {
+        ingress = dice.pick(&[network.uplink, network.pods]);
+    }
+    let mut frame = error.bytes();
+    if dice.chance(world.damage) {
+        damage(dice, &mut frame);
+    }
+    Move::Packet { frame, ingress, gso_size: 0 }
 }
 
 fn client_packet(dice: &mut Dice, world: &World, state: &State) -> Frame {

@@ -10,8 +10,8 @@
 //! Longer times pass by making every entry older, in the maps and in the model; fragments' entries do not age here.
 //!
 //! Of ICMP messages of our own the model knows when they are made, to whom, and what they quote; their headers and checksums
-//! are left to the fixtures of `datapath_icmp_own`, translated errors to `datapath_icmp`. How fast messages follow each other
-//! depends on the run's speed, so that either of "sent" and "limited" is taken.
+//! are left to the fixtures of `datapath_icmp_own`. How fast messages follow each other depends on the run's speed, so that
+//! either of "sent" and "limited" is taken.
 //!
 //! Where the program is free (SNAT port, jitter of the touch, the ID of a fragmented packet with a new source), the model
 //! checks its choice against the rules and takes it over. A new concern (a protocol, a limit) is a new stage file beside `connections`, `create` and `forward`, called from
@@ -27,6 +27,7 @@ pub mod forward;
 pub mod fragments;
 pub mod generate;
 pub mod hash;
+pub mod icmp;
 pub mod kernel;
 pub mod moves;
 pub mod network;

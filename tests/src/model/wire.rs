@@ -1,5 +1,7 @@
 //! Packets as the RFCs describe them: headers read from bytes, checksums summed up from scratch.
 
+use std::ops::Range;
+
 use edge_common::flow::FlowKeyV4;
 
 /// Bytes of an Ethernet header.
@@ -206,6 +208,26 @@ pub fn checks(old: &[u8], new: &[u8], segment: &Segment) -> (Check, Check) {
     let l4 =
         if udp && found == 0 { Check::Exactly(0) } else { after(found, whole(old_ip, old_l4), whole(new_ip, new_l4)) };
     (ip, l4)
+}
+
+/// The checksum at `at`, which covers the bytes of `range`, all of which are there.
+pub fn recomputed(old: &[u8], new: &[u8], range: Range<usize>, at: usize) -> Check {
+    let field = u16::from_be_bytes([old[at], old[at + 1]]);
+    let right = |bytes: &[u8]| right(&[], &bytes[range.clone()], at - range.start);
+    after(field, right(old), right(new))
+}
+
+/// The checksum at `at` of what is cut off: it changes by what the bytes of `ranges` change by. A UDP one that says that there
+/// is none stays so.
+pub fn moved(old: &[u8], new: &[u8], at: usize, udp: bool, ranges: [Range<usize>; 2]) -> Check {
+    let field = u16::from_be_bytes([old[at], old[at + 1]]);
+    if udp && field == 0 {
+        return Check::Exactly(0);
+    }
+    let [first, second] = ranges;
+    let part = |bytes: &[u8]| u32::from(sum(&[&bytes[first.clone()], &bytes[second.clone()]]));
+    // Modulo 0xffff, in which the checksum is a negated sum.
+    Check::Wrong(((u32::from(field) + part(old) + 0xffff - part(new)) % 0xffff) as u16)
 }
 
 /// Where the checksum stands in the layer-4 header.

@@ -13,7 +13,7 @@ use super::{
         fsm::Event,
         listener::{self, Listener},
         peer::{self, Peer},
-        wire::{self, Family, Notification, cease},
+        wire::{self, Family, Notification, Refresh, cease},
     },
     Actor, Input,
 };
@@ -35,6 +35,10 @@ impl Actor {
         let everyone = config.asn != self.config.asn || config.router_id != self.config.router_id;
         let known: Vec<IpAddr> = self.peers.keys().copied().collect();
         for address in known {
+            if self.peers.get(&address).is_some_and(|peer| peer.dynamic) && !config.peers.contains_key(&address) {
+                self.reload_dynamic(&config, everyone, address);
+                continue;
+            }
             match (config.peers.get(&address), self.peers.get(&address)) {
                 (None, _) => self.remove(address, cease::PEER_DECONFIGURED),
                 (Some(new), Some(old)) if everyone || needs_new_session(&old.config, new) => {
@@ -43,27 +47,53 @@ impl Actor {
                 (Some(new), _) => self.change_policy(&config, address, new),
             }
         }
-        self.rib.identify(config.asn, config.router_id);
+        self.rib.identify(peer::local(&config));
+        self.rib.watch_best(config.transit);
         self.config = config;
+        self.renew_passwords();
         for (address, new) in self.config.peers.clone() {
             if let Entry::Vacant(vacant) = self.peers.entry(address) {
                 vacant.insert(Peer::new(&self.config, &new));
                 self.feed(address, Event::ManualStart);
             }
         }
+        self.give_listeners_passwords();
+        let transit = self.config.transit;
+        self.peers.values_mut().filter_map(|peer| peer.session.as_mut()).for_each(|s| s.out.terms.transit = transit);
         self.originated.set_networks(&self.config.networks);
         self.originated_changed();
         Ok(())
     }
 
+    /// A peer out of a range stays as long as its range gives it the same session.
+    fn reload_dynamic(&mut self, config: &valid::Bgp, everyone: bool, address: IpAddr) {
+        let range = config.ranges.iter().find(|range| range.network.contains(&address));
+        let new = range.map(|range| valid::Peer { address, ..range.template.clone() });
+        match (new, self.peers.get(&address)) {
+            (Some(new), Some(old)) if !everyone && !needs_new_session(&old.config, &new) => {
+                self.change_policy(config, address, &new);
+            }
+            _ => self.remove(address, cease::PEER_DECONFIGURED),
+        }
+    }
+
     fn remove(&mut self, address: IpAddr, subcode: u8) {
         self.feed(address, Event::ManualStop(Notification::cease(subcode)));
+        // What was kept of a peer that is away goes too.
+        self.rib.peer_down(address);
         self.peers.remove(&address);
     }
 
     fn change_policy(&mut self, bgp: &valid::Bgp, address: IpAddr, new: &valid::Peer) {
         let Some(peer) = self.peers.get_mut(&address) else { return };
+        let limit_changed = peer.config.intake.max_prefixes != new.intake.max_prefixes;
         peer.config = new.clone();
+        if limit_changed && peer.limited.take().is_some() {
+            self.feed(address, Event::ManualStart);
+        } else if limit_changed {
+            self.limit(address);
+        }
+        let Some(peer) = self.peers.get_mut(&address) else { return };
         let policy = peer::policy(bgp, new);
         if policy == peer.policy {
             return;
@@ -76,7 +106,7 @@ impl Actor {
             if let Some(session) = session.filter(|session| session.negotiated.route_refresh) {
                 let (side, families) = (session.side, session.negotiated.families.clone());
                 for family in families {
-                    self.send(address, side, "route_refresh_sent", wire::encode_route_refresh(family));
+                    self.send(address, side, "route_refresh_sent", wire::encode_route_refresh(family, Refresh::Ask));
                 }
             }
         }

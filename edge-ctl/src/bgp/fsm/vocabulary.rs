@@ -2,7 +2,11 @@
 
 use std::{net::Ipv4Addr, time::Duration};
 
-use super::super::wire::{Family, Notification, Open};
+use super::{
+    super::wire::{Capability, Notification, Open},
+    Negotiated,
+};
+use crate::model::bgp_session::Role;
 
 /// The moment of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,7 +18,7 @@ pub struct Now {
 }
 
 /// What the configuration says about the peer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
     /// Our AS number.
     pub local_asn: u32,
@@ -28,6 +32,14 @@ pub struct Settings {
     pub keepalive: Duration,
     /// Never dial.
     pub passive: bool,
+    /// Longest wait between two attempts.
+    pub longest_retry: Duration,
+    /// Our role; `None`: the peer's is not looked at.
+    pub role: Option<Role>,
+    /// A peer without a role is refused.
+    pub role_strict: bool,
+    /// What we offer.
+    pub capabilities: Vec<Capability>,
 }
 
 /// Which side opened a connection.
@@ -64,6 +76,8 @@ pub enum Event {
     HoldTimerExpires(Side),
     /// It is time for a KEEPALIVE.
     KeepaliveTimerExpires(Side),
+    /// What we have to say could not be sent for a send hold time (RFC 9687).
+    SendHoldTimerExpires(Side),
     /// A connection is up.
     TcpConnectionConfirmed(Side),
     /// A dial failed, or a connection ended.
@@ -97,27 +111,15 @@ pub enum Action {
     Close(Side),
     /// The session is established.
     Up(Side, Negotiated),
-    /// The established session is gone: withdraw its routes.
-    Down(String),
+    /// The established session is gone.
+    Down {
+        /// Why, in words.
+        reason: String,
+        /// Graceful restart: its routes stay, as [`Negotiated::kept`] has it; else they are withdrawn.
+        keep: bool,
+    },
     /// An attempt that never was established failed; for the operator.
     Failed(String),
-}
-
-/// What both OPENs settled.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Negotiated {
-    /// The peer's OPEN.
-    pub peer: Open,
-    /// Hold time, seconds: the lesser of both; 0: no keepalives.
-    pub hold: u16,
-    /// Keepalive interval; zero with a hold time of zero.
-    pub keepalive: Duration,
-    /// Families that both sides speak.
-    pub families: Vec<Family>,
-    /// Both sides use 4-octet AS numbers.
-    pub four_octet_as: bool,
-    /// The peer takes ROUTE-REFRESH.
-    pub route_refresh: bool,
 }
 
 /// State of the peer as users see it (RFC 4271 8.2.2).

@@ -2,7 +2,15 @@
 
 use std::{fmt, net::Ipv4Addr};
 
+use bytes::Bytes;
 use rustbgpd_wire as codec;
+
+pub use crate::model::Community;
+
+/// Flags of an attribute that everybody passes on.
+const OPTIONAL_TRANSITIVE: u8 = 0xc0;
+/// Flag of one that somebody passed on without knowing it.
+const PARTIAL: u8 = 0x20;
 
 /// ORIGIN (RFC 4271 5.1.1); the order is the order of preference.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -26,7 +34,7 @@ impl fmt::Display for Origin {
 }
 
 /// One segment of an AS path.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Segment {
     /// AS_SEQUENCE.
     Sequence(Vec<u32>),
@@ -35,7 +43,7 @@ pub enum Segment {
 }
 
 /// AS_PATH, always with 4-octet numbers.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct AsPath(pub Vec<Segment>);
 
 impl AsPath {
@@ -55,6 +63,16 @@ impl AsPath {
         self.0.iter().any(|segment| match segment {
             Segment::Sequence(numbers) | Segment::Set(numbers) => numbers.contains(&asn),
         })
+    }
+
+    /// Puts `asn` in front, `times` times (RFC 4271 5.1.2). A segment holds at most 255 numbers.
+    pub fn prepend(&mut self, asn: u32, times: usize) {
+        for _ in 0..times {
+            match self.0.first_mut() {
+                Some(Segment::Sequence(numbers)) if numbers.len() < 255 => numbers.insert(0, asn),
+                _ => self.0.insert(0, Segment::Sequence(vec![asn])),
+            }
+        }
     }
 
     /// The neighbouring AS: the first of a leading sequence.
@@ -85,8 +103,17 @@ impl fmt::Display for AsPath {
     }
 }
 
-/// Attributes of a received path. What we neither use nor show is not kept: we re-advertise nothing that we learn.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+/// An attribute that we do not know and pass on: optional and transitive (RFC 4271 5).
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Opaque {
+    /// Type code.
+    pub code: u8,
+    /// Its bytes, as received.
+    pub value: Bytes,
+}
+
+/// Attributes of a path, received or to be sent: what we use, show, or have to pass on (RFC 4271 5).
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Attributes {
     /// ORIGIN.
     pub origin: Origin,
@@ -98,6 +125,18 @@ pub struct Attributes {
     pub local_pref: Option<u32>,
     /// RFC 1997 communities.
     pub communities: Vec<u32>,
+    /// RFC 4360 extended communities.
+    pub extended: Vec<u64>,
+    /// RFC 8092 large communities.
+    pub large: Vec<(u32, u32, u32)>,
+    /// ATOMIC_AGGREGATE.
+    pub atomic_aggregate: bool,
+    /// AGGREGATOR: AS number and BGP identifier.
+    pub aggregator: Option<(u32, Ipv4Addr)>,
+    /// ONLY_TO_CUSTOMER (RFC 9234 5).
+    pub only_to_customer: Option<u32>,
+    /// Unknown optional transitive attributes.
+    pub opaque: Vec<Opaque>,
     /// ORIGINATOR_ID (RFC 4456).
     pub originator_id: Option<Ipv4Addr>,
     /// Length of CLUSTER_LIST (RFC 4456).
@@ -112,6 +151,12 @@ impl Default for Attributes {
             med: None,
             local_pref: None,
             communities: Vec::new(),
+            extended: Vec::new(),
+            large: Vec::new(),
+            atomic_aggregate: false,
+            aggregator: None,
+            only_to_customer: None,
+            opaque: Vec::new(),
             originator_id: None,
             cluster_list_length: 0,
         }
@@ -147,6 +192,23 @@ impl Attributes {
                 codec::PathAttribute::LocalPref(preference) if internal => attributes.local_pref = Some(*preference),
                 codec::PathAttribute::OriginatorId(id) if internal => attributes.originator_id = Some(*id),
                 codec::PathAttribute::ClusterList(list) if internal => attributes.cluster_list_length = list.len(),
+                codec::PathAttribute::AtomicAggregate => attributes.atomic_aggregate = true,
+                codec::PathAttribute::Aggregator(aggregator) => {
+                    attributes.aggregator = Some((aggregator.asn, aggregator.router_id));
+                }
+                codec::PathAttribute::ExtendedCommunities(list)
+                | codec::PathAttribute::ExtendedCommunitiesPartial(list) => {
+                    attributes.extended = list.iter().map(|community| community.as_u64()).collect();
+                }
+                codec::PathAttribute::LargeCommunities(list) | codec::PathAttribute::LargeCommunitiesPartial(list) => {
+                    attributes.large = list.iter().map(|c| (c.global_admin, c.local_data1, c.local_data2)).collect();
+                }
+                codec::PathAttribute::OnlyToCustomer(asn) | codec::PathAttribute::OnlyToCustomerPartial(asn) => {
+                    attributes.only_to_customer = Some(*asn);
+                }
+                codec::PathAttribute::Unknown(raw) if raw.flags & OPTIONAL_TRANSITIVE == OPTIONAL_TRANSITIVE => {
+                    attributes.opaque.push(Opaque { code: raw.type_code, value: raw.data.clone() });
+                }
                 other => {
                     if let Some(communities) = other.communities() {
                         attributes.communities = communities.to_vec();
@@ -155,6 +217,92 @@ impl Attributes {
             }
         }
         attributes
+    }
+
+    /// As the codec wants them, without next hop and prefixes. LOCAL_PREF goes to internal peers only, where it is
+    /// mandatory (RFC 4271 5.1.5).
+    pub(super) fn to_codec(&self, internal: bool) -> Vec<codec::PathAttribute> {
+        let segments = self.as_path.0.iter().map(|segment| match segment {
+            Segment::Sequence(numbers) => codec::AsPathSegment::AsSequence(numbers.clone()),
+            Segment::Set(numbers) => codec::AsPathSegment::AsSet(numbers.clone()),
+        });
+        let mut list = vec![
+            codec::PathAttribute::Origin(match self.origin {
+                Origin::Igp => codec::Origin::Igp,
+                Origin::Egp => codec::Origin::Egp,
+                Origin::Incomplete => codec::Origin::Incomplete,
+            }),
+            codec::PathAttribute::AsPath(codec::AsPath { segments: segments.collect() }),
+        ];
+        list.extend(self.med.map(codec::PathAttribute::Med));
+        if internal {
+            list.push(codec::PathAttribute::LocalPref(self.local_pref.unwrap_or(100)));
+        }
+        if self.atomic_aggregate {
+            list.push(codec::PathAttribute::AtomicAggregate);
+        }
+        list.extend(self.aggregator.map(|(asn, router_id)| {
+            codec::PathAttribute::Aggregator(codec::Aggregator { asn, router_id, partial: false })
+        }));
+        if !self.communities.is_empty() {
+            list.push(codec::PathAttribute::Communities(self.communities.clone()));
+        }
+        if !self.extended.is_empty() {
+            let extended = self.extended.iter().map(|value| codec::ExtendedCommunity::new(*value)).collect();
+            list.push(codec::PathAttribute::ExtendedCommunities(extended));
+        }
+        if !self.large.is_empty() {
+            let large = self.large.iter().map(|(a, b, c)| codec::LargeCommunity::new(*a, *b, *c)).collect();
+            list.push(codec::PathAttribute::LargeCommunities(large));
+        }
+        list.extend(self.only_to_customer.map(codec::PathAttribute::OnlyToCustomer));
+        list.extend(self.opaque.iter().map(|opaque| {
+            // Passed on by a speaker that does not know it: the Partial bit says so (RFC 4271 5).
+            codec::PathAttribute::Unknown(codec::RawAttribute {
+                flags: OPTIONAL_TRANSITIVE | PARTIAL,
+                type_code: opaque.code,
+                data: opaque.value.clone(),
+            })
+        }));
+        list
+    }
+
+    /// Communities of all kinds as operators write them; well-known ones by name.
+    pub fn community_texts(&self) -> Vec<String> {
+        let standard = self.communities.iter().map(|value| Community::Standard(*value));
+        let large = self.large.iter().map(|(a, b, c)| Community::Large(*a, *b, *c));
+        let extended = self.extended.iter().map(|value| Community::Extended(*value));
+        standard.chain(large).chain(extended).map(|community| community.to_string()).collect()
+    }
+
+    /// True where the path carries `community`.
+    pub fn has_community(&self, community: Community) -> bool {
+        match community {
+            Community::Standard(value) => self.communities.contains(&value),
+            Community::Large(a, b, c) => self.large.contains(&(a, b, c)),
+            Community::Extended(value) => self.extended.contains(&value),
+        }
+    }
+
+    /// Adds a community, once.
+    pub fn add_community(&mut self, community: Community) {
+        if self.has_community(community) {
+            return;
+        }
+        match community {
+            Community::Standard(value) => self.communities.push(value),
+            Community::Large(a, b, c) => self.large.push((a, b, c)),
+            Community::Extended(value) => self.extended.push(value),
+        }
+    }
+
+    /// Removes a community wherever it stands.
+    pub fn remove_community(&mut self, community: Community) {
+        match community {
+            Community::Standard(value) => self.communities.retain(|have| *have != value),
+            Community::Large(a, b, c) => self.large.retain(|have| *have != (a, b, c)),
+            Community::Extended(value) => self.extended.retain(|have| *have != value),
+        }
     }
 }
 

@@ -15,13 +15,15 @@ use bytes::Bytes;
 use ipnet::IpNet;
 use rustbgpd_wire as codec;
 
-pub use attributes::{AsPath, Attributes, Origin, Segment};
+pub use attributes::{AsPath, Attributes, Community, Opaque, Origin, Segment};
 pub use notification::{Notification, cease, open_error};
-pub use open::{Capability, Open};
-pub use update::{Announcement, Problem, Update, encode_announcements, encode_end_of_rib, encode_withdrawals};
+pub use open::{Capability, Open, Restart};
+pub use update::{Announcement, Nlri, Problem, Update, encode_announcements, encode_end_of_rib, encode_withdrawals};
 
-/// Largest message without RFC 8654, which we do not offer.
+/// Largest message without RFC 8654. We send none that is longer.
 pub const MAX_MESSAGE: u16 = codec::MAX_MESSAGE_LEN;
+/// Largest message with RFC 8654.
+pub const MAX_EXTENDED_MESSAGE: u16 = codec::EXTENDED_MAX_MESSAGE_LEN;
 
 /// An address family of unicast routes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -84,6 +86,66 @@ pub struct Context {
     pub four_octet_as: bool,
     /// The peer is in our AS; some attributes are judged differently (RFC 7606 7).
     pub internal: bool,
+    /// Both sides take messages of up to 65,535 octets (RFC 8654).
+    pub extended: bool,
+    /// Families in which the peer sends path identifiers (RFC 7911).
+    pub add_path: AddPath,
+}
+
+impl Context {
+    /// Octets that a message may have.
+    pub const fn longest(self) -> u16 {
+        if self.extended { MAX_EXTENDED_MESSAGE } else { MAX_MESSAGE }
+    }
+}
+
+/// Families with path identifiers in what the peer sends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AddPath {
+    /// None.
+    #[default]
+    None,
+    /// IPv4 alone.
+    Ipv4,
+    /// IPv6 alone.
+    Ipv6,
+    /// Both.
+    Both,
+}
+
+impl AddPath {
+    /// The families of an iterator.
+    pub fn of(families: impl IntoIterator<Item = Family>) -> Self {
+        let (mut ipv4, mut ipv6) = (false, false);
+        for family in families {
+            match family {
+                Family::Ipv4 => ipv4 = true,
+                Family::Ipv6 => ipv6 = true,
+            }
+        }
+        match (ipv4, ipv6) {
+            (false, false) => Self::None,
+            (true, false) => Self::Ipv4,
+            (false, true) => Self::Ipv6,
+            (true, true) => Self::Both,
+        }
+    }
+
+    /// True where NLRI of `family` carry a path identifier.
+    pub const fn contains(self, family: Family) -> bool {
+        matches!((self, family), (Self::Both, _) | (Self::Ipv4, Family::Ipv4) | (Self::Ipv6, Family::Ipv6))
+    }
+
+    const fn codec(self) -> &'static [(codec::Afi, codec::Safi)] {
+        const IPV4: (codec::Afi, codec::Safi) = (codec::Afi::Ipv4, codec::Safi::Unicast);
+        const IPV6: (codec::Afi, codec::Safi) = (codec::Afi::Ipv6, codec::Safi::Unicast);
+        match self {
+            Self::None => &[],
+            Self::Ipv4 => &[IPV4],
+            Self::Ipv6 => &[IPV6],
+            Self::Both => &[IPV4, IPV6],
+        }
+    }
 }
 
 /// A message as the rest of the speaker sees it.
@@ -97,16 +159,28 @@ pub enum Message {
     Notification(Notification),
     /// KEEPALIVE.
     Keepalive,
-    /// ROUTE-REFRESH (RFC 2918); `None`: a family we do not speak, or a demarcation of RFC 7313, both ignored.
-    RouteRefresh(Option<Family>),
+    /// ROUTE-REFRESH (RFC 2918); `None`: a family or subtype that we do not speak, ignored.
+    RouteRefresh(Option<(Family, Refresh)>),
 }
 
-/// Length of the message that `buffer` begins with; `None`: its header is not complete yet.
+/// What a ROUTE-REFRESH says (RFC 7313 3.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refresh {
+    /// Send your routes again.
+    Ask,
+    /// All of mine follow.
+    Begin,
+    /// These were all.
+    End,
+}
+
+/// Length of the message that `buffer` begins with, which may be `longest` octets long; `None`: its header is not
+/// complete yet.
 ///
 /// # Errors
 /// The NOTIFICATION for a bad marker, length or type (RFC 4271 6.1).
-pub fn message_length(buffer: &[u8]) -> Result<Option<usize>, Notification> {
-    codec::peek_message_length(buffer, MAX_MESSAGE)
+pub fn message_length(buffer: &[u8], longest: u16) -> Result<Option<usize>, Notification> {
+    codec::peek_message_length(buffer, longest)
         .map(|length| length.map(usize::from))
         .map_err(|error| Notification::from_decode(&error))
 }
@@ -116,7 +190,8 @@ pub fn message_length(buffer: &[u8]) -> Result<Option<usize>, Notification> {
 /// # Errors
 /// The NOTIFICATION to send before the session is closed (RFC 4271 6.1 to 6.3, as revised by RFC 7606).
 pub fn decode(mut frame: Bytes, context: Context) -> Result<Message, Notification> {
-    let message = codec::decode_message(&mut frame, MAX_MESSAGE).map_err(|error| Notification::from_decode(&error))?;
+    let message =
+        codec::decode_message(&mut frame, context.longest()).map_err(|error| Notification::from_decode(&error))?;
     match message {
         codec::Message::Open(open) => Ok(Message::Open(Open::from_codec(&open))),
         codec::Message::Update(update) => {
@@ -127,11 +202,14 @@ pub fn decode(mut frame: Bytes, context: Context) -> Result<Message, Notificatio
         }
         codec::Message::Keepalive => Ok(Message::Keepalive),
         codec::Message::RouteRefresh(refresh) => {
-            let family = match (refresh.afi(), refresh.safi(), refresh.subtype()) {
-                (Some(afi), Some(safi), codec::RouteRefreshSubtype::Normal) => Family::from_codec(afi, safi),
+            let family = refresh.afi().zip(refresh.safi()).and_then(|(afi, safi)| Family::from_codec(afi, safi));
+            let what = match refresh.subtype() {
+                codec::RouteRefreshSubtype::Normal => Some(Refresh::Ask),
+                codec::RouteRefreshSubtype::BoRR => Some(Refresh::Begin),
+                codec::RouteRefreshSubtype::EoRR => Some(Refresh::End),
                 _ => None,
             };
-            Ok(Message::RouteRefresh(family))
+            Ok(Message::RouteRefresh(family.zip(what)))
         }
         // The codec's enum is open; a kind it learns later is one that we did not ask for.
         _ => Err(Notification::new(1, 3, Bytes::new())),
@@ -165,6 +243,12 @@ pub fn encode_keepalive() -> Result<Bytes, EncodeError> {
 ///
 /// # Errors
 /// None in practice; the codec's signature has one.
-pub fn encode_route_refresh(family: Family) -> Result<Bytes, EncodeError> {
-    encode(&codec::Message::RouteRefresh(codec::RouteRefreshMessage::new(family.afi(), codec::Safi::Unicast)))
+pub fn encode_route_refresh(family: Family, what: Refresh) -> Result<Bytes, EncodeError> {
+    let subtype = match what {
+        Refresh::Ask => codec::RouteRefreshSubtype::Normal,
+        Refresh::Begin => codec::RouteRefreshSubtype::BoRR,
+        Refresh::End => codec::RouteRefreshSubtype::EoRR,
+    };
+    let safi = codec::Safi::Unicast;
+    encode(&codec::Message::RouteRefresh(codec::RouteRefreshMessage::new_with_subtype(family.afi(), safi, subtype)))
 }

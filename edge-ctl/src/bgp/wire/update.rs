@@ -7,7 +7,29 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use rustbgpd_wire as codec;
 
 use super::{Attributes, Context, EncodeError, Family, MAX_MESSAGE, Notification};
-use crate::model::PathAttributes;
+
+/// A prefix and which of several paths to it is meant (RFC 7911 3); 0 where the session has no ADD-PATH.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Nlri {
+    /// The prefix.
+    pub prefix: IpNet,
+    /// Path identifier.
+    pub path: u32,
+}
+
+impl From<IpNet> for Nlri {
+    fn from(prefix: IpNet) -> Self {
+        Self { prefix, path: 0 }
+    }
+}
+
+impl std::str::FromStr for Nlri {
+    type Err = ipnet::AddrParseError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        text.parse::<IpNet>().map(Self::from)
+    }
+}
 
 /// Prefixes announced towards one next hop.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,7 +37,7 @@ pub struct Announcement {
     /// The next hop, unchecked.
     pub next_hop: IpAddr,
     /// The prefixes.
-    pub prefixes: Vec<IpNet>,
+    pub prefixes: Vec<Nlri>,
 }
 
 /// A malformed part of an UPDATE that did not cost the session.
@@ -33,7 +55,7 @@ pub struct Problem {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Update {
     /// Withdrawn prefixes, those under treat-as-withdraw included.
-    pub withdrawn: Vec<IpNet>,
+    pub withdrawn: Vec<Nlri>,
     /// Announced prefixes.
     pub announced: Vec<Announcement>,
     /// Attributes of everything announced.
@@ -47,7 +69,12 @@ pub struct Update {
 impl Update {
     pub(super) fn from_codec(message: &codec::UpdateMessage, context: Context) -> Result<Self, Notification> {
         let parsed = message
-            .parse_revised(context.four_octet_as, context.internal, false, &[])
+            .parse_revised(
+                context.four_octet_as,
+                context.internal,
+                context.add_path.contains(Family::Ipv4),
+                context.add_path.codec(),
+            )
             .map_err(|error| Notification::from_decode(&error))?;
         let mut problems: Vec<Problem> = parsed.malformed.iter().map(problem).collect();
         if let Some(reset) =
@@ -61,8 +88,8 @@ impl Update {
             end_of_rib: end_of_rib(message, &parsed.attributes),
             ..Self::default()
         };
-        update.withdrawn.extend(parsed.withdrawn.iter().map(|entry| ipv4(entry.prefix)));
-        let body: Vec<IpNet> = parsed.announced.iter().map(|entry| ipv4(entry.prefix)).collect();
+        update.withdrawn.extend(parsed.withdrawn.iter().map(body_nlri));
+        let body: Vec<Nlri> = parsed.announced.iter().map(body_nlri).collect();
         let mut next_hop = None;
         for attribute in &parsed.attributes {
             match attribute {
@@ -80,6 +107,7 @@ impl Update {
             }
         }
         let absent = missing(&parsed.attributes, !body.is_empty(), !update.announced.is_empty());
+        problems.extend(empty_segment(&parsed.attributes));
         // A malformed attribute was dropped by the codec; it is not missing as well.
         let reported: Vec<u8> = problems.iter().map(|problem| problem.attribute).collect();
         problems.extend(absent.into_iter().filter(|problem| !reported.contains(&problem.attribute)));
@@ -135,6 +163,18 @@ fn missing(attributes: &[codec::PathAttribute], body: bool, multiprotocol: bool)
     problems
 }
 
+/// A segment of no AS numbers makes AS_PATH malformed (RFC 7606 7.2); the codec lets it pass.
+fn empty_segment(attributes: &[codec::PathAttribute]) -> Option<Problem> {
+    let is_empty = |segment: &codec::AsPathSegment| match segment {
+        codec::AsPathSegment::AsSequence(numbers) | codec::AsPathSegment::AsSet(numbers) => numbers.is_empty(),
+    };
+    let empty = attributes.iter().any(|attribute| match attribute {
+        codec::PathAttribute::AsPath(path) => path.segments.iter().any(is_empty),
+        _ => false,
+    });
+    empty.then(|| Problem { attribute: 2, withdraws: true, detail: "AS_PATH has a segment without numbers".to_owned() })
+}
+
 /// An UPDATE with nothing in it ends IPv4's initial table; one with an empty MP_UNREACH_NLRI alone ends its family's.
 fn end_of_rib(message: &codec::UpdateMessage, attributes: &[codec::PathAttribute]) -> Option<Family> {
     if !message.withdrawn_routes.is_empty() || !message.nlri.is_empty() {
@@ -155,11 +195,16 @@ fn ipv4(prefix: codec::Ipv4Prefix) -> IpNet {
     IpNet::V4(Ipv4Net::new(prefix.addr, prefix.len).unwrap_or_default())
 }
 
-fn prefix(entry: &codec::NlriEntry) -> IpNet {
-    match entry.prefix {
+fn body_nlri(entry: &codec::Ipv4NlriEntry) -> Nlri {
+    Nlri { prefix: ipv4(entry.prefix), path: entry.path_id }
+}
+
+fn prefix(entry: &codec::NlriEntry) -> Nlri {
+    let prefix = match entry.prefix {
         codec::Prefix::V4(prefix) => ipv4(prefix),
         codec::Prefix::V6(prefix) => IpNet::V6(Ipv6Net::new(prefix.addr, prefix.len).unwrap_or_default()),
-    }
+    };
+    Nlri { prefix, path: entry.path_id }
 }
 
 fn entry(prefix: &IpNet) -> codec::NlriEntry {
@@ -199,9 +244,10 @@ fn unreach(family: Family, prefixes: &[IpNet]) -> codec::PathAttribute {
     }))
 }
 
+/// IPv4 prefixes with an IPv6 next hop go there too (RFC 8950 3).
 fn reach(prefixes: &[IpNet], next_hop: IpAddr) -> codec::PathAttribute {
     codec::PathAttribute::MpReachNlri(Box::new(codec::MpReachNlri {
-        afi: codec::Afi::Ipv6,
+        afi: prefixes.first().map_or(codec::Afi::Ipv6, |prefix| Family::of(prefix).afi()),
         safi: codec::Safi::Unicast,
         next_hop,
         link_local_next_hop: None,
@@ -215,46 +261,31 @@ fn reach(prefixes: &[IpNet], next_hop: IpAddr) -> codec::PathAttribute {
     }))
 }
 
-/// Attributes of a route that we originate: ORIGIN IGP, our AS towards external peers, LOCAL_PREF to internal ones.
-fn originated(attributes: &PathAttributes, local_asn: u32, internal: bool) -> Vec<codec::PathAttribute> {
-    let segments = if internal { Vec::new() } else { vec![codec::AsPathSegment::AsSequence(vec![local_asn])] };
-    let mut list = vec![
-        codec::PathAttribute::Origin(codec::Origin::Igp),
-        codec::PathAttribute::AsPath(codec::AsPath { segments }),
-    ];
-    if let Some(med) = attributes.med {
-        list.push(codec::PathAttribute::Med(med));
-    }
-    if internal {
-        list.push(codec::PathAttribute::LocalPref(attributes.local_pref.unwrap_or(100)));
-    }
-    if !attributes.communities.is_empty() {
-        let communities =
-            attributes.communities.iter().map(|(high, low)| u32::from(*high) << 16 | u32::from(*low)).collect();
-        list.push(codec::PathAttribute::Communities(communities));
-    }
-    list
-}
-
 /// UPDATEs that announce `prefixes` (of one family) with one set of attributes, as many as the message size needs.
+/// The attributes are those that the receiver is to see: our AS number is in the path already.
 ///
 /// # Errors
 /// Attributes that alone do not fit a message.
 pub fn encode_announcements(
     prefixes: &[IpNet],
-    attributes: &PathAttributes,
+    attributes: &Attributes,
     next_hop: IpAddr,
-    local_asn: u32,
     context: Context,
 ) -> Result<Vec<Bytes>, EncodeError> {
-    let base = originated(attributes, local_asn, context.internal);
+    let base = attributes.to_codec(context.internal);
     in_chunks(prefixes, |chunk| {
         let mut list = base.clone();
-        match next_hop {
-            IpAddr::V4(address) => list.push(codec::PathAttribute::NextHop(address)),
-            IpAddr::V6(_) => list.push(reach(chunk, next_hop)),
-        }
-        build(&ipv4_entries(chunk), &[], &list, context.four_octet_as)
+        let body = match next_hop {
+            IpAddr::V4(address) => {
+                list.push(codec::PathAttribute::NextHop(address));
+                ipv4_entries(chunk)
+            }
+            IpAddr::V6(_) => {
+                list.push(reach(chunk, next_hop));
+                Vec::new()
+            }
+        };
+        build(&body, &[], &list, context.four_octet_as)
     })
 }
 

@@ -25,7 +25,15 @@ impl DnsHandle {
             resolver: name.clone(),
             requests: by_type(&zone.counts()),
             responses: zone.counts().by_class(),
-            servers: zone.servers().list.iter().map(server).collect(),
+            servers: zone
+                .servers()
+                .list
+                .iter()
+                .map(|one| DnsServerRow {
+                    source: if zone.is_followed(one.address) { "followed" } else { "configured" }.to_owned(),
+                    ..server(one)
+                })
+                .collect(),
         };
         book.zones.iter().map(row).collect()
     }
@@ -106,6 +114,7 @@ fn server(server: &super::query::Server) -> DnsServerRow {
         error: state.error.clone(),
         requests: state.counts.requests.values().sum(),
         responses: state.counts.by_class(),
+        source: String::new(),
     }
 }
 

@@ -248,6 +248,7 @@ impl Book {
             checks: checked.counts.checks,
             fails: checked.counts.fails,
             unavail: checked.counts.unavailable,
+            ejections: self.passive.get(&key.0).map_or(0, |passive| passive.ejections(key.1)),
             inconclusive: checked.counts.local,
             last_check: checked.last.map(|at| now.saturating_sub(at).as_secs()),
             next: (target.reachable && *scheduled).then(|| due.saturating_sub(now).as_secs()),
@@ -381,6 +382,7 @@ mod tests {
         assert_eq!(book.verdicts()[&key(1)], Verdict::Ejected);
         book.passive(Duration::from_secs(31), &counted(3));
         assert_eq!(book.verdicts()[&key(1)], Verdict::Up);
+        assert_eq!(book.rows(Duration::from_secs(31))[0].ejections, 1, "it is counted although it is over");
         let history: Vec<_> = book.history(Duration::from_secs(40)).into_iter().map(|row| (row.age, row.to)).collect();
         assert_eq!(history, [(9, "up".to_owned()), (39, "ejected".to_owned())]);
     }

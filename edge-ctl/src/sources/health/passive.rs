@@ -29,6 +29,8 @@ struct Watched {
     ejected_until: Option<Duration>,
     /// Ejections in a row.
     row: u32,
+    /// Ejections so far.
+    ejections: u64,
     /// When the last ejection ended.
     returned: Option<Duration>,
 }
@@ -61,6 +63,11 @@ impl PassiveHealth {
     /// True while it is ejected.
     pub fn is_ejected(&self, backend: SocketAddr) -> bool {
         self.backends.get(&backend).is_some_and(|watched| watched.ejected_until.is_some())
+    }
+
+    /// How often it was ejected since it is known.
+    pub fn ejections(&self, backend: SocketAddr) -> u64 {
+        self.backends.get(&backend).map_or(0, |watched| watched.ejections)
     }
 
     /// Takes in the counters of all backends of the pool at `now`; those that are absent have left it and are forgotten.
@@ -129,6 +136,7 @@ impl Watched {
         self.row = if again { self.row.saturating_add(1) } else { 0 };
         let factor = 1_u32.checked_shl(self.row).unwrap_or(u32::MAX);
         let lasts = settings.eject.saturating_mul(factor).min(settings.eject_most);
+        self.ejections += 1;
         self.ejected_until = Some(now.saturating_add(lasts));
         self.samples.clear();
         lasts

@@ -1,0 +1,296 @@
+//! A daemon with a thousand services of fifty backends each: from its start to all maps, from a change to the map, what it
+//! holds in memory, what it costs at rest. Changes are orders over the API's socket and are seen in the pinned maps, so
+//! that everything in between is part of the figure; the orders' file lies in memory, since a disk's time is not ours.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader, Read, Write},
+    net::{Ipv4Addr, SocketAddr},
+    os::unix::net::{UnixDatagram, UnixStream},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use aya::maps::{Array, MapData};
+use edge_common::maps::{ServiceEntry, backend_state, name};
+use edge_ctl::{
+    datapath::{
+        object::EBPF_OBJECT,
+        pins::{self, Pins},
+        tables::Tables,
+    },
+    model::{BackendVerb, query::Query},
+    reconcile::ports::DatapathState,
+};
+
+use super::{Figure, Namespace, TICKS};
+use crate::{
+    lab::{
+        exec::{ip_batch, product},
+        netns,
+    },
+    skip::full,
+};
+
+const SERVICES: usize = 1000;
+const BACKENDS: usize = 50;
+const EDGE: Ipv4Addr = Ipv4Addr::new(172, 16, 1, 88);
+/// Port of the first service.
+const FIRST_PORT: u16 = 10_000;
+/// Longest that anything here may take.
+const LONGEST: Duration = Duration::from_secs(60);
+/// Changes in a row whose 99th percentile is one value of the figure.
+const WINDOW: usize = 100;
+
+/// The daemon, and what it needs; taken down when dropped.
+struct Daemon {
+    child: Child,
+    folder: PathBuf,
+    pins: PathBuf,
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // Whatever is left of it is named.
+        let ended = self.child.kill().and_then(|()| self.child.wait().map(drop));
+        for (what, result) in [
+            ("end the daemon", ended),
+            ("remove its folder", fs::remove_dir_all(&self.folder)),
+            ("remove its pins", fs::remove_dir_all(&self.pins)),
+        ] {
+            if let Err(error) = result {
+                eprintln!("{what}: {error}");
+            }
+        }
+    }
+}
+
+/// Measures; about three minutes.
+///
+/// # Errors
+/// Where the namespace cannot be made, or the daemon does not do as it should.
+pub fn run() -> Result<Vec<Figure>> {
+    ensure!(netns::effective_user_is_root(), "namespaces need root: run it with sudo");
+    let namespace = Namespace::make("pools")?;
+    prepare(&namespace.0)?;
+    let folder = Path::new("/dev/shm").join(&namespace.0);
+    let pin_folder = Path::new("/sys/fs/bpf").join(&namespace.0);
+    let mut starts = Vec::new();
+    let mut daemon = None;
+    for _ in 0..if full() { 5 } else { 3 } {
+        // From nothing: no maps, no program.
+        drop(daemon.take());
+        fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
+        fs::create_dir_all(&pin_folder).with_context(|| format!("make {}", pin_folder.display()))?;
+        let (started, took) = start(&namespace.0, &folder, &pin_folder)?;
+        starts.push(took.as_nanos() as f64);
+        daemon = Some(started);
+    }
+    let daemon = daemon.context("no start")?;
+    let tables = Pins::new(&daemon.pins, EBPF_OBJECT)?;
+    let state = Tables::open(&tables)?.state()?;
+    let eligible = state.backends.values().filter(|slot| slot.eligible()).count();
+    let whole = state.regions.values().filter(|region| region.pool.len() == BACKENDS).count();
+    ensure!(
+        state.index.len() == SERVICES && whole == SERVICES && eligible == SERVICES * BACKENDS,
+        "the maps hold {} services, {whole} whole pools and {eligible} eligible backends",
+        state.index.len()
+    );
+    let (excluded, changed) = changes(&folder, &tables, &state)?;
+    drop(state);
+    let (memory, cpu) = at_rest(&daemon)?;
+    let name = |what: &str| format!("pools/1000x50/{what}");
+    Ok(vec![
+        Figure::net(name("start-to-maps"), "ns", starts, 0.0),
+        Figure::net(name("exclude-to-map-p99"), "ns", excluded, 0.0),
+        Figure::net(name("change-to-map-p99"), "ns", changed, 0.0),
+        Figure::net(name("rss"), "bytes", memory, 0.0),
+        Figure::net(name("idle-cpu"), "cpu", cpu, 0.0),
+    ])
+}
+
+/// An interface towards the pods, and the host's settings.
+fn prepare(namespace: &str) -> Result<()> {
+    let lines = [
+        "link set lo up",
+        "link add ens33 type veth peer name pods",
+        "link set ens33 up",
+        "link set pods up",
+        "addr add 172.16.1.88/24 dev ens33",
+        "neigh add 172.16.1.80 lladdr 02:00:00:00:00:01 dev ens33 nud permanent",
+        "route add 10.1.0.0/16 via 172.16.1.80",
+    ];
+    ip_batch(Some(namespace), &lines.map(str::to_owned))?;
+    netns::within(namespace, || {
+        let values = ["all", "default", "ens33"].iter().flat_map(|whose| {
+            [("rp_filter", "2"), ("accept_local", "1")].map(|(key, value)| (format!("conf/{whose}/{key}"), value))
+        });
+        values.chain([("ip_forward".to_owned(), "1")]).try_for_each(|(key, value)| {
+            let path = Path::new("/proc/sys/net/ipv4").join(key);
+            fs::write(&path, value).with_context(|| format!("set {}", path.display()))
+        })
+    })
+}
+
+fn backend(service: usize, member: usize) -> SocketAddr {
+    let number = service * BACKENDS + member;
+    let (third, fourth) = ((number >> 8) as u8, number as u8);
+    (Ipv4Addr::new(10, 1, third, fourth), 8080).into()
+}
+
+fn configuration(folder: &Path, pins: &Path) -> String {
+    let mut text = format!(
+        "[edge]\ninterfaces = [\"ens33\"]\nhook = \"tc\"\npod_networks = [\"10.1.0.0/16\"]\npin_path = \"{}\"\nsocket = \
+         \"{}\"\nstate_dir = \"{}\"\ntables = {{ backends = 65536, selection = 65536 }}\n[api]\nhttp = \"\"\n",
+        pins.display(),
+        folder.join("edge.sock").display(),
+        folder.display()
+    );
+    for service in 0..SERVICES {
+        let pool: Vec<String> = (0..BACKENDS).map(|member| format!("\"{}\"", backend(service, member))).collect();
+        let port = usize::from(FIRST_PORT) + service;
+        text += &format!(
+            "[service.s{service:04}]\nlisten = [\"{EDGE}:{port}/tcp\"]\nbackends = {{ static = [{}] }}\nmaglev_size = 4093\n",
+            pool.join(", ")
+        );
+    }
+    text
+}
+
+/// Starts the daemon; how long it took until it said that it is ready, which it does when all maps are written.
+fn start(namespace: &str, folder: &Path, pins: &Path) -> Result<(Daemon, Duration)> {
+    let file = folder.join("edge.toml");
+    fs::write(&file, configuration(folder, pins)).context("write the configuration")?;
+    let notify = folder.join("notify");
+    let manager = UnixDatagram::bind(&notify).context("listen as the service manager")?;
+    manager.set_read_timeout(Some(LONGEST))?;
+    let log = fs::File::create(folder.join("log")).context("make the log")?;
+    let mut command = Command::new(product("edge-ctl", "EDGE_CTL")?);
+    command.arg("run").arg("-c").arg(&file).env("NOTIFY_SOCKET", &notify).stdin(Stdio::null());
+    command.stdout(log.try_clone()?).stderr(log);
+    netns::start_inside(&mut command, namespace, true)?;
+    let begun = Instant::now();
+    let child = command.spawn().context("start edge-ctl")?;
+    let daemon = Daemon { child, folder: folder.to_owned(), pins: pins.to_owned() };
+    let mut message = [0; 256];
+    loop {
+        let length = manager.recv(&mut message).with_context(|| {
+            format!("the daemon did not become ready: {}", fs::read_to_string(folder.join("log")).unwrap_or_default())
+        })?;
+        if String::from_utf8_lossy(&message[..length]).lines().any(|line| line == "READY=1") {
+            return Ok((daemon, begun.elapsed()));
+        }
+    }
+}
+
+/// Takes backends out and in again, one here, one there: how long until the map says so, and until the service has
+/// another table. Each value is the 99th percentile of a hundred changes.
+fn changes(folder: &Path, tables: &Pins, state: &DatapathState) -> Result<(Vec<f64>, Vec<f64>)> {
+    let states: Array<MapData, u32> = pins::open(tables, name::BACKEND_STATE)?;
+    let services: Array<MapData, ServiceEntry> = pins::open(tables, name::SERVICES)?;
+    let selection = |number: u32| -> Result<u32> { Ok(services.get(&number, 0)?.selection) };
+    let mut connection = Connection::open(&folder.join("edge.sock"))?;
+    let (mut excluded, mut changed) = (Vec::new(), Vec::new());
+    let mut steps = (0..SERVICES).cycle().step_by(37);
+    for _ in 0..if full() { 10 } else { 5 } {
+        let (mut exclusions, mut tables) = (Vec::new(), Vec::new());
+        for number in 0..WINDOW {
+            let service = steps.next().context("no step")?;
+            let member = backend(service, number % BACKENDS);
+            let port = u16::try_from(service)? + FIRST_PORT;
+            let of = |(_, slot): &(&u32, &edge_ctl::reconcile::ports::ServiceSlot)| slot.entry.port == port.to_be();
+            let (of_service, _) = state.services.iter().find(of).context("no such service")?;
+            let mut slots = state.backends.iter();
+            let (of_backend, _) = slots
+                .find(|(_, slot)| slot.entry.service == *of_service && slot.address() == member)
+                .context("no such backend")?;
+            for verb in [BackendVerb::Down, BackendVerb::Up] {
+                let before = selection(*of_service)?;
+                let begun = Instant::now();
+                connection.send(&format!("s{service:04}"), member, verb)?;
+                if verb == BackendVerb::Down {
+                    let is_out = || Ok(states.get(of_backend, 0)? & backend_state::ELIGIBLE == 0);
+                    exclusions.push(until(begun, "the backend to be excluded", is_out)?);
+                }
+                tables.push(until(begun, "another table", || Ok(selection(*of_service)? != before))?);
+                connection.answered()?;
+            }
+        }
+        for (all, window) in [(&mut excluded, exclusions), (&mut changed, tables)] {
+            all.push(Figure::net(String::new(), "ns", window, 0.0).p99);
+        }
+    }
+    Ok((excluded, changed))
+}
+
+/// Asks without pause until it is so; nanoseconds since `begun`.
+fn until(begun: Instant, what: &str, is_so: impl Fn() -> Result<bool>) -> Result<f64> {
+    while !is_so()? {
+        ensure!(begun.elapsed() < LONGEST, "waited {LONGEST:?} for {what}");
+    }
+    Ok(begun.elapsed().as_nanos() as f64)
+}
+
+/// A connection to the daemon's socket that is kept open, as a collector's or a controller's is.
+struct Connection {
+    stream: BufReader<UnixStream>,
+}
+
+impl Connection {
+    fn open(socket: &Path) -> Result<Self> {
+        let stream = UnixStream::connect(socket).with_context(|| format!("connect to {}", socket.display()))?;
+        stream.set_read_timeout(Some(LONGEST))?;
+        Ok(Self { stream: BufReader::new(stream) })
+    }
+
+    fn send(&mut self, service: &str, backend: SocketAddr, verb: BackendVerb) -> Result<()> {
+        let (method, path) = Query::Order { service: service.to_owned(), backend, verb }.request();
+        let request = format!("{method} {path} HTTP/1.1\r\nHost: edge\r\nContent-Length: 0\r\n\r\n");
+        self.stream.get_mut().write_all(request.as_bytes()).context("send an order")
+    }
+
+    fn answered(&mut self) -> Result<()> {
+        let (mut line, mut length) = (String::new(), 0);
+        self.stream.read_line(&mut line).context("read the answer")?;
+        ensure!(line.starts_with("HTTP/1.1 200"), "the daemon refused: {line}");
+        loop {
+            line.clear();
+            self.stream.read_line(&mut line).context("read the answer")?;
+            match line.trim_end().split_once(':') {
+                None if line.trim_end().is_empty() => break,
+                Some((key, value)) if key.eq_ignore_ascii_case("content-length") => length = value.trim().parse()?,
+                Some((key, _)) if key.eq_ignore_ascii_case("transfer-encoding") => bail!("an answer in pieces"),
+                _ => {}
+            }
+        }
+        let mut body = vec![0; length];
+        self.stream.read_exact(&mut body).context("read the answer's body")
+    }
+}
+
+/// Memory in bytes and CPU time as a share of one core, in windows that hold an audit each.
+fn at_rest(daemon: &Daemon) -> Result<(Vec<f64>, Vec<f64>)> {
+    let (mut memory, mut cpu) = (Vec::new(), Vec::new());
+    for _ in 0..if full() { 6 } else { 3 } {
+        let (used, begun) = (cpu_seconds(daemon.child.id())?, Instant::now());
+        // The daemon audits every 30 s.
+        std::thread::sleep(Duration::from_secs(31));
+        cpu.push((cpu_seconds(daemon.child.id())? - used) / begun.elapsed().as_secs_f64());
+        memory.push(resident(daemon.child.id())?);
+    }
+    Ok((memory, cpu))
+}
+
+fn resident(pid: u32) -> Result<f64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).context("read the daemon's status")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+    let kilobytes: f64 = line.trim().trim_end_matches(" kB").parse().context("read VmRSS")?;
+    Ok(kilobytes * 1024.0)
+}
+
+fn cpu_seconds(pid: u32) -> Result<f64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat")).context("read the daemon's times")?;
+    super::ticks_of(&text).map(|ticks| ticks as f64 / TICKS).context("read the daemon's times")
+}

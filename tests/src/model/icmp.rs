@@ -1,0 +1,213 @@
+//! ICMP errors (RFC 792) about packets of flows: they travel the way of the flow that would answer the quoted packet, with
+//! the quote as its sender sent it.
+
+use edge_common::{
+    address::mapped,
+    flow::FlowKeyV4,
+    maps::{FlowV4, ServiceKey, mode},
+    verdict::Reason,
+};
+
+use super::{
+    coverage::Point,
+    decide::{Decision, Input, refuse},
+    forward::{Onward, onward},
+    hash::{self, Found},
+    state::{Config, Route, State, TABLES, Table, ipv4, twin_key},
+    wire::{self, Ip, TCP, UDP},
+};
+
+/// IP protocol number.
+pub const ICMP: u8 = 1;
+/// Bytes of an ICMP header.
+pub const HEADER: usize = 8;
+/// Unreachable, time exceeded, parameter problem: the messages about a packet.
+const ERRORS: [u8; 3] = [3, 11, 12];
+
+/// How an error must leave: who is told by whom, and what its quote becomes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Translated {
+    /// Source and destination of the error, network order.
+    pub outside: (u32, u32),
+    /// Source and destination of the quoted packet, network order.
+    pub inside: (u32, u32),
+    /// Its ports, network order.
+    pub ports: (u16, u16),
+    /// Destination and source MAC; `None`: the stack sets them.
+    pub macs: Option<([u8; 6], [u8; 6])>,
+    /// What was read of the error.
+    pub quote: Quote,
+}
+
+/// A quoted packet: offsets in the frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Quote {
+    key: FlowKeyV4,
+    /// Of the ICMP header.
+    pub icmp: usize,
+    /// Of the quoted IP header.
+    pub ip: usize,
+    /// Of the quoted layer-4 header.
+    pub l4: usize,
+    /// Of the end of the packet.
+    pub end: usize,
+    /// UDP rather than TCP.
+    pub udp: bool,
+}
+
+impl Quote {
+    /// The offset of the quoted layer-4 checksum, as far as it was quoted.
+    pub fn check(&self) -> Option<usize> {
+        let at = self.l4 + wire::check_offset(self.udp);
+        (at + 2 <= self.end).then_some(at)
+    }
+}
+
+/// An ICMP packet, to whomever.
+pub fn relay(state: &mut State, input: &Input, ip: Ip) -> Decision {
+    let Some(quote) = read(input.frame, ip) else {
+        state.hit(Point::OtherProtocol);
+        return Decision::PASS;
+    };
+    let key = reversed(&quote.key);
+    if !state.config.destinations[Config::bit(key.dst)] && !state.config.sources[Config::bit(key.src)] {
+        state.hit(Point::NotOurs);
+        return Decision::PASS;
+    }
+    let known = TABLES.into_iter().find_map(|table| Some((table, *state.flow(table, &key)?)));
+    match known {
+        Some((table, flow)) => along(state, input, ip, quote, (table, &flow)),
+        None => assume(state, input, ip, quote),
+    }
+}
+
+fn reversed(key: &FlowKeyV4) -> FlowKeyV4 {
+    let FlowKeyV4 { src, dst, src_port, dst_port, protocol, _pad } = *key;
+    FlowKeyV4 { src: dst, dst: src, src_port: dst_port, dst_port: src_port, protocol, _pad }
+}
+
+/// The quote of a whole error; at least 8 bytes of a TCP or UDP packet beyond its IP header.
+fn read(frame: &[u8], ip: Ip) -> Option<Quote> {
+    let end = wire::ETHERNET + ip.total_len;
+    let icmp = wire::ETHERNET + ip.header_len;
+    if ip.fragment || ip.header_len < 20 || end > frame.len() || !ERRORS.contains(frame.get(icmp)?) {
+        return None;
+    }
+    let at = icmp + HEADER;
+    let header = frame.get(at..at + 20)?;
+    let (length, protocol) = (usize::from(header[0] & 15) * 4, header[9]);
+    let later_fragment = wire::word(header, 6)? & 0x1fff != 0;
+    let l4 = at + length;
+    if header[0] >> 4 != 4 || length < 20 || later_fragment || ![TCP, UDP].contains(&protocol) || l4 + 8 > end {
+        return None;
+    }
+    let address = |at: usize| Some(u32::from_ne_bytes(header.get(at..at + 4)?.try_into().ok()?));
+    let port = |at: usize| wire::word(frame, at).map(u16::to_be);
+    let (src, dst) = (address(12)?, address(16)?);
+    let key = FlowKeyV4 { src, dst, src_port: port(l4)?, dst_port: port(l4 + 2)?, protocol, _pad: [0; 3] };
+    Some(Quote { key, icmp, ip: at, l4, end, udp: protocol == UDP })
+}
+
+fn unmatched(state: &mut State) -> Decision {
+    state.hit(Point::IcmpUnmatched);
+    state.because(Reason::IcmpUnmatched, 0);
+    Decision::PASS
+}
+
+/// Translates the error as packets of the flow are; the flow does not notice.
+fn along(state: &mut State, input: &Input, ip: Ip, quote: Quote, (table, flow): (Table, &FlowV4)) -> Decision {
+    // A router tells the sender of what it quotes; another's error is not about this flow.
+    if ip.dst != flow.key.dst {
+        return unmatched(state);
+    }
+    if ip.ttl <= 1 {
+        state.hit(Point::IcmpExpired);
+        return refuse(state, Reason::IcmpUndeliverable, flow.service);
+    }
+    state.hit(Point::IcmpTranslated);
+    state.because(Reason::IcmpTranslated, flow.service);
+    // A router keeps its name, but for a full-nat backend, which sees the edge only.
+    let to_full_nat_backend = flow.direction == 0 && flow.new_src != flow.key.src;
+    let src = if to_full_nat_backend || ip.src == flow.key.src { flow.new_src } else { ip.src };
+    let translated = |macs| Translated {
+        outside: (src, flow.new_dst),
+        inside: (flow.new_dst, flow.new_src),
+        ports: (flow.new_dst_port, flow.new_src_port),
+        macs,
+        quote,
+    };
+    match onward(state, input, &ip, HEADER, (table, flow)) {
+        Onward::Nowhere(reason) => refuse(state, reason, flow.service),
+        Onward::TooBig => {
+            state.hit(Point::IcmpTooBig);
+            refuse(state, Reason::IcmpUndeliverable, flow.service)
+        }
+        Onward::Stack(reason) => {
+            state.because(reason, flow.service);
+            Decision { error: Some(translated(None)), ..Decision::PASS }
+        }
+        Onward::Out(action, macs) => Decision { action, error: Some(translated(Some(macs))), ..Decision::PASS },
+    }
+}
+
+/// An error about no flow that is known here: in dnat mode every edge knows which one it must be.
+fn assume(state: &mut State, input: &Input, ip: Ip, quote: Quote) -> Decision {
+    let quoted = quote.key;
+    let at = |address, port| ServiceKey { address: mapped(address), port, protocol: quoted.protocol, _pad: 0 };
+    let config = state.config.clone();
+    // About a backend's reply, which went to the client as the VIP's; or about a client's packet on its way to a backend.
+    let (number, named) = match config.frontends.get(&at(quoted.src, quoted.src_port)) {
+        Some(number) => (*number, None),
+        None => match config.dnat_backends.get(&at(quoted.dst, quoted.dst_port)) {
+            Some(named) => (config.backends.get(named).map_or(0, |backend| backend.service), Some(*named)),
+            None => return unmatched(state),
+        },
+    };
+    let Some((service, pool)) = config.services.get(&number).filter(|(service, _)| service.mode == mode::DNAT) else {
+        return unmatched(state);
+    };
+    let client = match named {
+        None => reversed(&quoted),
+        Some(_) => FlowKeyV4 { dst: ipv4(&service.address), dst_port: service.port, ..quoted },
+    };
+    let eligible = |backend: u32| backend != 0 && config.eligible.get(&backend).copied().unwrap_or(false);
+    let chosen = match hash::select(hash::tuple(config.seed, &client), &pool.members, &pool.table, eligible) {
+        Found::Own(backend) | Found::Next(backend) | Found::Scan(backend) => Some(backend),
+        Found::None => None,
+    };
+    let backend = match (chosen, named) {
+        (Some(chosen), None) => chosen,
+        (Some(chosen), Some(named)) if chosen == named => chosen,
+        (_, None) => return unmatched(state),
+        // Somebody else's choice, of which the client knows nothing.
+        _ if config.route(ip.dst) != Route::NotForwarded => {
+            state.hit(Point::IcmpOtherChoice);
+            return refuse(state, Reason::ReplyWithoutFlow, number);
+        }
+        _ => return unmatched(state),
+    };
+    let Some(backend) = config.backends.get(&backend) else { return unmatched(state) };
+    state.hit(Point::IcmpAssumed);
+    let mut flow = FlowV4 {
+        key: client,
+        new_src: client.src,
+        new_src_port: client.src_port,
+        new_dst: ipv4(&backend.address),
+        new_dst_port: backend.port,
+        service: number,
+        ..FlowV4::default()
+    };
+    if named.is_some() {
+        flow = FlowV4 {
+            key: twin_key(&flow),
+            new_src: client.dst,
+            new_src_port: client.dst_port,
+            new_dst: client.src,
+            new_dst_port: client.src_port,
+            direction: 1,
+            ..flow
+        };
+    }
+    // In no table: what is asked of one finds nothing.
+    along(state, input, ip, quote, (Table::HalfOpen, &flow))
+}
