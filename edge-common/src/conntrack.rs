@@ -4,18 +4,25 @@
 //! |---|---|---|
 //! | half-open | backend's SYN-ACK | half-open, the client's half remembers what must be acknowledged (latest wins) |
 //! | half-open | client's ACK of it, within 2^20 | established |
-//! | half-open | client's SYN again, ACK of anything else, data without ACK | half-open |
-//! | half-open | backend's datagram | half-open, answered |
+//! | half-open | client's SYN again, backend silent | half-open; from [`RETRIES`] on a new flow, to another backend |
+//! | half-open | client's SYN again after a SYN-ACK, ACK of anything else, data without ACK | half-open |
+//! | half-open, crossing | client's ACK, no SYN-ACK seen | half-open, remembered |
+//! | half-open, crossing | client's ACK, in the window of the one remembered | established, if the quota has room |
+//! | half-open, adopted | backend's ACK | established, if the quota has room, else the client must acknowledge it |
+//! | half-open | backend's datagram | half-open, answered; of a one-reply service closing |
 //! | half-open | client's datagram after an answer | established |
 //! | half-open, established | RST from either side, or the second FIN | closing |
 //! | half-open, established | first FIN | unchanged, remembered; who closed first decides how long the port rests |
 //! | established | SYN, data, ACK, datagram | established |
-//! | closing | client's SYN | a new flow |
+//! | closing | client's SYN, client's datagram | a new flow |
+//! | closing by RST, was established | anything but SYN and RST, from the side that the RST was said to be from | established |
 //! | closing | anything else | closing |
 //!
 //! A client's SYN or datagram on a flow whose idle timeout has passed starts a new flow in every state. Sequence numbers of FIN and RST are
-//! not checked: a closing flow still forwards, so that a forged RST costs a flow its place in the established table
-//! and not its connection.
+//! not checked: a closing flow still forwards, and whoever sent a RST sends nothing else afterwards (RFC 9293, 3.10.7), so that
+//! a side that goes on shows that its RST was forged. A forged RST thus shortens a flow's timeout until its next packet.
+//!
+//! *Crossing*: of a dnat service, whose replies may come by another edge. *Adopted*: begun in mid-flow.
 
 use crate::flow::{TCP, UDP};
 use crate::maps::flow_flag;
@@ -107,6 +114,11 @@ pub const ACK_WINDOW: u32 = 1 << 20;
 pub const SHORT_REST_SECONDS: u32 = 2;
 /// Longest time between two touches of a flow, seconds.
 pub const TOUCH_SECONDS: u32 = 16;
+/// A client's repeated SYN, by its number from 1, that gets another backend where the one before has said nothing. The first
+/// one may have been lost on its way.
+pub const RETRIES: u32 = 2;
+/// As [`RETRIES`], of a crossing flow, whose SYN-ACK may have gone by another edge: 15 s after the first SYN.
+pub const RETRIES_CROSSING: u32 = 4;
 /// A tick is 2^20 ns (about 1.05 ms).
 pub const TICK_SHIFT: u32 = 20;
 const SECOND: u64 = 1_000_000_000;
@@ -139,6 +151,17 @@ pub enum Step {
     Close(u16),
     /// The entry is of the past: start a new flow for this SYN.
     Reopen,
+    /// The client has repeated its SYN so often, and nobody has answered.
+    Repeat(u32),
+    /// Start a new flow for this SYN, at another backend.
+    Elsewhere,
+    /// Remember this acknowledgement of the client's, and set these bits on both halves.
+    Note(u32, u16),
+    /// As [`Step::Promote`] if the quota of flows seen from one side has room, else as [`Step::Note`] of the packet's
+    /// acknowledgement, or as [`Step::Expect`] of what a backend's packet says.
+    PromoteOneSided(u16),
+    /// From the closing to the established table: the RST was forged.
+    Restore,
 }
 
 /// True for a SYN that may start a flow.
@@ -169,6 +192,10 @@ pub const fn step(
 const fn step_udp(state: State, direction: Direction, flow_flags: u16, expired: bool) -> Step {
     match (state, direction) {
         (_, Direction::Forward) if expired => Step::Reopen,
+        (State::Closing, Direction::Forward) => Step::Reopen,
+        (State::HalfOpen, Direction::Reply) if flow_flags & flow_flag::ONE_REPLY != 0 => {
+            Step::Close(flow_flag::REPLIED)
+        }
         (State::HalfOpen, Direction::Reply) => Step::Flag(flow_flag::REPLIED),
         (State::HalfOpen, Direction::Forward) if flow_flags & flow_flag::REPLIED != 0 => Step::Promote(0),
         _ => Step::Stay,
@@ -187,13 +214,19 @@ const fn step_tcp(
     use tcp_flag::{ACK, FIN, RST, SYN};
     let flags = segment.flags;
     if matches!(direction, Direction::Forward) && opens(flags) {
-        return if expired || matches!(state, State::Closing) { Step::Reopen } else { Step::Stay };
+        return match state {
+            _ if expired => Step::Reopen,
+            State::Closing => Step::Reopen,
+            State::HalfOpen => step_repeated_syn(flow_flags, ack_floor),
+            State::Established => Step::Stay,
+        };
     }
     if matches!(state, State::Closing) {
-        return Step::Stay;
+        let forged = flags & (SYN | RST) == 0 && flow_flags & reset_flag(direction) != 0;
+        return if forged { Step::Restore } else { Step::Stay };
     }
     if flags & RST != 0 {
-        return Step::Close(0);
+        return Step::Close(if matches!(state, State::Established) { reset_flag(direction) } else { 0 });
     }
     let added = if flags & FIN != 0 { fin_flags(direction, flow_flags) } else { 0 };
     let both = flow_flag::CLIENT_FIN | flow_flag::BACKEND_FIN;
@@ -210,10 +243,50 @@ const fn step_tcp(
             {
                 return Step::Promote(added);
             }
+            Direction::Forward if flags & (SYN | ACK) == ACK && one_sided(flow_flags) => {
+                let second = flow_flags & flow_flag::CLIENT_ACKED != 0 && acknowledges(ack_floor, segment.ack);
+                return if second { Step::PromoteOneSided(added) } else { Step::Note(segment.ack, added) };
+            }
+            Direction::Reply if flags & (SYN | ACK) == ACK && flow_flags & flow_flag::ADOPTED != 0 => {
+                return Step::PromoteOneSided(added);
+            }
             _ => {}
         }
     }
     if added & !flow_flags != 0 { Step::Flag(added) } else { Step::Stay }
+}
+
+/// A crossing flow of which this edge has seen no SYN-ACK.
+#[inline(always)]
+const fn one_sided(flow_flags: u16) -> bool {
+    flow_flags & (flow_flag::CROSSING | flow_flag::SYN_ACK_SEEN) == flow_flag::CROSSING
+}
+
+/// `ack_floor` counts the repetitions until there is something to acknowledge.
+#[inline(always)]
+const fn step_repeated_syn(flow_flags: u16, ack_floor: u32) -> Step {
+    if flow_flags & (flow_flag::SYN_ACK_SEEN | flow_flag::CLIENT_ACKED) != 0 {
+        return Step::Stay;
+    }
+    let times = ack_floor.wrapping_add(1);
+    let patience = if flow_flags & flow_flag::CROSSING == 0 { RETRIES } else { RETRIES_CROSSING };
+    if times >= patience { Step::Elsewhere } else { Step::Repeat(times) }
+}
+
+/// The mark of a RST of an established flow from this side.
+#[inline(always)]
+const fn reset_flag(direction: Direction) -> u16 {
+    match direction {
+        Direction::Forward => flow_flag::RESET_BY_CLIENT,
+        Direction::Reply => flow_flag::RESET_BY_BACKEND,
+    }
+}
+
+/// What the client of an adopted flow must acknowledge at least where this backend's packet was seen: what is under way may
+/// be half the window behind it or ahead.
+#[inline(always)]
+pub const fn floor_of(segment: &Segment) -> u32 {
+    segment.seq.wrapping_sub(ACK_WINDOW / 2)
 }
 
 #[inline(always)]
@@ -242,11 +315,13 @@ pub const fn expired(last_seen: u64, timeout_seconds: u32, now: u64) -> bool {
 /// How long a closed flow's SNAT port rests, seconds, before another client may have it.
 #[inline(always)]
 pub const fn rest_seconds(protocol: u8, flow_flags: u16, closing_timeout: u32) -> u32 {
-    if protocol == TCP && flow_flags & flow_flag::BACKEND_CLOSED_FIRST == 0 && closing_timeout > SHORT_REST_SECONDS {
-        SHORT_REST_SECONDS
+    let over = if protocol == TCP {
+        // A reset may have been forged, and its flow come back.
+        flow_flags & (flow_flag::BACKEND_CLOSED_FIRST | flow_flag::RESET) == 0
     } else {
-        closing_timeout
-    }
+        flow_flags & flow_flag::ONE_REPLY != 0
+    };
+    if over && closing_timeout > SHORT_REST_SECONDS { SHORT_REST_SECONDS } else { closing_timeout }
 }
 
 /// A time in ticks; wraps after 52 days, so compare with [`due`].
@@ -336,6 +411,68 @@ mod tests {
         assert_eq!(rest_seconds(TCP, flow_flag::CLIENT_FIN | flow_flag::BACKEND_FIN, 60), 2);
         assert_eq!(rest_seconds(TCP, 0, 1), 1);
         assert_eq!(rest_seconds(UDP, 0, 60), 60);
+        assert_eq!(rest_seconds(UDP, flow_flag::ONE_REPLY, 60), 2);
+        assert_eq!(rest_seconds(TCP, flow_flag::RESET_BY_BACKEND, 60), 60);
+    }
+
+    #[test]
+    fn a_repeated_syn_that_nobody_answers_goes_elsewhere_the_second_time() {
+        let half_open = |flags, times| step(State::HalfOpen, Direction::Forward, flags, times, false, &tcp(SYN, 1, 0));
+        assert_eq!((half_open(0, 0), half_open(0, 1)), (Step::Repeat(1), Step::Elsewhere));
+        assert_eq!(half_open(flow_flag::CROSSING, 1), Step::Repeat(2));
+        assert_eq!(half_open(flow_flag::CROSSING, 3), Step::Elsewhere);
+        assert_eq!(half_open(flow_flag::SYN_ACK_SEEN, 1), Step::Stay, "the number is an acknowledgement");
+        assert_eq!(half_open(flow_flag::CROSSING | flow_flag::CLIENT_ACKED, 1), Step::Stay);
+    }
+
+    #[test]
+    fn a_reset_is_taken_back_by_the_side_that_it_was_said_to_be_from_and_by_nothing_else() {
+        for (side, other) in [(Direction::Forward, Direction::Reply), (Direction::Reply, Direction::Forward)] {
+            let Step::Close(mark) = step(State::Established, side, 0, 0, false, &tcp(RST, 1, 0)) else {
+                panic!("a reset closes");
+            };
+            let closing = |direction, flags| step(State::Closing, direction, mark, 0, false, &tcp(flags, 2, 2));
+            assert_eq!(closing(side, ACK), Step::Restore);
+            assert_eq!(closing(other, ACK), Step::Stay, "what was under way when the reset came");
+            assert_eq!(
+                (closing(side, RST), closing(side, RST | ACK), closing(side, SYN | ACK)),
+                (Step::Stay, Step::Stay, Step::Stay)
+            );
+        }
+        let refused = step(State::HalfOpen, Direction::Reply, 0, 0, false, &tcp(RST | ACK, 0, 1));
+        assert_eq!(refused, Step::Close(0), "a flow that never was established does not become so");
+    }
+
+    #[test]
+    fn a_flow_seen_from_the_client_s_side_only_needs_two_acknowledgements_that_agree() {
+        let client =
+            |flags, floor, ack| step(State::HalfOpen, Direction::Forward, flags, floor, false, &tcp(ACK, 1, ack));
+        let (crossing, noted) = (flow_flag::CROSSING, flow_flag::CROSSING | flow_flag::CLIENT_ACKED);
+        assert_eq!(client(crossing, 0, 100), Step::Note(100, 0));
+        assert_eq!(client(noted, 100, 100), Step::PromoteOneSided(0));
+        assert_eq!(client(noted, 100, 99), Step::Note(99, 0));
+        assert_eq!(client(noted, 100, 100 + ACK_WINDOW), Step::Note(100 + ACK_WINDOW, 0));
+        assert_eq!(client(0, 100, 100), Step::Stay, "the replies of a full-nat flow come by this edge");
+        assert_eq!(client(crossing | flow_flag::SYN_ACK_SEEN, 100, 99), Step::Stay);
+    }
+
+    #[test]
+    fn a_backend_s_acknowledgement_promotes_an_adopted_flow_only() {
+        let reply = |flags, bits| step(State::HalfOpen, Direction::Reply, flags, 0, false, &tcp(bits, 1, 1));
+        let adopted = flow_flag::CROSSING | flow_flag::ADOPTED;
+        assert_eq!(reply(adopted, ACK), Step::PromoteOneSided(0));
+        assert_eq!(reply(flow_flag::CROSSING, ACK), Step::Stay);
+        assert_eq!(reply(adopted, SYN | ACK), Step::Expect(2));
+        assert_eq!(reply(adopted, RST | ACK), Step::Close(0));
+    }
+
+    #[test]
+    fn a_one_reply_flow_ends_with_its_reply_and_the_next_datagram_starts_another() {
+        let one = flow_flag::ONE_REPLY;
+        assert_eq!(step(State::HalfOpen, Direction::Forward, one, 0, false, &udp()), Step::Stay);
+        assert_eq!(step(State::HalfOpen, Direction::Reply, one, 0, false, &udp()), Step::Close(flow_flag::REPLIED));
+        assert_eq!(step(State::Closing, Direction::Forward, one, 0, false, &udp()), Step::Reopen);
+        assert_eq!(step(State::Closing, Direction::Reply, one, 0, false, &udp()), Step::Stay);
     }
 
     proptest! {
@@ -372,7 +509,8 @@ mod tests {
             for direction in DIRECTIONS {
                 for state in [State::HalfOpen, State::Established] {
                     let next = step(state, direction, flow_flags, 0, false, &tcp(flags | RST, seq, 0));
-                    prop_assert_eq!(next, Step::Close(0));
+                    let mark = if state == State::Established { reset_flag(direction) } else { 0 };
+                    prop_assert_eq!(next, Step::Close(mark));
                 }
                 let next = step(State::Closing, direction, flow_flags, 0, false, &tcp(flags | ACK, seq, 0));
                 prop_assert_eq!(next, Step::Stay);

@@ -15,6 +15,7 @@ pub mod icmp;
 pub mod limit;
 pub mod maglev;
 pub mod maps;
+pub mod midflow;
 #[cfg(any(feature = "user", test))]
 pub mod schedule;
 pub mod verdict;

@@ -141,6 +141,15 @@ pub mod name {
     /// `Array<Generations>`, one element, mappable: how often flows of a bucket have changed.
     pub const FLOW_GENERATIONS: &str = "FLOW_GENERATIONS";
 
+    /// `Array<u64>`, one element: from when on unknown connections are told so, ns of CLOCK_MONOTONIC; 0: never. Written by
+    /// the daemon only.
+    pub const ANSWERS_FROM: &str = "ANSWERS_FROM";
+    /// `PerCpuArray<u64>`, one element: when the next RST is due at the full rate, ns of CLOCK_MONOTONIC.
+    pub const RESET_PACE: &str = "RESET_PACE";
+    /// `PerCpuArray<u64>`, one element: the token bucket of flows seen from one side that are promoted, see
+    /// [`crate::limit::take`].
+    pub const PROMOTION_PACE: &str = "PROMOTION_PACE";
+
     /// Every map of the pipeline, in the order in which they are listed to users.
     pub const ALL: &[&str] = &[
         ESTABLISHED,
@@ -188,6 +197,9 @@ pub mod name {
         FLOW_CACHE_V6,
         CACHE_WINDOWS,
         FLOW_GENERATIONS,
+        ANSWERS_FROM,
+        RESET_PACE,
+        PROMOTION_PACE,
     ];
 
     /// aya-log's ring buffer, named by aya-log. Pinned like the others, so that a new daemon goes on reading it; not a
@@ -294,7 +306,8 @@ pub struct Flow<A> {
     /// [`flow_flag`] bits.
     pub flags: u16,
     /// Half-open TCP: the backend's latest initial sequence number + 1, host order (what the client must
-    /// acknowledge at least); valid once `SYN_ACK_SEEN` is set.
+    /// acknowledge at least); valid once `SYN_ACK_SEEN` is set. Before: see `CLIENT_ACKED`, else how often the client has
+    /// repeated its SYN.
     pub ack_floor: u32,
     /// Established: when the program next refreshes the twin and looks the route up again, in the ticks of
     /// [`crate::conntrack::ticks`].
@@ -364,10 +377,24 @@ pub mod flow_flag {
     pub const REPLIED: u16 = 1 << 3;
     /// The backend closed first, so its TIME_WAIT may still hold the port.
     pub const BACKEND_CLOSED_FIRST: u16 = 1 << 4;
-    /// The service limits the packets of each source: the client's are counted.
-    pub const PACKET_LIMIT: u16 = 1 << 8;
     /// The client has repeated its SYN with nothing from the backend, and that has been counted.
     pub const UNANSWERED: u16 = 1 << 5;
+    /// Closing: while it was established, a RST came that said to be the client's.
+    pub const RESET_BY_CLIENT: u16 = 1 << 6;
+    /// Closing: while it was established, a RST came that said to be the backend's.
+    pub const RESET_BY_BACKEND: u16 = 1 << 7;
+    /// Either of the two.
+    pub const RESET: u16 = RESET_BY_CLIENT | RESET_BY_BACKEND;
+    /// The service limits the packets of each source: the client's are counted.
+    pub const PACKET_LIMIT: u16 = 1 << 8;
+    /// UDP: the flow ends with the backend's first answer.
+    pub const ONE_REPLY: u16 = 1 << 9;
+    /// TCP of a dnat service: the replies may come by another edge.
+    pub const CROSSING: u16 = 1 << 10;
+    /// Begun by a packet in mid-flow.
+    pub const ADOPTED: u16 = 1 << 11;
+    /// Half-open TCP, the client's half: `ack_floor` is what it acknowledged last, with no SYN-ACK seen.
+    pub const CLIENT_ACKED: u16 = 1 << 12;
 }
 
 /// A frontend: one listen address of one service. 140 bytes, alignment 4.

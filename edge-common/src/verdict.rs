@@ -64,6 +64,9 @@ impl Verdict {
     /// For a stage that leaves the packet to be sent to the next one. Dropped where nothing sends it.
     pub const FORWARD: Self = Self(6);
 
+    /// For a stage that leaves a packet in mid-flow, which has no flow, to the one for those. Dropped where nothing decides.
+    pub const MID_FLOW: Self = Self(0xfe);
+
     /// The sender is to be told by ICMP, and the packet dropped, which is what [`Verdict::action`] says of it: `question`
     /// and `service` below 256 and 65,536. Leaves the packet as it came.
     #[inline(always)]
@@ -178,6 +181,17 @@ reasons! {
     IcmpUndeliverable = 22, "icmp-undeliverable";
     /// Dropped: a later fragment of a packet whose flow has gone meanwhile.
     FragmentWithoutFlow = 23, "fragment-without-flow";
+    /// Dropped: in the middle of a TCP connection that this edge does not know; the client was told by a RST.
+    MidFlowReset = 32, "mid-flow-reset";
+    /// Dropped: as `mid-flow-reset`, and nobody told: a RST itself, a packet with IP options, or too soon after the program was
+    /// attached or another edge was lost.
+    MidFlowSilent = 33, "mid-flow-silent";
+    /// Dropped: as `mid-flow-reset`, and nobody told: too many were told this moment.
+    MidFlowLimited = 34, "mid-flow-limited";
+    /// Sent on: in the middle of a dnat service's connection that this edge does not know, by the backend that all edges choose.
+    MidFlowAdopted = 52, "mid-flow-adopted";
+    /// Sent on: a client's repeated SYN that nobody had answered, to another backend.
+    RetriedElsewhere = 53, "retried-elsewhere";
     /// Sent on: an ICMP error about a flow's packet, translated.
     IcmpTranslated = 48, "icmp-translated";
     /// Passed: an ICMP error about one of our addresses whose quote matches no flow.
@@ -219,9 +233,15 @@ mod tests {
         }
         let report = Verdict::dropped(Reason::NoBackend, 1023, true);
         let redirect = Verdict::redirect(u32::MAX);
-        for other in
-            [Verdict::PASS, Verdict::TRANSMIT, Verdict::DROP, Verdict::UNDECIDED, Verdict::FORWARD, report, redirect]
-        {
+        for other in [
+            Verdict::PASS,
+            Verdict::TRANSMIT,
+            Verdict::UNDECIDED,
+            Verdict::FORWARD,
+            Verdict::MID_FLOW,
+            report,
+            redirect,
+        ] {
             assert_eq!(other.question(), None);
         }
     }

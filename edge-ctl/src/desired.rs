@@ -24,7 +24,7 @@ pub use self::eligibility::{Exclusion, Facts};
 use crate::{
     config::valid::Config,
     model::{
-        AdminOrders, AdminState, BackendSource, Balance, Check, Frontend, Mode, PathAttributes, PoolMember,
+        AdminOrders, AdminState, BackendSource, Balance, Check, Frontend, Lifetimes, Mode, PathAttributes, PoolMember,
         PoolSnapshot, PoolState, Protection, Protocol, RouteSet, Selection, Service, Snat, StaticBackend, Tier,
         Verdict, within,
     },
@@ -203,6 +203,8 @@ pub struct Timeouts {
     pub half_open: u32,
     /// A closed flow, and its SNAT port after it.
     pub closing: u32,
+    /// UDP: a flow ends with the backend's first answer.
+    pub one_reply: bool,
 }
 
 impl Timeouts {
@@ -210,8 +212,23 @@ impl Timeouts {
     /// TIME_WAIT). UDP: 5 min (RFC 4787 REQ-5), 30 s before the first reply, 60 s rest.
     pub const fn of(protocol: Protocol) -> Self {
         match protocol {
-            Protocol::Tcp => Self { established: 7440, half_open: 60, closing: 60 },
-            Protocol::Udp => Self { established: 300, half_open: 30, closing: 60 },
+            Protocol::Tcp => Self { established: 7440, half_open: 60, closing: 60, one_reply: false },
+            Protocol::Udp => Self { established: 300, half_open: 30, closing: 60, one_reply: false },
+        }
+    }
+
+    /// As [`Timeouts::of`], where the service does not say otherwise.
+    pub fn configured(protocol: Protocol, lifetimes: &Lifetimes) -> Self {
+        let default = Self::of(protocol);
+        let (established, half_open) = match protocol {
+            Protocol::Tcp => (lifetimes.established, lifetimes.half_open),
+            Protocol::Udp => (lifetimes.udp, lifetimes.udp_unanswered),
+        };
+        Self {
+            established: established.unwrap_or(default.established),
+            half_open: half_open.unwrap_or(default.half_open),
+            closing: lifetimes.closing.unwrap_or(default.closing),
+            one_reply: lifetimes.one_reply && protocol == Protocol::Udp,
         }
     }
 }
@@ -305,7 +322,7 @@ fn build_frontend(config: &Config, inputs: &Inputs<'_>, service: &Service, front
         selection: service.selection,
         snat: service.snat.clone(),
         protection: service.protection.clone(),
-        timeouts: Timeouts::of(frontend.protocol),
+        timeouts: Timeouts::configured(frontend.protocol, &service.lifetimes),
         pool,
         announced,
         panic,
@@ -459,7 +476,7 @@ mod tests {
     use super::*;
     use crate::{
         config::valid::{Bgp, Edge, Hook, Tables},
-        model::{Announce, OnDown, RouteUpdate},
+        model::{Announce, Lifetimes, OnDown, RouteUpdate},
     };
 
     const SOURCE: &str = "ingress.cluster.local";
@@ -485,6 +502,7 @@ mod tests {
             announce: Some(Announce::default()),
             health: None,
             on_down: OnDown::default(),
+            lifetimes: Lifetimes::default(),
             protection: Protection::default(),
         };
         Config {

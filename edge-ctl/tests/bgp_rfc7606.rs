@@ -11,7 +11,7 @@ const LOCAL_PREF: &[u8] = &[0x40, 5, 4, 0, 0, 0, 100];
 /// 10.1.2.0/24.
 const NLRI: &[u8] = &[24, 10, 1, 2];
 
-const EXTERNAL: Context = Context { four_octet_as: true, internal: false, add_path: AddPath::None };
+const EXTERNAL: Context = Context { four_octet_as: true, internal: false, extended: false, add_path: AddPath::None };
 const INTERNAL: Context = Context { internal: true, ..EXTERNAL };
 
 /// An UPDATE with these attributes as they stand, whatever they say of themselves.

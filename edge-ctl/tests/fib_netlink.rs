@@ -493,7 +493,7 @@ fn settings_that_drop_full_nat_packets_are_found_and_their_fix_works() {
 
 #[test]
 fn an_ipv4_route_goes_by_an_ipv6_neighbour_alone_and_beside_an_ipv4_one() {
-    let Some(lab) = Lab::new() else { return };
+    let Some(lab) = &Lab::new() else { return };
     lab.nodes(&["addr", "add", "fd31::2/64", "dev", "node0", "nodad"]);
     lab.run(|handle, _events| async move {
         handle

@@ -15,7 +15,8 @@ use crate::{
 /// The packet starts a flow of the service noted in [`Past`].
 pub const NEW_FLOW: Verdict = Verdict::UNDECIDED;
 
-/// [`NEW_FLOW`] for a packet that starts a flow of a frontend; else passes the packet untouched, or drops what must not leave as it is.
+/// [`NEW_FLOW`] for a packet that starts a flow of a frontend, [`Verdict::MID_FLOW`] for one in the middle of a flow that is not
+/// known, with its service or its backend noted; else passes the packet untouched, or drops what must not leave as it is.
 #[inline(never)]
 pub fn untracked<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, side: Side, past: &mut Past<A>) -> Verdict {
     let key = &parsed.key;
@@ -26,12 +27,14 @@ pub fn untracked<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, side:
             past.service = service;
             NEW_FLOW
         } else {
-            because(Reason::NoFlow, service)
+            past.service = service;
+            Verdict::MID_FLOW
         };
     }
     match lookup(key.src, key.src_port, key.protocol, maps::dnat_backend) {
         Some(backend) if fib::leads_away(packet, parsed) => {
-            because(Reason::ReplyWithoutFlow, maps::backend(backend).map_or(0, |backend| backend.service))
+            (past.service, past.backend) = (0, backend);
+            Verdict::MID_FLOW
         }
         Some(_) => Verdict::PASS,
         None if side == Side::ToUs => because(Reason::NoFrontend, 0),

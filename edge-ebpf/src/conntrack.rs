@@ -1,7 +1,7 @@
 //! Carries out what `edge_common::conntrack` decides: moves between the tables, flags on both halves, touch.
 
 use edge_common::{
-    conntrack::{self, Direction, State, Step, next_touch, opens, tcp_flag::RST},
+    conntrack::{self, Direction, State, Step, next_touch, tcp_flag::RST},
     flow::{FlowKey, UDP},
     maps::{Flow, ServiceEntry, flow_flag},
     verdict::{Reason, Verdict},
@@ -55,13 +55,15 @@ pub struct Past<A> {
     pub address: A,
     /// Its SNAT port, network order.
     pub port: u16,
+    /// The backend that is not to have the new flow while there is another, since it has not answered; 0: none.
+    pub avoid: u32,
 }
 
 impl<A: Family> Past<A> {
     /// A tuple seen for the first time.
     #[inline(always)]
     pub fn none() -> Self {
-        Self { service: 0, backend: 0, address: A::default(), port: 0 }
+        Self { service: 0, backend: 0, address: A::default(), port: 0, avoid: 0 }
     }
 }
 
@@ -99,10 +101,14 @@ fn track<A: Family>(
         return because(Reason::TwinTaken, flow.service);
     }
     match conntrack::step(state, direction, flow.flags, flow.ack_floor, expired, &parsed.segment()) {
-        Step::Stay => {
-            if table == Table::HalfOpen && opens(parsed.flags) {
-                events::repeated(flow);
-            }
+        Step::Stay => FORWARD,
+        Step::Repeat(times) => {
+            flow.ack_floor = times;
+            events::repeated(flow);
+            FORWARD
+        }
+        Step::Note(ack, flags) => {
+            note(flow, table, ack, flags);
             FORWARD
         }
         Step::Flag(flags) => {
@@ -125,13 +131,33 @@ fn track<A: Family>(
         }
         Step::Promote(flags) => {
             let (number, backend) = (flow.service, flow.backend);
-            let verdict = promote(parsed, flow, flags, service.established_timeout);
+            let verdict = promote(parsed, flow, flags, table);
             if verdict != MOVED {
                 return verdict;
             }
             select::promoted(number, service.affinity_timeout, parsed.key.src, backend);
             *place = Table::Established;
             FORWARD
+        }
+        Step::PromoteOneSided(flags) => {
+            if !maps::may_promote_one_sided() {
+                unproved(parsed, flow, table, direction, flags);
+                return FORWARD;
+            }
+            let verdict = promote(parsed, flow, flags, table);
+            if verdict == MOVED {
+                *place = Table::Established;
+                return FORWARD;
+            }
+            verdict
+        }
+        Step::Restore => {
+            let verdict = promote(parsed, flow, 0, table);
+            if verdict == MOVED {
+                *place = Table::Established;
+                return FORWARD;
+            }
+            verdict
         }
         Step::Close(flags) => {
             if direction == Direction::Reply && parsed.flags & RST != 0 {
@@ -142,12 +168,42 @@ fn track<A: Family>(
             }
             FORWARD
         }
-        Step::Reopen => {
-            *past =
-                Past { service: flow.service, backend: flow.backend, address: flow.new_src, port: flow.new_src_port };
+        step @ (Step::Reopen | Step::Elsewhere) => {
+            *past = Past {
+                service: flow.service,
+                backend: flow.backend,
+                address: flow.new_src,
+                port: flow.new_src_port,
+                avoid: if matches!(step, Step::Elsewhere) { flow.backend } else { 0 },
+            };
             reopen(parsed, flow, table);
             NO_FLOW
         }
+    }
+}
+
+/// Remembers what the client acknowledged, where no SYN-ACK was seen.
+#[inline(never)]
+fn note<A: Family>(flow: &mut Flow<A>, table: Table, ack: u32, flags: u16) {
+    flow.ack_floor = ack;
+    flow.flags |= flags | flow_flag::CLIENT_ACKED;
+    if flags != 0
+        && let Some(twin) = own_twin(table, flow)
+    {
+        twin.flags |= flags;
+    }
+}
+
+/// A flow that would be promoted as seen from one side, had the quota room: the other side may still prove it.
+#[inline(never)]
+fn unproved<A: Family>(parsed: &Parsed<A>, flow: &mut Flow<A>, table: Table, direction: Direction, flags: u16) {
+    if direction == Direction::Forward {
+        return note(flow, table, parsed.ack, flags);
+    }
+    flow.flags |= flags;
+    if let Some(client) = own_twin(table, flow) {
+        client.ack_floor = conntrack::floor_of(&parsed.segment());
+        client.flags |= flags | flow_flag::SYN_ACK_SEEN;
     }
 }
 
@@ -179,14 +235,19 @@ fn timeout(service: &ServiceEntry, table: Table) -> u32 {
     }
 }
 
-/// Half-open to established: both halves in, then both out. The client's half is hit.
+/// Half-open or closing to established: both halves in, then both out.
 #[inline(never)]
-fn promote<A: Family>(parsed: &Parsed<A>, flow: &mut Flow<A>, flags: u16, established_timeout: u32) -> Verdict {
-    let (service, backend) = (flow.service, flow.backend);
+fn promote<A: Family>(parsed: &Parsed<A>, flow: &mut Flow<A>, flags: u16, from: Table) -> Verdict {
+    let (service, backend, of_client) = (flow.service, flow.backend, flow_of_client(flow));
+    let established_timeout = maps::service(service).map_or(conntrack::TOUCH_SECONDS, |it| it.established_timeout);
     let twin_key = flow.twin();
     flow.flags |= flags;
+    // A closing flow's other half may have been evicted, and its key be another flow's in the table of those that begin.
+    if from == Table::Closing && maps::flow(Table::HalfOpen, &twin_key).is_some() {
+        return because(Reason::TwinTaken, service);
+    }
     let touch_due = next_touch(maps::now(), established_timeout, jitter(&flow.key));
-    let added = match maps::flow(Table::HalfOpen, &twin_key) {
+    let added = match maps::flow(from, &twin_key) {
         Some(twin) if twin.twin() == parsed.key => add_established(twin, flags, touch_due),
         Some(_) => return because(Reason::TwinTaken, service),
         None => add_missing_twin(flow, touch_due),
@@ -197,20 +258,21 @@ fn promote<A: Family>(parsed: &Parsed<A>, flow: &mut Flow<A>, flags: u16, establ
     if added == EEXIST && !belongs_to(Table::Established, &twin_key, &parsed.key) {
         return because(Reason::TwinTaken, service);
     }
-    match add_established(flow, 0, touch_due) {
-        0 => {
-            count_opened(service, backend);
+    let own = add_established(flow, 0, touch_due);
+    // EEXIST: another CPU promoted it just now.
+    if own != 0 && own != EEXIST {
+        maps::remove_flow(Table::Established, &twin_key);
+        return because(Reason::EstablishedFull, service);
+    }
+    // The client's half stands for the flow: however many CPUs promote it at once, it is added, and counted, once.
+    if (if of_client { own } else { added }) == 0 {
+        count_opened(service, backend);
+        if from == Table::HalfOpen {
             protect::half_open_ended(flow);
         }
-        // Another CPU promoted it just now.
-        EEXIST => {}
-        _ => {
-            maps::remove_flow(Table::Established, &twin_key);
-            return because(Reason::EstablishedFull, service);
-        }
     }
-    maps::remove_flow(Table::HalfOpen, &parsed.key);
-    maps::remove_flow(Table::HalfOpen, &twin_key);
+    maps::remove_flow(from, &parsed.key);
+    maps::remove_flow(from, &twin_key);
     MOVED
 }
 
@@ -222,7 +284,7 @@ fn add_established<A: Family>(half_open: &Flow<A>, flags: u16, touch_due: u32) -
     };
     flow.state = State::Established as u8;
     flow.sequence = flow.sequence.wrapping_add(1);
-    flow.flags |= flags;
+    flow.flags = (flow.flags | flags) & !flow_flag::RESET;
     flow.touch_due = touch_due;
     insert(Table::Established, flow)
 }
@@ -236,6 +298,7 @@ fn add_missing_twin<A: Family>(flow: &Flow<A>, touch_due: u32) -> i32 {
     turn(twin);
     twin.state = State::Established as u8;
     twin.sequence = twin.sequence.wrapping_add(1);
+    twin.flags &= !flow_flag::RESET;
     twin.touch_due = touch_due;
     insert(Table::Established, twin)
 }

@@ -3,9 +3,9 @@
 use edge_common::{
     address::is_none,
     conntrack::{Direction, State, expired, rest_seconds},
-    flow::FlowKey,
+    flow::{FlowKey, UDP},
     hash::{scatter, spread},
-    maps::{BackendEntry, Flow, SNAT_ADDRESSES, ServiceEntry, flow_flag, mode},
+    maps::{BackendEntry, Flow, SNAT_ADDRESSES, ServiceEntry, flow_flag, mode, service_flag},
     verdict::{Question, Reason, Verdict},
 };
 
@@ -47,7 +47,7 @@ pub fn flow<A: Family>(parsed: &Parsed<A>, past: &Past<A>) -> Verdict {
     let Some(service) = maps::service(service_number) else {
         return because(Reason::NotReady, service_number);
     };
-    let backend_number = select::backend(service_number, service, &parsed.key);
+    let backend_number = select::backend(service_number, service, &parsed.key, past.avoid);
     if backend_number == select::NONE || backend_number == select::FULL {
         let reason = if backend_number == select::NONE { Reason::NoBackend } else { Reason::BackendsFull };
         return because(reason, service_number);
@@ -63,7 +63,8 @@ pub fn flow<A: Family>(parsed: &Parsed<A>, past: &Past<A>) -> Verdict {
         new_dst_port: backend.port,
         service: service_number,
         backend: backend_number,
-        flags: if service.source_packet_rate == 0 { 0 } else { flow_flag::PACKET_LIMIT },
+        flags: flags(service, parsed.key.protocol),
+        ack_floor: 0,
         // Connect times are measured from here.
         now: maps::events::precise_now(),
     };
@@ -76,6 +77,9 @@ pub fn flow<A: Family>(parsed: &Parsed<A>, past: &Past<A>) -> Verdict {
             _ => because(Reason::HalfOpenFull, service_number),
         };
     }
+    if past.avoid != 0 && past.avoid != backend_number {
+        because(Reason::RetriedElsewhere, service_number);
+    }
     if failed == OPENED {
         count_half_opened(service_number, backend_number);
         protect::half_opened(parsed.key.src, service_number);
@@ -84,25 +88,52 @@ pub fn flow<A: Family>(parsed: &Parsed<A>, past: &Past<A>) -> Verdict {
     CREATED
 }
 
-const OPENED: u32 = 0;
+/// What a new flow's entries are marked with.
+#[inline(always)]
+pub fn flags(service: &ServiceEntry, protocol: u8) -> u16 {
+    let mut flags = if service.source_packet_rate == 0 { 0 } else { flow_flag::PACKET_LIMIT };
+    if protocol == UDP {
+        if service.flags & service_flag::ONE_REPLY != 0 {
+            flags |= flow_flag::ONE_REPLY;
+        }
+    } else if service.mode == mode::DNAT {
+        flags |= flow_flag::CROSSING;
+    }
+    flags
+}
+
+/// Both entries were made.
+pub const OPENED: u32 = 0;
 const NO_SNAT_ADDRESS: u32 = 1;
-const TAKEN: u32 = 2;
+/// The reply's key is another flow's.
+pub const TAKEN: u32 = 2;
 const EXHAUSTED: u32 = 3;
 const FULL: u32 = 4;
 /// The flow was there already.
-const JOINED: u32 = 5;
+pub const JOINED: u32 = 5;
 
 /// What both entries are made of; they are built in the scratch element, one after the other.
-struct Plan<A> {
-    key: FlowKey<A>,
-    new_src: A,
-    new_dst: A,
-    new_src_port: u16,
-    new_dst_port: u16,
-    service: u32,
-    backend: u32,
-    flags: u16,
-    now: u64,
+pub struct Plan<A> {
+    /// The client's packets as they come.
+    pub key: FlowKey<A>,
+    /// Their source as the backend sees it.
+    pub new_src: A,
+    /// The backend's address.
+    pub new_dst: A,
+    /// The source port as the backend sees it, network order.
+    pub new_src_port: u16,
+    /// The backend's port, network order.
+    pub new_dst_port: u16,
+    /// Service number.
+    pub service: u32,
+    /// Backend number.
+    pub backend: u32,
+    /// [`flow_flag`] bits of both halves.
+    pub flags: u16,
+    /// What is known of the acknowledgements, as in [`Flow::ack_floor`].
+    pub ack_floor: u32,
+    /// When it begins, ns of CLOCK_MONOTONIC.
+    pub now: u64,
 }
 
 impl<A: Family> Plan<A> {
@@ -125,6 +156,7 @@ fn add_forward<A: Family>(plan: &Plan<A>) -> i32 {
     flow.new_dst_port = plan.new_dst_port;
     flow.set_deltas();
     flow.direction = Direction::Forward as u8;
+    flow.ack_floor = plan.ack_floor;
     add(plan, flow)
 }
 
@@ -169,6 +201,22 @@ fn open<A: Family>(plan: &mut Plan<A>, service: &ServiceEntry, backend: &Backend
     if claimed != OPENED {
         return claimed;
     }
+    begin(plan)
+}
+
+/// As [`open`], of a plan that has its source: the client's own.
+#[inline(always)]
+pub fn open_own<A: Family>(plan: &Plan<A>, service: &ServiceEntry) -> u32 {
+    let claimed = claim_own(plan, service);
+    if claimed != OPENED {
+        return claimed;
+    }
+    begin(plan)
+}
+
+/// Adds the forward entry, the reply's being there.
+#[inline(always)]
+fn begin<A: Family>(plan: &Plan<A>) -> u32 {
     match add_forward(plan) {
         0 => OPENED,
         errno => {
@@ -262,6 +310,18 @@ fn snat_address<A: Family>(service: &ServiceEntry, which: u32) -> A {
 /// half-open flow.
 #[inline(never)]
 fn claim<A: Family>(plan: &Plan<A>, service: &ServiceEntry, own: bool, pressed: bool) -> u32 {
+    claim_as(plan, service, own, pressed)
+}
+
+/// As [`claim`], of the client's own source; a function of its own, since the verifier removes calls that it proves never to
+/// happen.
+#[inline(never)]
+fn claim_own<A: Family>(plan: &Plan<A>, service: &ServiceEntry) -> u32 {
+    claim_as(plan, service, true, false)
+}
+
+#[inline(always)]
+fn claim_as<A: Family>(plan: &Plan<A>, service: &ServiceEntry, own: bool, pressed: bool) -> u32 {
     let reply = plan.reply_key();
     match add_reply(plan) {
         0 => {}

@@ -24,6 +24,8 @@ pub trait Family: FlowTables + FlowCache + Message + Pieces {
     const CREATE: u32;
     /// Number of the stage that sends a packet.
     const SEND: u32;
+    /// Number of the stage of packets in the middle of a flow that is not known.
+    const MID_FLOW: u32;
 
     /// Number of the stage of ICMP packets.
     const RELAY: u32;
@@ -50,6 +52,7 @@ impl Family for u32 {
     const TRACK: u32 = stages::TRACK;
     const CREATE: u32 = stages::CREATE;
     const SEND: u32 = stages::SEND;
+    const MID_FLOW: u32 = stages::MID_FLOW;
     const RELAY: u32 = stages::RELAY;
     const ANSWER: u32 = stages::ANSWER;
     const FRAG: u32 = stages::FRAG;
@@ -89,6 +92,7 @@ impl Family for Wide {
     const TRACK: u32 = stages::TRACK_V6;
     const CREATE: u32 = stages::CREATE_V6;
     const SEND: u32 = stages::SEND_V6;
+    const MID_FLOW: u32 = stages::MID_FLOW_V6;
     const RELAY: u32 = stages::RELAY_V6;
     const ANSWER: u32 = stages::ANSWER_V6;
     const FRAG: u32 = stages::FRAG_V6;

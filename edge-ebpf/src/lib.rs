@@ -18,6 +18,7 @@ pub mod fragment;
 pub mod icmp;
 pub mod log;
 pub mod maps;
+pub mod midflow;
 pub mod mss;
 pub mod onward;
 pub mod packet;

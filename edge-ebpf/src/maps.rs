@@ -9,6 +9,7 @@ pub mod capture;
 pub mod events;
 
 mod selection;
+pub use midflow::*;
 pub use selection::*;
 
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
@@ -28,6 +29,7 @@ use edge_common::{
     },
 };
 
+mod midflow;
 pub mod scratch;
 pub mod stages;
 

@@ -66,6 +66,8 @@ stage! {
     stages::track::<Wide, _>: edge_xdp_track6, edge_tc_track6;
     stages::create::<Wide, _>: edge_xdp_creat6, edge_tc_creat6;
     stages::send::<Wide, _>: edge_xdp_send6, edge_tc_send6;
+    stages::mid_flow::<u32, _>: edge_xdp_midflo, edge_tc_midflo;
+    stages::mid_flow::<Wide, _>: edge_xdp_midfl6, edge_tc_midfl6;
     stages::relay::<Wide, _>: edge_xdp_relay6, edge_tc_relay6;
     stages::answer::<Wide, _>: edge_xdp_answe6, edge_tc_answe6;
     stages::frag::<Wide, _>: edge_xdp_frag6, edge_tc_frag6;

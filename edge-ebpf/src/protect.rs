@@ -18,7 +18,7 @@ pub fn admit<A: Family>(parsed: &Parsed<A>, service: u32) -> Verdict {
     let Some(entry) = maps::service(service) else {
         return because(Reason::NotReady, service);
     };
-    if entry.flags & service_flag::SOURCE_RANGES != 0 && !in_ranges(parsed, service, entry.flags) {
+    if !lets_in(parsed, entry, service) {
         return because(Reason::SourceDenied, service);
     }
     if entry.source_flow_rate | entry.source_packet_rate | entry.source_half_open == 0 {
@@ -30,6 +30,12 @@ pub fn admit<A: Family>(parsed: &Parsed<A>, service: u32) -> Verdict {
         FLOW_RATE => because(Reason::SourceFlowRate, service),
         _ => because(Reason::SourcePacketRate, service),
     }
+}
+
+/// True where the source ranges of the service let this client in.
+#[inline(always)]
+pub fn lets_in<A: Family>(parsed: &Parsed<A>, entry: &ServiceEntry, service: u32) -> bool {
+    entry.flags & service_flag::SOURCE_RANGES == 0 || in_ranges(parsed, service, entry.flags)
 }
 
 #[inline(never)]

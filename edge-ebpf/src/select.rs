@@ -32,13 +32,14 @@ struct Draw {
     two: bool,
 }
 
-/// The number of a backend for a new flow of `service`, or [`NONE`] or [`FULL`].
+/// The number of a backend for a new flow of `service`, or [`NONE`] or [`FULL`]; `avoid` only where there is no other, and
+/// [`NONE`] to avoid nobody.
 #[inline(never)]
-pub fn backend<A: Family>(number: u32, service: &ServiceEntry, key: &FlowKey<A>) -> u32 {
+pub fn backend<A: Family>(number: u32, service: &ServiceEntry, key: &FlowKey<A>, avoid: u32) -> u32 {
     let now = maps::now();
     if service.affinity_timeout != 0 {
         let kept = at_home(number, service.affinity_timeout, key, now);
-        if kept != NONE {
+        if kept != NONE && kept != avoid {
             return kept;
         }
     }
@@ -56,7 +57,7 @@ pub fn backend<A: Family>(number: u32, service: &ServiceEntry, key: &FlowKey<A>)
         let Some(header) = header(region) else {
             break;
         };
-        let found = in_tier(&header, &draw, Pending::tick(now));
+        let found = in_tier(&header, &draw, Pending::tick(now), avoid);
         if found != NONE {
             return found;
         }
@@ -68,8 +69,9 @@ pub fn backend<A: Family>(number: u32, service: &ServiceEntry, key: &FlowKey<A>)
 
 /// The backend that every edge chooses for a new flow of `key`, or [`NONE`] where they need not agree: only Maglev's choice
 /// follows from the tuple alone. What only one edge knows (a client's home, a full backend) may make its choice another.
+/// With the choice as `avoid` it is the next one, which a client gets whom the first does not answer.
 #[inline(never)]
-pub fn agreed<A: Family>(service: &ServiceEntry, key: &FlowKey<A>) -> u32 {
+pub fn agreed<A: Family>(service: &ServiceEntry, key: &FlowKey<A>, avoid: u32) -> u32 {
     if service.balance != balance::MAGLEV {
         return NONE;
     }
@@ -85,7 +87,7 @@ pub fn agreed<A: Family>(service: &ServiceEntry, key: &FlowKey<A>) -> u32 {
         let Some(header) = header(region) else {
             break;
         };
-        let found = in_tier(&header, &draw, tick);
+        let found = in_tier(&header, &draw, tick, avoid);
         if found != NONE {
             return found;
         }
@@ -172,8 +174,8 @@ fn header(region: u32) -> Option<SelectionHeader> {
 
 /// A backend of one tier, or [`NONE`].
 #[inline(never)]
-fn in_tier(header: &SelectionHeader, draw: &Draw, tick: u32) -> u32 {
-    let first = walk(header, draw.first, NONE, tick);
+fn in_tier(header: &SelectionHeader, draw: &Draw, tick: u32, avoid: u32) -> u32 {
+    let first = walk(header, draw.first, avoid, tick);
     if first == NONE {
         return scan(header, draw.first, tick);
     }
@@ -181,7 +183,7 @@ fn in_tier(header: &SelectionHeader, draw: &Draw, tick: u32) -> u32 {
         return first;
     }
     let second = walk(header, draw.second, first, tick);
-    if second != NONE && less_loaded(load(second), load(first)) { second } else { first }
+    if second != NONE && second != avoid && less_loaded(load(second), load(first)) { second } else { first }
 }
 
 #[inline(always)]

@@ -14,6 +14,7 @@ use crate::{
     fragment::{self, FIRST, Piece},
     icmp, log,
     maps::{self, Table},
+    midflow,
     packet::Packet,
     parse::{self, Parsed},
     pipeline::{Side, prefilter},
@@ -129,6 +130,23 @@ pub fn create<A: Family, P: Packet>(packet: &mut P) -> Verdict {
     }
     if verdict.question().is_some() {
         return tell::<A, P>(packet, question, verdict);
+    }
+    if verdict == Verdict::MID_FLOW {
+        return enter(packet, A::MID_FLOW);
+    }
+    end(parsed, verdict)
+}
+
+/// A packet in the middle of a flow that is not known.
+#[inline(always)]
+pub fn mid_flow<A: Family, P: Packet>(packet: &mut P) -> Verdict {
+    let Some(Handover::<A> { parsed, table, past, .. }) = A::handover(P::HOOK) else {
+        return because(Reason::NotReady, 0);
+    };
+    let verdict = midflow::decide(packet, parsed, past);
+    if verdict == midflow::ADOPTED {
+        *table = Table::HalfOpen;
+        return enter(packet, A::SEND);
     }
     end(parsed, verdict)
 }

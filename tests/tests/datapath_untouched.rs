@@ -8,7 +8,7 @@ use std::{
 use anyhow::Result;
 use edge_common::{
     flow::{TCP, UDP},
-    maps::{interface_flag, mode, name},
+    maps::{ServiceEntry, interface_flag, mode, name, service_flag},
     verdict::Reason,
 };
 use edge_tests::datapath::{
@@ -82,16 +82,19 @@ fn what_is_not_ours_passes_byte_for_byte() -> Result<()> {
 }
 
 #[test]
-fn other_ports_of_the_vip_and_mid_flow_packets_without_a_flow_go_to_the_host() -> Result<()> {
+fn other_ports_of_the_vip_go_to_the_host_and_on_a_dedicated_one_mid_flow_packets_without_a_flow() -> Result<()> {
     each_hook(mode::FULL_NAT, 1, |rig, _| {
         let ssh = SocketAddr::new(VIP.into(), 22);
         passes_untouched(rig, "another port", &Frame::tcp(client(40_000), ssh, flag::SYN).bytes())?;
         passes_untouched(rig, "another protocol", &Frame::udp(client(40_000), vip()).bytes())?;
         assert_eq!(rig.reason(0, Reason::NoFrontend)?, 4);
-        for flags in [flag::ACK, flag::RST, flag::FIN | flag::ACK, flag::SYN | flag::ACK, flag::SYN | flag::FIN, 0] {
+        let mut service: ServiceEntry = rig.array(name::SERVICES)?.get(&1, 0)?;
+        service.flags |= service_flag::DEDICATED;
+        rig.array(name::SERVICES)?.set(1, service, 0)?;
+        for flags in [flag::ACK, flag::FIN | flag::ACK, flag::SYN | flag::ACK, flag::SYN | flag::FIN, 0] {
             passes_untouched(rig, "no flow", &Frame::tcp(client(40_000), vip(), flags).bytes())?;
         }
-        assert_eq!(rig.reason(1, Reason::NoFlow)?, 12);
+        assert_eq!(rig.reason(1, Reason::NoFlow)?, 10);
         Ok(())
     })
 }

@@ -33,6 +33,10 @@ pub const CREATE_V6: u32 = 8;
 /// As [`SEND`], of IPv6.
 pub const SEND_V6: u32 = 9;
 
+/// A TCP segment in mid-flow, or a dnat backend's reply, without a flow.
+pub const MID_FLOW: u32 = 16;
+/// As [`MID_FLOW`], of IPv6.
+pub const MID_FLOW_V6: u32 = 17;
 /// As [`RELAY`], of ICMPv6.
 pub const RELAY_V6: u32 = 10;
 /// As [`ANSWER`], of IPv6.
@@ -52,6 +56,8 @@ pub const ALL: &[(u32, &str)] = &[
     (TRACK_V6, "track6"),
     (CREATE_V6, "creat6"),
     (SEND_V6, "send6"),
+    (MID_FLOW, "midflo"),
+    (MID_FLOW_V6, "midfl6"),
     (RELAY_V6, "relay6"),
     (ANSWER_V6, "answe6"),
     (FRAG_V6, "frag6"),

@@ -77,6 +77,8 @@ fn one(name: &str, tables: &Tables, cpus: u32) -> (u32, u64) {
         name::CACHE_WINDOWS => (maps::CACHE_CPUS, array::<maps::CacheWindow>(maps::CACHE_CPUS)),
         name::FLOW_GENERATIONS => (1, array::<maps::Generations>(1)),
         name::ASSUMED_FLOW => (1, per_cpu::<maps::FlowV4>(1, cpus)),
+        name::ANSWERS_FROM => (1, 8),
+        name::RESET_PACE | name::PROMOTION_PACE => (1, per_cpu::<u64>(1, cpus)),
         name::ASSUMED_FLOW_V6 => (1, per_cpu::<maps::FlowV6>(1, cpus)),
         name::ICMP_PACE => (1, per_cpu::<u64>(1, cpus)),
         name::ADDRESS_FILTER => (1, array::<maps::AddressFilter>(1)),

@@ -7,6 +7,7 @@ pub mod diff;
 mod edge;
 mod health;
 pub mod import_frr;
+mod lifetimes;
 pub mod lint;
 mod log;
 pub mod memory;

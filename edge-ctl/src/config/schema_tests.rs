@@ -46,6 +46,7 @@ max_prefixes = { limit = 1000, warning = 80, restart = "5m" }
 listen = ["172.16.1.88:80/tcp"]
 backends = { dns = "web.cluster.local", port = 80, resolver = "dns", record = "a" }
 snat = { ports = "1024-32767" }
+timeouts = { established = "1h", half_open = "10s", closing = "30s" }
 announce = { min_backends = 2, communities = ["64512:100"] }
 source_ranges = { deny = ["192.0.2.0/24"] }
 limits = { new_flows_per_source = "100/s", new_flows_burst = 200 }
@@ -77,6 +78,8 @@ health = { grpc = {} }
 listen = ["172.16.1.88:83/udp"]
 backends = { static = ["10.1.0.4:80"] }
 health = { udp = { send = "x" } }
+timeouts = { udp = "60s", udp_unanswered = "5s" }
+one_reply = false
 on_down = "reselect"
 "#,
 ];

@@ -10,6 +10,7 @@ use ipnet::IpNet;
 
 use super::{
     health,
+    lifetimes::lifetimes,
     protect::protection,
     raw::{Place, Value},
     read::{At, Section, nearest},
@@ -140,6 +141,7 @@ fn service(
     let announce = announce(&section, context);
     let health = health::health(&section, &protocols);
     let on_down = health::on_down(&section, &protocols);
+    let lifetimes = lifetimes(&section, &protocols);
     let protection = protection(&section, &listen);
     section.finish();
     Some(Service {
@@ -153,6 +155,7 @@ fn service(
         announce,
         health,
         on_down,
+        lifetimes,
         protection,
     })
 }

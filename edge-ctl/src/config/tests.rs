@@ -1,9 +1,12 @@
 use std::{net::IpAddr, time::Duration};
 
 use super::*;
-use crate::model::{
-    BackendSource, Balance, Mode, RecordType, Selection, StaticBackend, Tier,
-    access::{Format, Target},
+use crate::{
+    desired::Timeouts,
+    model::{
+        BackendSource, Balance, Lifetimes, Mode, Protocol, RecordType, Selection, StaticBackend, Tier,
+        access::{Format, Target},
+    },
 };
 
 /// The example of the documentation, which `deploy/edge.toml` also is.
@@ -224,6 +227,43 @@ fn faults_of_selection_are_found_with_their_lines() {
     assert!(faults(&format!("{udp}max_connections = 5\n"))[0].contains("UDP"));
     let text = format!("{BASE}balance = \"round-robin\"\nmaglev_size = 1021\n");
     assert!(faults(&text)[0].starts_with("edge.toml:13: "), "{:?}", faults(&text));
+}
+
+#[test]
+fn timeouts_are_read_for_each_protocol() {
+    let text = BASE.replace("80/tcp\"", "80/tcp\", \"172.16.1.88:53/udp\"");
+    let keys = "timeouts = { established = \"1h\", half_open = \"10s\", closing = \"30s\", udp_unanswered = \"5s\" }\n\
+                one_reply = true\n";
+    let config = ok(&format!("{text}{keys}"));
+    let lifetimes = Lifetimes {
+        established: Some(3600),
+        half_open: Some(10),
+        closing: Some(30),
+        udp: None,
+        udp_unanswered: Some(5),
+        one_reply: true,
+    };
+    assert_eq!(config.services["web"].lifetimes, lifetimes);
+    let (tcp, udp) = (Timeouts::configured(Protocol::Tcp, &lifetimes), Timeouts::configured(Protocol::Udp, &lifetimes));
+    assert_eq!(tcp, Timeouts { established: 3600, half_open: 10, closing: 30, one_reply: false });
+    assert_eq!(udp, Timeouts { established: 300, half_open: 5, closing: 30, one_reply: true });
+}
+
+#[test]
+fn faults_of_timeouts_are_found_with_their_lines() {
+    let service = "[service.web]\n";
+    let with = |keys: &str| format!("[service.web]\n{keys}\n");
+    refused(&[
+        (service, &with("timeouts = { established = \"7s\" }"), 10, &["established", "8s", "2592000s"]),
+        (service, &with("timeouts = { half_open = \"1500ms\" }"), 10, &["half_open", "whole seconds"]),
+        (service, &with("timeouts = { closing = \"2h\" }"), 10, &["closing", "3600s"]),
+        (service, &with("timeouts = { udp = \"10s\" }"), 10, &["udp", "no listen address"]),
+        (service, &with("timeouts = { establised = \"10s\" }"), 10, &["establised", "established"]),
+        (service, &with("one_reply = true"), 10, &["one_reply", "UDP"]),
+    ]);
+    let udp = BASE.replace("80/tcp", "80/udp");
+    let text = format!("{udp}one_reply = true\ntimeouts = {{ udp = \"60s\" }}\n");
+    assert!(faults(&text)[0].contains("one_reply"), "{:?}", faults(&text));
 }
 
 #[test]

@@ -28,6 +28,7 @@ use super::{
     migrate, object, own_addresses,
     pins::{self, Pins, chain},
     program_log::ProgramLog,
+    quiet::Quiet,
     stages,
     sweep::Sweeper,
     sys::monotonic_ns,
@@ -137,6 +138,7 @@ pub struct Datapath {
     ports: Array<MapData, PortSet>,
     cache: FlowCache,
     receivers: Receivers,
+    quiet: Quiet,
     notes: Vec<String>,
     writes: u64,
 }
@@ -161,6 +163,7 @@ impl Datapath {
             ports: pins::open(&pins, name::SNAT_PORTS)?,
             cache: FlowCache::open(&pins)?,
             receivers: Receivers::default(),
+            quiet: Quiet::new(pins::open(&pins, name::ANSWERS_FROM)?),
             notes,
             pins,
             attachments: BTreeMap::new(),
@@ -311,6 +314,10 @@ impl Datapath {
         }
         let attachment = attach::attach(&self.pins, self.edge.hook, interface, program)?;
         self.writes += loads + u64::from(attachment.how != How::Adopted);
+        if attachment.how == How::Attached {
+            self.quiet.begin(monotonic_ns()).map_err(|error| object_error("writing the time of attaching", &error))?;
+            self.writes += 1;
+        }
         // Finding again what this process attached does not change how it came there, nor why on that hook.
         let same =
             |b: &Attachment| (b.link, b.program, b.hook) == (attachment.link, attachment.program, attachment.hook);

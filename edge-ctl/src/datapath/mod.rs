@@ -22,6 +22,7 @@ pub mod object;
 pub mod own_addresses;
 pub mod pins;
 pub mod program_log;
+pub mod quiet;
 pub mod selection;
 pub mod snat;
 pub mod stages;

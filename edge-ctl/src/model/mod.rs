@@ -25,7 +25,7 @@ pub use route::{PathAttributes, RouteSet, RouteUpdate};
 pub use selection::{MOST_CONNECTIONS, Selection, StaticBackend, TableShape, Tier};
 
 pub use service::{
-    Announce, BackendSource, Balance, Capacity, FlowSelector, Frontend, Mode, OnDown, ParseFrontendError, PoolMember,
-    PoolSnapshot, PoolState, Protocol, RecordType, Resolver, Service, Snat, within,
+    Announce, BackendSource, Balance, Capacity, FlowSelector, Frontend, Lifetimes, Mode, OnDown, ParseFrontendError,
+    PoolMember, PoolSnapshot, PoolState, Protocol, RecordType, Resolver, Service, Snat, within,
 };
 pub use snat::{SnatAlarms, SnatLevel, SnatRow};

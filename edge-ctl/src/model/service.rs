@@ -93,6 +93,23 @@ impl FromStr for Frontend {
     }
 }
 
+/// How long flows live, as far as the service says so: seconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Lifetimes {
+    /// An established TCP connection without a packet.
+    pub established: Option<u32>,
+    /// A TCP handshake.
+    pub half_open: Option<u32>,
+    /// A closed flow, and its SNAT port after it.
+    pub closing: Option<u32>,
+    /// A UDP flow that was answered.
+    pub udp: Option<u32>,
+    /// A UDP flow that was not answered yet.
+    pub udp_unanswered: Option<u32>,
+    /// UDP: a flow ends with the backend's first answer.
+    pub one_reply: bool,
+}
+
 /// How addresses are rewritten.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -307,6 +324,8 @@ pub struct Service {
     pub health: Option<super::Health>,
     /// What becomes of the flows of a backend that goes down.
     pub on_down: OnDown,
+    /// How long its flows live.
+    pub lifetimes: Lifetimes,
     /// What its sources may do.
     pub protection: super::Protection,
 }

@@ -53,7 +53,7 @@ fn find<A: Family>(quoted: &FlowKey<A>, flow: &mut Flow<A>) -> u32 {
         client = FlowKey::new(quoted.src, A::narrow(&service.address), quoted.src_port, service.port, quoted.protocol);
     }
     flow.service = number;
-    let chosen = select::agreed(service, &client);
+    let chosen = select::agreed(service, &client, select::NONE);
     if chosen == select::NONE && named == 0 {
         return NOTHING;
     }

@@ -396,6 +396,7 @@ impl Rig {
         for (n, index) in [uplink, pods].into_iter().enumerate() {
             own.insert(index, OwnAddresses { v4: wire(OWN[n]), v6: wire(OWN6[n]) }, 0)?;
         }
+        rig.array(name::ANSWERS_FROM)?.set(0, 1_u64, 0)?;
         rig.array(name::SNAT_PORTS)?.set(0, PortSet([u64::MAX; 1024]), 0)?;
         for family in FAMILIES {
             rig.filter_destination(family.vip())?;

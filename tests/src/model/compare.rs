@@ -13,6 +13,7 @@ use super::{
     decide::{Decision, Rewrite},
     icmp::Translated,
     kernel::Kernel,
+    midflow,
     moves::map_name,
     state::{Counters, State, TABLES, Table},
     wire::{self, Check},
@@ -34,6 +35,7 @@ pub fn packet(decision: &Decision, input: &[u8], action: Action, got: &[u8]) -> 
     match &decision.rewrite {
         _ if action == Action::Drop => Ok(()),
         None if decision.message => message(input, got),
+        None if decision.reset => midflow::judge_reset(input, got),
         None if got == input => Ok(()),
         None => Err(format!("passed, but changed\n  expected {}\n  got      {}", hex(input), hex(got))),
         Some(rewrite) => rewritten(rewrite, input, got),

@@ -207,7 +207,31 @@ fn in_table(state: &mut State, input: &Input, segment: &Segment, table: Table, f
             expect(state, table, &flow, floor);
             send(state, input, segment, table)
         }
-        Change::Promote(flags) => promote(state, input, segment, flow, flags, service.established_timeout),
+        Change::Promote(flags) => promote(state, input, segment, table, flow, flags),
+        Change::OneSided(flags) => {
+            state.hit(if flow.direction == REPLY { Point::PromoteAdopted } else { Point::PromoteOneSided });
+            promote(state, input, segment, table, flow, flags)
+        }
+        Change::Restore => {
+            state.hit(Point::Restore);
+            promote(state, input, segment, table, flow, 0)
+        }
+        Change::Repeat(times) => {
+            state.hit(Point::RepeatedSyn);
+            if let Some(flow) = state.change(table, &flow.key) {
+                flow.ack_floor = times;
+            }
+            send(state, input, segment, table)
+        }
+        Change::Note(flags) => {
+            state.hit(Point::NotedAck);
+            flag(state, table, &flow, flags);
+            if let Some(flow) = state.change(table, &flow.key) {
+                flow.flags |= flow_flag::CLIENT_ACKED;
+                flow.ack_floor = segment.ack;
+            }
+            send(state, input, segment, table)
+        }
         Change::Close(flags) => {
             state.hit(if segment.flags & RST != 0 { Point::CloseReset } else { Point::CloseFin });
             close(state, input.now, table, flow, flags);
@@ -216,6 +240,11 @@ fn in_table(state: &mut State, input: &Input, segment: &Segment, table: Table, f
         Change::Reopen => {
             state.hit(Point::Reopen);
             return Tracked::NoFlow(Some(reopen(state, input.now, table, &flow)));
+        }
+        Change::Elsewhere => {
+            state.hit(Point::Elsewhere);
+            let past = reopen(state, input.now, table, &flow);
+            return Tracked::NoFlow(Some(Past { avoid: past.backend, ..past }));
         }
     };
     Tracked::Decided(decision)
@@ -237,6 +266,45 @@ enum Change {
     Promote(u16),
     Close(u16),
     Reopen,
+    /// The client's SYN came again, so many times; nobody has answered.
+    Repeat(u32),
+    /// Once too often: to another backend.
+    Elsewhere,
+    /// Remember what the client acknowledges.
+    Note(u16),
+    /// Promoted on the word of one side.
+    OneSided(u16),
+    /// The reset was forged.
+    Restore,
+}
+
+/// SYNs repeated in vain after which a client gets another backend.
+const RETRIES: u32 = 2;
+/// The same where the answer may have gone by another edge.
+const RETRIES_CROSSING: u32 = 4;
+
+/// A client's SYN on a flow that lives.
+fn again(table: Table, flow: &FlowV4) -> Change {
+    if table != Table::HalfOpen || flow.flags & (flow_flag::SYN_ACK_SEEN | flow_flag::CLIENT_ACKED) != 0 {
+        return Change::Stay;
+    }
+    let most = if flow.flags & flow_flag::CROSSING != 0 { RETRIES_CROSSING } else { RETRIES };
+    if flow.ack_floor + 1 < most { Change::Repeat(flow.ack_floor + 1) } else { Change::Elsewhere }
+}
+
+/// A client's acknowledgement while its flow is half-open: of the SYN-ACK, or where that may have gone by another edge, of the
+/// same thing as the one before.
+fn client_acknowledges(segment: &Segment, flow: &FlowV4, fin: u16) -> Option<Change> {
+    // [floor, floor + 2^20), modulo 2^32.
+    let in_window = segment.ack.wrapping_sub(flow.ack_floor) < 1 << 20;
+    if flow.flags & flow_flag::SYN_ACK_SEEN != 0 {
+        return in_window.then_some(Change::Promote(fin));
+    }
+    if flow.flags & flow_flag::CROSSING == 0 {
+        return None;
+    }
+    let second = flow.flags & flow_flag::CLIENT_ACKED != 0 && in_window;
+    Some(if second { Change::OneSided(fin) } else { Change::Note(fin) })
 }
 
 fn transition(segment: &Segment, table: Table, flow: &FlowV4, late: bool) -> Change {
@@ -244,6 +312,10 @@ fn transition(segment: &Segment, table: Table, flow: &FlowV4, late: bool) -> Cha
     if segment.key.protocol == UDP {
         return match table {
             _ if from_client && late => Change::Reopen,
+            Table::Closing if from_client => Change::Reopen,
+            Table::HalfOpen if !from_client && flow.flags & flow_flag::ONE_REPLY != 0 => {
+                Change::Close(flow_flag::REPLIED)
+            }
             Table::HalfOpen if !from_client => Change::Flag(flow_flag::REPLIED),
             Table::HalfOpen if flow.flags & flow_flag::REPLIED != 0 => Change::Promote(0),
             _ => Change::Stay,
@@ -251,10 +323,13 @@ fn transition(segment: &Segment, table: Table, flow: &FlowV4, late: bool) -> Cha
     }
     let flags = segment.flags;
     if from_client && opens(flags) {
-        return if late || table == Table::Closing { Change::Reopen } else { Change::Stay };
+        return if late || table == Table::Closing { Change::Reopen } else { again(table, flow) };
     }
+    let reset_by = if from_client { flow_flag::RESET_BY_CLIENT } else { flow_flag::RESET_BY_BACKEND };
     if table == Table::Closing {
-        return Change::Stay;
+        // Whoever resets a connection says nothing else of it (RFC 9293, 3.10.7.1).
+        let goes_on = flags & (SYN | RST) == 0 && flow.flags & reset_by != 0;
+        return if goes_on { Change::Restore } else { Change::Stay };
     }
     let fin = match (flags & FIN != 0, from_client) {
         (false, _) => 0,
@@ -264,7 +339,7 @@ fn transition(segment: &Segment, table: Table, flow: &FlowV4, late: bool) -> Cha
     };
     let after = flow.flags | fin;
     if flags & RST != 0 {
-        return Change::Close(0);
+        return Change::Close(if table == Table::Established { reset_by } else { 0 });
     }
     if after & flow_flag::CLIENT_FIN != 0 && after & flow_flag::BACKEND_FIN != 0 {
         return Change::Close(fin);
@@ -272,11 +347,12 @@ fn transition(segment: &Segment, table: Table, flow: &FlowV4, late: bool) -> Cha
     if table == Table::HalfOpen && !from_client && flags & SYN != 0 && flags & ACK != 0 {
         return Change::Expect(segment.seq.wrapping_add(1));
     }
-    let acknowledges = from_client && flags & ACK != 0 && flags & SYN == 0;
-    if table == Table::HalfOpen && acknowledges && flow.flags & flow_flag::SYN_ACK_SEEN != 0 {
-        // [isn + 1, isn + 2^20], modulo 2^32: the floor is isn + 1.
-        if segment.ack.wrapping_sub(flow.ack_floor) < 1 << 20 {
-            return Change::Promote(fin);
+    if table == Table::HalfOpen && flags & (SYN | ACK) == ACK {
+        if !from_client && flow.flags & flow_flag::ADOPTED != 0 {
+            return Change::OneSided(fin);
+        }
+        if from_client && let Some(change) = client_acknowledges(segment, flow, fin) {
+            return change;
         }
     }
     if after != flow.flags { Change::Flag(fin) } else { Change::Stay }
@@ -311,22 +387,27 @@ fn expect(state: &mut State, table: Table, reply: &FlowV4, floor: u32) {
     }
 }
 
-fn promote(
-    state: &mut State,
-    input: &Input,
-    segment: &Segment,
-    mut flow: FlowV4,
-    flags: u16,
-    timeout: u32,
-) -> Decision {
+fn promote(state: &mut State, input: &Input, segment: &Segment, from: Table, mut flow: FlowV4, flags: u16) -> Decision {
     flow.flags |= flags;
     let service = flow.service;
-    if let Some(entry) = state.change(Table::HalfOpen, &flow.key) {
+    let timeout = state.config.services.get(&service).map_or(0, |(service, _)| service.established_timeout);
+    if let Some(entry) = state.change(from, &flow.key) {
         entry.flags = flow.flags;
     }
+    if from == Table::Closing && state.flow(Table::HalfOpen, &twin_key(&flow)).is_some() {
+        state.hit(Point::RestoreTwinTaken);
+        state.touched.push((Table::HalfOpen, twin_key(&flow)));
+        return refuse(state, Reason::TwinTaken, service);
+    }
     let due = next_touch(state, timeout, input.now);
-    let promoted = |half: FlowV4| FlowV4 { state: ESTABLISHED, sequence: half.sequence + 1, touch_due: due, ..half };
-    let twin = match state.twin(Table::HalfOpen, &flow) {
+    let promoted = |half: FlowV4| FlowV4 {
+        state: ESTABLISHED,
+        sequence: half.sequence + 1,
+        touch_due: due,
+        flags: half.flags & !(flow_flag::RESET_BY_CLIENT | flow_flag::RESET_BY_BACKEND),
+        ..half
+    };
+    let twin = match state.twin(from, &flow) {
         Twin::Ours(twin) => FlowV4 { flags: twin.flags | flags, ..twin },
         Twin::Missing => {
             state.hit(Point::PromoteRebuiltTwin);
@@ -334,7 +415,7 @@ fn promote(
         }
         Twin::Strangers => {
             state.hit(Point::PromoteTwinTaken);
-            state.touched.push((Table::HalfOpen, twin_key(&flow)));
+            state.touched.push((from, twin_key(&flow)));
             return refuse(state, Reason::TwinTaken, service);
         }
     };
@@ -349,18 +430,20 @@ fn promote(
         state.hit(Point::PromoteTwinTaken);
         return refuse(state, Reason::TwinTaken, service);
     }
-    match insert_established(state, promoted(flow)) {
-        Insert::Full => {
-            state.hit(Point::PromoteHalfFits);
-            state.remove(Table::Established, &twin.key);
-            return refuse(state, Reason::EstablishedFull, service);
-        }
-        Insert::Done => state.count(service, flow.backend, |stats| stats.opened += 1),
-        Insert::Exists => {}
+    let own_added = insert_established(state, promoted(flow));
+    if own_added == Insert::Full {
+        state.hit(Point::PromoteHalfFits);
+        state.remove(Table::Established, &twin.key);
+        return refuse(state, Reason::EstablishedFull, service);
+    }
+    // A flow is open as long as its client's half is there.
+    let client_added = if flow.direction == REPLY { twin_added } else { own_added };
+    if client_added == Insert::Done {
+        state.count(service, flow.backend, |stats| stats.opened += 1);
     }
     state.hit(if segment.key.protocol == UDP { Point::PromoteUdp } else { Point::PromoteTcp });
-    state.remove(Table::HalfOpen, &flow.key);
-    state.remove(Table::HalfOpen, &twin.key);
+    state.remove(from, &flow.key);
+    state.remove(from, &twin.key);
     send(state, input, segment, Table::Established)
 }
 
@@ -415,7 +498,7 @@ fn reopen(state: &mut State, now: u64, table: Table, flow: &FlowV4) -> Past {
         }
     }
     state.remove(table, &flow.key);
-    Past { backend: flow.backend, address: flow.new_src, port: flow.new_src_port }
+    Past { backend: flow.backend, address: flow.new_src, port: flow.new_src_port, avoid: 0 }
 }
 
 /// True where no table has an entry of this key.

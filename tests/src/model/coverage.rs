@@ -106,8 +106,40 @@ points! {
     Reopen,
     /// As `Reopen`, where a stranger has the twin's key.
     ReopenTwinTaken,
-    /// A frontend's packet that cannot start a flow.
+    /// A client's SYN again, with no answer.
+    RepeatedSyn,
+    /// A client's SYN again, once too often.
+    Elsewhere,
+    /// It got another backend.
+    RetriedElsewhere,
+    /// What a client acknowledges is remembered, since no SYN-ACK came by here.
+    NotedAck,
+    /// Promoted by a client's second acknowledgement.
+    PromoteOneSided,
+    /// Promoted by a backend's acknowledgement of a flow that began in mid-flow.
+    PromoteAdopted,
+    /// A reset was taken back.
+    Restore,
+    /// A reset was taken back, and another flow has the other half's key.
+    RestoreTwinTaken,
+    /// A segment in mid-flow of a dedicated VIP: the kernel answers.
     NoFlow,
+    /// A segment in mid-flow, of which nobody is told.
+    MidFlowSilent,
+    /// A segment in mid-flow, answered by a reset.
+    MidFlowReset,
+    /// A segment in mid-flow that would have been answered, had not so many been.
+    MidFlowLimited,
+    /// A segment in mid-flow, adopted.
+    AdoptedSegment,
+    /// A reply in mid-flow, adopted.
+    AdoptedReply,
+    /// A segment or reply in mid-flow whose tuple has another flow.
+    AdoptTaken,
+    /// A reply in mid-flow whose client has another backend.
+    ReplyOfAnother,
+    /// A segment in mid-flow, with no backend to adopt it.
+    AdoptNoBackend,
     /// A dnat backend's packet without a flow.
     ReplyWithoutFlow,
     /// A dnat backend's packet to this host.

@@ -5,7 +5,7 @@
 use edge_common::{
     address::{is_none, mapped},
     flow::FlowKeyV4,
-    maps::{BackendEntry, FlowV4, SNAT_ADDRESSES, ServiceEntry, ServiceKey, flow_flag, mode},
+    maps::{BackendEntry, FlowV4, SNAT_ADDRESSES, ServiceEntry, ServiceKey, flow_flag, mode, service_flag},
     verdict::Reason,
 };
 
@@ -14,6 +14,7 @@ use super::{
     coverage::Point,
     decide::{Choices, Decision, Input, answer, refuse, send},
     hash::{self, Found},
+    midflow,
     state::{Route, State, Table, ipv4, twin_key},
     wire::{Segment, UDP},
 };
@@ -37,6 +38,8 @@ pub struct Past {
     pub address: u32,
     /// Its SNAT port, network order.
     pub port: u16,
+    /// The backend that did not answer: another one, if there is one; 0: none.
+    pub avoid: u32,
 }
 
 /// Decides about a packet that has no flow.
@@ -57,15 +60,11 @@ pub fn untracked(
         if key.protocol == UDP || opens(segment.flags) {
             return new_flow(state, input, segment, service, past, choices);
         }
-        state.hit(Point::NoFlow);
-        state.because(Reason::NoFlow, service);
-        return Ok(Decision::PASS);
+        return Ok(midflow::segment(state, input, segment, service));
     }
     if let Some(backend) = state.config.dnat_backends.get(&at(key.src, key.src_port)).copied() {
         if state.config.route(key.dst) != Route::NotForwarded {
-            state.hit(Point::ReplyWithoutFlow);
-            let service = state.config.backends.get(&backend).map_or(0, |backend| backend.service);
-            return Ok(refuse(state, Reason::ReplyWithoutFlow, service));
+            return Ok(midflow::reply(state, input, segment, backend));
         }
         state.hit(Point::BackendToHost);
         return Ok(Decision::PASS);
@@ -102,7 +101,8 @@ fn new_flow(
     let service = *service;
     let hash = hash::tuple(state.config.seed, &segment.key);
     let eligible = |backend: u32| backend != 0 && state.config.eligible.get(&backend).copied().unwrap_or(false);
-    let (point, chosen) = match hash::select(hash, &pool.members, &pool.table, eligible) {
+    let avoid = past.map_or(0, |past| past.avoid);
+    let (point, chosen) = match hash::select(hash, &pool.members, &pool.table, avoid, eligible) {
         Found::Own(backend) => (Point::SelectedOwn, backend),
         Found::Next(backend) => (Point::SelectedNext, backend),
         Found::Scan(backend) => (Point::SelectedScan, backend),
@@ -115,26 +115,44 @@ fn new_flow(
     let Some(backend) = state.config.backends.get(&chosen).copied() else {
         return Err(format!("the world has no backend {chosen}"));
     };
-    let plan = Plan { key: segment.key, service, number, chosen, backend, now: input.precise };
+    let plan = Plan { key: segment.key, service, number, chosen, backend, now: input.precise, flags: 0, ack_floor: 0 };
     let (address, port) = match source(state, &plan, past, choices)? {
         Source::Refused(reason) => return Ok(refuse(state, reason, number)),
         Source::Found(address, port) => (address, port),
     };
-    open(state, &plan, address, port);
+    if avoid != 0 && avoid != chosen {
+        state.hit(Point::RetriedElsewhere);
+        state.because(Reason::RetriedElsewhere, number);
+    }
+    if open(state, &plan, address, port) {
+        state.count(plan.number, plan.chosen, |stats| stats.half_opened += 1);
+    }
     Ok(send(state, input, segment, Table::HalfOpen))
 }
 
-struct Plan {
-    key: FlowKeyV4,
-    service: ServiceEntry,
-    number: u32,
-    chosen: u32,
-    backend: BackendEntry,
-    now: u64,
+/// What both entries of a new flow are made of.
+pub struct Plan {
+    /// The client's tuple.
+    pub key: FlowKeyV4,
+    /// Its service.
+    pub service: ServiceEntry,
+    /// Its service's number.
+    pub number: u32,
+    /// Its backend's number.
+    pub chosen: u32,
+    /// Its backend.
+    pub backend: BackendEntry,
+    /// When.
+    pub now: u64,
+    /// Marks beside those that every flow of the service has.
+    pub flags: u16,
+    /// What the client must acknowledge, or has acknowledged.
+    pub ack_floor: u32,
 }
 
 impl Plan {
-    fn reply_key(&self, address: u32, port: u16) -> FlowKeyV4 {
+    /// The key of the replies to this source.
+    pub fn reply_key(&self, address: u32, port: u16) -> FlowKeyV4 {
         let protocol = self.key.protocol;
         FlowKeyV4 {
             src: ipv4(&self.backend.address),
@@ -175,7 +193,7 @@ fn source(state: &mut State, plan: &Plan, past: Option<Past>, choices: &dyn Choi
 
 /// Makes room for a reply's key that leaves no choice of port: entries of the same client, and such as have timed out,
 /// give way. False where another flow has it.
-fn claim_own(state: &mut State, plan: &Plan, reply: &FlowKeyV4) -> bool {
+pub fn claim_own(state: &mut State, plan: &Plan, reply: &FlowKeyV4) -> bool {
     let tables =
         [(Table::HalfOpen, plan.service.half_open_timeout), (Table::Established, plan.service.established_timeout)];
     for (table, timeout) in tables {
@@ -202,9 +220,15 @@ fn claim_own(state: &mut State, plan: &Plan, reply: &FlowKeyV4) -> bool {
 /// TIME_WAIT (it closed first), else after packets under way have died.
 fn rested(plan: &Plan, closing: &FlowV4) -> bool {
     let tcp = closing.key.protocol != UDP;
-    let backend_first = closing.flags & flow_flag::BACKEND_CLOSED_FIRST != 0;
     let full = plan.service.closing_timeout;
-    expired(closing.last_seen, if tcp && !backend_first { full.min(SHORT_REST) } else { full }, plan.now)
+    let long = if tcp {
+        // Of a reset nobody knows whether it was forged: the flow may come back.
+        let marks = flow_flag::BACKEND_CLOSED_FIRST | flow_flag::RESET_BY_CLIENT | flow_flag::RESET_BY_BACKEND;
+        closing.flags & marks != 0
+    } else {
+        closing.flags & flow_flag::ONE_REPLY == 0
+    };
+    expired(closing.last_seen, if long { full } else { full.min(SHORT_REST) }, plan.now)
 }
 
 fn free(state: &State, plan: &Plan, reply: &FlowKeyV4) -> bool {
@@ -299,8 +323,10 @@ fn free_share(state: &State, plan: &Plan, addresses: &[u32]) -> f64 {
     if all == 0 { 0.0 } else { f64::from(free_ones) / f64::from(all) }
 }
 
-/// Both entries of the new flow.
-fn open(state: &mut State, plan: &Plan, address: u32, port: u16) {
+/// Both entries of the new flow; false where it was there already.
+pub fn open(state: &mut State, plan: &Plan, address: u32, port: u16) -> bool {
+    let one_reply = plan.service.flags & service_flag::ONE_REPLY != 0 && plan.key.protocol == UDP;
+    let crossing = plan.service.mode == mode::DNAT && plan.key.protocol != UDP;
     let forward = FlowV4 {
         key: plan.key,
         new_src: address,
@@ -313,6 +339,10 @@ fn open(state: &mut State, plan: &Plan, address: u32, port: u16) {
         state: HALF_OPEN,
         created: plan.now,
         last_seen: plan.now,
+        flags: plan.flags
+            | if crossing { flow_flag::CROSSING } else { 0 }
+            | if one_reply { flow_flag::ONE_REPLY } else { 0 },
+        ack_floor: plan.ack_floor,
         ..FlowV4::default()
     };
     let reply = FlowV4 {
@@ -322,9 +352,20 @@ fn open(state: &mut State, plan: &Plan, address: u32, port: u16) {
         new_src_port: plan.key.dst_port,
         new_dst_port: plan.key.src_port,
         direction: 1,
+        ack_floor: 0,
         ..forward
     };
+    if let Some(known) = state.flow(Table::HalfOpen, &plan.key).copied() {
+        // The tuple has a flow: that goes on, and the new source is given back.
+        state.hit(Point::Joined);
+        if twin_key(&known) != reply.key {
+            state.remove(Table::HalfOpen, &reply.key);
+        } else {
+            state.put(Table::HalfOpen, reply);
+        }
+        return false;
+    }
     state.put(Table::HalfOpen, reply);
     state.put(Table::HalfOpen, forward);
-    state.count(plan.number, plan.chosen, |stats| stats.half_opened += 1);
+    true
 }

@@ -69,13 +69,15 @@ pub struct Decision {
     pub message: bool,
     /// It is an ICMP error, and must leave like this.
     pub error: Option<icmp::Translated>,
+    /// It leaves as a RST to its sender.
+    pub reset: bool,
 }
 
 impl Decision {
     /// To the stack, untouched.
-    pub const PASS: Self = Self { action: Action::Pass, rewrite: None, message: false, error: None };
+    pub const PASS: Self = Self { action: Action::Pass, rewrite: None, message: false, error: None, reset: false };
     /// Gone. What its bytes are does not matter.
-    pub const DROP: Self = Self { action: Action::Drop, rewrite: None, message: false, error: None };
+    pub const DROP: Self = Self { action: Action::Drop, rewrite: None, message: false, error: None, reset: false };
 }
 
 /// What the program chose where it is free to: looked at after it ran, and judged by the model.
@@ -145,7 +147,7 @@ pub fn answer(state: &mut State, input: &Input, reason: Reason, service: u32) ->
     state.hit(Point::Answered);
     state.because(reason, service);
     let action = if input.hook == Hook::Xdp { Action::Transmit } else { Action::Redirect };
-    Decision { action, rewrite: None, message: true, error: None }
+    Decision { action, message: true, ..Decision::PASS }
 }
 
 /// Sends the packet on by an entry.

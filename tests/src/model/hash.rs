@@ -63,8 +63,9 @@ pub enum Found {
     None,
 }
 
-/// The eligible backend of a hash: its Maglev slot, the next ones, then the pool.
-pub fn select(hash: u64, pool: &[u32], table: &[u16], eligible: impl Fn(u32) -> bool) -> Found {
+/// The eligible backend of a hash: its Maglev slot, the next ones, then the pool. `avoid` (0: none) is passed over in the
+/// slots.
+pub fn select(hash: u64, pool: &[u32], table: &[u16], avoid: u32, eligible: impl Fn(u32) -> bool) -> Found {
     if pool.is_empty() || table.is_empty() {
         return Found::None;
     }
@@ -72,7 +73,7 @@ pub fn select(hash: u64, pool: &[u32], table: &[u16], eligible: impl Fn(u32) -> 
     let slot = |step| usize::from(table[((hash % len + step) % len) as usize]);
     for step in 0..=NEXT_SLOTS {
         let backend = pool[slot(step)];
-        if eligible(backend) {
+        if backend != avoid && eligible(backend) {
             return if step == 0 { Found::Own(backend) } else { Found::Next(backend) };
         }
     }
@@ -105,9 +106,11 @@ mod tests {
     #[test]
     fn an_excluded_backend_s_share_goes_to_the_next_slots_then_to_the_pool() {
         let (pool, table) = ([7, 8, 9], [0u16, 0, 1]);
-        assert_eq!(select(0, &pool, &table, |_| true), Found::Own(7));
-        assert_eq!(select(0, &pool, &table, |backend| backend != 7), Found::Next(8));
-        assert_eq!(select(0, &pool, &table, |backend| backend == 9), Found::Scan(9));
-        assert_eq!(select(0, &pool, &table, |_| false), Found::None);
+        assert_eq!(select(0, &pool, &table, 0, |_| true), Found::Own(7));
+        assert_eq!(select(0, &pool, &table, 0, |backend| backend != 7), Found::Next(8));
+        assert_eq!(select(0, &pool, &table, 0, |backend| backend == 9), Found::Scan(9));
+        assert_eq!(select(0, &pool, &table, 0, |_| false), Found::None);
+        assert_eq!(select(0, &pool, &table, 7, |_| true), Found::Next(8));
+        assert_eq!(select(0, &pool, &table, 7, |backend| backend == 7), Found::Scan(7));
     }
 }

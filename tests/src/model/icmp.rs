@@ -12,7 +12,7 @@ use super::{
     coverage::Point,
     decide::{Decision, Input, refuse},
     forward::{Onward, onward},
-    hash::{self, Found},
+    midflow,
     state::{Config, Route, State, TABLES, Table, ipv4, twin_key},
     wire::{self, Ip, TCP, UDP},
 };
@@ -163,18 +163,14 @@ fn assume(state: &mut State, input: &Input, ip: Ip, quote: Quote) -> Decision {
             None => return unmatched(state),
         },
     };
-    let Some((service, pool)) = config.services.get(&number).filter(|(service, _)| service.mode == mode::DNAT) else {
+    let Some((service, _)) = config.services.get(&number).filter(|(service, _)| service.mode == mode::DNAT) else {
         return unmatched(state);
     };
     let client = match named {
         None => reversed(&quoted),
         Some(_) => FlowKeyV4 { dst: ipv4(&service.address), dst_port: service.port, ..quoted },
     };
-    let eligible = |backend: u32| backend != 0 && config.eligible.get(&backend).copied().unwrap_or(false);
-    let chosen = match hash::select(hash::tuple(config.seed, &client), &pool.members, &pool.table, eligible) {
-        Found::Own(backend) | Found::Next(backend) | Found::Scan(backend) => Some(backend),
-        Found::None => None,
-    };
+    let chosen = midflow::choice(state, number, &client, 0);
     let backend = match (chosen, named) {
         (Some(chosen), None) => chosen,
         (Some(chosen), Some(named)) if chosen == named => chosen,

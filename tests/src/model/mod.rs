@@ -29,6 +29,7 @@ pub mod generate;
 pub mod hash;
 pub mod icmp;
 pub mod kernel;
+pub mod midflow;
 pub mod moves;
 pub mod network;
 pub mod run;

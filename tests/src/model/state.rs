@@ -99,6 +99,8 @@ pub struct Config {
     pub established: usize,
     /// Highest next-hop number.
     pub next_hops: u32,
+    /// Clients may be told that their connection is not known.
+    pub answers: bool,
 }
 
 impl Config {

@@ -7,7 +7,7 @@ use edge_common::{
     flow::FlowKeyV4,
     maps::{
         AddressFilter, BackendEntry, CHUNK_BYTES, Chunk, Control, FragmentKey, NEXT_HOPS, NeighbourKey, OwnAddresses,
-        PortSet, SNAT_ADDRESSES, ServiceEntry, ServiceKey, backend_state, interface_flag, mode, name,
+        PortSet, SNAT_ADDRESSES, ServiceEntry, ServiceKey, backend_state, interface_flag, mode, name, service_flag,
     },
 };
 
@@ -64,6 +64,7 @@ pub fn draw(seed: u64, network: &Network) -> World {
     };
     let config = world.start.configure();
     config.seed = [dice.word(), dice.word()];
+    config.answers = dice.chance(75);
     config.generation = 1 + dice.roll(3) as u32;
     config.routes = network.routes();
     config.redirectable = vec![network.uplink, network.pods];
@@ -167,6 +168,7 @@ fn service(world: &mut World, dice: &mut Dice, number: u32, port: u16, protocol:
         established_timeout: dice.pick(&[2, 8, 60, 300]),
         half_open_timeout: dice.pick(&[1, 5, 30]),
         closing_timeout: dice.pick(&[1, 2, 10, 60]),
+        flags: dice.pick(&[0, 0, service_flag::DEDICATED, service_flag::ONE_REPLY]),
         ..ServiceEntry::default()
     };
     world.frontends.push((port, protocol));
@@ -199,6 +201,7 @@ pub fn write(world: &mut World, kernel: &Kernel) -> Result<()> {
     kernel.map(name::NEXT_HOP_CURSOR)?.set(&0u32, &world.start.next_hop_cursor)?;
     write_control(&world.start.config, kernel)?;
     write_filter(&world.start.config, kernel)?;
+    kernel.map(name::ANSWERS_FROM)?.set(&0u32, &u64::from(world.start.config.answers))?;
     let mut chunk = 1;
     for number in 1..SERVICES {
         let mut entry = ServiceEntry::default();
