@@ -35,7 +35,29 @@ pub trait Address: Copy + Eq + Default + Debug + 'static {
 
     /// The keyed hash of a tuple, over the key's bytes, see [`hash`].
     fn tuple_hash(seed: [u64; 2], key: &FlowKey<Self>) -> u64;
+
+    /// A tuple as words: the bytes of its [`FlowKey`], which comparing and hashing take less time with.
+    type Words: Copy + Eq + Default + Debug + 'static;
+
+    /// The words of a tuple.
+    fn words(key: &FlowKey<Self>) -> Self::Words;
+
+    /// True where two tuples are the same, without a branch for each word.
+    fn are_same(one: &Self::Words, other: &Self::Words) -> bool;
+
+    /// True for words that are of no tuple.
+    fn are_none(words: &Self::Words) -> bool;
+
+    /// All words in one; see [`crate::maps::place`].
+    fn mix(words: &Self::Words) -> u64;
+
+    /// What fills a [`crate::maps::Slot`] up to whole cache lines.
+    type SlotPadding: Copy + Eq + Default + Debug + 'static;
 }
+
+/// Odd numbers without a pattern (of xxHash and wyhash), one for each word.
+const SPREAD: [u64; 5] =
+    [0x9e37_79b1_85eb_ca87, 0xd6e8_feb8_6659_fd93, 0xc2b2_ae3d_27d4_eb4f, 0x1656_67b1_9e37_79f9, 0xa076_1d64_78bd_642f];
 
 impl Address for u32 {
     const V6: bool = false;
@@ -69,6 +91,41 @@ impl Address for u32 {
     fn tuple_hash(seed: [u64; 2], key: &FlowKey<Self>) -> u64 {
         hash::tuple_v4(seed, key)
     }
+
+    type Words = [u64; 2];
+
+    #[inline(always)]
+    fn words(key: &FlowKey<Self>) -> [u64; 2] {
+        [pair(key.src, key.dst), rest(key)]
+    }
+
+    #[inline(always)]
+    fn are_same(one: &[u64; 2], other: &[u64; 2]) -> bool {
+        (one[0] ^ other[0]) | (one[1] ^ other[1]) == 0
+    }
+
+    #[inline(always)]
+    fn are_none(words: &[u64; 2]) -> bool {
+        words[1] == 0
+    }
+
+    #[inline(always)]
+    fn mix(words: &[u64; 2]) -> u64 {
+        words[0].wrapping_mul(SPREAD[0]) ^ words[1].wrapping_mul(SPREAD[1])
+    }
+
+    type SlotPadding = [u32; 0];
+}
+
+/// Ports and protocol, as the last bytes of a [`FlowKey`] on the little-endian machines that programs are built for.
+#[inline(always)]
+const fn rest<A>(key: &FlowKey<A>) -> u64 {
+    key.src_port as u64 | (key.dst_port as u64) << 16 | (key.protocol as u64) << 32
+}
+
+#[inline(always)]
+const fn pair(low: u32, high: u32) -> u64 {
+    low as u64 | (high as u64) << 32
 }
 
 impl Address for Wide {
@@ -106,6 +163,36 @@ impl Address for Wide {
     fn tuple_hash(seed: [u64; 2], key: &FlowKey<Self>) -> u64 {
         hash::tuple_v6(seed, key)
     }
+
+    type Words = [u64; 5];
+
+    #[inline(always)]
+    fn words(key: &FlowKey<Self>) -> [u64; 5] {
+        let (src, dst) = (&key.src, &key.dst);
+        [pair(src[0], src[1]), pair(src[2], src[3]), pair(dst[0], dst[1]), pair(dst[2], dst[3]), rest(key)]
+    }
+
+    #[inline(always)]
+    fn are_same(one: &[u64; 5], other: &[u64; 5]) -> bool {
+        let differ = |word: usize| one[word] ^ other[word];
+        differ(0) | differ(1) | differ(2) | differ(3) | differ(4) == 0
+    }
+
+    #[inline(always)]
+    fn are_none(words: &[u64; 5]) -> bool {
+        words[4] == 0
+    }
+
+    #[inline(always)]
+    fn mix(words: &[u64; 5]) -> u64 {
+        words[0].wrapping_mul(SPREAD[0])
+            ^ words[1].wrapping_mul(SPREAD[2])
+            ^ words[2].wrapping_mul(SPREAD[3])
+            ^ words[3].wrapping_mul(SPREAD[4])
+            ^ words[4].wrapping_mul(SPREAD[1])
+    }
+
+    type SlotPadding = [u32; 4];
 }
 
 /// An IPv4 address (network order) as maps hold it.

@@ -32,8 +32,10 @@ pub mod stages;
 
 pub use events::{BackendSignals, DropSample, FlowEnd};
 
+mod cache;
 mod fragment;
 mod icmp;
+pub use cache::*;
 pub use fragment::*;
 pub use icmp::*;
 
@@ -130,6 +132,15 @@ pub mod name {
     /// `Array<u32>`: counters of the IDs that fragmented packets get, by a hash of the address pair.
     pub const FRAGMENT_IDS: &str = "FRAGMENT_IDS";
 
+    /// `Array<CacheSet<u32>>`, mappable: copies of IPv4 flows, see [`super::Slot`].
+    pub const FLOW_CACHE: &str = "FLOW_CACHE";
+    /// As [`FLOW_CACHE`], of IPv6 flows.
+    pub const FLOW_CACHE_V6: &str = "FLOW_CACHE_V6";
+    /// `Array<CacheWindow>` by CPU number, mappable: whose part of the cache is where.
+    pub const CACHE_WINDOWS: &str = "CACHE_WINDOWS";
+    /// `Array<Generations>`, one element, mappable: how often flows of a bucket have changed.
+    pub const FLOW_GENERATIONS: &str = "FLOW_GENERATIONS";
+
     /// `Array<u64>`, one element: from when on unknown connections are told so, ns of CLOCK_MONOTONIC; 0: never. Written by
     /// the daemon only.
     pub const ANSWERS_FROM: &str = "ANSWERS_FROM";
@@ -182,6 +193,10 @@ pub mod name {
         ASSUMED_FLOW_V6,
         FRAGMENTS,
         FRAGMENT_IDS,
+        FLOW_CACHE,
+        FLOW_CACHE_V6,
+        CACHE_WINDOWS,
+        FLOW_GENERATIONS,
         ANSWERS_FROM,
         RESET_PACE,
         PROMOTION_PACE,
@@ -724,5 +739,10 @@ mod pod {
         OwnAddresses,
         FragmentKey,
         Fragment,
+        SlotV4,
+        SlotV6,
+        CacheSet<u32>,
+        CacheSet<Wide>,
+        CacheWindow,
     );
 }

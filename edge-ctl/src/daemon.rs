@@ -508,6 +508,11 @@ impl Daemon {
             if let Err(error) = shared.datapath.end_stale_capture() {
                 warn!(%error, "a capture that nobody reads goes on");
             }
+            match shared.datapath.split_cache() {
+                Ok(None) => {}
+                Ok(Some(cpus)) => tracing::info!(?cpus, "the flow cache is split over the CPUs that receive packets"),
+                Err(error) => warn!(%error, "the flow cache is off"),
+            }
             if let Err(error) = shared.datapath.refresh_snat_ports() {
                 warn!(%error, "the host's own ports are not known");
             }

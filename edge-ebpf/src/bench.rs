@@ -14,64 +14,128 @@ use aya_ebpf::{
     maps::Array,
     programs::{TcContext, XdpContext},
 };
-use edge_common::flow::FlowKeyV4;
+use edge_common::{address::mapped, flow::FlowKeyV4, maps::ServiceKey};
 use edge_ebpf::{
-    maps::{Table, flow},
-    packet::{Packet, SkbPacket, XdpPacket},
+    maps::{Table, add_flow, flow, frontend, scratch},
+    packet::{Packet, SkbPacket, XdpPacket, set_word},
     pipeline,
 };
 use programs::{at_tc, at_xdp};
 
-/// What to write: 56 bytes of frame (54 used), then the runs so far, the flows, the first source address, the first
-/// port (both host order), and 1 where the port that varies is the destination's.
+/// What to write: 80 bytes of frame (54 of IPv4, 74 of IPv6 used), then the runs so far, the flows, the first source address
+/// (of IPv6 its last word), the first port (both host order), 1 where the port that varies is the destination's, and 1 for a
+/// Zipf mix.
 #[repr(C)]
 pub struct Script {
-    frame: [u16; 28],
+    frame: [u16; 40],
     runs: u64,
     flows: u64,
     address: u64,
     port: u64,
     reply: u64,
+    zipf: u64,
 }
 
 #[map]
 static SCRIPT: Array<Script> = Array::with_max_entries(1, 0);
 
-const FRAME: usize = 54;
-const SRC: usize = 26;
-const PORTS: usize = 34;
 /// Ports that an address has before the next one is taken.
 const PORT_BITS: u32 = 14;
 
-/// Writes the headers of the next flow; `None` where the frame or the script is not there.
+/// Source address and ports of the next flow, in network order; `None` where the script is not there.
 #[inline(always)]
-fn write<P: Packet>(packet: &mut P) -> Option<FlowKeyV4> {
+fn next(ports: usize) -> Option<(&'static mut Script, u32, u32)> {
     // SAFETY: an array element that lives for this program run; one benchmark runs at a time.
     let script = unsafe { &mut *SCRIPT.get_ptr_mut(0)? };
     script.runs += 1;
+    let random = script.runs.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let flow = match script.flows {
         0 => script.runs as u32,
+        // The first of the flows get 1, 1/2, 1/4, ... of what each doubling of them gets: Zipf's law with exponent 1.
+        flows if script.zipf != 0 => {
+            let octaves = 64 - flows.leading_zeros() - 1;
+            let octave = ((random >> 40) as u32).wrapping_mul(octaves) >> 24;
+            1 << octave | (random >> 8) as u32 & ((1 << octave) - 1)
+        }
         // Uniform over a power of two.
-        flows => (script.runs.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u32 & (flows as u32 - 1),
+        flows => (random >> 32) as u32 & (flows as u32 - 1),
     };
     let address = (script.address as u32).wrapping_add(flow >> PORT_BITS).to_be();
-    let port = (script.port as u16).wrapping_add(flow as u16 & ((1 << PORT_BITS) - 1)).to_be();
-    let reply = script.reply != 0;
-    let frame = packet.header::<[u16; FRAME / 2]>(0)?;
-    let mut at = 0;
-    while at < FRAME / 2 {
-        frame[at] = script.frame[at];
-        at += 1;
+    let port = u32::from((script.port as u16).wrapping_add(flow as u16 & ((1 << PORT_BITS) - 1)).to_be());
+    let half = |at: usize| u32::from(script.frame[at / 2]);
+    let ports = if script.reply != 0 { half(ports) | port << 16 } else { port | half(ports + 2) << 16 };
+    Some((script, address, ports))
+}
+
+/// Copies words of the script into the frame. Written as they are read later, 32 bits each from the IP header on: a load that
+/// spans two stores waits for both to reach the cache, which a packet from a wire has done long before.
+macro_rules! copy {
+    ($frame:ident, $script:ident, $($at:literal)*) => {
+        $({
+            let word = u32::from($script.frame[$at / 2]) | u32::from($script.frame[$at / 2 + 1]) << 16;
+            set_word::<$at, _>($frame, word);
+        })*
+    };
+}
+
+/// Writes the headers of the next IPv4 flow; `None` where the frame or the script is not there.
+#[inline(always)]
+fn write<P: Packet>(packet: &mut P) -> Option<FlowKeyV4> {
+    let (script, address, ports) = next(34)?;
+    let frame = packet.header::<[u16; 27]>(0)?;
+    copy!(frame, script, 0 4 8);
+    frame[6] = script.frame[6];
+    copy!(frame, script, 14 18 22);
+    set_word::<26, _>(frame, address);
+    copy!(frame, script, 30);
+    set_word::<34, _>(frame, ports);
+    copy!(frame, script, 38 42 46 50);
+    let dst = u32::from(script.frame[15]) | u32::from(script.frame[16]) << 16;
+    Some(FlowKeyV4::new(address, dst, ports as u16, (ports >> 16) as u16, 6))
+}
+
+/// As [`write`], of the next IPv6 flow.
+#[inline(always)]
+fn write6<P: Packet>(packet: &mut P) -> Option<()> {
+    let (script, address, ports) = next(54)?;
+    let frame = packet.header::<[u16; 37]>(0)?;
+    copy!(frame, script, 0 4 8);
+    frame[6] = script.frame[6];
+    copy!(frame, script, 14 18 22 26 30);
+    set_word::<34, _>(frame, address);
+    copy!(frame, script, 38 42 46 50);
+    set_word::<54, _>(frame, ports);
+    copy!(frame, script, 58 62 66 70);
+    Some(())
+}
+
+/// The lookups and inserts of a new full-nat flow, and nothing else: three tables without it, its frontend, both halves, no
+/// conflict in the two other tables, and the entry that sends the packet.
+#[inline(always)]
+fn bare_new_flow(key: &FlowKeyV4) -> Option<()> {
+    // One after the other: the compiler would join two tests of pointers, which the verifier does not allow.
+    if flow(Table::Established, key).is_some()
+        || flow(Table::HalfOpen, key).is_some()
+        || flow(Table::Closing, key).is_some()
+    {
+        return None;
     }
-    frame[SRC / 2] = address as u16;
-    frame[SRC / 2 + 1] = (address >> 16) as u16;
-    if reply {
-        frame[PORTS / 2 + 1] = port;
-    } else {
-        frame[PORTS / 2] = port;
+    let vip = ServiceKey { address: mapped(key.dst), port: key.dst_port, protocol: 6, _pad: 0 };
+    let service = frontend(&vip)?;
+    // The reply's key: the client's address stands for a backend's port and address.
+    let reply = FlowKeyV4::new(key.dst, key.src, key.dst_port, key.src_port, 6);
+    let entry = scratch::empty::<u32>()?;
+    entry.key = reply;
+    entry.service = service;
+    add_flow(Table::HalfOpen, entry).ok()?;
+    if flow(Table::Established, &reply).is_some() || flow(Table::Closing, &reply).is_some() {
+        return None;
     }
-    let dst = u32::from(frame[SRC / 2 + 2]) | u32::from(frame[SRC / 2 + 3]) << 16;
-    Some(FlowKeyV4::new(address, dst, frame[PORTS / 2], frame[PORTS / 2 + 1], 6))
+    let entry = scratch::empty::<u32>()?;
+    entry.key = *key;
+    entry.service = service;
+    add_flow(Table::HalfOpen, entry).ok()?;
+    flow(Table::HalfOpen, key).map(|_| ())
 }
 
 /// The wrapper alone.
@@ -101,6 +165,55 @@ pub fn bench_xdp_lookup(ctx: XdpContext) -> u32 {
         Some(_) => xdp_action::XDP_DROP,
         None => xdp_action::XDP_ABORTED,
     }
+}
+
+/// The wrapper and [`bare_new_flow`].
+#[xdp(frags)]
+pub fn bench_xdp_new(ctx: XdpContext) -> u32 {
+    match write(&mut XdpPacket::new(&ctx)) {
+        Some(key) if bare_new_flow(&key).is_some() => xdp_action::XDP_PASS,
+        Some(_) => xdp_action::XDP_DROP,
+        None => xdp_action::XDP_ABORTED,
+    }
+}
+
+/// The IPv6 wrapper alone.
+#[xdp(frags)]
+pub fn bench_xdp_base6(ctx: XdpContext) -> u32 {
+    match write6(&mut XdpPacket::new(&ctx)) {
+        Some(()) => xdp_action::XDP_PASS,
+        None => xdp_action::XDP_ABORTED,
+    }
+}
+
+/// The IPv6 wrapper and the pipeline.
+#[xdp(frags)]
+pub fn bench_xdp_pipe6(ctx: XdpContext) -> u32 {
+    let mut packet = XdpPacket::new(&ctx);
+    if write6(&mut packet).is_none() {
+        return xdp_action::XDP_ABORTED;
+    }
+    at_xdp(pipeline::run(&mut packet))
+}
+
+/// The IPv6 wrapper alone.
+#[classifier]
+pub fn bench_tc_base6(ctx: TcContext) -> i32 {
+    match write6(&mut SkbPacket::new(&ctx)) {
+        Some(()) => TC_ACT_OK,
+        None => TC_ACT_SHOT,
+    }
+}
+
+/// The IPv6 wrapper and the pipeline.
+#[classifier]
+pub fn bench_tc_pipe6(ctx: TcContext) -> i32 {
+    let mut packet = SkbPacket::new(&ctx);
+    if write6(&mut packet).is_none() {
+        return TC_ACT_SHOT;
+    }
+    let verdict = pipeline::run(&mut packet);
+    at_tc(&packet, verdict)
 }
 
 /// The wrapper alone.

@@ -8,7 +8,7 @@ use edge_common::{
 };
 
 use crate::{
-    events,
+    cache, events,
     family::Family,
     maps::{self, EEXIST, ENOENT, Table, scratch::scratch},
     parse::Parsed,
@@ -28,6 +28,7 @@ pub fn tracked<A: Family>(parsed: &Parsed<A>, place: &mut Table, past: &mut Past
     let key = &parsed.key;
     // By value as well: of a number read back from `place` the verifier knows nothing.
     if let Some(flow) = maps::flow(Table::Established, key) {
+        cache::settle(flow);
         *place = Table::Established;
         return track(parsed, flow, Table::Established, place, past);
     }
@@ -336,6 +337,9 @@ fn close<A: Family>(parsed: &Parsed<A>, flow: &mut Flow<A>, flags: u16, table: T
     let mut alone = false;
     let refused = match maps::flow(table, &twin_key) {
         Some(twin) if twin.twin() == parsed.key => {
+            if table == Table::Established {
+                cache::settle(twin);
+            }
             twin.flags |= flags;
             put_closing(twin)
         }
@@ -443,9 +447,11 @@ pub fn touch<A: Family>(parsed: &Parsed<A>, flow: &mut Flow<A>, now: u64) -> u32
         return touched::TOO_LATE;
     }
     flow.touch_due = next_touch(now, seconds, jitter(&flow.key));
-    if maps::service(flow.service).is_some_and(|service| service.source_packet_rate != 0) {
+    let limited = maps::service(flow.service).is_some_and(|service| service.source_packet_rate != 0);
+    if limited && flow.flags & flow_flag::PACKET_LIMIT == 0 {
         // A limit that came with a reload counts for the flows that it found.
         flow.flags |= flow_flag::PACKET_LIMIT;
+        maps::changed(&flow.key);
     }
     flow.next_hop = 0;
     let twin_key = flow.twin();

@@ -5,19 +5,19 @@ use edge_common::{
     checksum,
     maps::{Flow, FlowV4, FlowV6, stages},
 };
-use network_types::ip::Ipv4Hdr;
 
 use crate::{
     fragment::Pieces,
     icmp::{message::Message, quote::Quote},
-    maps::{self, FlowTables},
-    packet::Packet,
-    parse::{IP, Ipv6Header, ipv6_field},
+    maps::{self, FlowCache, FlowTables},
+    packet::{Packet, set_word},
+    parse::{IP, Ipv4Header, Ipv6Header, ipv4_field, ipv6_field},
+    rewrite::Translation,
     stages::Handover,
 };
 
 /// IPv4 or IPv6, by its type of address.
-pub trait Family: FlowTables + Message + Pieces {
+pub trait Family: FlowTables + FlowCache + Message + Pieces {
     /// Number of the stage that tracks a packet's flow.
     const TRACK: u32;
     /// Number of the stage of packets without a flow.
@@ -45,7 +45,7 @@ pub trait Family: FlowTables + Message + Pieces {
 
     /// Decrements the TTL or hop limit and writes the flow's addresses; false where the packet turned out to be too
     /// short, which parsing excludes.
-    fn rewrite_header<P: Packet>(packet: &mut P, flow: &Flow<Self>) -> bool;
+    fn rewrite_header<P: Packet>(packet: &mut P, flow: &impl Translation<Self>) -> bool;
 }
 
 impl Family for u32 {
@@ -73,15 +73,17 @@ impl Family for u32 {
     }
 
     #[inline(always)]
-    fn rewrite_header<P: Packet>(packet: &mut P, flow: &FlowV4) -> bool {
-        let Some(ip) = packet.header::<Ipv4Hdr>(IP) else {
+    fn rewrite_header<P: Packet>(packet: &mut P, flow: &impl Translation<Self>) -> bool {
+        let Some(ip) = packet.header::<Ipv4Header>(IP) else {
             return false;
         };
-        ip.ttl -= 1;
-        ip.src_addr = flow.new_src.to_ne_bytes();
-        ip.dst_addr = flow.new_dst.to_ne_bytes();
-        let delta = checksum::add(flow.address_delta, checksum::TTL_DECREMENT);
-        ip.check = checksum::apply(u16::from_ne_bytes(ip.check), delta).to_ne_bytes();
+        // The TTL is the first byte of its word, and more than one.
+        ip[ipv4_field::TTL_AND_PROTOCOL] -= u16::from_ne_bytes([1, 0]);
+        let delta = checksum::add(flow.deltas().0, checksum::TTL_DECREMENT);
+        ip[ipv4_field::CHECK] = checksum::apply(ip[ipv4_field::CHECK], delta);
+        let (src, dst) = flow.addresses();
+        set_word::<{ ipv4_field::SRC }, _>(ip, *src);
+        set_word::<{ ipv4_field::DST }, _>(ip, *dst);
         true
     }
 }
@@ -111,15 +113,21 @@ impl Family for Wide {
     }
 
     #[inline(always)]
-    fn rewrite_header<P: Packet>(packet: &mut P, flow: &FlowV6) -> bool {
+    fn rewrite_header<P: Packet>(packet: &mut P, flow: &impl Translation<Self>) -> bool {
         let Some(ip) = packet.header::<Ipv6Header>(IP) else {
             return false;
         };
-        // The hop limit is the second byte of its word.
-        let [next, hops] = ip[ipv6_field::NEXT_AND_HOPS].to_ne_bytes();
-        ip[ipv6_field::NEXT_AND_HOPS] = u16::from_ne_bytes([next, hops - 1]);
-        write(ip, ipv6_field::SRC, &flow.new_src);
-        write(ip, ipv6_field::DST, &flow.new_dst);
+        // The hop limit is the second byte of its word, and more than one.
+        ip[ipv6_field::NEXT_AND_HOPS] -= u16::from_ne_bytes([0, 1]);
+        let (src, dst) = flow.addresses();
+        set_word::<{ 2 * ipv6_field::SRC }, _>(ip, src[0]);
+        set_word::<{ 2 * ipv6_field::SRC + 4 }, _>(ip, src[1]);
+        set_word::<{ 2 * ipv6_field::SRC + 8 }, _>(ip, src[2]);
+        set_word::<{ 2 * ipv6_field::SRC + 12 }, _>(ip, src[3]);
+        set_word::<{ 2 * ipv6_field::DST }, _>(ip, dst[0]);
+        set_word::<{ 2 * ipv6_field::DST + 4 }, _>(ip, dst[1]);
+        set_word::<{ 2 * ipv6_field::DST + 8 }, _>(ip, dst[2]);
+        set_word::<{ 2 * ipv6_field::DST + 12 }, _>(ip, dst[3]);
         true
     }
 }

@@ -2,10 +2,9 @@
 
 use edge_common::{
     conntrack::{due, tcp_flag::SYN, ticks},
-    maps::{Control, Flow, NextHop, capture::side, flow_flag, next_hop_flag},
+    maps::{BYTES_MAX, Control, Flow, NextHop, Slot, capture::side, flow_flag, next_hop_flag, slot_flag},
     verdict::{Action, Question, Reason, Verdict},
 };
-use network_types::eth::EthHdr;
 
 use crate::{
     capture,
@@ -13,18 +12,63 @@ use crate::{
     family::Family,
     fib::{self, resolution},
     maps, mss,
-    packet::Packet,
+    packet::{Packet, set_word},
     parse::Parsed,
     protect, rewrite,
-    stats::{because, count_packet},
+    stats::{because, count_cached, count_packet},
 };
 
 /// The flow had been idle for too long to be one of this packet.
 pub const TOO_LATE: Verdict = Verdict::UNDECIDED;
 
+/// The flow's entry has to be asked; the packet is as it came.
+pub const MISSED: Verdict = Verdict::UNDECIDED;
+
+/// Sends a packet on its way as a good copy of its flow's entry says. Everything unusual is the entry's: [`MISSED`].
+#[inline(always)]
+pub fn cached<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, slot: &mut Slot<A>) -> Verdict {
+    let Some(control) = maps::control() else {
+        return MISSED;
+    };
+    let now = ticks(maps::now());
+    if slot.route_generation != control.route_generation as u16
+        || due(slot.touch_due, now)
+        || slot.bytes >= BYTES_MAX
+        || parsed.ttl <= 1
+        || control.capture_until != 0
+        || slot.service & slot_flag::NO_PAYLOAD_YET != 0 && parsed.has_payload()
+    {
+        return MISSED;
+    }
+    let Some(hop) = maps::next_hop(u32::from(slot.next_hop)) else {
+        return MISSED;
+    };
+    let same = hop.ifindex == packet.ingress();
+    let via_stack = !P::REDIRECTS_ANYWHERE && !same && hop.flags & next_hop_flag::VIA_STACK != 0;
+    if via_stack || hop.vlan != 0 || fib::length(packet, parsed) > hop.mtu as usize {
+        return MISSED;
+    }
+    if !rewrite::apply(packet, parsed, slot) {
+        return because(Reason::Malformed, u32::from(slot.service & slot_flag::SERVICE));
+    }
+    slot.last_seen = now;
+    count_cached(slot, parsed);
+    leave(packet, hop, same, u32::from(slot.service & slot_flag::SERVICE))
+}
+
 /// Sends a packet of an established flow on its way, or answers [`TOO_LATE`].
 #[inline(always)]
 pub fn established<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut Flow<A>) -> Verdict {
+    let before = flow.next_hop;
+    let verdict = by_entry(packet, parsed, flow);
+    if flow.next_hop != before {
+        maps::changed(&parsed.key);
+    }
+    verdict
+}
+
+#[inline(always)]
+fn by_entry<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut Flow<A>) -> Verdict {
     let now = maps::now();
     if due(flow.touch_due, ticks(now)) {
         match conntrack::touch(parsed, flow, now) {
@@ -106,11 +150,18 @@ fn egress<A: Family, P: Packet>(
     if !translate(packet, parsed, flow, now) {
         return because(Reason::Malformed, flow.service);
     }
-    let Some(eth) = packet.header::<EthHdr>(0) else {
-        return because(Reason::Malformed, flow.service);
+    leave(packet, hop, same, flow.service)
+}
+
+#[inline(always)]
+fn leave<P: Packet>(packet: &mut P, hop: &NextHop, same: bool, service: u32) -> Verdict {
+    let Some(addresses) = packet.header::<[u16; 6]>(0) else {
+        return because(Reason::Malformed, service);
     };
-    eth.dst_addr = hop.dst_mac;
-    eth.src_addr = hop.src_mac;
+    let [first, second, third] = maps::link_addresses(hop);
+    set_word::<0, _>(addresses, first);
+    set_word::<4, _>(addresses, second);
+    set_word::<8, _>(addresses, third);
     if same { Verdict::TRANSMIT } else { Verdict::redirect(hop.ifindex) }
 }
 

@@ -73,6 +73,7 @@ pub fn first<A: Family, P: Packet>(packet: &mut P, parsed: &mut Parsed<A>) -> Ve
         return because(Reason::Malformed, 0);
     };
     *parsed = found;
+    parse::sequence(packet, parsed);
     FIRST
 }
 

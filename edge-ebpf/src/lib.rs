@@ -1,9 +1,10 @@
 //! The packet pipeline, generic over the two hooks it runs at. `pipeline` is the place to start reading; all pointer
 //! handling is in `packet`, all map access in `maps`, and no other module holds `unsafe`.
 #![no_std]
-#![feature(core_intrinsics)]
+#![feature(asm_experimental_arch, core_intrinsics)]
 #![allow(internal_features, reason = "32-bit atomic add, which core::sync::atomic does not offer for this target")]
 
+pub mod cache;
 pub mod capture;
 pub mod classify;
 pub mod conntrack;

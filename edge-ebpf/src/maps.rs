@@ -33,8 +33,10 @@ mod midflow;
 pub mod scratch;
 pub mod stages;
 
+mod cache;
 mod fragment;
 mod icmp;
+pub use cache::*;
 pub use fragment::*;
 pub use icmp::*;
 
@@ -180,10 +182,35 @@ pub fn put_closing<A: FlowTables>(flow: &Flow<A>) -> bool {
     A::insert(Table::Closing, flow, u64::from(BPF_ANY)).is_ok()
 }
 
-/// Removes the entry of `key`; false where there was none.
+/// Removes the entry of `key`; false where there was none. Copies of an established one are stale from here on.
 #[inline(always)]
 pub fn remove_flow<A: FlowTables>(table: Table, key: &FlowKey<A>) -> bool {
-    A::delete(table, key).is_ok()
+    let removed = A::delete(table, key).is_ok();
+    if removed && matches!(table, Table::Established) {
+        changed(key);
+    }
+    removed
+}
+
+/// Makes every copy of an established entry stale, after a change that matters to its packets.
+#[inline(never)]
+pub fn changed<A: Address>(key: &FlowKey<A>) -> u32 {
+    next_generation(layout::place_of(key))
+}
+
+/// True where an entry that was looked up under `key` is still there, read after everything that was copied out of it.
+#[inline(always)]
+pub fn still_of<A: Address>(flow: &Flow<A>, key: &FlowKey<A>) -> bool {
+    // SAFETY: an aligned integer field of a live entry; volatile, since another CPU may give the element to another flow.
+    let (ports, protocol, src, dst) = unsafe {
+        (
+            [(&raw const flow.key.src_port).read_volatile(), (&raw const flow.key.dst_port).read_volatile()],
+            (&raw const flow.key.protocol).read_volatile(),
+            (&raw const flow.key.src).read_volatile(),
+            (&raw const flow.key.dst).read_volatile(),
+        )
+    };
+    ports == [key.src_port, key.dst_port] && protocol == key.protocol && src == key.src && dst == key.dst
 }
 
 /// The service number of a frontend.
@@ -260,6 +287,15 @@ pub fn selection_u16(chunk: u32, index: u32) -> Option<u16> {
 pub fn next_hop(number: u32) -> Option<&'static mut NextHop> {
     // SAFETY: an array element; see the module's text on other CPUs.
     NEXT_HOPS.get_ptr_mut(number).map(|hop| unsafe { &mut *hop })
+}
+
+/// Destination and source MAC of a next hop, as they stand one after the other in a frame.
+#[inline(always)]
+pub fn link_addresses(hop: &NextHop) -> [u32; 3] {
+    const DST: usize = core::mem::offset_of!(NextHop, dst_mac);
+    const { assert!(DST % 4 == 0 && core::mem::offset_of!(NextHop, src_mac) == DST + 6) };
+    // SAFETY: twelve bytes inside the element, integers, aligned as asserted.
+    unsafe { (&raw const *hop).byte_add(DST).cast::<[u32; 3]>().read() }
 }
 
 /// The number of a neighbour's next hop.

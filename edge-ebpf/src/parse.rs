@@ -7,7 +7,10 @@ use edge_common::{
 };
 use network_types::{eth::EthHdr, ip::Ipv4Hdr, tcp::TcpHdr, udp::UdpHdr};
 
-use crate::{family::Family, packet::Packet};
+use crate::{
+    family::Family,
+    packet::{Packet, word},
+};
 
 /// Bytes that may hold headers: Ethernet, IPv4 with all options, TCP without.
 pub const HEADERS: usize = EthHdr::LEN + 60 + TcpHdr::LEN;
@@ -65,9 +68,9 @@ impl Ip<u32> {
 pub struct Parsed<A> {
     /// Its tuple.
     pub key: FlowKey<A>,
-    /// TCP sequence number, host order.
+    /// TCP sequence number, host order; from [`sequence`] on.
     pub seq: u32,
-    /// TCP acknowledgement number, host order.
+    /// TCP acknowledgement number, host order; as above.
     pub ack: u32,
     /// Length from the IP header on, bytes, as the header says.
     pub total_len: u32,
@@ -117,20 +120,43 @@ pub fn ether_type<P: Packet>(packet: &mut P) -> Option<u16> {
 /// The IPv4 header, or `None` where it is cut short or none: the stack's business, whoever it is for.
 #[inline(always)]
 pub fn ipv4<P: Packet>(packet: &mut P) -> Option<Ip<u32>> {
-    let ip = packet.header::<Ipv4Hdr>(IP)?;
-    if ip.vihl >> 4 != 4 {
+    let ip = packet.header::<Ipv4Header>(IP)?;
+    let [version, tos] = ip[ipv4_field::VERSION].to_ne_bytes();
+    if version >> 4 != 4 {
         return None;
     }
+    let [ttl, protocol] = ip[ipv4_field::TTL_AND_PROTOCOL].to_ne_bytes();
     Some(Ip {
-        src: u32::from_ne_bytes(ip.src_addr),
-        dst: u32::from_ne_bytes(ip.dst_addr),
-        protocol: ip.proto,
-        ttl: ip.ttl,
-        tos: ip.tos,
-        header_len: u16::from((ip.vihl & 0xf) << 2),
-        total_len: u32::from(u16::from_be_bytes(ip.tot_len)),
-        fragment: u16::from_be_bytes(ip.frags),
+        src: word::<{ ipv4_field::SRC }, _>(ip),
+        dst: word::<{ ipv4_field::DST }, _>(ip),
+        protocol,
+        ttl,
+        tos,
+        header_len: u16::from((version & 0xf) << 2),
+        total_len: u32::from(u16::from_be(ip[ipv4_field::LENGTH])),
+        fragment: u16::from_be(ip[ipv4_field::FRAGMENT]),
     })
+}
+
+/// The IPv4 header without options as 16-bit words, network order: all that its alignment in a frame allows.
+pub type Ipv4Header = [u16; Ipv4Hdr::LEN / 2];
+
+/// Words of an [`Ipv4Header`], and the addresses' offsets in bytes.
+pub mod ipv4_field {
+    /// Version and header length, then type of service.
+    pub const VERSION: usize = 0;
+    /// Total length.
+    pub const LENGTH: usize = 1;
+    /// Flags and fragment offset.
+    pub const FRAGMENT: usize = 3;
+    /// Time to live, then protocol.
+    pub const TTL_AND_PROTOCOL: usize = 4;
+    /// Header checksum.
+    pub const CHECK: usize = 5;
+    /// Source address, bytes.
+    pub const SRC: usize = 12;
+    /// Destination address, bytes.
+    pub const DST: usize = 16;
 }
 
 /// The IPv6 header as 16-bit words, network order: all that its alignment in a frame allows.
@@ -160,8 +186,18 @@ pub fn ipv6<P: Packet>(packet: &mut P) -> Option<Ip<Wide>> {
     }
     let [protocol, ttl] = ip[ipv6_field::NEXT_AND_HOPS].to_ne_bytes();
     Some(Ip {
-        src: address(ip, ipv6_field::SRC),
-        dst: address(ip, ipv6_field::DST),
+        src: [
+            word::<{ 2 * ipv6_field::SRC }, _>(ip),
+            word::<{ 2 * ipv6_field::SRC + 4 }, _>(ip),
+            word::<{ 2 * ipv6_field::SRC + 8 }, _>(ip),
+            word::<{ 2 * ipv6_field::SRC + 12 }, _>(ip),
+        ],
+        dst: [
+            word::<{ 2 * ipv6_field::DST }, _>(ip),
+            word::<{ 2 * ipv6_field::DST + 4 }, _>(ip),
+            word::<{ 2 * ipv6_field::DST + 8 }, _>(ip),
+            word::<{ 2 * ipv6_field::DST + 12 }, _>(ip),
+        ],
         protocol,
         ttl,
         tos: (version >> 4) as u8,
@@ -211,31 +247,37 @@ pub fn transport<A: Family, P: Packet>(packet: &mut P, ip: &Ip<A>) -> Option<Par
         lacks_checksum: false,
     };
     if ip.protocol == TCP {
-        let tcp = packet.header::<[u8; TcpHdr::LEN]>(IP + header_len)?;
-        parsed.l4_len = (tcp[12] >> 4) << 2;
+        let tcp = packet.header::<TcpHeader>(IP + header_len)?;
+        let [offset, flags] = tcp[6].to_ne_bytes();
+        parsed.l4_len = (offset >> 4) << 2;
         if usize::from(parsed.l4_len) < TcpHdr::LEN {
             return None;
         }
-        parsed.key.src_port = word(tcp, 0);
-        parsed.key.dst_port = word(tcp, 2);
-        parsed.seq = long(tcp, 4);
-        parsed.ack = long(tcp, 8);
-        parsed.flags = tcp[13];
+        let ports = word::<0, _>(tcp);
+        parsed.key.src_port = ports as u16;
+        parsed.key.dst_port = (ports >> 16) as u16;
+        parsed.flags = flags;
     } else {
-        let udp = packet.header::<UdpHdr>(IP + header_len)?;
-        parsed.key.src_port = u16::from_ne_bytes(udp.src);
-        parsed.key.dst_port = u16::from_ne_bytes(udp.dst);
-        parsed.lacks_checksum = A::V6 && udp.check == [0; 2];
+        let udp = packet.header::<[u16; UdpHdr::LEN / 2]>(IP + header_len)?;
+        let ports = word::<0, _>(udp);
+        parsed.key.src_port = ports as u16;
+        parsed.key.dst_port = (ports >> 16) as u16;
+        parsed.lacks_checksum = A::V6 && udp[3] == 0;
     }
     (usize::from(parsed.l4_len) <= payload).then_some(parsed)
 }
 
-#[inline(always)]
-fn word(bytes: &[u8; TcpHdr::LEN], at: usize) -> u16 {
-    u16::from_ne_bytes([bytes[at], bytes[at + 1]])
-}
+/// The TCP header without options as 16-bit words, network order.
+type TcpHeader = [u16; TcpHdr::LEN / 2];
 
+/// The numbers of a TCP packet, which only packets that may change their flow's state need.
 #[inline(always)]
-fn long(bytes: &[u8; TcpHdr::LEN], at: usize) -> u32 {
-    u32::from_be_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+pub fn sequence<A: Family, P: Packet>(packet: &mut P, parsed: &mut Parsed<A>) {
+    if parsed.key.protocol != TCP {
+        return;
+    }
+    if let Some(tcp) = packet.header::<TcpHeader>(parsed.l4()) {
+        parsed.seq = u32::from_be(word::<4, _>(tcp));
+        parsed.ack = u32::from_be(word::<8, _>(tcp));
+    }
 }

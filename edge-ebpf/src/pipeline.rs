@@ -1,22 +1,22 @@
-//! The entry program of each hook, and the stage that is an IPv6 packet's entry. An established packet takes its first five
-//! lines and one hash lookup, and leaves from here; what may change a flow's state, or has none, goes on in `stages`, by a
-//! tail call.
+//! The entry program of each hook, and the stage that is an IPv6 packet's entry. An established packet leaves from here: by
+//! its flow's slot in the cache without a hash lookup, else by the flow's entry with one. What may change a flow's state, or
+//! has none, goes on in `stages`, by a tail call.
 
 use edge_common::{
     address::{Address, Wide},
     conntrack::tcp_flag::{FIN, RST, SYN},
     flow::{TCP, UDP},
     icmp::{ICMP, ICMPV6},
-    maps::stages::IPV6,
+    maps::{place, stages::IPV6},
     verdict::{Reason, Verdict},
 };
 use network_types::eth::EtherType;
 
 use crate::{
-    events,
+    cache, events,
     extensions::{self, Upper},
     family::Family,
-    forward::{self, TOO_LATE},
+    forward::{self, MISSED, TOO_LATE},
     maps::{self, Table},
     packet::Packet,
     parse::{self, Ip},
@@ -97,19 +97,29 @@ fn serve<A: Family, P: Packet>(packet: &mut P, ip: &Ip<A>, side: Side) -> Verdic
     let Some(parsed) = parse::transport(packet, ip) else {
         return because(Reason::Malformed, 0);
     };
-    if parsed.flags & (SYN | FIN | RST) == 0
-        && !parsed.lacks_checksum
-        && let Some(flow) = maps::flow(Table::Established, &parsed.key)
-    {
-        let verdict = forward::established(packet, &parsed, flow);
-        if verdict.is_sent() {
-            return verdict;
+    if parsed.flags & (SYN | FIN | RST) == 0 && !parsed.lacks_checksum {
+        let words = A::words(&parsed.key);
+        let place = place::<A>(&words);
+        if let Some(slot) = cache::find(&words, place) {
+            let verdict = forward::cached(packet, &parsed, slot);
+            if verdict != MISSED {
+                return verdict;
+            }
         }
-        if verdict.question().is_some() {
-            return stages::question(packet, parsed, side, verdict);
-        }
-        if verdict != TOO_LATE {
-            return events::sampled(&parsed, verdict);
+        let generation = maps::generation_first(place);
+        if let Some(flow) = maps::flow(Table::Established, &parsed.key) {
+            cache::settle(flow);
+            let verdict = forward::established(packet, &parsed, flow);
+            if verdict.is_sent() {
+                cache::fill(&parsed.key, flow, generation);
+                return verdict;
+            }
+            if verdict.question().is_some() {
+                return stages::question(packet, parsed, side, verdict);
+            }
+            if verdict != TOO_LATE {
+                return events::sampled(&parsed, verdict);
+            }
         }
     }
     stages::begin(packet, parsed, side)

@@ -16,7 +16,7 @@ use crate::{
     maps::{self, Table},
     midflow,
     packet::Packet,
-    parse::Parsed,
+    parse::{self, Parsed},
     pipeline::{Side, prefilter},
     protect,
     stats::because,
@@ -83,11 +83,12 @@ pub fn fragment<A: Family, P: Packet>(packet: &mut P) -> Verdict {
 }
 
 #[inline(always)]
-fn hand_over<A: Family, P: Packet>(_packet: &P, parsed: Parsed<A>, side: Side, question: Verdict) -> bool {
+fn hand_over<A: Family, P: Packet>(packet: &mut P, parsed: Parsed<A>, side: Side, question: Verdict) -> bool {
     match A::handover(P::HOOK) {
         Some(room) => {
             room.parsed = parsed;
             room.begin(side, 0, question);
+            parse::sequence(packet, &mut room.parsed);
             true
         }
         None => false,

@@ -2,7 +2,7 @@
 
 use edge_common::{
     conntrack::Direction,
-    maps::{Flow, ServiceStats, events::is_sampled, notice},
+    maps::{Flow, ServiceStats, Slot, events::is_sampled, notice, slot_flag},
     verdict::{REASONS, Reason, Verdict},
 };
 
@@ -38,6 +38,26 @@ pub fn count_packet<A: Family>(flow: &mut Flow<A>, parsed: &Parsed<A>) {
         if flow.first_byte_after == 0 && parsed.has_payload() {
             events::first_byte(flow);
         }
+        update(service, backend, |stats| {
+            stats.packets_out += 1;
+            stats.bytes_out += bytes;
+        });
+    }
+}
+
+/// Counts a packet that a slot served.
+#[inline(always)]
+pub fn count_cached<A: Family>(slot: &mut Slot<A>, parsed: &Parsed<A>) {
+    slot.packets += 1;
+    slot.bytes += parsed.total_len;
+    let bytes = u64::from(parsed.total_len);
+    let (service, backend) = (u32::from(slot.service & slot_flag::SERVICE), u32::from(slot.backend));
+    if slot.service & slot_flag::REPLY == 0 {
+        update(service, backend, |stats| {
+            stats.packets_in += 1;
+            stats.bytes_in += bytes;
+        });
+    } else {
         update(service, backend, |stats| {
             stats.packets_out += 1;
             stats.bytes_out += bytes;

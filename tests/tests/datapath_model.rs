@@ -3,11 +3,15 @@
 
 use std::io::Write;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use edge_common::verdict::Reason;
+use edge_ctl::datapath::object::EBPF_OBJECT;
 use edge_tests::{
     datapath::rig::Hook,
-    model::{dice::fresh, run::fuzz},
+    model::{
+        dice::fresh,
+        run::{CACHES, fuzz, fuzz_object},
+    },
     skip::{count, namespaces_missing, skipped},
 };
 
@@ -52,6 +56,15 @@ fn compare(name: &str, hook: Hook) -> Result<()> {
     let surprising: Vec<&str> =
         missed.iter().filter(|reason| !unreachable.contains(reason)).map(|reason| reason.name()).collect();
     assert!(surprising.is_empty(), "reasons that no packet met: {surprising:?}");
+
+    // What the cache serves is what the tables would have served: the same packets, with one of two slots and with none.
+    ensure!(fixed.cached > fixed.packets / 100, "the cache served {} packets only", fixed.cached);
+    for cache in CACHES.into_iter().skip(1) {
+        let packets = count(&format!("{hook:?} packets, {cache} sets"), 200_000, 5_000_000) as u64;
+        let other = fuzz_object(EBPF_OBJECT, hook, FIXED, packets, cache)?;
+        say(&format!("{hook:?}, seed {FIXED:#x}, {cache} sets of the flow cache: {other}"));
+        ensure!((other.cached == 0) == (cache == 0), "{} packets served by a cache of {cache} sets", other.cached);
+    }
 
     let seed = seed_of_the_day()?;
     say(&format!("{hook:?}, fresh seed {seed:#x}"));

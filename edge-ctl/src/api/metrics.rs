@@ -333,6 +333,15 @@ static METRICS: &[Metric] = &[
     ),
     gauge("map_max_entries", "Capacity", |s| of_maps(s, |row| u64::from(row.max_entries))),
     gauge("map_memory", "Kernel memory", |s| of_maps(s, |row| row.memory)).bytes(),
+    counter("flow_cache_hits", "Packets of established flows that the flow cache served", |s| {
+        cached(s, |row| row.hits)
+    }),
+    counter("flow_cache_misses", "Packets of established flows that asked the flow tables", |s| {
+        cached(s, |row| row.misses)
+    }),
+    counter("flow_cache_displaced", "Slots of the flow cache given to another flow", |s| {
+        cached(s, |row| row.displaced)
+    }),
     gauge("xdp_attached", "1 while the program is attached", |s| {
         let labels = |row: &XdpRow| vec![("interface", row.interface.clone()), ("hook", row.hook.clone())];
         let attached = |row: &XdpRow| u64::from(row.state == "attached" || row.state == "adopted");
@@ -342,6 +351,10 @@ static METRICS: &[Metric] = &[
         s.errors.iter().map(|(view, failed)| (vec![("view", (*view).to_owned())], *failed)).collect()
     }),
 ];
+
+fn cached(sampled: &Sampled, of: fn(&MapRow) -> Option<u64>) -> Samples {
+    sampled.maps.iter().filter_map(|row| Some((Vec::new(), of(row)?))).collect()
+}
 
 fn micros(milliseconds: f64) -> u64 {
     (milliseconds * 1000.0).round() as u64

@@ -443,6 +443,9 @@ pub(super) static MAPS: View = View {
         column("FILL", "fill", Show::RowRight(fill)),
         column("COUNTED", "counted", Show::RowRight(counted)),
         column("MEMORY", "memory", Show::Bytes),
+        wide("HITS", "hits", Show::Number),
+        wide("MISSES", "misses", Show::Number),
+        wide("DISPLACED", "displaced", Show::Number),
         wide("PIN", "pin", Show::Text),
     ],
 };

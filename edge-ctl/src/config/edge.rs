@@ -2,6 +2,8 @@
 
 use std::{collections::BTreeSet, net::SocketAddr, path::PathBuf};
 
+use edge_common::maps::CACHE_BYTES_MIN;
+
 use super::{
     read::Section,
     valid::{Edge, Hook, Tables},
@@ -117,11 +119,28 @@ fn tables(section: &Section<'_>) -> Tables {
         established_v6: entries("established_v6", defaults.established_v6),
         half_open_v6: entries("half_open_v6", defaults.half_open_v6),
         closing_v6: entries("closing_v6", defaults.closing_v6),
+        cache: tables.parse("cache", CACHE, memory).map_or(defaults.cache, |cache| cache.value),
         backends: tables.integer("backends", SMALLEST_TABLE..=MOST_BACKENDS).unwrap_or(defaults.backends),
         selection: tables.integer("selection", SMALLEST_TABLE..=MOST_CHUNKS).unwrap_or(defaults.selection),
     };
     tables.finish();
     read
+}
+
+const CACHE: &str = "\"0\", or memory from \"4KiB\" to \"64GiB\"";
+
+/// Bytes from a number with a unit.
+fn memory(text: &str) -> Result<u64, String> {
+    if text == "0" {
+        return Ok(0);
+    }
+    let (number, shift) = [("KiB", 10), ("MiB", 20), ("GiB", 30)]
+        .into_iter()
+        .find_map(|(unit, shift)| Some((text.strip_suffix(unit)?, shift)))
+        .ok_or("no unit: KiB, MiB or GiB")?;
+    let number: u64 = number.trim_end().parse().map_err(|_| "not a whole number".to_owned())?;
+    let bytes = number.checked_mul(1 << shift).filter(|bytes| (CACHE_BYTES_MIN..=64 << 30).contains(bytes));
+    bytes.ok_or_else(|| "out of range".to_owned())
 }
 
 /// `[api] http`; the default is on, on the loopback address only.

@@ -2,6 +2,7 @@
 //! layouts of `edge_common::maps`.
 
 use edge_common::{
+    address::Wide,
     flow::{FlowKeyV4, FlowKeyV6},
     maps::{self, name},
 };
@@ -72,6 +73,9 @@ fn one(name: &str, tables: &Tables, cpus: u32) -> (u32, u64) {
             (maps::FRAGMENT_ENTRIES, hash::<maps::FragmentKey, maps::Fragment>(maps::FRAGMENT_ENTRIES, cpus))
         }
         name::FRAGMENT_IDS => (maps::FRAGMENT_COUNTERS, array::<u32>(maps::FRAGMENT_COUNTERS)),
+        name::FLOW_CACHE | name::FLOW_CACHE_V6 => cache(name, tables),
+        name::CACHE_WINDOWS => (maps::CACHE_CPUS, array::<maps::CacheWindow>(maps::CACHE_CPUS)),
+        name::FLOW_GENERATIONS => (1, array::<maps::Generations>(1)),
         name::ASSUMED_FLOW => (1, per_cpu::<maps::FlowV4>(1, cpus)),
         name::ANSWERS_FROM => (1, 8),
         name::RESET_PACE | name::PROMOTION_PACE => (1, per_cpu::<u64>(1, cpus)),
@@ -98,6 +102,17 @@ fn hash<K, V>(entries: u32, cpus: u32) -> u64 {
     let element = HASH_ELEMENT + round8(size_of::<K>()) + round8(size_of::<V>());
     let buckets = u64::from(entries).next_power_of_two();
     (u64::from(entries) + u64::from(cpus)) * element + buckets * BUCKET
+}
+
+/// Sets of a cache, whole pages of them.
+fn cache(name: &str, tables: &Tables) -> (u32, u64) {
+    let [v4, v6] = tables.cache_sets();
+    let (sets, set) = if name == maps::name::FLOW_CACHE {
+        (v4, size_of::<maps::CacheSet<u32>>())
+    } else {
+        (v6, size_of::<maps::CacheSet<Wide>>())
+    };
+    (sets.max(1), (u64::from(sets.max(1)) * set as u64).next_multiple_of(4096))
 }
 
 /// A trie at its fullest, `struct lpm_trie_node`: not preallocated, and as many branches as entries.

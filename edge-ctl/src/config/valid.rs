@@ -79,10 +79,30 @@ pub struct Tables {
     pub half_open_v6: u32,
     /// As `closing`, of IPv6 flows.
     pub closing_v6: u32,
+    /// Memory of the flow cache, bytes; 0: none.
+    pub cache: u64,
     /// Backends of all services, counted for each listen address.
     pub backends: u32,
     /// Chunks of selection tables: 128 slots each, and one or two more for each pool.
     pub selection: u32,
+}
+
+impl Tables {
+    /// Sets of the flow cache of each family, IPv4 first: its memory in proportion to what their established flows take.
+    pub fn cache_sets(&self) -> [u32; 2] {
+        use edge_common::{
+            address::Wide,
+            maps::{CACHE_BYTES_MIN, CacheSet},
+        };
+        if self.cache < CACHE_BYTES_MIN {
+            return [0, 0];
+        }
+        let (v4, v6) = (size_of::<CacheSet<u32>>() as u64, size_of::<CacheSet<Wide>>() as u64);
+        let (weight, other) = (u64::from(self.established) * v4, u64::from(self.established_v6) * v6);
+        let share = u128::from(self.cache) * u128::from(weight) / u128::from((weight + other).max(1));
+        let of_v4 = u64::try_from(share).unwrap_or(self.cache).min(self.cache);
+        [of_v4 / v4, (self.cache - of_v4) / v6].map(|sets| u32::try_from(sets).unwrap_or(u32::MAX))
+    }
 }
 
 impl Default for Tables {
@@ -95,6 +115,7 @@ impl Default for Tables {
             established_v6: maps::ESTABLISHED_V6_ENTRIES,
             half_open_v6: maps::HALF_OPEN_V6_ENTRIES,
             closing_v6: maps::CLOSING_V6_ENTRIES,
+            cache: maps::CACHE_BYTES,
             backends: maps::BACKENDS,
             selection: maps::SELECTION_CHUNKS,
         }

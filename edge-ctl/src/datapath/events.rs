@@ -20,6 +20,7 @@ use edge_common::{
 };
 
 use super::{
+    cache::FlowCache,
     pins::{Pins, open},
     sys::{from_bytes, monotonic_ns},
     tables::{Tables, label_text, per_cpu},
@@ -53,6 +54,7 @@ impl Event {
 pub struct EventsReader {
     ring: RingBuf<MapData>,
     tables: Tables,
+    cache: FlowCache,
 }
 
 impl EventsReader {
@@ -61,7 +63,7 @@ impl EventsReader {
     /// # Errors
     /// Where one is missing.
     pub fn open(pins: &Pins) -> Result<Self, PortError> {
-        Ok(Self { ring: open(pins, name::EVENTS)?, tables: Tables::open(pins)? })
+        Ok(Self { ring: open(pins, name::EVENTS)?, tables: Tables::open(pins)?, cache: FlowCache::read(pins)? })
     }
 
     /// Waits until there is a record, or until `timeout` has passed.
@@ -76,7 +78,10 @@ impl EventsReader {
     pub fn take(&mut self) -> Option<Event> {
         loop {
             let item = self.ring.next()?;
-            if let Some(event) = Event::parse(&item) {
+            if let Some(mut event) = Event::parse(&item) {
+                if let Event::End(record) = &mut event {
+                    self.cache.complete(record);
+                }
                 return Some(event);
             }
         }

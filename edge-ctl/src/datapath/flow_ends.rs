@@ -13,6 +13,7 @@ use edge_common::{
 };
 
 use super::{
+    cache::FlowCache,
     pins::{Pins, open},
     sweep::{Ended, FORWARD, add, end},
     sys::{Cursor, from_bytes},
@@ -63,6 +64,7 @@ pub struct FlowEnder {
     half_open: HashMap<MapData, FlowKeyV4, FlowV4>,
     service_expired: Array<MapData, u64>,
     backend_expired: Array<MapData, u64>,
+    cache: FlowCache,
     ended: Vec<FlowEnd>,
 }
 
@@ -78,6 +80,7 @@ impl FlowEnder {
             half_open: open(pins, name::HALF_OPEN)?,
             service_expired: open(pins, name::SERVICE_EXPIRED)?,
             backend_expired: open(pins, name::BACKEND_EXPIRED)?,
+            cache: FlowCache::open(pins)?,
             ended: Vec::new(),
         })
     }
@@ -122,8 +125,9 @@ impl FlowEnder {
                 continue;
             }
             let mut record = FlowEnd::default();
-            let map = if counts { &mut self.established } else { &mut self.half_open };
-            if end(map, &flow, |_| true, &mut record)? != Ended::Flow {
+            let (map, cache) =
+                if counts { (&mut self.established, Some(&self.cache)) } else { (&mut self.half_open, None) };
+            if end(map, cache, &flow, |_| true, &mut record)? != Ended::Flow {
                 continue;
             }
             walk.ended += 1;

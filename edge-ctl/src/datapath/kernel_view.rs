@@ -7,9 +7,9 @@ use edge_common::{
     address::{Address, Wide},
     flow::{FlowKey, FlowKeyV4, FlowKeyV6},
     maps::{
-        AddressFilter, BackendEntry, Control, Flow, FlowV4, FlowV6, NeighbourKey, NextHop, PortSet, RANGE_PREFIX,
-        RangeSource, ServiceEntry, ServiceKey, ServiceStats, SourceId, SourceKey, SourceRange, SourceUse, balance,
-        mode, name, range_action,
+        AddressFilter, BackendEntry, CacheWindow, Control, Flow, FlowV4, FlowV6, NeighbourKey, NextHop, PortSet,
+        RANGE_PREFIX, RangeSource, ServiceEntry, ServiceKey, ServiceStats, Slot, SourceId, SourceKey, SourceRange,
+        SourceUse, balance, mode, name, range_action,
     },
     verdict::{REASONS, Reason},
 };
@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 
 use super::{
     attach::{TC_PROGRAM, XDP_PROGRAM},
+    cache::{CpuCache, FlowCache, Part},
     interfaces,
     pins::{self, Pins},
     sys::{self, Cursor, from_bytes, monotonic_ns},
@@ -47,6 +48,7 @@ pub struct Counted(pub Option<(u64, u64)>);
 pub struct KernelView {
     pins: Pins,
     tables: Tables,
+    cache: FlowCache,
 }
 
 impl KernelView {
@@ -75,7 +77,7 @@ impl KernelView {
     /// # Errors
     /// Where one is missing or may not be read.
     pub fn from_pins(pins: Pins) -> Result<Self, PortError> {
-        Ok(Self { tables: Tables::open(&pins)?, pins })
+        Ok(Self { tables: Tables::open(&pins)?, cache: FlowCache::read(&pins)?, pins })
     }
 
     /// The maps.
@@ -212,7 +214,7 @@ impl KernelView {
         Ok(rows)
     }
 
-    fn add_flow_rows<A: Address>(
+    fn add_flow_rows<A: Part>(
         &self,
         table: &str,
         state: &str,
@@ -222,21 +224,31 @@ impl KernelView {
     where
         FlowKey<A>: aya::Pod,
         Flow<A>: aya::Pod,
+        Slot<A>: aya::Pod,
     {
         let reader = self.tables.reader(table)?;
         let mut cursor = Cursor::default();
         while !cursor.is_finished() && rows.len() < wanted.limit {
             for (_, value) in reader.page(&mut cursor, PAGE)?.iter(reader.shape) {
-                let Some(flow) = from_bytes::<Flow<A>>(value) else { continue };
+                let Some(mut flow) = from_bytes::<Flow<A>>(value) else { continue };
                 let label = wanted.labels.get(&flow.service).cloned().unwrap_or_else(|| "-".to_owned());
                 let is_wanted = flow.direction == FORWARD && wanted.service.is_none_or(|wanted| wanted == label);
                 if is_wanted && rows.len() < wanted.limit {
-                    let twin = self.tables.lookup::<FlowKey<A>, Flow<A>>(table, &flow.twin())?.unwrap_or_default();
+                    let mut twin = self.tables.lookup::<FlowKey<A>, Flow<A>>(table, &flow.twin())?.unwrap_or_default();
+                    if state == "established" {
+                        self.cache.tell(&mut flow);
+                        self.cache.tell(&mut twin);
+                    }
                     rows.push(flow_row(label, state, &flow, &twin, wanted.now));
                 }
             }
         }
         Ok(())
+    }
+
+    /// The flow cache, CPU by CPU.
+    pub fn cache(&self) -> Vec<CpuCache> {
+        self.cache.cpus()
     }
 
     /// One row for each map, in the order of the pipeline, every entry counted now.
@@ -254,6 +266,10 @@ impl KernelView {
     /// Where a map cannot be read.
     pub fn map_rows_with(&self, known: impl Fn(&str) -> Option<Counted>) -> Result<Vec<MapRow>, PortError> {
         let mut rows = Vec::new();
+        let cpus = self.cache();
+        let cached = |map: &str, of: fn(&CpuCache) -> u64| {
+            (map == name::CACHE_WINDOWS).then(|| cpus.iter().map(of).fold(0, u64::wrapping_add))
+        };
         for map in name::ALL.iter().copied().chain(name::DAEMON) {
             let data = self.tables.reader(map)?.data();
             let error = |error: aya::maps::MapError| PortError::new(format!("map {map}"), pins::chain(&error));
@@ -276,6 +292,9 @@ impl KernelView {
                 entries,
                 counted,
                 memory: memory(data).unwrap_or(0),
+                hits: cached(map, |cpu| cpu.hits),
+                misses: cached(map, |cpu| cpu.misses),
+                displaced: cached(map, |cpu| cpu.displaced),
                 pin: self.pins.map(map).display().to_string(),
             });
         }
@@ -555,6 +574,18 @@ fn value_text(map: &str, value: &[u8], cpus: usize) -> String {
             format!("eligible={eligible} weight={}", weight_of(word))
         }),
         name::NEXT_HOPS => from_bytes::<NextHop>(value).map(|hop| next_hop_text(&hop)),
+        name::CACHE_WINDOWS => from_bytes::<CacheWindow>(value).map(|window| {
+            let CacheWindow { v4, v6, hits, misses, displaced, told, .. } = window;
+            format!(
+                "sets={} sets_v6={} hits={hits} misses={misses} displaced={displaced} told={told}",
+                v4 >> 32,
+                v6 >> 32
+            )
+        }),
+        name::FLOW_GENERATIONS => {
+            let changes = value.as_chunks::<4>().0.iter().map(|bucket| u64::from(u32::from_ne_bytes(*bucket)));
+            Some(format!("changes={}", changes.sum::<u64>()))
+        }
         name::CONTROL => {
             // The seed is a secret.
             from_bytes::<Control>(value).map(|control| {

@@ -19,6 +19,8 @@ use edge_common::{
 
 use super::{
     attach::{self, AttachedHook, Attachment, How},
+    cache::FlowCache,
+    cache_split::Receivers,
     flow_ends::FlowEnder,
     host, interfaces,
     kernel_view::KernelView,
@@ -134,6 +136,8 @@ pub struct Datapath {
     control: Array<MapData, Control>,
     interfaces: HashMap<MapData, u32, u32>,
     ports: Array<MapData, PortSet>,
+    cache: FlowCache,
+    receivers: Receivers,
     quiet: Quiet,
     notes: Vec<String>,
     writes: u64,
@@ -157,6 +161,8 @@ impl Datapath {
             control: pins::open(&pins, name::CONTROL)?,
             interfaces: pins::open(&pins, name::INTERFACES)?,
             ports: pins::open(&pins, name::SNAT_PORTS)?,
+            cache: FlowCache::open(&pins)?,
+            receivers: Receivers::default(),
             quiet: Quiet::new(pins::open(&pins, name::ANSWERS_FROM)?),
             notes,
             pins,
@@ -165,6 +171,9 @@ impl Datapath {
             writes: created,
         };
         datapath.write_seed()?;
+        if datapath.cache.split_first(edge.tables.cache_sets() != [0, 0])? {
+            datapath.writes += 1;
+        }
         datapath.refresh_snat_ports()?;
         Ok(datapath)
     }
@@ -389,6 +398,17 @@ impl Datapath {
         Ok(control.route_generation)
     }
 
+    /// Splits the flow cache anew where other CPUs receive packets than have a part of it; those that have one then.
+    ///
+    /// # Errors
+    /// Where the kernel cannot say that no program uses the old parts any more; there is no cache then.
+    pub fn split_cache(&mut self) -> Result<Option<Vec<u32>>, LoadError> {
+        let Some(cpus) = self.receivers.look(&self.cache.cpus()) else { return Ok(None) };
+        self.cache.split(&cpus)?;
+        self.writes += 1;
+        Ok(Some(cpus))
+    }
+
     /// Writes the ports that SNAT may use, where they changed.
     ///
     /// # Errors
@@ -590,6 +610,8 @@ fn table_sizes(tables: &Tables) -> Vec<(&'static str, u32)> {
         (name::ESTABLISHED_V6, tables.established_v6.max(2)),
         (name::HALF_OPEN_V6, tables.half_open_v6.max(lru)),
         (name::CLOSING_V6, tables.closing_v6.max(lru)),
+        (name::FLOW_CACHE, tables.cache_sets()[0].max(1)),
+        (name::FLOW_CACHE_V6, tables.cache_sets()[1].max(1)),
     ];
     flows.into_iter().chain(backends).chain([(name::SELECTION, tables.selection)]).collect()
 }

@@ -152,7 +152,7 @@ fn copy(pins: &Pins, map: &str, old: &str, to: &Path, arrays: bool) -> Result<Op
     let Some(layout) = pins.layouts().get(map) else { return Ok(None) };
     let is_hash = layout.kind == BPF_MAP_TYPE_HASH as u32 || layout.kind == BPF_MAP_TYPE_LRU_HASH as u32;
     let is_array = layout.kind == BPF_MAP_TYPE_ARRAY as u32 || layout.kind == BPF_MAP_TYPE_PERCPU_ARRAY as u32;
-    if !(is_hash || arrays && is_array) {
+    if !(is_hash || arrays && is_array) || pins::NOT_CARRIED.contains(&map) {
         return Ok(Some(0));
     }
     let Some(before) = fields(&pins.descriptions().join(old)) else { return Ok(None) };

@@ -5,6 +5,8 @@ pub mod acl_view;
 pub mod answer;
 pub mod attach;
 pub mod btf;
+pub mod cache;
+pub mod cache_split;
 pub mod capture;
 pub mod events;
 pub mod fake;

@@ -44,7 +44,7 @@ pub struct Layout {
 
 /// Structures in the maps, by their names in the object's BTF; what is not listed is one integer, or has no inner layout.
 /// A structure that the BTF does not have under this name counts as one field.
-const STRUCTURES: [(&str, &str, &str); 15] = [
+const STRUCTURES: [(&str, &str, &str); 18] = [
     (name::ESTABLISHED, "FlowKey<u32>", "Flow<u32>"),
     (name::HALF_OPEN, "FlowKey<u32>", "Flow<u32>"),
     (name::CLOSING, "FlowKey<u32>", "Flow<u32>"),
@@ -60,7 +60,13 @@ const STRUCTURES: [(&str, &str, &str); 15] = [
     (name::CONTROL, "", "Control"),
     (name::SERVICE_STATS, "", "ServiceStats"),
     (name::BACKEND_STATS, "", "ServiceStats"),
+    (name::FLOW_CACHE, "", "CacheSet<u32>"),
+    (name::FLOW_CACHE_V6, "", "CacheSet<[u32; 4]>"),
+    (name::CACHE_WINDOWS, "", "CacheWindow"),
 ];
+
+/// Maps that start empty whenever their layout is another one: copies, and what belongs to copies.
+pub const NOT_CARRIED: [&str; 4] = [name::FLOW_CACHE, name::FLOW_CACHE_V6, name::CACHE_WINDOWS, name::FLOW_GENERATIONS];
 
 /// The fields of a map's keys (`k:`) and values (`v:`), as [`btf::describe`] writes them.
 fn describe(btf: Option<&Btf>, map: &str, key: u32, value: u32) -> String {
@@ -81,7 +87,11 @@ fn describe(btf: Option<&Btf>, map: &str, key: u32, value: u32) -> String {
 
 /// Maps whose capacity is the operator's choice, and so no part of their layout.
 fn is_sized(map: &str) -> bool {
-    FLOW_TABLES.contains(&map) || OF_BACKENDS.contains(&map) || map == name::SELECTION
+    FLOW_TABLES.contains(&map)
+        || OF_BACKENDS.contains(&map)
+        || map == name::SELECTION
+        || map == name::FLOW_CACHE
+        || map == name::FLOW_CACHE_V6
 }
 
 /// Maps with one element for each backend.
@@ -350,6 +360,8 @@ impl Reader {
     /// Those of the kernel.
     pub fn page(&self, cursor: &mut sys::Cursor, limit: usize) -> Result<sys::Page, PortError> {
         use std::os::fd::AsFd as _;
+        // Some values are as large as a thousand of others.
+        let limit = limit.min((LARGEST_PAGE / self.shape.value.max(1)).max(1));
         let page = cursor.next_page(self.data.fd().as_fd(), self.shape, limit);
         page.map_err(|error| PortError::new("reading a map", error))
     }
@@ -388,6 +400,8 @@ impl Reader {
     }
 }
 
+/// Bytes of values read in one call.
+const LARGEST_PAGE: usize = 16 << 20;
 /// Elements read in one call.
 const PAGE: usize = 1024;
 

@@ -14,10 +14,11 @@ use aya::maps::{Array, HashMap, MapData, MapError};
 use edge_common::{
     address::{Address, Wide},
     flow::FlowKey,
-    maps::{Flow, FlowEnd, ServiceEntry, ServiceStats, events::End, name, service_flag},
+    maps::{Flow, FlowEnd, ServiceEntry, ServiceStats, Slot, events::End, name, service_flag},
 };
 
 use super::{
+    cache::{FlowCache, Part},
     pins::{Pins, chain, open},
     snat::{Census as Ports, SnatUse},
     sys::{Cursor, from_bytes, monotonic_ns},
@@ -65,6 +66,7 @@ pub struct Sweeper {
     v6: FlowTable<Wide>,
     service_expired: Array<MapData, u64>,
     backend_expired: Array<MapData, u64>,
+    cache: FlowCache,
     walk: Walk,
     /// Where the established tables of this walk have been read, and the others have not.
     waiting: bool,
@@ -128,6 +130,7 @@ impl Sweeper {
             tables,
             service_expired: open(pins, name::SERVICE_EXPIRED)?,
             backend_expired: open(pins, name::BACKEND_EXPIRED)?,
+            cache: FlowCache::open(pins)?,
             walk: Walk::default(),
             waiting: false,
             last: None,
@@ -178,11 +181,11 @@ impl Sweeper {
         let mut report = SweepReport::default();
         let mut walked = Ok(());
         if !self.v4.cursor.is_finished() {
-            walked = self.v4.step(&self.tables, &mut self.walk, now, budget, &mut report, &mut expired);
+            walked = self.v4.step(&self.tables, &self.cache, &mut self.walk, now, budget, &mut report, &mut expired);
         }
         let left = budget.saturating_sub(usize::try_from(report.scanned).unwrap_or(budget));
         if walked.is_ok() && self.v4.cursor.is_finished() && left > 0 {
-            walked = self.v6.step(&self.tables, &mut self.walk, now, left, &mut report, &mut expired);
+            walked = self.v6.step(&self.tables, &self.cache, &mut self.walk, now, left, &mut report, &mut expired);
         }
         // What was ended before a failure is counted, too.
         self.ended.append(&mut expired.records);
@@ -223,10 +226,11 @@ impl Sweeper {
     }
 }
 
-impl<A: Address> FlowTable<A>
+impl<A: Part> FlowTable<A>
 where
     FlowKey<A>: aya::Pod,
     Flow<A>: aya::Pod,
+    Slot<A>: aya::Pod,
 {
     fn open(pins: &Pins, tables: &Tables, name: &'static str) -> Result<Self, PortError> {
         let info = tables.reader(name)?.data().info();
@@ -254,6 +258,7 @@ where
     fn step(
         &mut self,
         tables: &Tables,
+        cache: &FlowCache,
         walk: &mut Walk,
         now: u64,
         budget: usize,
@@ -272,7 +277,7 @@ where
             let is_idle = |flow: &Flow<A>| now.saturating_sub(flow.last_seen) > limit;
             let mut record = FlowEnd::default();
             let ended = match is_idle(&flow) {
-                true => end(&mut self.flows, &flow, is_idle, &mut record)?,
+                true => end(&mut self.flows, Some(cache), &flow, is_idle, &mut record)?,
                 false => Ended::Nothing,
             };
             if ended == Ended::Flow && walk.recorded.contains(&flow.service) {
@@ -317,9 +322,11 @@ pub(super) enum Ended {
     Flow,
 }
 
-/// Removes both halves of a flow if both are idle, and writes what they were into `record`.
-pub(super) fn end<A: Address>(
+/// Removes both halves of a flow if both are idle, and writes what they were into `record`. `cache`: what holds copies of the
+/// table's entries, and may know of later packets than they do.
+pub(super) fn end<A: Part>(
     established: &mut HashMap<MapData, FlowKey<A>, Flow<A>>,
+    cache: Option<&FlowCache>,
     flow: &Flow<A>,
     is_idle: impl Fn(&Flow<A>) -> bool,
     record: &mut FlowEnd,
@@ -327,10 +334,16 @@ pub(super) fn end<A: Address>(
 where
     FlowKey<A>: aya::Pod,
     Flow<A>: aya::Pod,
+    Slot<A>: aya::Pod,
 {
     let error = |error: &MapError| PortError::new("ending an idle flow", chain(error));
     let get = |established: &HashMap<MapData, FlowKey<A>, Flow<A>>, key: &FlowKey<A>| match established.get(key, 0) {
-        Ok(flow) => Ok(Some(flow)),
+        Ok(mut flow) => {
+            if let Some(cache) = cache {
+                cache.tell(&mut flow);
+            }
+            Ok(Some(flow))
+        }
         Err(MapError::KeyNotFound) => Ok(None),
         Err(cause) => Err(error(&cause)),
     };
@@ -346,6 +359,13 @@ where
         Err(MapError::KeyNotFound) => Ok(false),
         Err(MapError::SyscallError(cause)) if cause.io_error.kind() == std::io::ErrorKind::NotFound => Ok(false),
         Err(cause) => Err(error(&cause)),
+    };
+    let mut remove = |key: &FlowKey<A>| {
+        let removed = remove(key);
+        if let Some(cache) = cache {
+            cache.changed(key);
+        }
+        removed
     };
     let removed_own = remove(&flow.key)?;
     let removed_twin = match twin {

@@ -589,6 +589,15 @@ pub struct MapRow {
     pub memory: u64,
     /// Pin path.
     pub pin: String,
+    /// Of `CACHE_WINDOWS`: packets that the flow cache served.
+    #[serde(default)]
+    pub hits: Option<u64>,
+    /// As `hits`: packets of established flows that asked the tables.
+    #[serde(default)]
+    pub misses: Option<u64>,
+    /// As `hits`: slots given to another flow.
+    #[serde(default)]
+    pub displaced: Option<u64>,
 }
 
 /// One event in `events`.

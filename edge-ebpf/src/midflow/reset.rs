@@ -1,7 +1,7 @@
 //! A RST in the VIP's name, made of the segment that it answers. It goes back the way the segment came.
 
 use edge_common::{
-    address::{Address, Wide},
+    address::Wide,
     checksum::fold,
     flow::TCP,
     midflow::{Reset, reset},

@@ -51,6 +51,12 @@ pub struct Figure {
     /// Median relative to plain routing, where that makes sense.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ratio: Option<f64>,
+    /// Share of established packets that the flow cache served.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hit_rate: Option<f64>,
+    /// Lookups in the established table per packet, as the program counts them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lookups: Option<f64>,
 }
 
 impl Figure {
@@ -62,7 +68,18 @@ impl Figure {
             runs.get((last as f64 * share).round() as usize).map_or(f64::NAN, |value| value - baseline)
         };
         let (min, median, p99) = (at(0.0), at(0.5), at(0.99));
-        Self { name, unit, min, median, p99, baseline, runs: runs.len() as u32, ratio: None }
+        Self {
+            name,
+            unit,
+            min,
+            median,
+            p99,
+            baseline,
+            runs: runs.len() as u32,
+            ratio: None,
+            hit_rate: None,
+            lookups: None,
+        }
     }
 }
 
@@ -115,13 +132,16 @@ fn ticks_of(stat: &str) -> Option<u64> {
 
 fn print(figures: &[Figure]) {
     println!(
-        "{:<56} {:>10} {:>10} {:>10} {:>9} {:>5} {:>6}  UNIT",
-        "NAME", "MIN", "MEDIAN", "P99", "BASELINE", "RUNS", "RATIO"
+        "{:<62} {:>8} {:>8} {:>8} {:>8} {:>4} {:>5} {:>6} {:>7}  UNIT",
+        "NAME", "MIN", "MEDIAN", "P99", "BASELINE", "RUNS", "RATIO", "HITS", "LOOKUPS"
     );
     for figure in figures {
-        let ratio = figure.ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}"));
+        let or_none =
+            |value: Option<f64>, digits: usize| value.map_or("-".to_owned(), |value| format!("{value:.digits$}"));
+        let (ratio, hits, lookups) =
+            (or_none(figure.ratio, 2), or_none(figure.hit_rate, 3), or_none(figure.lookups, 3));
         println!(
-            "{:<56} {:>10.1} {:>10.1} {:>10.1} {:>9.1} {:>5} {ratio:>6}  {}",
+            "{:<62} {:>8.1} {:>8.1} {:>8.1} {:>8.1} {:>4} {ratio:>5} {hits:>6} {lookups:>7}  {}",
             figure.name, figure.min, figure.median, figure.p99, figure.baseline, figure.runs, figure.unit
         );
     }

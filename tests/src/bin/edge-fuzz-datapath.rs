@@ -5,7 +5,11 @@ use std::path::PathBuf;
 use anyhow::{Result, ensure};
 use clap::{Parser, ValueEnum};
 use edge_ctl::datapath::object::EBPF_OBJECT;
-use edge_tests::{datapath::rig::Hook, model::run::fuzz_object, skip::namespaces_missing};
+use edge_tests::{
+    datapath::rig::Hook,
+    model::run::{CACHES, fuzz_object},
+    skip::namespaces_missing,
+};
 
 /// Random packets through the loaded program, compared with the reference model.
 #[derive(Parser)]
@@ -19,6 +23,9 @@ struct Arguments {
     /// Where; both where not given.
     #[arg(long)]
     hook: Option<Where>,
+    /// Sets of the flow cache, all CPUs together; 0: none.
+    #[arg(long, default_value_t = CACHES[0])]
+    cache: u32,
     /// Another object than the one built in, as `cargo xtask build-ebpf` makes it.
     #[arg(long)]
     object: Option<PathBuf>,
@@ -54,7 +61,10 @@ fn main() -> Result<()> {
     let object = arguments.object.map(std::fs::read).transpose()?;
     for hook in hooks {
         println!("{hook:?}: seed {seed:#x}");
-        println!("{}", fuzz_object(object.as_deref().unwrap_or(EBPF_OBJECT), hook, seed, arguments.packets)?);
+        println!(
+            "{}",
+            fuzz_object(object.as_deref().unwrap_or(EBPF_OBJECT), hook, seed, arguments.packets, arguments.cache)?
+        );
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! The dataplane under test: the real object, loaded into a network namespace of its own, fed by BPF_PROG_TEST_RUN.
 
+pub mod cpu;
 pub mod ends;
 pub mod frame;
 pub mod icmp;

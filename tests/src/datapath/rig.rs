@@ -1,11 +1,14 @@
 //! The object loaded, its maps filled, packets run through it.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::AsFd as _,
+};
 
 use anyhow::{Context, Result, anyhow, bail};
 use aya::{
     Ebpf, EbpfLoader, Pod, TestRun, TestRunOptions,
-    maps::{Array, HashMap, MapData, PerCpuArray},
+    maps::{Array, HashMap, Map, MapData, PerCpuArray},
     programs::{SchedClassifier, Xdp},
 };
 use edge_common::{
@@ -21,6 +24,7 @@ use edge_common::{
 };
 use edge_ctl::{
     datapath::{
+        cache::FlowCache,
         object::{EBPF_OBJECT, for_this_kernel},
         pins::Pins,
         stages,
@@ -209,6 +213,10 @@ fn narrow_key(key: &Key) -> Option<FlowKeyV4> {
     Some(FlowKey::new(src, dst, key.src_port, key.dst_port, key.protocol))
 }
 
+fn wide_key(key: &FlowKeyV4) -> Key {
+    FlowKey::new(key.src.wide(), key.dst.wide(), key.src_port, key.dst_port, key.protocol)
+}
+
 /// An entry with its addresses in another form.
 fn convert<A: Address, B: Address>(flow: &Flow<A>, address: impl Fn(A) -> B) -> Flow<B> {
     let Flow {
@@ -281,11 +289,20 @@ pub struct Settings {
     pub timeouts: (u32, u32, u32),
     /// Of [`Rig::service`].
     pub family: Family,
+    /// Sets of the flow cache of each family, split over all CPUs; 0: no cache.
+    pub cache: u32,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { established: 1024, lru: 4096, snat_ports: (20_000, 20_999), timeouts: (300, 30, 60), family: Family::V4 }
+        Self {
+            established: 1024,
+            lru: 4096,
+            snat_ports: (20_000, 20_999),
+            timeouts: (300, 30, 60),
+            family: Family::V4,
+            cache: 512,
+        }
     }
 }
 
@@ -302,6 +319,8 @@ pub struct Rig {
     filter: Box<AddressFilter>,
     backends: u32,
     chunks: u32,
+    /// The mapped flow cache.
+    pub cache: FlowCache,
 }
 
 const SEED: [u64; 2] = [0x0123_4567_89ab_cdef, 0xfedc_ba98_7654_3210];
@@ -331,6 +350,8 @@ impl Rig {
             .map_max_entries(name::HALF_OPEN_V6, settings.lru)
             .map_max_entries(name::CLOSING_V6, settings.lru)
             .map_max_entries(name::SELECTION, 256)
+            .map_max_entries(name::FLOW_CACHE, settings.cache.max(1))
+            .map_max_entries(name::FLOW_CACHE_V6, settings.cache.max(1))
             .load(&for_this_kernel(object))?;
         Self::over(ebpf, hook, settings)
     }
@@ -350,7 +371,12 @@ impl Rig {
 
     fn over(ebpf: Ebpf, hook: Hook, settings: Settings) -> Result<Self> {
         let (uplink, pods) = (ifindex("uplink")?, ifindex("pods")?);
+        let cache = map_cache(&ebpf)?;
+        let cpus =
+            if settings.cache == 0 { Vec::new() } else { aya::util::online_cpus().map_err(|(_, error)| error)? };
+        cache.split(&cpus)?;
         let mut rig = Self {
+            cache,
             ebpf,
             hook,
             settings,
@@ -562,14 +588,41 @@ impl Rig {
         Ok(Outcome { action, frame: out[..result.data_size_out as usize].to_vec() })
     }
 
-    /// The entry of `key` in a flow table.
+    /// The entry of `key` in a flow table, with what the cache knows of it.
     pub fn flow(&mut self, table: &str, key: &Key) -> Option<Entry> {
+        let established = table == name::ESTABLISHED;
         match narrow_key(key) {
             Some(key) => {
-                let flow = self.hash::<FlowKeyV4, FlowV4>(table).ok()?.get(&key, 0).ok()?;
+                let mut flow = self.hash::<FlowKeyV4, FlowV4>(table).ok()?.get(&key, 0).ok()?;
+                if established {
+                    self.cache.tell(&mut flow);
+                }
                 Some(convert(&flow, Address::wide))
             }
-            None => self.hash(&v6_table(table)).ok()?.get(key, 0).ok(),
+            None => {
+                let mut flow = self.hash(&v6_table(table)).ok()?.get(key, 0).ok()?;
+                if established {
+                    self.cache.tell(&mut flow);
+                }
+                Some(flow)
+            }
+        }
+    }
+
+    /// What whoever changes an established entry owes the cache.
+    fn changed(&self, table: &str, key: &Key) {
+        if table != name::ESTABLISHED {
+            return;
+        }
+        match narrow_key(key) {
+            Some(key) => {
+                self.cache.forget(&key);
+                self.cache.changed(&key);
+            }
+            None => {
+                self.cache.forget(key);
+                self.cache.changed(key);
+            }
         }
     }
 
@@ -581,10 +634,12 @@ impl Rig {
         match narrow_key(&flow.key) {
             Some(key) => {
                 let flow = convert(flow, |address| <u32 as Address>::narrow(&address));
-                Ok(self.hash(table)?.insert(key, flow, 0)?)
+                self.hash(table)?.insert(key, flow, 0)?;
             }
-            None => Ok(self.hash(&v6_table(table))?.insert(flow.key, *flow, 0)?),
+            None => self.hash(&v6_table(table))?.insert(flow.key, *flow, 0)?,
         }
+        self.changed(table, &flow.key);
+        Ok(())
     }
 
     /// Takes an entry out of a flow table.
@@ -593,9 +648,11 @@ impl Rig {
     /// Where there is none.
     pub fn remove_flow(&mut self, table: &str, key: &Key) -> Result<()> {
         match narrow_key(key) {
-            Some(key) => Ok(self.hash::<FlowKeyV4, FlowV4>(table)?.remove(&key)?),
-            None => Ok(self.hash::<Key, Entry>(&v6_table(table))?.remove(key)?),
+            Some(key) => self.hash::<FlowKeyV4, FlowV4>(table)?.remove(&key)?,
+            None => self.hash::<Key, Entry>(&v6_table(table))?.remove(key)?,
         }
+        self.changed(table, key);
+        Ok(())
     }
 
     /// Every entry of a flow table, of both families.
@@ -604,13 +661,12 @@ impl Rig {
     /// Where a map cannot be read.
     pub fn flows(&mut self, table: &str) -> Result<Vec<Entry>> {
         let map: HashMap<_, FlowKeyV4, FlowV4> = self.hash(table)?;
-        let mut flows: Vec<Entry> =
-            map.iter().map(|entry| Ok(convert(&entry?.1, Address::wide))).collect::<Result<_>>()?;
+        let mut keys: Vec<Key> = map.keys().map(|key| Ok(wide_key(&key?))).collect::<Result<_>>()?;
         let map: HashMap<_, Key, Entry> = self.hash(&v6_table(table))?;
-        for entry in map.iter() {
-            flows.push(entry?.1);
+        for key in map.keys() {
+            keys.push(key?);
         }
-        Ok(flows)
+        Ok(keys.iter().filter_map(|key| self.flow(table, key)).collect())
     }
 
     /// Changes an entry of a flow table in place.
@@ -716,6 +772,21 @@ impl Rig {
     pub fn next_hop(&mut self, number: u32) -> Result<maps::NextHop> {
         Ok(self.array(name::NEXT_HOPS)?.get(&number, 0)?)
     }
+}
+
+/// The flow cache of a loaded object.
+///
+/// # Errors
+/// Where the object lacks a map, or it cannot be mapped.
+pub fn map_cache(ebpf: &Ebpf) -> Result<FlowCache> {
+    let map = |name: &str| match ebpf.map(name) {
+        Some(Map::Array(data)) => Ok(data),
+        _ => bail!("no array {name}"),
+    };
+    let [v4, v6] = [map(name::FLOW_CACHE)?, map(name::FLOW_CACHE_V6)?];
+    let maps = [v4, v6, map(name::CACHE_WINDOWS)?, map(name::FLOW_GENERATIONS)?];
+    let sets = [v4.info()?.max_entries(), v6.info()?.max_entries()];
+    Ok(FlowCache::map(maps.map(|data| data.fd().as_fd()), sets, true)?)
 }
 
 /// Loads the entry program of one hook and its stages.

@@ -1,6 +1,7 @@
 //! What the program did, held against what had to happen.
 
 use edge_common::{
+    conntrack::TICK_SHIFT,
     flow::FlowKeyV4,
     maps::{FlowV4, NextHop, ServiceStats, flow_flag, name},
     verdict::{REASONS, Reason},
@@ -194,9 +195,7 @@ pub fn touched(state: &mut State, kernel: &Kernel, times: Times) -> Result<(), S
     keys.dedup();
     let range = state.touch_due.take();
     for (table, key) in keys {
-        let map = kernel.map(map_name(table)).map_err(|error| error.to_string())?;
-        let got: Option<FlowV4> = map.get(&key);
-        entry(state, table, &key, got, times, range)?;
+        entry(state, table, &key, kernel.flow(map_name(table), &key), times, range)?;
     }
     for number in std::mem::take(&mut state.touched_hops) {
         let map = kernel.map(name::NEXT_HOPS).map_err(|error| error.to_string())?;
@@ -227,7 +226,10 @@ fn entry(
     let stamped = |wanted: u64, found: u64| {
         (wanted == times.coarse || wanted == times.precise) && (times.coarse..=times.after).contains(&found)
     };
-    if stamped(wanted.last_seen, found.last_seen) {
+    // A slot of the cache knows its last packet in ticks.
+    let in_tick = (times.coarse >> TICK_SHIFT..=times.after >> TICK_SHIFT).contains(&(found.last_seen >> TICK_SHIFT));
+    let by_slot = table == Table::Established && in_tick && stamped(wanted.last_seen, times.after);
+    if by_slot || stamped(wanted.last_seen, found.last_seen) {
         wanted.last_seen = found.last_seen;
     }
     if stamped(wanted.created, found.created) {
@@ -281,7 +283,14 @@ pub fn tables(state: &mut State, kernel: &Kernel) -> Result<(), String> {
         keys.sort_unstable();
         keys.dedup();
         for key in keys {
-            entry(state, table, &key, map.get(&key), Times { coarse: 1, precise: 1, after: 0 }, None)?;
+            entry(
+                state,
+                table,
+                &key,
+                kernel.flow(map_name(table), &key),
+                Times { coarse: 1, precise: 1, after: 0 },
+                None,
+            )?;
         }
     }
     let cursor: Option<u32> = kernel.map(name::NEXT_HOP_CURSOR).map_err(|error| error.to_string())?.get(&0u32);
@@ -364,7 +373,7 @@ pub fn entries(state: &State, kernel: &Kernel, frame: &[u8]) -> String {
     let mut lines = String::new();
     for table in TABLES {
         let expected = state.flow(table, &segment.key);
-        let got: Option<FlowV4> = kernel.map(map_name(table)).ok().and_then(|map| map.get(&segment.key));
+        let got = kernel.flow(map_name(table), &segment.key);
         if expected.is_some() || got.is_some() {
             lines.push_str(&format!("  {table:?} expected {expected:?}\n  {table:?} got      {got:?}\n"));
         }

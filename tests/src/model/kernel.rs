@@ -12,7 +12,10 @@ use aya::{
     programs::{SchedClassifier, Xdp},
     util::nr_cpus,
 };
-use edge_common::maps::name;
+use edge_common::{
+    flow::FlowKeyV4,
+    maps::{FlowV4, name},
+};
 
 use super::compare::hex;
 use crate::datapath::rig::{Action, Hook, Rig, skb_context, xdp_context};
@@ -160,6 +163,40 @@ impl Kernel {
             other => bail!("{name} is {other:?}"),
         };
         Ok(Map(map.fd().as_fd().as_raw_fd()))
+    }
+
+    /// The entry of an IPv4 flow, with what the cache knows of it.
+    pub fn flow(&self, table: &str, key: &FlowKeyV4) -> Option<FlowV4> {
+        let mut flow: FlowV4 = self.map(table).ok()?.get(key)?;
+        if table == name::ESTABLISHED {
+            self.rig.cache.tell(&mut flow);
+        }
+        Some(flow)
+    }
+
+    /// Writes an entry that knows everything, as nobody but a test does.
+    ///
+    /// # Errors
+    /// Where the kernel refuses.
+    pub fn set_flow(&self, table: &str, flow: &FlowV4) -> Result<()> {
+        self.map(table)?.set(&flow.key, flow)?;
+        if table == name::ESTABLISHED {
+            self.rig.cache.forget(&flow.key);
+            self.rig.cache.changed(&flow.key);
+        }
+        Ok(())
+    }
+
+    /// Takes an entry out as the daemon does, if it is there.
+    ///
+    /// # Errors
+    /// Where there is no such table.
+    pub fn end_flow(&self, table: &str, key: &FlowKeyV4) -> Result<()> {
+        self.map(table)?.delete(key);
+        if table == name::ESTABLISHED {
+            self.rig.cache.changed(key);
+        }
+        Ok(())
     }
 
     /// Runs a frame; `None` where the kernel does not run frames that short.

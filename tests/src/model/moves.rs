@@ -34,10 +34,9 @@ pub fn apply(state: &mut State, kernel: &Kernel, network: &mut Network, change: 
         Move::Packet { .. } => {}
         Move::Age(by) => {
             for table in TABLES {
-                let map = kernel.map(map_name(table))?;
                 for flow in state.table_mut(table).values_mut() {
                     age(flow, *by);
-                    map.set(&flow.key, flow)?;
+                    kernel.set_flow(map_name(table), flow)?;
                 }
             }
         }
@@ -68,7 +67,7 @@ pub fn apply(state: &mut State, kernel: &Kernel, network: &mut Network, change: 
                 } else {
                     flow.service = NO_NUMBER;
                 }
-                kernel.map(map_name(*table))?.set(key, flow)?;
+                kernel.set_flow(map_name(*table), flow)?;
             }
         }
         Move::Network(shape) => {
@@ -81,7 +80,7 @@ pub fn apply(state: &mut State, kernel: &Kernel, network: &mut Network, change: 
 
 fn forget(state: &mut State, kernel: &Kernel, table: Table, key: &FlowKeyV4) -> Result<()> {
     state.table_mut(table).remove(key);
-    kernel.map(map_name(table))?.delete(key);
+    kernel.end_flow(map_name(table), key)?;
     Ok(())
 }
 

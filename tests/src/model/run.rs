@@ -48,6 +48,8 @@ pub struct Report {
     pub refusals: u64,
     /// How long it took.
     pub took: Duration,
+    /// Packets that the flow cache served.
+    pub cached: u64,
 }
 
 impl Report {
@@ -64,12 +66,13 @@ impl std::fmt::Display for Report {
         writeln!(
             f,
             "{} packets in {} worlds, {:.1} s, {each:.1} us a packet; {} frames too short for a test run; \
-             {} times no SNAT port found although some were free",
+             {} times no SNAT port found although some were free; {} packets served by the flow cache",
             self.packets,
             self.worlds,
             self.took.as_secs_f64(),
             self.too_short,
             self.refusals,
+            self.cached,
         )?;
         let missed: Vec<&str> = self.missed_reasons().into_iter().map(Reason::name).collect();
         writeln!(
@@ -87,16 +90,19 @@ impl std::fmt::Display for Report {
 /// # Errors
 /// At the first difference, with what is needed to see it again; where the namespace or a map is refused.
 pub fn fuzz(hook: Hook, seed: u64, packets: u64) -> Result<Report> {
-    fuzz_object(EBPF_OBJECT, hook, seed, packets)
+    fuzz_object(EBPF_OBJECT, hook, seed, packets, CACHES[0])
 }
+
+/// Sets of the flow cache that a run may have: enough, one for each CPU, none.
+pub const CACHES: [u32; 3] = [512, 2, 0];
 
 /// As [`fuzz`], of another object with the same maps: one that was broken on purpose must be found out.
 ///
 /// # Errors
 /// As [`fuzz`].
-pub fn fuzz_object(object: &[u8], hook: Hook, seed: u64, packets: u64) -> Result<Report> {
+pub fn fuzz_object(object: &[u8], hook: Hook, seed: u64, packets: u64, cache: u32) -> Result<Report> {
     in_namespace(|| {
-        let mut bench = Bench::new(object, hook)?;
+        let mut bench = Bench::new(object, hook, cache)?;
         let mut report = Report::default();
         let start = Instant::now();
         let mut seeds = Dice(seed);
@@ -105,6 +111,7 @@ pub fn fuzz_object(object: &[u8], hook: Hook, seed: u64, packets: u64) -> Result
             bench.world(seed, world, &mut report)?;
         }
         report.took = start.elapsed();
+        report.cached = bench.kernel.rig.cache.cpus().iter().map(|cpu| cpu.hits).sum();
         Ok(report)
     })
 }
@@ -144,8 +151,8 @@ impl Choices for Kernel {
 }
 
 impl Bench {
-    fn new(object: &[u8], hook: Hook) -> Result<Self> {
-        let settings = Settings { established: ESTABLISHED, lru: LRU, ..Settings::default() };
+    fn new(object: &[u8], hook: Hook, cache: u32) -> Result<Self> {
+        let settings = Settings { established: ESTABLISHED, lru: LRU, cache, ..Settings::default() };
         let mut rig = Rig::from_object(object, hook, settings)?;
         load(&mut rig.ebpf, hook)?;
         let kernel = Kernel::new(rig, hook)?;

@@ -189,6 +189,7 @@ pub fn write(world: &mut World, kernel: &Kernel) -> Result<()> {
     for table in [name::ESTABLISHED, name::HALF_OPEN, name::CLOSING] {
         clear::<FlowKeyV4>(kernel, table)?;
     }
+    kernel.rig.cache.drain::<u32>(|_| {});
     clear::<ServiceKey>(kernel, name::SERVICE_INDEX)?;
     clear::<ServiceKey>(kernel, name::BACKEND_INDEX)?;
     clear::<NeighbourKey>(kernel, name::NEXT_HOP_INDEX)?;
