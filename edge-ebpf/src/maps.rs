@@ -293,7 +293,7 @@ pub fn next_hop(number: u32) -> Option<&'static mut NextHop> {
 #[inline(always)]
 pub fn link_addresses(hop: &NextHop) -> [u32; 3] {
     const DST: usize = core::mem::offset_of!(NextHop, dst_mac);
-    const { assert!(DST % 4 == 0 && core::mem::offset_of!(NextHop, src_mac) == DST + 6) };
+    const { assert!(DST.is_multiple_of(4) && core::mem::offset_of!(NextHop, src_mac) == DST + 6) };
     // SAFETY: twelve bytes inside the element, integers, aligned as asserted.
     unsafe { (&raw const *hop).byte_add(DST).cast::<[u32; 3]>().read() }
 }

@@ -55,12 +55,12 @@ impl Lab {
         Frame::tcp(self.client(port), SocketAddr::new(self.family.vip(), HTTPS), flags).ack(1001)
     }
 
-    fn from_client(&mut self, cpu: u32, port: u16, flags: u8) -> Result<Outcome> {
+    fn client_sends(&mut self, cpu: u32, port: u16, flags: u8) -> Result<Outcome> {
         let (frame, uplink) = (self.frame(port, flags).bytes(), self.rig.uplink);
         cpu::on(cpu, || self.rig.run(&frame, uplink))
     }
 
-    fn from_pod(&mut self, cpu: u32, connection: &Connection, flags: u8) -> Result<Outcome> {
+    fn pod_sends(&mut self, cpu: u32, connection: &Connection, flags: u8) -> Result<Outcome> {
         let frame = Frame::tcp(connection.pod(), snat_of(&connection.forward), flags).seq(1000).bytes();
         let pods = self.rig.pods;
         cpu::on(cpu, || self.rig.run(&frame, pods))
@@ -80,22 +80,22 @@ impl Lab {
     /// A connection whose two directions have good copies on both CPUs.
     fn connect(&mut self, port: u16) -> Result<Connection> {
         let [here, there] = self.cpus;
-        ensure!(self.from_client(here, port, flag::SYN)?.action == Action::Redirect, "{:?}", self.rig.reasons()?);
+        ensure!(self.client_sends(here, port, flag::SYN)?.action == Action::Redirect, "{:?}", self.rig.reasons()?);
         let half_open = self.rig.flow(name::HALF_OPEN, &self.key(port, TCP)).context("not half-open")?;
         let half = Connection { port, forward: half_open };
-        self.from_pod(here, &half, flag::SYN | flag::ACK)?;
-        self.from_client(here, port, flag::ACK)?;
+        self.pod_sends(here, &half, flag::SYN | flag::ACK)?;
+        self.client_sends(here, port, flag::ACK)?;
         let forward = self.rig.flow(name::ESTABLISHED, &self.key(port, TCP)).context("not established")?;
         let connection = Connection { port, forward };
         // The first payload of a pod is noted by its entry.
         for cpu in [here, there, here, there] {
-            self.from_client(cpu, port, flag::ACK)?;
-            self.from_pod(cpu, &connection, flag::ACK)?;
+            self.client_sends(cpu, port, flag::ACK)?;
+            self.pod_sends(cpu, &connection, flag::ACK)?;
         }
         let before = self.hits();
         for cpu in self.cpus {
-            ensure!(self.from_client(cpu, port, flag::ACK)?.action == Action::Redirect, "not sent");
-            ensure!(self.from_pod(cpu, &connection, flag::ACK)?.action == Action::Redirect, "not sent");
+            ensure!(self.client_sends(cpu, port, flag::ACK)?.action == Action::Redirect, "not sent");
+            ensure!(self.pod_sends(cpu, &connection, flag::ACK)?.action == Action::Redirect, "not sent");
         }
         ensure!(self.hits() == before + 4, "{} of 4 packets met a slot", self.hits() - before);
         Ok(connection)
@@ -159,18 +159,18 @@ fn a_closed_flow_is_closed_for_the_next_packet_on_every_cpu() -> Result<()> {
             let port = port + number as u16;
             let connection = lab.connect(port)?;
             match number {
-                0 => drop(lab.from_client(here, port, flag::RST)?),
-                1 => drop(lab.from_pod(here, &connection, flag::RST)?),
+                0 => drop(lab.client_sends(here, port, flag::RST)?),
+                1 => drop(lab.pod_sends(here, &connection, flag::RST)?),
                 _ => {
-                    lab.from_client(here, port, flag::FIN | flag::ACK)?;
-                    lab.from_pod(here, &connection, flag::FIN | flag::ACK)?;
+                    lab.client_sends(here, port, flag::FIN | flag::ACK)?;
+                    lab.pod_sends(here, &connection, flag::FIN | flag::ACK)?;
                 }
             }
             ensure!(lab.rig.flow(name::ESTABLISHED, &connection.forward.key).is_none(), "{by}: still established");
             let closing = lab.rig.flow(name::CLOSING, &connection.forward.key).context("closing")?;
             let before = lab.hits();
-            lab.from_client(next, port, flag::ACK)?;
-            lab.from_pod(next, &connection, flag::ACK)?;
+            lab.client_sends(next, port, flag::ACK)?;
+            lab.pod_sends(next, &connection, flag::ACK)?;
             ensure!(lab.hits() == before, "{by}: a slot served a closed flow");
             let after = lab.rig.flow(name::CLOSING, &connection.forward.key).context("closing")?;
             ensure!(after.packets == closing.packets + 1, "{by}: the closing entry was not asked");
@@ -186,17 +186,17 @@ fn what_slots_have_counted_goes_along_when_their_cpu_closes_the_flow() -> Result
         let key = connection.forward.key;
         let counted = lab.rig.flow(name::ESTABLISHED, &key).context("established")?;
         for _ in 0..5 {
-            lab.from_client(lab.cpus[0], port, flag::ACK)?;
-            lab.from_pod(lab.cpus[0], &connection, flag::ACK)?;
+            lab.client_sends(lab.cpus[0], port, flag::ACK)?;
+            lab.pod_sends(lab.cpus[0], &connection, flag::ACK)?;
         }
         let after = lab.rig.flow(name::ESTABLISHED, &key).context("established")?;
         ensure!(after.packets == counted.packets + 5 && after.bytes > counted.bytes, "{after:?}");
         let other = lab.rig.flow(name::ESTABLISHED, &connection.forward.twin()).context("twin")?;
-        lab.from_client(lab.cpus[0], port, flag::RST)?;
+        lab.client_sends(lab.cpus[0], port, flag::RST)?;
         let closing = lab.rig.flow(name::CLOSING, &key).context("closing")?;
         let twin = lab.rig.flow(name::CLOSING, &connection.forward.twin()).context("closing twin")?;
         // The other CPU's share is in its slots, where the daemon finds it when it writes the record.
-        ensure!(closing.packets + 4 >= after.packets + 1 && twin.packets + 4 >= other.packets, "{closing:?} {twin:?}");
+        ensure!(closing.packets + 4 > after.packets && twin.packets + 4 >= other.packets, "{closing:?} {twin:?}");
         Ok(())
     })
 }
@@ -208,9 +208,9 @@ fn a_flow_that_the_daemon_ended_is_gone_for_the_next_packet_on_every_cpu() -> Re
         lab.end(&connection.forward.key)?;
         lab.end(&connection.forward.twin())?;
         let frame = lab.frame(port, flag::ACK).bytes();
-        let outcome = lab.from_client(next, port, flag::ACK)?;
+        let outcome = lab.client_sends(next, port, flag::ACK)?;
         ensure!((outcome.action, &outcome.frame) == (Action::Pass, &frame), "the kernel answers with RST: {outcome:?}");
-        ensure!(lab.from_pod(next, &connection, flag::ACK)?.action == Action::Pass, "a reply of a flow that is gone");
+        ensure!(lab.pod_sends(next, &connection, flag::ACK)?.action == Action::Pass, "a reply of a flow that is gone");
         Ok(())
     })
 }
@@ -250,7 +250,7 @@ fn a_neighbours_new_mac_is_in_the_next_packet_on_every_cpu() -> Result<()> {
         let mac = [2, 0xaa, 0xbb, 0xcc, 0xdd, port as u8];
         lab.change_hop(&connection, |hop| hop.dst_mac = mac)?;
         let before = lab.hits();
-        let outcome = lab.from_client(next, port, flag::ACK)?;
+        let outcome = lab.client_sends(next, port, flag::ACK)?;
         ensure!(outcome.frame[..6] == mac, "{:x?}", &outcome.frame[..6]);
         ensure!(lab.hits() == before + 1, "the slot is still good");
         Ok(())
@@ -265,10 +265,10 @@ fn a_smaller_mtu_holds_for_the_next_packet_on_every_cpu() -> Result<()> {
         let hop = lab.rig.next_hop(forward.next_hop)?;
         lab.change_hop(&connection, |hop| hop.mtu = 45)?;
         let (before, hits) = (lab.rig.reason(1, Reason::TooBig)?, lab.hits());
-        lab.from_client(next, port, flag::ACK)?;
+        lab.client_sends(next, port, flag::ACK)?;
         ensure!(lab.rig.reason(1, Reason::TooBig)? == before + 1, "{:?}", lab.rig.reasons()?);
         lab.change_hop(&connection, |changed| changed.mtu = hop.mtu)?;
-        lab.from_client(next, port, flag::ACK)?;
+        lab.client_sends(next, port, flag::ACK)?;
         ensure!(lab.hits() > hits, "the slot is good again");
         Ok(())
     })
@@ -285,11 +285,11 @@ fn a_moved_route_and_one_that_is_gone_hold_for_the_next_packet_on_every_cpu() ->
         let gateway = lab.family.pod(9);
         ip(&format!("route add {pod}/{bits} via {gateway} dev pods"))?;
         lab.rig.move_routes()?;
-        let outcome = lab.from_client(next, port, flag::ACK)?;
+        let outcome = lab.client_sends(next, port, flag::ACK)?;
         ensure!(outcome.frame[..6] == pod_mac(9), "{:x?} is not the new gateway's", &outcome.frame[..6]);
         // And again by the slot, on both.
         for cpu in [lab.cpus[0], lab.cpus[1], next] {
-            let outcome = lab.from_client(cpu, port, flag::ACK)?;
+            let outcome = lab.client_sends(cpu, port, flag::ACK)?;
             ensure!(outcome.frame[..6] == pod_mac(9), "{:x?} on CPU {cpu}", &outcome.frame[..6]);
         }
         ip(&format!("route replace unreachable {pod}/{bits}"))?;
@@ -297,11 +297,11 @@ fn a_moved_route_and_one_that_is_gone_hold_for_the_next_packet_on_every_cpu() ->
         let _ = ip(&format!("route del {pod}/{bits} via {gateway} dev pods"));
         lab.rig.move_routes()?;
         let before = lab.rig.reason(1, Reason::NoRoute)?;
-        ensure!(lab.from_client(next, port, flag::ACK)?.action == Action::Drop, "{:?}", lab.rig.reasons()?);
+        ensure!(lab.client_sends(next, port, flag::ACK)?.action == Action::Drop, "{:?}", lab.rig.reasons()?);
         ensure!(lab.rig.reason(1, Reason::NoRoute)? == before + 1);
         ip(&format!("route del unreachable {pod}/{bits}"))?;
         lab.rig.move_routes()?;
-        ensure!(lab.from_client(next, port, flag::ACK)?.action == Action::Redirect);
+        ensure!(lab.client_sends(next, port, flag::ACK)?.action == Action::Redirect);
         Ok(())
     })
 }
@@ -311,11 +311,14 @@ fn a_lost_twin_is_missed_by_the_next_packet_and_rebuilt_by_the_next_touch_on_eve
     each(&Settings::default(), |lab, port, next| {
         let connection = lab.connect(port)?;
         lab.end(&connection.forward.twin())?;
-        ensure!(lab.from_pod(next, &connection, flag::ACK)?.action == Action::Pass, "served by a slot of a lost entry");
+        ensure!(
+            lab.pod_sends(next, &connection, flag::ACK)?.action == Action::Pass,
+            "served by a slot of a lost entry"
+        );
         let touch_now = |flow: &mut Entry| flow.touch_due = flow.touch_due.wrapping_sub(20_000);
         lab.rig.change_flow(name::ESTABLISHED, &connection.forward.key, touch_now)?;
-        ensure!(lab.from_client(next, port, flag::ACK)?.action == Action::Redirect);
-        ensure!(lab.from_pod(next, &connection, flag::ACK)?.action == Action::Redirect, "not rebuilt");
+        ensure!(lab.client_sends(next, port, flag::ACK)?.action == Action::Redirect);
+        ensure!(lab.pod_sends(next, &connection, flag::ACK)?.action == Action::Redirect, "not rebuilt");
         Ok(())
     })
 }
@@ -328,7 +331,7 @@ fn a_capture_sees_packets_of_flows_that_have_slots() -> Result<()> {
         let (before, quiet) = (lab.hits(), control);
         control.capture_until = 1;
         lab.rig.array(name::CONTROL)?.set(0, control, 0)?;
-        ensure!(lab.from_client(next, port, flag::ACK)?.action == Action::Redirect);
+        ensure!(lab.client_sends(next, port, flag::ACK)?.action == Action::Redirect);
         ensure!(lab.rig.cache.cpus().iter().map(|cpu| cpu.misses).sum::<u64>() > 0 && lab.hits() <= before + 1);
         Ok(lab.rig.array(name::CONTROL)?.set(0, quiet, 0)?)
     })
@@ -341,11 +344,11 @@ fn flows_that_displace_each_other_keep_their_own_translation_and_lose_no_count()
         let mut connections = Vec::new();
         for number in 0..5 {
             let port = port + number;
-            lab.from_client(lab.cpus[0], port, flag::SYN)?;
+            lab.client_sends(lab.cpus[0], port, flag::SYN)?;
             let forward = lab.rig.flow(name::HALF_OPEN, &lab.key(port, TCP)).context("half-open")?;
             let half = Connection { port, forward };
-            lab.from_pod(lab.cpus[0], &half, flag::SYN | flag::ACK)?;
-            lab.from_client(lab.cpus[0], port, flag::ACK)?;
+            lab.pod_sends(lab.cpus[0], &half, flag::SYN | flag::ACK)?;
+            lab.client_sends(lab.cpus[0], port, flag::ACK)?;
             let forward = lab.rig.flow(name::ESTABLISHED, &lab.key(port, TCP)).context("established")?;
             connections.push(Connection { port, forward });
         }
@@ -355,7 +358,7 @@ fn flows_that_displace_each_other_keep_their_own_translation_and_lose_no_count()
             for connection in &connections {
                 // Twice each, so that the second meets a slot that has something to tell when it is displaced.
                 for cpu in [next, next, lab.cpus[round % 2]] {
-                    let outcome = lab.from_client(cpu, connection.port, flag::ACK)?;
+                    let outcome = lab.client_sends(cpu, connection.port, flag::ACK)?;
                     let source = snat_of(&connection.forward);
                     let sent = Frame::tcp(source, connection.pod(), flag::ACK).ack(1001);
                     let expected = Frame { dst_mac: [0; 6], src_mac: [0; 6], ttl: 63, ..sent }.bytes();
@@ -377,18 +380,18 @@ fn with_a_full_table_a_flow_that_did_not_fit_has_no_slot_and_the_others_keep_the
     each(&Settings { established: 2, ..Settings::default() }, |lab, port, next| {
         let connection = lab.connect(port)?;
         let refused = port + 1;
-        lab.from_client(next, refused, flag::SYN)?;
+        lab.client_sends(next, refused, flag::SYN)?;
         let forward = lab.rig.flow(name::HALF_OPEN, &lab.key(refused, TCP)).context("half-open")?;
         let half = Connection { port: refused, forward };
-        lab.from_pod(next, &half, flag::SYN | flag::ACK)?;
+        lab.pod_sends(next, &half, flag::SYN | flag::ACK)?;
         let before = (lab.rig.reason(1, Reason::EstablishedFull)?, lab.hits());
         for _ in 0..3 {
-            lab.from_client(next, refused, flag::ACK)?;
+            lab.client_sends(next, refused, flag::ACK)?;
         }
         ensure!(lab.rig.reason(1, Reason::EstablishedFull)? == before.0 + 3 && lab.hits() == before.1);
-        ensure!(lab.from_client(next, port, flag::ACK)?.action == Action::Redirect);
+        ensure!(lab.client_sends(next, port, flag::ACK)?.action == Action::Redirect);
         ensure!(lab.hits() == before.1 + 1, "the flow that was there");
-        lab.from_client(next, port, flag::RST)?;
+        lab.client_sends(next, port, flag::RST)?;
         let _ = connection;
         Ok(())
     })
@@ -402,7 +405,7 @@ fn a_flow_that_moves_between_cpus_is_counted_once_for_each_packet() -> Result<()
         let stats = lab.rig.service_stats(1)?;
         for round in 0..30 {
             let cpu = if round % 3 == 0 { lab.cpus[round % 2] } else { next };
-            lab.from_client(cpu, port, flag::ACK)?;
+            lab.client_sends(cpu, port, flag::ACK)?;
         }
         let after = lab.rig.flow(name::ESTABLISHED, &connection.forward.key).context("established")?;
         ensure!(after.packets == before.packets + 30, "{} to {}", before.packets, after.packets);

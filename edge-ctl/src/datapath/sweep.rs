@@ -109,6 +109,13 @@ struct Census {
     seen: BTreeMap<u32, u64>,
 }
 
+/// What a step reads, and when, ns.
+struct Sources<'a> {
+    tables: &'a Tables,
+    cache: &'a FlowCache,
+    now: u64,
+}
+
 /// Flows ended by one step, by number.
 #[derive(Debug, Default)]
 struct Expired {
@@ -180,12 +187,13 @@ impl Sweeper {
         let mut expired = Expired::default();
         let mut report = SweepReport::default();
         let mut walked = Ok(());
+        let from = Sources { tables: &self.tables, cache: &self.cache, now };
         if !self.v4.cursor.is_finished() {
-            walked = self.v4.step(&self.tables, &self.cache, &mut self.walk, now, budget, &mut report, &mut expired);
+            walked = self.v4.step(&from, &mut self.walk, budget, &mut report, &mut expired);
         }
         let left = budget.saturating_sub(usize::try_from(report.scanned).unwrap_or(budget));
         if walked.is_ok() && self.v4.cursor.is_finished() && left > 0 {
-            walked = self.v6.step(&self.tables, &self.cache, &mut self.walk, now, left, &mut report, &mut expired);
+            walked = self.v6.step(&from, &mut self.walk, left, &mut report, &mut expired);
         }
         // What was ended before a failure is counted, too.
         self.ended.append(&mut expired.records);
@@ -257,16 +265,14 @@ where
 
     fn step(
         &mut self,
-        tables: &Tables,
-        cache: &FlowCache,
+        from: &Sources<'_>,
         walk: &mut Walk,
-        now: u64,
         budget: usize,
         report: &mut SweepReport,
         expired: &mut Expired,
     ) -> Result<(), PortError> {
-        let fill = self.fill();
-        let reader = tables.reader(self.name)?;
+        let (fill, now) = (self.fill(), from.now);
+        let reader = from.tables.reader(self.name)?;
         let page = reader.page(&mut self.cursor, budget)?;
         for (_, value) in page.iter(reader.shape) {
             let Some(flow) = from_bytes::<Flow<A>>(value) else { continue };
@@ -277,7 +283,7 @@ where
             let is_idle = |flow: &Flow<A>| now.saturating_sub(flow.last_seen) > limit;
             let mut record = FlowEnd::default();
             let ended = match is_idle(&flow) {
-                true => end(&mut self.flows, Some(cache), &flow, is_idle, &mut record)?,
+                true => end(&mut self.flows, Some(from.cache), &flow, is_idle, &mut record)?,
                 false => Ended::Nothing,
             };
             if ended == Ended::Flow && walk.recorded.contains(&flow.service) {
