@@ -128,7 +128,9 @@ fn rows(query: Query) -> Result<Answer, ViewError> {
             RouteRow { protocol: text("bgp"), installed: false, ..RouteRow::default() },
         ]),
         Query::Maps => {
-            Answer::Maps(vec![MapRow { name: text("CONTROL"), entries: Some(1), max_entries: 1, ..MapRow::default() }])
+            let windows = MapRow { hits: Some(1), misses: Some(1), displaced: Some(1), ..MapRow::default() };
+            let control = MapRow { name: text("CONTROL"), entries: Some(1), max_entries: 1, ..MapRow::default() };
+            Answer::Maps(vec![control, windows])
         }
         Query::Map { name, .. } => Answer::MapEntries(vec![MapEntryRow { key: name, value: text("seed=*") }]),
         Query::Xdp => {

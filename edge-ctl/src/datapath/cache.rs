@@ -106,7 +106,8 @@ impl FlowCache {
     fn from_pins(pins: &Pins, write: bool) -> Result<Self, PortError> {
         let open = |map: &str| {
             let failed = |error: MapError| PortError::new(format!("opening the map {map}"), chain(&error));
-            let fd = open_pin(&pins.map(map), !write)
+            // A mapping of what was opened for reading only is not a shared one to the kernel, which refuses it for maps.
+            let fd = open_pin(&pins.map(map), false)
                 .map_err(|error| PortError::new(format!("opening the map {map}"), error))?;
             let data = MapData::from_fd(fd).map_err(failed)?;
             let entries = data.info().map_err(failed)?.max_entries();
