@@ -295,12 +295,18 @@ fn frames_to_a_flow_cut_short_anywhere_or_contradicting_themselves_go_nowhere() 
 }
 
 #[test]
-fn a_dnat_backend_s_packet_without_a_flow_goes_nowhere() -> Result<()> {
+fn a_dnat_backend_s_packet_without_a_flow_leaves_as_the_vip_s_as_any_edge_would_choose_that_backend() -> Result<()> {
     on_each_wire(|_, flows| {
         let strays = flows.iter().filter(|flow| flow.mode == mode::DNAT).map(|flow| {
             let elsewhere = SocketAddr::new(CLIENT.into(), 41_000);
             let stray = Frame { dst: elsewhere, ..flow.reply() };
-            Row::new(format!("{}: a stray reply", flow.what), flow.behind, stray.bytes(), Expect::Nothing)
+            let bytes = stray.translated(flow.vip, elsewhere, Some((CLIENT_MAC, UPLINK_MAC)));
+            Row::new(
+                format!("{}: a stray reply", flow.what),
+                flow.behind,
+                stray.bytes(),
+                Expect::Out(Side::Uplink, bytes),
+            )
         });
         strays.collect()
     })

@@ -293,12 +293,28 @@ impl FlowCache {
     where
         Slot<A>: Pod,
     {
+        self.rewrite(key, |_| Slot::default());
+    }
+
+    /// Takes what the slots of a key have counted out of them, on every CPU, and leaves the slots. For tests, while no
+    /// program runs.
+    pub fn uncount<A: Part>(&self, key: &FlowKey<A>)
+    where
+        Slot<A>: Pod,
+    {
+        self.rewrite(key, |slot| Slot { packets: 0, bytes: 0, ..slot });
+    }
+
+    fn rewrite<A: Part>(&self, key: &FlowKey<A>, change: impl Fn(Slot<A>) -> Slot<A>)
+    where
+        Slot<A>: Pod,
+    {
         let (place, words) = (place_of(key), A::words(key));
         for window in (0..self.cpus).filter_map(|cpu| self.window(cpu)) {
             let offset = set_of(A::part(&window), place) as usize * size_of::<CacheSet<A>>();
             for (way, slot) in self.set::<A>(&window, place).into_iter().flatten().enumerate() {
                 if slot.is_of(&words) {
-                    A::array(self).write(offset + way * size_of::<Slot<A>>(), Slot::<A>::default());
+                    A::array(self).write(offset + way * size_of::<Slot<A>>(), change(slot));
                 }
             }
         }

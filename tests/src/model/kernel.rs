@@ -194,6 +194,8 @@ impl Kernel {
     pub fn end_flow(&self, table: &str, key: &FlowKeyV4) -> Result<()> {
         self.map(table)?.delete(key);
         if table == name::ESTABLISHED {
+            // One half that is rebuilt from the other would get back what its slots have counted; the model's gets nothing.
+            self.rig.cache.uncount(key);
             self.rig.cache.changed(key);
         }
         Ok(())
