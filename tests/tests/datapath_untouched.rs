@@ -14,7 +14,7 @@ use edge_common::{
 use edge_tests::datapath::{
     frame::{Frame, flag},
     namespace::in_namespace,
-    rig::{Action, CLIENT, HOOKS, Hook, Rig, SNAT, Settings, VIP, key, pod, snat_of},
+    rig::{Action, CLIENT, CLIENT_MAC, HOOKS, Hook, Rig, SNAT, Settings, UPLINK_MAC, VIP, key, pod, snat_of},
 };
 
 fn client(port: u16) -> SocketAddr {
@@ -226,10 +226,15 @@ fn a_service_without_a_pool_drops_new_flows() -> Result<()> {
 
 #[test]
 fn a_dnat_backend_s_packet_without_a_flow_never_leaves_raw() -> Result<()> {
-    each_hook(mode::DNAT, 1, |rig, _| {
+    each_hook(mode::DNAT, 1, |rig, backends| {
         let from_backend = SocketAddr::new(pod(0).into(), 443);
-        let stray = Frame::tcp(from_backend, client(40_000), flag::ACK).bytes();
-        assert_eq!(rig.run(&stray, rig.pods)?.action, Action::Drop);
+        let reply = |port| Frame::tcp(from_backend, client(port), flag::ACK);
+        // Where every edge would choose this backend it is a reply to another edge's client, and leaves as the VIP's.
+        let outcome = rig.run(&reply(39_999).bytes(), rig.pods)?;
+        let translated = reply(39_999).translated(vip(), client(39_999), Some((CLIENT_MAC, UPLINK_MAC)));
+        assert_eq!((outcome.action, outcome.frame), (Action::Redirect, translated));
+        rig.set_eligible(backends[0], false)?;
+        assert_eq!(rig.run(&reply(40_000).bytes(), rig.pods)?.action, Action::Drop);
         assert_eq!(rig.reason(1, Reason::ReplyWithoutFlow)?, 1);
         // To the host itself, or from a port that is no backend: none of our business.
         let to_host = Frame::tcp(from_backend, SocketAddr::new(SNAT.into(), 5000), flag::ACK).bytes();
