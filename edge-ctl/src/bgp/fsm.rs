@@ -11,6 +11,7 @@
 //! | Idle    | TcpConnectionConfirmed (incoming)         | Idle    | Cease/Connection Rejected, Close               |
 //! | Connect | TcpConnectionConfirmed (outgoing)         | OpenSent| Send OPEN                                      |
 //! | Connect | TcpConnectionConfirmed (incoming)         | OpenSent| Send OPEN; the dial goes on                    |
+//! | Connect | the dial ends, incoming in OpenConfirm    | Active  | the dialled one: Cease/7, no OPEN              |
 //! | Connect | TcpConnectionFails, ConnectTimer_Expires  | Active  | retry with backoff                             |
 //! | Active  | ConnectRetryTimer_Expires                 | Connect | Dial                                           |
 //! | Active  | TcpConnectionConfirmed (incoming)         | OpenSent| Send OPEN                                      |
@@ -63,6 +64,9 @@ const RETRY_FIRST: Duration = Duration::from_secs(1);
 /// A session that lasted so long forgives the failures before it; shorter ones count as one more, so that two sides that
 /// agree on OPENs and on nothing else do not spin.
 const STABLE: Duration = Duration::from_secs(30);
+/// Connections that cross have their OPENs within this time. A connection that is older and has none may belong to a life
+/// of the peer that is over, and must not be what keeps the peer away.
+const CROSSING: Duration = Duration::from_secs(5);
 
 /// What the peer does about getting a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -412,7 +416,9 @@ fn connected(state: &mut State, now: Now, side: Side, actions: &mut Vec<Action>)
     }
     // With graceful restart the new connection's OPEN will tell whether the peer has restarted.
     let graceful = state.established().is_none_or(|(_, negotiated)| negotiated.kept().is_some());
-    if !graceful || state.connected(side) {
+    // Crossed connections: see `collision`.
+    let settled = state.connection(side.other()).is_some_and(|other| matches!(other.stage, Stage::OpenConfirm(_)));
+    if !graceful || state.connected(side) || (side == Side::Outgoing && settled) {
         return reject(side, cease::CONNECTION_COLLISION_RESOLUTION, actions);
     }
     *state.slot(side) = Some(Connection {
@@ -503,7 +509,7 @@ fn opened(state: &mut State, now: Now, side: Side, open: Open, actions: &mut Vec
     if state.connection(side.other()).is_some_and(|other| outlived(other, &negotiated.peer, now)) {
         fail(state, now, side.other(), End::lost("the peer has restarted".to_owned()), actions);
     }
-    let loser = collision(state, side, &negotiated.peer);
+    let loser = collision(state, now, side, &negotiated.peer);
     if let Some(loser) = loser {
         *state.slot(loser) = None;
         reject(loser, cease::CONNECTION_COLLISION_RESOLUTION, actions);
@@ -529,19 +535,27 @@ fn outlived(other: &Connection, new: &Open, now: Now) -> bool {
     restarting(new) && (!restarting(&established.peer) || lasted)
 }
 
-/// RFC 4271 6.8 and RFC 6286 2.3: which connection is closed, where the other one has also received its OPEN. The one
-/// that the side with the higher identifier opened survives; with equal identifiers, the higher AS decides.
-fn collision(state: &State, side: Side, peer: &Open) -> Option<Side> {
+/// RFC 4271 6.8 and RFC 6286 2.3: which connection is closed. The one that the side with the higher identifier opened
+/// survives; with equal identifiers, the higher AS decides.
+///
+/// Were that decided only where both connections have their OPENs, each side would decide at another moment: the one with
+/// the higher identifier might be established on the lower one's connection and close its own, while the OPEN on that one
+/// makes the lower side close the first. Both would be lost, and with them, in a restart, what the other side kept stale.
+/// So the higher side alone decides, when the lower one's OPEN comes: if its own connection is there by then, the other is
+/// closed before a KEEPALIVE could establish it (RFC 4271 6.8 lets OpenSent count where the identifier is known, and this
+/// OPEN has told it); if not, its dial comes too late and says no OPEN (see [`connected`]). The lower side never has both a
+/// KEEPALIVE on the one and an OPEN on the other.
+fn collision(state: &State, now: Now, side: Side, peer: &Open) -> Option<Side> {
     let other = state.connection(side.other())?;
+    let settings = &state.settings;
+    let lower = (settings.router_id, settings.local_asn) < (peer.router_id, settings.remote_asn);
     match other.stage {
-        Stage::OpenSent => None,
-        Stage::Established(_) => Some(side),
-        Stage::OpenConfirm(_) => {
-            let settings = &state.settings;
-            let ours = (settings.router_id, settings.local_asn);
-            let theirs = (peer.router_id, settings.remote_asn);
-            Some(if ours < theirs { Side::Outgoing } else { Side::Incoming })
+        Stage::OpenSent => {
+            let left = other.hold_at.unwrap_or_default().saturating_sub(now.time);
+            (!lower && side == Side::Incoming && left + CROSSING > OPEN_HOLD).then_some(side)
         }
+        Stage::Established(_) => Some(side),
+        Stage::OpenConfirm(_) => Some(if lower { Side::Outgoing } else { Side::Incoming }),
     }
 }
 
@@ -925,30 +939,70 @@ mod tests {
         assert!(!negotiated.four_octet_as && !negotiated.route_refresh);
     }
 
-    /// Both connections are up; `first` has received its OPEN, now the other one does.
+    /// Both connections are up; `first` has received its OPEN, now the other one does. Returns what was done about either.
     fn collide(local: Settings, first: Side) -> (State, Vec<Action>) {
-        after(
-            local,
-            [
-                Event::TcpConnectionConfirmed(Side::Incoming),
-                Event::TcpConnectionConfirmed(Side::Outgoing),
-                Event::BgpOpen(first, open()),
-                Event::BgpOpen(first.other(), open()),
-            ],
-        )
+        let (mut state, _) = crossed(local);
+        let mut actions = step(&mut state, at(0), Event::BgpOpen(first, open()));
+        actions.extend(step(&mut state, at(0), Event::BgpOpen(first.other(), open())));
+        (state, actions)
+    }
+
+    /// Both connections are up and have sent their OPENs.
+    fn crossed(local: Settings) -> (State, Vec<Action>) {
+        after(local, [Side::Incoming, Side::Outgoing].map(Event::TcpConnectionConfirmed))
+    }
+
+    fn higher() -> Settings {
+        Settings { router_id: Ipv4Addr::new(10, 0, 0, 3), ..settings() }
     }
 
     #[test]
     fn in_a_collision_the_connection_opened_by_the_higher_identifier_survives_whatever_the_order() {
-        let lower = settings();
-        let higher = Settings { router_id: Ipv4Addr::new(10, 0, 0, 3), ..settings() };
         for first in [Side::Outgoing, Side::Incoming] {
-            let (state, actions) = collide(lower.clone(), first);
+            let (state, actions) = collide(settings(), first);
             assert!(closed_with(&actions, Side::Outgoing, 6, 7), "{first:?}: {actions:?}");
             assert!(state.connected(Side::Incoming) && !state.connected(Side::Outgoing));
-            let (state, actions) = collide(higher.clone(), first);
+            let (state, actions) = collide(higher(), first);
             assert!(closed_with(&actions, Side::Incoming, 6, 7), "{first:?}: {actions:?}");
             assert!(state.connected(Side::Outgoing) && !state.connected(Side::Incoming));
+        }
+    }
+
+    #[test]
+    fn the_higher_identifier_never_confirms_a_connection_that_its_own_would_replace() {
+        let (mut state, _) = crossed(higher());
+        let actions = step(&mut state, at(1), Event::BgpOpen(Side::Incoming, open()));
+        assert!(closed_with(&actions, Side::Incoming, 6, 7), "{actions:?}");
+        assert!(!actions.contains(&Action::SendKeepalive(Side::Incoming)), "{actions:?}");
+        // The lower one cannot know yet, and waits for what the peer decides.
+        let (mut state, _) = crossed(settings());
+        let actions = step(&mut state, at(1), Event::BgpOpen(Side::Incoming, open()));
+        assert_eq!(actions, [Action::SendKeepalive(Side::Incoming)]);
+        let (mut state, _) = crossed(settings());
+        let actions = step(&mut state, at(1), Event::BgpOpen(Side::Outgoing, open()));
+        assert_eq!(actions, [Action::SendKeepalive(Side::Outgoing)]);
+    }
+
+    #[test]
+    fn a_dial_that_ends_once_the_peers_connection_is_confirmed_says_no_open() {
+        for local in [settings(), higher()] {
+            let incoming = [Event::TcpConnectionConfirmed(Side::Incoming), Event::BgpOpen(Side::Incoming, open())];
+            let (mut state, _) = after(local, incoming);
+            let actions = step(&mut state, at(0), Event::TcpConnectionConfirmed(Side::Outgoing));
+            assert!(closed_with(&actions, Side::Outgoing, 6, 7), "{actions:?}");
+            assert!(!actions.iter().any(|action| matches!(action, Action::SendOpen(..))), "{actions:?}");
+            step(&mut state, at(0), Event::KeepAliveMsg(Side::Incoming));
+            assert_eq!(state.established().unwrap().0, Side::Incoming);
+        }
+    }
+
+    #[test]
+    fn a_connection_whose_open_does_not_come_keeps_no_other_one_away() {
+        let (state, _) = crossed(higher());
+        for (second, taken) in [(4, false), (5, true)] {
+            let mut state = state.clone();
+            let actions = step(&mut state, at(second), Event::BgpOpen(Side::Incoming, open()));
+            assert_eq!(actions.contains(&Action::SendKeepalive(Side::Incoming)), taken, "{second} s: {actions:?}");
         }
     }
 
