@@ -55,6 +55,10 @@ fn from_client(rig: &mut Rig, dice: &mut Dice, protocol: u8, seen: &mut Seen) ->
     let outcome = rig.run(&frame.bytes(), rig.uplink)?;
     if outcome.action == Action::Redirect {
         let (source, backend) = endpoints_if_valid(&outcome.frame).context("a client's packet left invalid")?;
+        if (source, backend) == (vip(), client) && protocol == TCP {
+            // TC redirects an answer by the interface the packet came by: a RST to a segment without a flow.
+            return Ok(());
+        }
         ensure!((0..2).any(|n| backend == SocketAddr::new(pod(n).into(), 443)), "sent to {backend}");
         seen.owners.insert((source, backend), client);
     } else if outcome.action == Action::Pass {

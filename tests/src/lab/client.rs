@@ -162,6 +162,14 @@ impl Echo {
         Ok(echo)
     }
 
+    /// Waits so long for each line from now on, instead of for 5 s.
+    ///
+    /// # Errors
+    /// Where the kernel refuses.
+    pub fn wait_for_lines(&self, limit: Duration) -> Result<()> {
+        Ok(self.stream.set_read_timeout(Some(limit))?)
+    }
+
     fn line(&mut self) -> Result<String> {
         let mut line = Vec::new();
         let mut byte = [0];
