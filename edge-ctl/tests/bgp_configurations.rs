@@ -27,6 +27,10 @@ const NGINX_EDGE: &str = include_str!("../../tests/fixtures/frr/nginx-edge.conf"
 const VIP: &str = "192.168.77.20/32";
 const KUBE1: &str = "192.168.99.12";
 
+/// FRR 10.5, where the configuration comes from, takes a port for a peer group; Debian's 8.4 for a neighbour only.
+const GROUP_PORT: &str = "neighbor 192.168.99.12 peer-group KUBE_AS\n";
+const PEER_PORT: &str = "neighbor 192.168.99.12 peer-group KUBE_AS\nneighbor 192.168.99.12 port 32179\n";
+
 fn established(row: &BgpPeerRow) -> bool {
     row.state == "Established"
 }
@@ -79,9 +83,12 @@ fn shown(lab: &Lab, neighbor: &str) -> (bool, bool) {
 /// The daemon as kube1 behind a router with this configuration; whether the VIP is in the router's table in the end.
 fn behind(router: &str, text: &str, port: u16, accepted: bool) {
     let mut lab = lab(&[KUBE1], &[router]);
-    lab.bgpd(text);
-    lab.edge.block_on(|| async {
+    let namespace = lab.edge.clone();
+    namespace.block_on(|| async {
         let mut edge = Edge::start(kube1(&lab, &[router], port)).await;
+        // After us: as printed, it would wait two minutes before it dials again.
+        let text = if port == 179 { text.to_owned() } else { text.replace(GROUP_PORT, PEER_PORT) };
+        lab.bgpd(&text);
         let row = edge.row_until(router, "the session", established).await;
         if port == 32179 {
             assert!(row.local.as_deref().is_some_and(|local| local.ends_with(":32179")), "FRR dialled: {row:#?}");
