@@ -8,7 +8,7 @@ use std::{fs, net::IpAddr, path::PathBuf, time::Duration};
 
 use common::{
     bgp::{Edge, Lab, NODE, NODE6, config, peer, says},
-    speakers::{Bird, Frr, ibgp, missing},
+    speakers::{Bird, Frr, full, ibgp, missing},
 };
 use edge_ctl::{
     bgp::BgpEvent,
@@ -395,7 +395,7 @@ fn ipv4_prefixes_travel_both_ways_on_an_ipv6_session_with_extended_next_hops() {
 
 /// How often both sides open at once: 1,000 times with `cargo xtask test --full`.
 fn openings() -> u64 {
-    if std::env::var_os("EDGE_TEST_FULL").is_some_and(|value| value == "1") { 1000 } else { 50 }
+    if full() { 1000 } else { 50 }
 }
 
 #[test]
