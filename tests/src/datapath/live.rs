@@ -137,6 +137,7 @@ impl Live {
 }
 
 fn attach(rig: &mut Rig, hook: Hook) -> Result<()> {
+    rig.ebpf.end_with_owner();
     for interface in ["uplink", "pods"] {
         match hook {
             Hook::Xdp => {

@@ -218,6 +218,7 @@ fn mark_vip() -> SocketAddr {
 }
 
 fn attach(rig: &mut Rig, wire: Wire) -> Result<()> {
+    rig.ebpf.end_with_owner();
     for interface in ["uplink", "pods"] {
         if wire == Wire::Tc {
             let program: &mut SchedClassifier = rig.ebpf.program_mut("edge_tc").context("no edge_tc")?.try_into()?;
