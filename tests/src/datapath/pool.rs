@@ -11,10 +11,21 @@ use anyhow::{Context as _, Result};
 use aya::{
     Ebpf,
     maps::{Map, MapData, RingBuf},
+    programs::{
+        SchedClassifier, TcAttachType, Xdp, XdpMode,
+        tc::{self, SchedClassifierLinkId},
+        xdp::XdpLinkId,
+    },
 };
-use edge_ctl::datapath::sys::{self, Cursor, Shape};
+use edge_ctl::datapath::{
+    attach::{AttachedHook, tc_hook},
+    sys::{self, Cursor, Shape},
+};
 
-use super::rig::{Hook, Settings};
+use super::{
+    rig::{Hook, Settings},
+    tap::Wire,
+};
 use crate::model::kernel as raw;
 
 /// What an object was loaded for: hook, and entries of the maps whose sizes a test may choose.
@@ -31,12 +42,18 @@ pub struct Loaded {
     ebpf: Option<Ebpf>,
     /// Maps that it had when loaded; `None` where nobody may use it again.
     again: Option<(Kind, usize)>,
+    attached: Vec<Attached>,
+}
+
+enum Attached {
+    Xdp(XdpLinkId),
+    Tc(SchedClassifierLinkId),
 }
 
 impl Loaded {
     /// An object of this test alone.
     pub fn once(ebpf: Ebpf) -> Self {
-        Self { ebpf: Some(ebpf), again: None }
+        Self { ebpf: Some(ebpf), again: None, attached: Vec::new() }
     }
 
     /// An object for these settings: one that waits, else what `load` loads. All its maps are as after loading.
@@ -60,12 +77,43 @@ impl Loaded {
                 (ebpf.maps().count(), ebpf)
             }
         };
-        Ok(Self { ebpf: Some(ebpf), again: Some((kind, maps)) })
+        Ok(Self { ebpf: Some(ebpf), again: Some((kind, maps)), attached: Vec::new() })
     }
 
-    /// Has the object end with its owner: its programs are attached, or it is otherwise changed for good.
-    pub fn end_with_owner(&mut self) {
-        self.again = None;
+    /// Attaches the entry program to an interface of this thread's namespace, until the owner is through.
+    ///
+    /// # Errors
+    /// Where it is not loaded, or the kernel refuses.
+    pub fn attach(&mut self, interface: &str, wire: Wire) -> Result<()> {
+        let attached = if wire == Wire::Tc {
+            if tc_hook() == AttachedHook::Clsact {
+                tc::qdisc_add_clsact(interface)?;
+            }
+            Attached::Tc(self.tc()?.attach(interface, TcAttachType::Ingress)?)
+        } else {
+            let mode = if wire == Wire::Native { XdpMode::Driver } else { XdpMode::Skb };
+            Attached::Xdp(self.xdp()?.attach(interface, mode)?)
+        };
+        self.attached.push(attached);
+        Ok(())
+    }
+
+    fn detach(&mut self) -> Result<()> {
+        for attached in std::mem::take(&mut self.attached) {
+            match attached {
+                Attached::Xdp(link) => self.xdp()?.detach(link)?,
+                Attached::Tc(link) => self.tc()?.detach(link)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn xdp(&mut self) -> Result<&mut Xdp> {
+        Ok(self.program_mut("edge_xdp").context("no edge_xdp")?.try_into()?)
+    }
+
+    fn tc(&mut self) -> Result<&mut SchedClassifier> {
+        Ok(self.program_mut("edge_tc").context("no edge_tc")?.try_into()?)
     }
 }
 
@@ -91,9 +139,11 @@ impl DerefMut for Loaded {
 
 impl Drop for Loaded {
     fn drop(&mut self) {
+        // One that does not let go ends here.
+        let detached = self.detach().is_ok();
         let (Some(ebpf), Some((kind, maps))) = (self.ebpf.take(), self.again) else { return };
         // A test may have taken a map out.
-        if ebpf.maps().count() == maps {
+        if detached && ebpf.maps().count() == maps {
             IDLE.lock().unwrap_or_else(PoisonError::into_inner).push((kind, maps, ebpf));
         }
     }

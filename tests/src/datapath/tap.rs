@@ -7,15 +7,12 @@ use std::{
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
 };
 
+use crate::lab::xdp_pass;
 use anyhow::{Context, Result, bail, ensure};
-use aya::programs::{SchedClassifier, TcAttachType, Xdp, XdpMode, tc};
 use edge_common::{
     flow::UDP,
     maps::{mode, name},
 };
-use edge_ctl::datapath::attach::{AttachedHook, tc_hook};
-
-use crate::lab::xdp_pass;
 
 use super::{
     frame::Frame,
@@ -119,7 +116,7 @@ impl Taps {
                 listeners.push(xdp_pass::listen(ifindex(peer)?)?);
             }
         }
-        attach(&mut rig, wire)?;
+        ["uplink", "pods"].into_iter().try_for_each(|interface| rig.ebpf.attach(interface, wire))?;
         let mut stack = Vec::new();
         for link in ["uplink", "pods"] {
             for kind in STACK_TYPES {
@@ -215,23 +212,6 @@ fn mark_client() -> SocketAddr {
 
 fn mark_vip() -> SocketAddr {
     SocketAddr::new(VIP.into(), MARKS)
-}
-
-fn attach(rig: &mut Rig, wire: Wire) -> Result<()> {
-    rig.ebpf.end_with_owner();
-    for interface in ["uplink", "pods"] {
-        if wire == Wire::Tc {
-            let program: &mut SchedClassifier = rig.ebpf.program_mut("edge_tc").context("no edge_tc")?.try_into()?;
-            if tc_hook() == AttachedHook::Clsact {
-                tc::qdisc_add_clsact(interface)?;
-            }
-            program.attach(interface, TcAttachType::Ingress)?;
-        } else {
-            let program: &mut Xdp = rig.ebpf.program_mut("edge_xdp").context("no edge_xdp")?.try_into()?;
-            program.attach(interface, if wire == Wire::Native { XdpMode::Driver } else { XdpMode::Skb })?;
-        }
-    }
-    Ok(())
 }
 
 /// How destination MACs of IPv6 multicasts begin (RFC 2464, section 7): the kernel sends some by itself.
