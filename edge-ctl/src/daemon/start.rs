@@ -27,7 +27,7 @@ use super::{
     dns_guard, dns_sources,
     downtime::Downtimes,
     flow_ends::FlowEnds,
-    host_problems, lock,
+    host, lock,
     recorder::Recorder,
     slow_start::SlowStart,
     swept::Swept,
@@ -109,9 +109,9 @@ pub fn run(file: &Path) -> Result<(), StartError> {
 
 async fn start(file: &Path, config: Config, texts: Texts, commits: Commits) -> Result<(), StartError> {
     let hangup = signal(SignalKind::hangup())?;
-    let problems = host_problems(&config);
+    let problems = host::problems(&config);
     if !problems.is_empty() {
-        return Err(StartError::Host(problems));
+        return Err(StartError::Host(problems.iter().map(ToString::to_string).collect()));
     }
     let orders = Orders::load(&config.edge.state_dir)?;
     let acl = Acl::load(&config.edge.state_dir)?;
