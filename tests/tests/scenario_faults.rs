@@ -13,7 +13,8 @@ use edge_tests::{
     needs_namespaces,
 };
 
-const SOON: Duration = Duration::from_secs(10);
+/// The kernel's verification of the program is part of it.
+const SOON: Duration = Duration::from_secs(60);
 
 /// `edge-ctl status`, its exit code, and what is wrong.
 fn status(lab: &Lab) -> Result<(Option<i32>, String)> {
