@@ -86,6 +86,7 @@ fn cases() -> Vec<Case> {
         ("no answer", Fault::Drop, "last-good", "timed out"),
         ("SERVFAIL", Fault::Servfail, "last-good", "SERVFAIL"),
         ("REFUSED", Fault::Refused, "last-good", "REFUSED"),
+        ("NOTIMP", Fault::Notimp, "last-good", "NOTIMP"),
         ("no EDNS", Fault::NoEdns, "fresh", ""),
         ("NXDOMAIN", Fault::Nxdomain, "held", "NXDOMAIN"),
         ("no records", Fault::Empty, "held", "NODATA"),
@@ -160,7 +161,16 @@ fn no_fault_of_dns_changes_the_pool_resets_a_connection_or_fails_a_connect() -> 
         format!("edge_dns_pool_changes_total{{name=\"{SERVICE_NAME}\",type=\"A\",resolver=\"kube-dns\"}} {changes}");
     ensure!(metrics.contains(&held), "no line `{held}` in the metrics");
     let stats = lab.edge_ctl(&["dns", "stats"])?;
-    for class in ["success", "format_error", "server_failure", "host_not_found", "refused", "unknown", "timed_out"] {
+    for class in [
+        "success",
+        "format_error",
+        "server_failure",
+        "host_not_found",
+        "unimplemented",
+        "refused",
+        "unknown",
+        "timed_out",
+    ] {
         ensure!(number(&stats[0], class)? > 0, "no answer of class {class}: {stats}");
     }
     daemon.stop()

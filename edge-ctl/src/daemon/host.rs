@@ -158,7 +158,25 @@ pub(super) fn problems(config: &Config) -> Vec<SysctlProblem> {
     sysctl::check(&config.edge.interfaces, full_nat, ipv6)
 }
 
-/// What these break.
+/// What these break. A setting that cannot be read at this moment says nothing: no VIP is withdrawn for want of a file
+/// descriptor.
 pub(super) fn faults(problems: &[SysctlProblem]) -> BTreeSet<HostFault> {
-    problems.iter().map(|problem| problem.breaks).collect()
+    problems.iter().filter(|problem| problem.value.is_some()).map(|problem| problem.breaks).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_was_read_and_found_wrong_is_a_fault() {
+        let wrong = sysctl::Settings {
+            ip_forward: Some(0),
+            interfaces: vec![sysctl::InterfaceSettings { name: "ens33".into(), ..Default::default() }],
+            ..Default::default()
+        };
+        let found = sysctl::evaluate(&wrong, true);
+        assert_eq!(found.len(), 2, "{found:?}");
+        assert_eq!(faults(&found), BTreeSet::from([HostFault::Ipv4]));
+    }
 }
