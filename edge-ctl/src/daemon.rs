@@ -71,6 +71,7 @@ use crate::{
         query::{ConfigChange, Query, ReloadRow, ViewError},
     },
     notify,
+    reconcile::actor::ReconcilerStatus,
     sources::{
         dns::{self, DnsHandle},
         fixed,
@@ -156,6 +157,7 @@ struct Inbox {
     hangup: Signal,
     /// Ends only when the loop has, or by a panic.
     reconciler: JoinHandle<()>,
+    status: watch::Receiver<ReconcilerStatus>,
 }
 
 /// The loop's state.
@@ -202,7 +204,14 @@ impl Daemon {
         self.fixed_pools();
         self.learn_snat_sources(self.world.backend_addresses()).await;
         self.hold_addresses().await;
+        // The kernel takes seconds to verify a program that is new to it: the reconciler writes the maps meanwhile. Not
+        // those that are still filled from maps of an earlier layout: what it removes there would come back.
+        if !lock(&self.shared).datapath.is_migrating() {
+            self.publish();
+        }
+        self.attach();
         self.publish();
+        tokio::spawn(start::announce_readiness(inbox.status.clone()));
         let speaks = self.bgp.is_some();
         loop {
             let (bump_at, share_at) = (self.route_generation.due(), self.next_share);

@@ -210,8 +210,6 @@ async fn start(file: &Path, config: Config, texts: Texts, commits: Commits) -> R
         route_generation: Throttle::new(ROUTE_GENERATION_PAUSE),
         next_walk: Instant::now(),
     };
-    daemon.attach();
-    tokio::spawn(announce_readiness(reconciler_status));
     let inbox = Inbox {
         bgp: bgp_inbox,
         fib: fib_inbox,
@@ -220,6 +218,7 @@ async fn start(file: &Path, config: Config, texts: Texts, commits: Commits) -> R
         verdicts,
         hangup,
         reconciler,
+        status: reconciler_status,
     };
     let result = daemon.run(inbox).await;
     drop(stop);
@@ -260,7 +259,7 @@ fn candidate(member: &PoolMember) -> Candidate {
 }
 
 /// Tells the service manager once the maps first hold the desired state.
-async fn announce_readiness(mut status: watch::Receiver<ReconcilerStatus>) {
+pub(super) async fn announce_readiness(mut status: watch::Receiver<ReconcilerStatus>) {
     if status.wait_for(|status| status.in_sync).await.is_ok() {
         info!("the datapath holds the desired state");
         notify::ready("serving");

@@ -234,6 +234,11 @@ impl Datapath {
         KernelView::from_pins(self.pins.clone())
     }
 
+    /// True while maps of an earlier layout are in use, whose entries follow once the program has been swapped.
+    pub fn is_migrating(&self) -> bool {
+        migrate::is_pending(&self.pins)
+    }
+
     /// Attaches to every configured interface that does not have the program yet, adopts the others, and detaches from
     /// interfaces that are no longer configured. To be called at start, when a link comes or goes, and on reload.
     /// Returns what failed, by interface.
