@@ -127,7 +127,7 @@ impl Terms {
     /// # Errors
     /// Why it gets nothing.
     pub fn judge(&self, policy: &Policy, prefix: &IpNet, candidate: Candidate<'_>) -> Result<Outgoing, Withheld> {
-        let (attributes, permit, learnt) = match candidate {
+        let (mut attributes, permit, learnt) = match candidate {
             Candidate::Own(own) => {
                 let attributes = originated(own);
                 let permit = policy.export(prefix, &attributes, false)?;
@@ -147,6 +147,7 @@ impl Terms {
         if !reachable || !self.families.contains(&family) {
             return Err(Withheld::Family);
         }
+        policy.mark_sent(&mut attributes, self.local_asn)?;
         let prepend = match candidate {
             Candidate::Own(own) => usize::from(own.prepend),
             Candidate::Learnt(_) => 0,

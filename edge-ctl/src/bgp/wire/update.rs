@@ -120,6 +120,10 @@ impl Update {
             let announced = std::mem::take(&mut update.announced);
             update.withdrawn.extend(announced.into_iter().flat_map(|announcement| announcement.prefixes));
         }
+        // The codec has dropped what was malformed: what is left may look like the end of a table and is none.
+        if !problems.is_empty() {
+            update.end_of_rib = None;
+        }
         update.problems = problems;
         Ok(update)
     }
