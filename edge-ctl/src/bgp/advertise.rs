@@ -16,7 +16,10 @@ use super::{
     rib::Best,
     wire::{self, Attributes, Community, Context, EncodeError, Family},
 };
-use crate::{config::valid::NextHop, model::PathAttributes};
+use crate::{
+    config::valid::NextHop,
+    model::{PathAttributes, scope},
+};
 
 /// Prefixes that we originate.
 #[derive(Clone, Debug, Default)]
@@ -182,6 +185,8 @@ impl Terms {
     fn finish(&self, attributes: Attributes, permit: Permit<'_>, learnt: Option<IpAddr>, prepend: usize) -> Outgoing {
         let (mut attributes, mut next_hop) = (attributes, self.next_hop);
         if let Some(changes) = permit.changes {
+            // A neighbour on one link is none on another.
+            let learnt = learnt.filter(|hop| scope::number_of(*hop).is_none());
             if let (Some(NextHop::Unchanged), Some(learnt)) = (changes.next_hop, learnt) {
                 next_hop = learnt;
             }

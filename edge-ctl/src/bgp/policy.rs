@@ -17,7 +17,7 @@ use ipnet::IpNet;
 use super::wire::{Attributes, Community};
 use crate::{
     config::valid::{Changes, NextHop, Term},
-    model::bgp_session::Role,
+    model::{bgp_session::Role, scope},
 };
 
 /// The lists of a peer.
@@ -76,7 +76,7 @@ impl fmt::Display for Rejection {
             Self::Connected => f.write_str("a connected network is imported only where `import` names it exactly"),
             Self::OwnAs(asn) => write!(f, "our own AS {asn} is in the AS path"),
             Self::OwnRouterId => f.write_str("originated by our own router id"),
-            Self::OwnNextHop(address) => write!(f, "next hop {address} is our own address"),
+            Self::OwnNextHop(address) => write!(f, "next hop {} is our own address", scope::shown(*address)),
             Self::BadNextHop(address) => write!(f, "next hop {address} is not a neighbour's unicast address"),
             Self::Martian => f.write_str("not a routable unicast prefix"),
             Self::Leak(asn) => write!(f, "a route leak: only customers of AS {asn} may have it (RFC 9234 5)"),
@@ -335,7 +335,7 @@ fn martian(prefix: &IpNet) -> bool {
     }
 }
 
-/// True where `address` can be a gateway. A link-local one would need an interface, which a path does not carry.
+/// True where `address` can be a gateway: a link-local one with its interface, which the session gives it.
 fn neighbour(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(address) => {
@@ -349,7 +349,7 @@ fn neighbour(address: IpAddr) -> bool {
             !(address.is_unspecified()
                 || address.is_loopback()
                 || address.is_multicast()
-                || address.is_unicast_link_local()
+                || (address.is_unicast_link_local() && scope::number_of(address.into()).is_none())
                 || address.to_ipv4_mapped().is_some())
         }
     }
