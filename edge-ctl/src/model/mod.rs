@@ -9,6 +9,7 @@ mod protect;
 pub mod query;
 mod resolver;
 mod route;
+pub mod scope;
 mod selection;
 mod service;
 mod snat;

@@ -15,6 +15,7 @@ pub mod exec;
 pub mod ipv6;
 pub mod netns;
 pub mod pods;
+mod queues;
 pub mod rolling;
 mod rows;
 pub mod smoke;
