@@ -30,10 +30,12 @@ const RACK_MAC: [u8; 6] = [2, 0, 0, 0, 9, 7];
 const OFFICE_CLIENT_MAC: [u8; 6] = [2, 0, 0, 0, 5, 10];
 const RACK_POD_MAC: [u8; 6] = [2, 0, 0, 0, 7, 4];
 
-const OFFICE: [&str; 2] = ["192.168.5.1", "2001:db8:5::1"];
+const OFFICE: [IpAddr; 2] =
+    [IpAddr::V4(Ipv4Addr::new(192, 168, 5, 1)), IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 5, 0, 0, 0, 0, 1))];
 const OFFICE_CLIENT: (Ipv4Addr, Ipv6Addr) =
     (Ipv4Addr::new(192, 168, 5, 10), Ipv6Addr::new(0x2001, 0xdb8, 5, 0, 0, 0, 0, 0x10));
-const RACK: [&str; 2] = ["10.7.0.1", "2001:db8:7::1"];
+const RACK: [IpAddr; 2] =
+    [IpAddr::V4(Ipv4Addr::new(10, 7, 0, 1)), IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 7, 0, 0, 0, 0, 1))];
 const RACK_POD: (Ipv4Addr, Ipv6Addr) = (Ipv4Addr::new(10, 7, 0, 4), Ipv6Addr::new(0x2001, 0xdb8, 7, 0, 0, 0, 0, 4));
 
 /// A frame under tags, the outer one first.
@@ -128,7 +130,7 @@ fn services(rig: &mut Rig) -> Result<()> {
     }
     let mut own = rig.hash::<u32, OwnAddresses>(name::OWN_ADDRESSES)?;
     for (device, addresses) in [(office, OFFICE), (rack, RACK)] {
-        let [v4, v6]: [IpAddr; 2] = [addresses[0].parse()?, addresses[1].parse()?];
+        let [v4, v6] = addresses;
         own.insert(device.ifindex, OwnAddresses { v4: wire(v4), v6: wire(v6) }, 0)?;
     }
     rig.service(UNTAGGED.0, UNTAGGED.1, TCP, mode::FULL_NAT, 1, 80)?;
@@ -143,7 +145,7 @@ fn services(rig: &mut Rig) -> Result<()> {
     Ok(())
 }
 
-fn stand_in(device: &str, address: [u8; 6], addresses: [&str; 2]) -> Result<()> {
+fn stand_in(device: &str, address: [u8; 6], addresses: [IpAddr; 2]) -> Result<()> {
     ip(&format!("link add {device} type veth peer name {device}-peer"))?;
     ip(&format!("link set {device}-peer up"))?;
     ip(&format!("link set {device} address {} up", mac(address)))?;
@@ -322,9 +324,7 @@ fn a_priority_alone_is_no_vlan(taps: &mut Taps) -> Result<()> {
 fn answers(flows: &[Flow]) -> Vec<Row> {
     let mut rows = Vec::new();
     for flow in flows {
-        let own = |addresses: [&str; 2]| -> IpAddr {
-            addresses[usize::from(flow.client.is_ipv6())].parse().expect("an address")
-        };
+        let own = |[v4, v6]: [IpAddr; 2]| if flow.client.is_ipv4() { v4 } else { v6 };
         let expiring = Frame { ttl: 1, ..flow.request() };
         let told = expired(&expiring, own(OFFICE));
         let expect = Expect::Out(Side::Uplink, from_client(&told));
