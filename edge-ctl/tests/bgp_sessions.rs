@@ -311,8 +311,10 @@ fn what_only_customers_may_have_is_marked_and_a_leak_is_refused_with_its_reason(
         let reason = "a route leak: only customers of AS 65001 may have it (RFC 9234 5)";
         assert_eq!(refused.reason.as_deref(), Some(reason), "{received:#?}");
         edge.handle.announce("10.9.0.1/32".parse().unwrap(), PathAttributes::default()).await;
-        let customer = || lab.birdc("show route all 10.9.0.1/32 protocol below");
-        says("the customer", "BGP.otc: 64512", customer).await;
+        says("the customer", "10.9.0.1/32", || lab.birdc("show route protocol below")).await;
+        // A customer would add the mark itself; who has no role shows what we have sent.
+        let without_role = || lab.birdc_named("leaker", "show route all 10.9.0.1/32");
+        says("the one without a role", "BGP.otc: 64512", without_role).await;
     });
 }
 

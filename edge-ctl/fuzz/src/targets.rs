@@ -4,7 +4,7 @@
 //! same functions.
 
 use edge_ctl::bgp::wire::{
-    self, AddPath, Attributes, Context, Family, Message, Notification, Open, Problem, Refresh, Update,
+    self, AddPath, Attributes, Capability, Context, Family, Message, Notification, Open, Problem, Refresh, Update,
 };
 
 /// A target: its name, which is its corpus folder's, and its function.
@@ -75,6 +75,9 @@ pub fn open(data: &[u8]) {
     let _ = (open.families(), open.receives_paths(), open.sends_paths(), open.long_lived(), open.extended_next_hop());
     assert!(open.roles().count() <= open.capabilities.len());
     open.capabilities.iter().for_each(|capability| assert!(!capability.to_string().is_empty()));
+    // Of capabilities that we do not know the number alone is kept, and none is ever sent.
+    let known = |capability: &Capability| !matches!(capability, Capability::Other(_));
+    let open = Open { capabilities: open.capabilities.into_iter().filter(known).collect(), ..open };
     // Capabilities that do not fit an OPEN of ours are an error, never a message that says something else.
     let Some(said) = said_again(&open) else { return };
     let facts = |it: &Open| {

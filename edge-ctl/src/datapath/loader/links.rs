@@ -5,7 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use aya::maps::{HashMap, MapData};
 use edge_common::maps::{OwnAddresses, Port, interface_flag, name};
 
-use super::{Datapath, LoadError, load_program, object_error, program_tag};
+use super::{
+    Datapath, LoadError,
+    make::{load_program, object_error, program_tag},
+};
 use crate::{
     datapath::{
         attach::{self, AttachedHook, Attachment, How},
