@@ -4,7 +4,7 @@ use std::{fs, process::Command};
 
 use super::{
     bgp::{Lab, NODE, PATIENCE},
-    eventually, which,
+    eventually, run, which,
 };
 
 /// True where a program is not installed, which is printed.
@@ -84,20 +84,42 @@ impl Bird for Lab {
 
 pub trait Frr {
     fn bgpd(&mut self, body: &str);
+    fn bgpd_with_zebra(&mut self, body: &str);
+    fn bgpd_with(&mut self, body: &str, arguments: &[&str]);
     fn vtysh(&self, command: &str) -> String;
 }
 
 impl Frr for Lab {
     /// Starts bgpd without zebra.
     fn bgpd(&mut self, body: &str) {
+        self.bgpd_with(body, &["-Z"]);
+    }
+
+    /// With zebra bgpd knows interfaces, which link-local peers need.
+    fn bgpd_with_zebra(&mut self, body: &str) {
+        let [file, socket, pid] = ["zebra.conf", "zserv.api", "zebra.pid"].map(|name| self.path(name));
+        fs::write(&file, "hostname frr-node\nlog stdout\n").unwrap();
+        let folder = self.folder.path().display().to_string();
+        let texts = [&file, &socket, &pid].map(|path| path.display().to_string());
+        let [file, zserv, pid] = texts.each_ref().map(String::as_str);
+        // zebra insists on a user of its own, who makes sockets in the folder.
+        run("chown", &["frr:frr", &folder]);
+        self.start(
+            "/usr/lib/frr/zebra",
+            &["-u", "frr", "-g", "frr", "-f", file, "-z", zserv, "-i", pid, "--vty_socket", &folder, "-P", "0"],
+        );
+        eventually("zebra answers", PATIENCE, || if socket.exists() { Ok(()) } else { Err("no socket".to_owned()) });
+        self.bgpd_with(body, &["-z", zserv]);
+    }
+
+    fn bgpd_with(&mut self, body: &str, arguments: &[&str]) {
         let file = self.path("bgpd.conf");
         fs::write(&file, format!("hostname frr-node\nlog stdout\n{body}\n")).unwrap();
         let folder = self.folder.path().display().to_string();
         let (conf, pid) = (file.display().to_string(), self.path("bgpd.pid").display().to_string());
-        self.start(
-            "/usr/lib/frr/bgpd",
-            &["-Z", "-S", "-f", &conf, "-i", &pid, "--vty_socket", &folder, "-A", "127.0.0.1", "-P", "0"],
-        );
+        let mut all = vec!["-S", "-f", &conf, "-i", &pid, "--vty_socket", &folder, "-A", "127.0.0.1", "-P", "0"];
+        all.extend(arguments);
+        self.start("/usr/lib/frr/bgpd", &all);
         eventually("bgpd answers", PATIENCE, || {
             let answer = self.vtysh("show version");
             if answer.contains("FRRouting") { Ok(()) } else { Err(answer) }
