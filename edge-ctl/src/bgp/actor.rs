@@ -1,5 +1,6 @@
 //! The actor: owns every peer, the RIB and what we originate, and turns decisions into I/O.
 
+mod bfd;
 mod reload;
 mod routes;
 mod sessions;
@@ -23,6 +24,7 @@ use tokio::{
 use super::{
     BgpError, BgpEvent, CONVERGENCE_SILENCE, CONVERGENCE_TIMEOUT, Command, Leaving,
     advertise::Originated,
+    bfd::{Handle, Report},
     fsm::{self, Action, Event, Now, Side},
     listener::Listener,
     offer,
@@ -31,7 +33,7 @@ use super::{
     rib::Rib,
     session::{self, LinkEvent, LinkId},
     show,
-    wire::{self, EncodeError, Family, Message, Notification, Refresh, Update, cease},
+    wire::{self, EncodeError, Family, Message, Nlri, Notification, Refresh, Update, cease},
 };
 use crate::config::valid;
 
@@ -74,6 +76,12 @@ pub struct Actor {
     signed: Vec<IpNet>,
     /// Our host name.
     host: String,
+    /// Room for the prefixes of one UPDATE, withdrawn and announced.
+    nlri: (Vec<Nlri>, Vec<Nlri>),
+    /// BFD, once a peer is to be watched.
+    bfd: Option<Handle>,
+    bfd_report: mpsc::UnboundedSender<Report>,
+    bfd_reports: mpsc::UnboundedReceiver<Report>,
 }
 
 impl Actor {
@@ -84,6 +92,7 @@ impl Actor {
         commands: mpsc::Receiver<Command>,
     ) -> Result<Self, BgpError> {
         let (input, inputs) = mpsc::channel(BURST);
+        let (bfd_report, bfd_reports) = mpsc::unbounded_channel();
         let listeners = reload::listen(&config, &input)?;
         let local = peer::local(&config);
         let mut actor = Self {
@@ -106,6 +115,10 @@ impl Actor {
             restart: OwnRestart::default(),
             signed: Vec::new(),
             host: host_name(),
+            nlri: Default::default(),
+            bfd: None,
+            bfd_report,
+            bfd_reports,
         };
         actor.give_listeners_passwords();
         actor.rib.watch_best(actor.config.transit);
@@ -143,11 +156,16 @@ impl Actor {
             let waiting = self.rib.has_changes() || !self.pending.is_empty();
             let deadline = self.start + self.next_deadline();
             tokio::select! {
+                Some(report) = self.bfd_reports.recv() => self.on_bfd(report),
                 Some(input) = self.inputs.recv() => {
                     self.on_input(input);
                     for _ in 1..BURST {
+                        // A peer that is lost does not wait for the routes of others.
                         let Ok(input) = self.inputs.try_recv() else { break };
                         self.on_input(input);
+                        while let Ok(report) = self.bfd_reports.try_recv() {
+                            self.on_bfd(report);
+                        }
                     }
                 }
                 command = self.commands.recv() => match command {
@@ -440,7 +458,11 @@ impl Actor {
         if let Some((local, remote)) = peer.link(side).map(|link| (link.local, link.remote)) {
             peer.history.message(false, local, remote, &frame);
         }
-        match wire::decode(frame, peer.context()) {
+        if self.repeated(address, side, &frame) {
+            return;
+        }
+        let Some(peer) = self.peers.get_mut(&address) else { return };
+        match wire::decode(frame.clone(), peer.context()) {
             Err(notification) => self.feed(address, Event::MessageError(side, notification)),
             Ok(message) => {
                 peer.count(match &message {
@@ -459,7 +481,7 @@ impl Actor {
                     }
                     Message::Update(update) => {
                         self.feed(address, Event::UpdateMsg(side));
-                        self.on_update(address, side, &update);
+                        self.on_update(address, side, &frame, &update);
                     }
                     Message::RouteRefresh(family) => {
                         self.feed(address, Event::UpdateMsg(side));
@@ -470,7 +492,28 @@ impl Actor {
         }
     }
 
-    fn on_update(&mut self, address: IpAddr, side: Side, update: &Update) {
+    /// An UPDATE with attributes that the session has sent before, which is most of a full table; true where it was one,
+    /// and is dealt with.
+    fn repeated(&mut self, address: IpAddr, side: Side, frame: &[u8]) -> bool {
+        let now = self.start.elapsed();
+        let Some(peer) = self.peers.get_mut(&address) else { return false };
+        let Some(session) = peer.session.as_mut().filter(|session| session.side == side) else { return false };
+        if session.out.terms.context.add_path.contains(Family::Ipv4) {
+            return false;
+        }
+        let (withdrawn, announced) = &mut self.nlri;
+        withdrawn.clear();
+        announced.clear();
+        let Some(route) = session.recent.find(frame, withdrawn, announced) else { return false };
+        session.last_update = now;
+        self.rib.repeat(address, route, withdrawn, announced, now);
+        peer.count("update_received");
+        self.feed(address, Event::UpdateMsg(side));
+        self.limit(address);
+        true
+    }
+
+    fn on_update(&mut self, address: IpAddr, side: Side, frame: &[u8], update: &Update) {
         let now = self.start.elapsed();
         let Some(peer) = self.peers.get_mut(&address) else { return };
         let Some(session) = peer.session.as_mut().filter(|session| session.side == side) else { return };
@@ -485,7 +528,11 @@ impl Actor {
             let name = if withdraws { "update_treat_as_withdraw" } else { "update_attribute_discard" };
             *peer.malformed.entry(name).or_default() += 1;
         }
-        self.rib.update(address, update, now);
+        if let Some(route) = self.rib.update(address, update, now)
+            && let Some(session) = self.peers.get_mut(&address).and_then(|peer| peer.session.as_mut())
+        {
+            session.recent.remember(frame, update, route);
+        }
         if let Some(family) = update.end_of_rib {
             self.completed(address, family);
         }
