@@ -1,6 +1,7 @@
 //! The actor: owns every peer, the RIB and what we originate, and turns decisions into I/O.
 
 mod bfd;
+mod messages;
 mod reload;
 mod routes;
 mod sessions;
@@ -33,14 +34,15 @@ use super::{
     rib::Rib,
     session::{self, LinkEvent, LinkId},
     show,
-    wire::{self, EncodeError, Family, Message, Nlri, Notification, Refresh, Update, cease},
+    wire::{self, EncodeError, Family, Nlri, Notification, cease},
 };
 use crate::config::valid;
 
 /// Link events processed in one go before routes are handed on.
 const BURST: usize = 64;
-/// A peer that asks for refreshes and does not read them is cut off at this many queued messages.
-const LONGEST_OUTBOX: u64 = 65_536;
+/// Timers are looked at so long after something has happened at the latest: there are as many as peers, several times over,
+/// and none that a hundredth of a second matters to.
+const TIMER_SLACK: Duration = Duration::from_millis(10);
 /// How long a shutdown waits for the last NOTIFICATIONs to be written.
 const SHUTDOWN_WAIT: Duration = Duration::from_millis(500);
 
@@ -78,6 +80,8 @@ pub struct Actor {
     host: String,
     /// Room for the prefixes of one UPDATE, withdrawn and announced.
     nlri: (Vec<Nlri>, Vec<Nlri>),
+    /// When timers are looked at next.
+    look_at: Duration,
     /// BFD, once a peer is to be watched.
     bfd: Option<Handle>,
     bfd_report: mpsc::UnboundedSender<Report>,
@@ -116,6 +120,7 @@ impl Actor {
             signed: Vec::new(),
             host: host_name(),
             nlri: Default::default(),
+            look_at: Duration::ZERO,
             bfd: None,
             bfd_report,
             bfd_reports,
@@ -149,12 +154,17 @@ impl Actor {
             self.start_unless_shut(address);
         }
         loop {
-            self.run_timers();
+            let now = self.start.elapsed();
+            if self.look_at <= now {
+                self.run_timers();
+                self.check_convergence();
+                self.look_at = self.next_deadline();
+            }
             self.pass_on();
-            self.check_convergence();
             let events = self.events.clone();
             let waiting = self.rib.has_changes() || !self.pending.is_empty();
-            let deadline = self.start + self.next_deadline();
+            let deadline = self.start + self.look_at;
+            let mut happened = true;
             tokio::select! {
                 Some(report) = self.bfd_reports.recv() => self.on_bfd(report),
                 Some(input) = self.inputs.recv() => {
@@ -182,7 +192,11 @@ impl Actor {
                     // The daemon no longer listens; sessions stay up until it lets go of the handle too.
                     None => self.events = None,
                 },
-                () = sleep_until(deadline) => {}
+                () = sleep_until(deadline) => happened = false,
+            }
+            // Whatever happens may set a timer.
+            if happened {
+                self.look_at = self.look_at.min(now + TIMER_SLACK);
             }
             if self.events.is_none() {
                 self.pending.clear();
@@ -419,148 +433,6 @@ impl Actor {
             *peer.link_mut(side) = Some(link);
         }
         self.feed(address, Event::TcpConnectionConfirmed(side));
-    }
-
-    fn on_link(&mut self, address: IpAddr, id: LinkId, event: LinkEvent) {
-        match event {
-            LinkEvent::Frames(frames) => {
-                for frame in frames {
-                    // Any message may have closed the connection, or its whole peer.
-                    let Some(side) = self.peers.get(&address).and_then(|peer| peer.side_of(id)) else { return };
-                    let bytes = frame.len();
-                    self.on_frame(address, side, frame);
-                    if let Some(link) = self.peers.get(&address).and_then(|peer| peer.link(side)) {
-                        link.processed(bytes);
-                    }
-                }
-            }
-            LinkEvent::BadHeader(notification) => {
-                if let Some(side) = self.peers.get(&address).and_then(|peer| peer.side_of(id)) {
-                    self.feed(address, Event::MessageError(side, notification));
-                }
-            }
-            LinkEvent::Stuck => {
-                if let Some(side) = self.peers.get(&address).and_then(|peer| peer.side_of(id)) {
-                    self.feed(address, Event::SendHoldTimerExpires(side));
-                }
-            }
-            LinkEvent::Closed(reason) => {
-                if let Some(side) = self.peers.get(&address).and_then(|peer| peer.side_of(id)) {
-                    self.feed(address, Event::TcpConnectionFails(side, reason));
-                }
-            }
-        }
-    }
-
-    fn on_frame(&mut self, address: IpAddr, side: Side, frame: Bytes) {
-        let now = self.start.elapsed();
-        let Some(peer) = self.peers.get_mut(&address) else { return };
-        if let Some((local, remote)) = peer.link(side).map(|link| (link.local, link.remote)) {
-            peer.history.message(false, local, remote, &frame);
-        }
-        if self.repeated(address, side, &frame) {
-            return;
-        }
-        let Some(peer) = self.peers.get_mut(&address) else { return };
-        match wire::decode(frame.clone(), peer.context()) {
-            Err(notification) => self.feed(address, Event::MessageError(side, notification)),
-            Ok(message) => {
-                peer.count(match &message {
-                    Message::Open(_) => "open_received",
-                    Message::Update(_) => "update_received",
-                    Message::Notification(_) => "notification_received",
-                    Message::Keepalive => "keepalive_received",
-                    Message::RouteRefresh(_) => "route_refresh_received",
-                });
-                match message {
-                    Message::Open(open) => self.feed(address, Event::BgpOpen(side, open)),
-                    Message::Keepalive => self.feed(address, Event::KeepAliveMsg(side)),
-                    Message::Notification(notification) => {
-                        peer.history.error(false, notification.to_string(), now);
-                        self.feed(address, Event::NotifMsg(side, notification));
-                    }
-                    Message::Update(update) => {
-                        self.feed(address, Event::UpdateMsg(side));
-                        self.on_update(address, side, &frame, &update);
-                    }
-                    Message::RouteRefresh(family) => {
-                        self.feed(address, Event::UpdateMsg(side));
-                        self.on_refresh(address, side, family);
-                    }
-                }
-            }
-        }
-    }
-
-    /// An UPDATE with attributes that the session has sent before, which is most of a full table; true where it was one,
-    /// and is dealt with.
-    fn repeated(&mut self, address: IpAddr, side: Side, frame: &[u8]) -> bool {
-        let now = self.start.elapsed();
-        let Some(peer) = self.peers.get_mut(&address) else { return false };
-        let Some(session) = peer.session.as_mut().filter(|session| session.side == side) else { return false };
-        if session.out.terms.context.add_path.contains(Family::Ipv4) {
-            return false;
-        }
-        let (withdrawn, announced) = &mut self.nlri;
-        withdrawn.clear();
-        announced.clear();
-        let Some(route) = session.recent.find(frame, withdrawn, announced) else { return false };
-        session.last_update = now;
-        self.rib.repeat(address, route, withdrawn, announced, now);
-        peer.count("update_received");
-        self.feed(address, Event::UpdateMsg(side));
-        self.limit(address);
-        true
-    }
-
-    fn on_update(&mut self, address: IpAddr, side: Side, frame: &[u8], update: &Update) {
-        let now = self.start.elapsed();
-        let Some(peer) = self.peers.get_mut(&address) else { return };
-        let Some(session) = peer.session.as_mut().filter(|session| session.side == side) else { return };
-        session.last_update = now;
-        session.end_of_rib.extend(update.end_of_rib);
-        for problem in &update.problems {
-            tracing::warn!(peer = %address, attribute = problem.attribute, withdraws = problem.withdraws,
-                detail = %problem.detail, "malformed BGP UPDATE");
-        }
-        if !update.problems.is_empty() {
-            let withdraws = update.problems.iter().any(|problem| problem.withdraws);
-            let name = if withdraws { "update_treat_as_withdraw" } else { "update_attribute_discard" };
-            *peer.malformed.entry(name).or_default() += 1;
-        }
-        if let Some(route) = self.rib.update(address, update, now)
-            && let Some(session) = self.peers.get_mut(&address).and_then(|peer| peer.session.as_mut())
-        {
-            session.recent.remember(frame, update, route);
-        }
-        if let Some(family) = update.end_of_rib {
-            self.completed(address, family);
-        }
-        if !update.announced.is_empty() {
-            self.limit(address);
-        }
-    }
-
-    fn on_refresh(&mut self, address: IpAddr, side: Side, asked: Option<(Family, Refresh)>) {
-        let Some(peer) = self.peers.get_mut(&address) else { return };
-        let (Some(_), Some((family, what))) = (peer.session.as_ref().filter(|s| s.side == side), asked) else { return };
-        if what != Refresh::Ask {
-            return self.on_refresh_mark(address, family, what);
-        }
-        if peer.link(side).is_some_and(|link| link.unsent() > LONGEST_OUTBOX) {
-            let notification = Notification::cease(cease::OUT_OF_RESOURCES);
-            return self.feed(address, Event::MessageError(side, notification));
-        }
-        self.tell_again(address, side, family);
-    }
-
-    fn send_updates(&mut self, address: IpAddr, side: Side, messages: Result<Vec<Bytes>, EncodeError>) {
-        match messages {
-            Ok(messages) => {
-                messages.into_iter().for_each(|message| self.send(address, side, "update_sent", Ok(message)))
-            }
-            Err(error) => tracing::error!(peer = %address, %error, "BGP routes not announced"),
-        }
     }
 
     fn on_command(&mut self, command: Command) {
