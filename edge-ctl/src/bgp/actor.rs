@@ -33,7 +33,7 @@ use super::{
     peer::{self, Peer},
     rib::Rib,
     session::{self, LinkEvent, LinkId},
-    show,
+    show, socket,
     wire::{self, EncodeError, Family, Nlri, Notification, cease},
 };
 use crate::config::valid;
@@ -364,7 +364,7 @@ impl Actor {
     }
 
     fn accepted(&mut self, stream: TcpStream, remote: SocketAddr) {
-        let address = remote.ip();
+        let address = socket::origin(remote);
         if !self.peers.contains_key(&address) && self.dynamic_peer(address).is_none() {
             tracing::info!(%remote, "BGP connection refused: no such peer is configured");
             return;

@@ -1,43 +1,39 @@
 //! Loads the object, or adopts what an earlier run left pinned: maps of the same layout, programs of the same object,
 //! links. With unchanged inputs nothing is written, loaded or attached ([`Datapath::writes`] counts).
 
+mod links;
+mod make;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
     path::PathBuf,
 };
 
-use aya::{
-    Ebpf, EbpfLoader,
-    maps::{Array, HashMap, MapData},
-    programs::ProgramInfo,
-};
+use aya::maps::{Array, HashMap, MapData};
 use edge_common::{
     conntrack,
-    maps::{Control, OwnAddresses, PortSet, interface_flag, name},
+    maps::{Control, PortSet, name},
 };
 
+use self::make::{create_maps, object_error, parse, size_notes};
 use super::{
-    attach::{self, AttachedHook, Attachment, How},
+    attach::{self, AttachedHook, Attachment},
     cache::FlowCache,
     cache_split::Receivers,
     flow_ends::FlowEnder,
     host, interfaces,
     kernel_view::KernelView,
     maps::Maps,
-    migrate, object, own_addresses,
-    pins::{self, Pins, chain},
+    migrate,
+    pins::{self, Pins},
     program_log::ProgramLog,
     quiet::Quiet,
     stages,
     sweep::Sweeper,
     sys::monotonic_ns,
 };
-use crate::{
-    config::valid::{Edge, Tables},
-    model::view::{MapRow, XdpRow},
-    reconcile::ports::PortError,
-};
+use crate::{config::valid::Edge, model::view::MapRow, reconcile::ports::PortError};
 
 /// Why the datapath could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -131,7 +127,10 @@ pub struct Datapath {
     edge: Edge,
     object: &'static [u8],
     pins: Pins,
+    /// Where the program runs, by interface.
     attachments: BTreeMap<String, Attachment>,
+    /// For each configured interface the one that the program runs on for it.
+    bases: BTreeMap<String, String>,
     failures: BTreeMap<String, String>,
     control: Array<MapData, Control>,
     interfaces: HashMap<MapData, u32, u32>,
@@ -167,6 +166,7 @@ impl Datapath {
             notes,
             pins,
             attachments: BTreeMap::new(),
+            bases: BTreeMap::new(),
             failures: BTreeMap::new(),
             writes: created,
         };
@@ -235,147 +235,15 @@ impl Datapath {
         KernelView::from_pins(self.pins.clone())
     }
 
-    /// Attaches to every configured interface that does not have the program yet, adopts the others, and detaches from
-    /// interfaces that are no longer configured. To be called at start, when a link comes or goes, and on reload.
-    /// Returns what failed, by interface.
-    pub fn attach_missing(&mut self) -> Vec<(String, LoadError)> {
-        let known = match interfaces::list() {
-            Ok(known) => known,
-            Err(error) => {
-                let error = LoadError::Object { what: "listing interfaces".to_owned(), reason: error.to_string() };
-                return vec![(String::new(), error)];
-            }
-        };
-        self.detach_unconfigured();
-        let mut failed = Vec::new();
-        for interface in self.edge.interfaces.clone() {
-            match self.attach_one(&interface, &known) {
-                Ok(attachment) => {
-                    self.failures.remove(&interface);
-                    self.attachments.insert(interface, attachment);
-                }
-                Err(error) => {
-                    self.attachments.remove(&interface);
-                    self.failures.insert(interface.clone(), error.to_string());
-                    failed.push((interface, error));
-                }
-            }
-        }
-        if let Err(error) = self.sync_interfaces(&known).and_then(|()| self.sync_own_addresses()) {
-            failed.push((String::new(), error));
-        }
-        if failed.is_empty() {
-            match migrate::catch_up(&self.pins) {
-                Ok(added) => {
-                    self.writes += added;
-                    self.retire_old_pins();
-                }
-                // The old maps stay for the next attempt.
-                Err(error) => failed.push((String::new(), error.into())),
-            }
-        }
-        failed
-    }
-
-    fn attach_one(&mut self, name: &str, known: &[interfaces::Interface]) -> Result<Attachment, LoadError> {
-        let interface = known.iter().find(|interface| interface.name == name);
-        let interface = interface.ok_or_else(|| LoadError::NoInterface { name: name.to_owned() })?;
-        if let Some(above) = interfaces::seen_twice(interface, &self.edge.interfaces, known) {
-            for xdp in [true, false] {
-                let pin = self.pins.link(name, xdp);
-                if pin.exists() {
-                    attach::detach_pin(&pin);
-                    self.writes += 1;
-                }
-            }
-            if self.attachments.get(name).is_some_and(|before| before.hook == AttachedHook::Clsact) {
-                attach::detach_clsact(name);
-            }
-            return Err(LoadError::Hook {
-                interface: name.to_owned(),
-                reason: format!(
-                    "it is a port of {0}, which is configured too: the program would see each packet twice; take one of \
-                     the two out of edge.interfaces",
-                    above.name
-                ),
-            });
-        }
-        let before = self.attachments.get(name).cloned();
-        let (pins, object, mut loads) = (self.pins.clone(), self.object, 0);
-        let program = |xdp| {
-            loads += load_program(&pins, object, xdp)?;
-            Ok(())
-        };
-        // A clsact filter cannot be seen through a pin, so what this process attached is remembered.
-        if let Some(before) =
-            before.clone().filter(|b| b.hook == AttachedHook::Clsact && b.ifindex == interface.ifindex)
-        {
-            return Ok(before);
-        }
-        let attachment = attach::attach(&self.pins, self.edge.hook, interface, program)?;
-        self.writes += loads + u64::from(attachment.how != How::Adopted);
-        if attachment.how == How::Attached {
-            self.quiet.begin(monotonic_ns()).map_err(|error| object_error("writing the time of attaching", &error))?;
-            self.writes += 1;
-        }
-        // Finding again what this process attached does not change how it came there, nor why on that hook.
-        let same =
-            |b: &Attachment| (b.link, b.program, b.hook) == (attachment.link, attachment.program, attachment.hook);
-        Ok(before.filter(same).unwrap_or(attachment))
-    }
-
-    fn detach_unconfigured(&mut self) {
-        for (interface, xdp) in self.pins.linked().unwrap_or_default() {
-            if !self.edge.interfaces.contains(&interface) {
-                attach::detach_pin(&self.pins.link(&interface, xdp));
-                self.attachments.remove(&interface);
-                self.writes += 1;
-            }
-        }
-        let gone: Vec<_> =
-            self.attachments.keys().filter(|name| !self.edge.interfaces.contains(name)).cloned().collect();
-        for interface in gone {
-            attach::detach_clsact(&interface);
-            self.attachments.remove(&interface);
-            self.writes += 1;
-        }
-        let configured: BTreeSet<_> = self.edge.interfaces.iter().collect();
-        self.failures.retain(|interface, _| configured.contains(interface));
+    /// True while maps of an earlier layout are in use, whose entries follow once the program has been swapped.
+    pub fn is_migrating(&self) -> bool {
+        migrate::is_pending(&self.pins)
     }
 
     /// Takes over a changed `[edge]`: interfaces and hook, at the next [`Datapath::attach_missing`].
     pub fn reconfigure(&mut self, edge: &Edge) {
         self.notes = size_notes(&self.pins, &edge.tables);
         self.edge = Edge { pin_path: self.edge.pin_path.clone(), ..edge.clone() };
-    }
-
-    /// True while the program is attached to every configured interface.
-    pub fn is_ready(&self) -> bool {
-        self.failures.is_empty() && self.edge.interfaces.iter().all(|name| self.attachments.contains_key(name))
-    }
-
-    /// One row for each configured interface.
-    pub fn xdp_rows(&self) -> Vec<XdpRow> {
-        let row = |name: &String| match (self.attachments.get(name), self.failures.get(name)) {
-            (Some(attachment), _) => XdpRow {
-                interface: name.clone(),
-                ifindex: attachment.ifindex,
-                hook: attachment.hook.name().to_owned(),
-                state: if attachment.how == How::Adopted { "adopted" } else { "attached" }.to_owned(),
-                program: Some(attachment.program),
-                tag: program_tag(&self.pins, attachment.hook),
-                link: attachment.link,
-                reason: attachment.reason.clone(),
-            },
-            (None, failure) => XdpRow {
-                interface: name.clone(),
-                hook: "-".to_owned(),
-                state: "missing".to_owned(),
-                reason: failure.cloned(),
-                ..XdpRow::default()
-            },
-        };
-        self.edge.interfaces.iter().map(row).collect()
     }
 
     /// One row for each map.
@@ -491,55 +359,6 @@ impl Datapath {
         Ok(self.read_control()?.seed)
     }
 
-    /// Tells the program where it is attached and where XDP may redirect to; only differences are written.
-    fn sync_interfaces(&mut self, known: &[interfaces::Interface]) -> Result<(), LoadError> {
-        let what = "writing the interfaces map";
-        let mut wanted: BTreeMap<u32, u32> = BTreeMap::new();
-        for attachment in self.attachments.values() {
-            *wanted.entry(attachment.ifindex).or_default() |= interface_flag::ATTACHED;
-        }
-        for ifindex in interfaces::redirectable(known) {
-            *wanted.entry(ifindex).or_default() |= interface_flag::XDP_REDIRECT;
-        }
-        let present: BTreeMap<u32, u32> =
-            self.interfaces.iter().collect::<Result<_, _>>().map_err(|error| object_error(what, &error))?;
-        for ifindex in present.keys().filter(|ifindex| !wanted.contains_key(ifindex)) {
-            self.interfaces.remove(ifindex).map_err(|error| object_error(what, &error))?;
-            self.writes += 1;
-        }
-        // Attached interfaces first, should the map be too small for all.
-        let mut changes: Vec<_> = wanted.into_iter().filter(|(i, flags)| present.get(i) != Some(flags)).collect();
-        changes.sort_by_key(|(_, flags)| flags & interface_flag::ATTACHED == 0);
-        for (ifindex, flags) in changes {
-            let result = self.interfaces.insert(ifindex, flags, 0);
-            if flags & interface_flag::ATTACHED != 0 {
-                result.map_err(|error| object_error(what, &error))?;
-            }
-            self.writes += 1;
-        }
-        Ok(())
-    }
-
-    /// Tells the program which addresses to sign its ICMP messages with; only differences are written.
-    fn sync_own_addresses(&mut self) -> Result<(), LoadError> {
-        let what = "writing the edge's own addresses";
-        let addresses = own_addresses::list().map_err(|error| object_error("listing addresses", &error))?;
-        let attached = self.attachments.values().map(|attachment| attachment.ifindex).collect();
-        let wanted = own_addresses::choose(&attached, &addresses);
-        let mut map: HashMap<MapData, u32, OwnAddresses> = pins::open(&self.pins, name::OWN_ADDRESSES)?;
-        let present: BTreeMap<u32, OwnAddresses> =
-            map.iter().collect::<Result<_, _>>().map_err(|error| object_error(what, &error))?;
-        for ifindex in present.keys().filter(|ifindex| !wanted.contains_key(ifindex)) {
-            map.remove(ifindex).map_err(|error| object_error(what, &error))?;
-            self.writes += 1;
-        }
-        for (ifindex, own) in wanted.iter().filter(|(ifindex, own)| present.get(ifindex) != Some(own)) {
-            map.insert(ifindex, own, 0).map_err(|error| object_error(what, &error))?;
-            self.writes += 1;
-        }
-        Ok(())
-    }
-
     /// Removes pins of other objects and layouts, now that nothing of this edge runs them.
     fn retire_old_pins(&mut self) {
         let own: BTreeSet<PathBuf> = self.pins.layouts().keys().map(|map| self.pins.map(map)).collect();
@@ -592,122 +411,4 @@ pub fn detach_all(pins: &Pins) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
         result => result,
     }
-}
-
-fn object_error(what: &str, error: &dyn std::error::Error) -> LoadError {
-    LoadError::Object { what: what.to_owned(), reason: chain(error) }
-}
-
-/// Entries of a table: what is configured, but an LRU at least what its per-CPU free lists need.
-fn table_sizes(tables: &Tables) -> Vec<(&'static str, u32)> {
-    let cpus = aya::util::nr_cpus().unwrap_or(1);
-    let lru = u32::try_from(128 * 8 * cpus).unwrap_or(u32::MAX);
-    let backends = pins::OF_BACKENDS.map(|map| (map, tables.backends));
-    let flows = [
-        (name::ESTABLISHED, tables.established.max(2)),
-        (name::HALF_OPEN, tables.half_open.max(lru)),
-        (name::CLOSING, tables.closing.max(lru)),
-        (name::ESTABLISHED_V6, tables.established_v6.max(2)),
-        (name::HALF_OPEN_V6, tables.half_open_v6.max(lru)),
-        (name::CLOSING_V6, tables.closing_v6.max(lru)),
-        (name::FLOW_CACHE, tables.cache_sets()[0].max(1)),
-        (name::FLOW_CACHE_V6, tables.cache_sets()[1].max(1)),
-    ];
-    flows.into_iter().chain(backends).chain([(name::SELECTION, tables.selection)]).collect()
-}
-
-/// Creates the maps that are not pinned yet, with what maps of earlier layouts hold; the number created, and what users
-/// should know of it.
-fn create_maps(pins: &Pins, tables: &Tables, object: &[u8]) -> Result<(u64, Vec<String>), LoadError> {
-    let folder_error = |path: PathBuf| move |source: io::Error| LoadError::Folder { path, source };
-    for file in pins::files(&pins.arrivals()).map_err(folder_error(pins.arrivals()))? {
-        let pin = pins.arrivals().join(file);
-        fs::remove_file(&pin).map_err(folder_error(pin))?;
-    }
-    let missing: Vec<&str> = pins.layouts().keys().copied().filter(|map| !pins.map(map).exists()).collect();
-    if missing.is_empty() {
-        return Ok((0, Vec::new()));
-    }
-    // A pinned program keeps the maps it was loaded with: it must not be adopted beside new ones.
-    for xdp in [true, false] {
-        stages::set_aside(pins, xdp).map_err(folder_error(pins.all_stages()))?;
-    }
-    for map in &missing {
-        if let Some(layout) = pins.layouts().get(map) {
-            migrate::describe(pins, map, layout)?;
-        }
-    }
-    parse(pins, tables, object)?;
-    for map in name::DAEMON.into_iter().filter(|map| missing.contains(map)) {
-        let Some(layout) = pins.layouts().get(map) else { continue };
-        let created = Array::<MapData, u64>::create(layout.max_entries, layout.flags);
-        let created = created.map_err(|error| object_error(&format!("creating the map {map}"), &error))?;
-        created.pin(pins.incoming(map)).map_err(|error| object_error(&format!("pinning the map {map}"), &error))?;
-    }
-    let notes = migrate::fill(pins, &missing)?;
-    migrate::arrive(pins, &missing).map_err(folder_error(pins.maps()))?;
-    Ok((missing.len() as u64, notes))
-}
-
-/// The object with its maps: pinned ones reused, others created and pinned as incoming.
-fn parse(pins: &Pins, tables: &Tables, object: &[u8]) -> Result<Ebpf, LoadError> {
-    load_object(&mut loader(pins, tables), object)
-}
-
-fn load_object(loader: &mut EbpfLoader<'_>, object: &[u8]) -> Result<Ebpf, LoadError> {
-    loader.load(&object::for_this_kernel(object)).map_err(|error| object_error("loading the eBPF object", &error))
-}
-
-fn loader(pins: &Pins, tables: &Tables) -> EbpfLoader<'static> {
-    let mut loader = EbpfLoader::new();
-    for (map, entries) in table_sizes(tables) {
-        loader.map_max_entries(map, entries);
-    }
-    for map in name::ALL.iter().copied().chain(name::STREAMS) {
-        let pinned = pins.map(map);
-        loader.map_pin_path(map, if pinned.exists() { pinned } else { pins.incoming(map) });
-    }
-    loader
-}
-
-/// Loads and pins a hook's stages and entry program unless this object's are pinned; the number of loads.
-fn load_program(pins: &Pins, object: &[u8], xdp: bool) -> Result<u64, LoadError> {
-    let (pin, slots) = (pins.program(stages::entry(xdp)), pins.stages(stages::map(xdp)));
-    if pin.exists() && slots.exists() {
-        return Ok(0);
-    }
-    stages::set_aside(pins, xdp).map_err(|source| LoadError::Folder { path: slots.clone(), source })?;
-    // One object for all of a hook's programs: they share its maps that are not pinned. The sizes given here are those of
-    // maps that are, and not looked at.
-    let mut ebpf = load_object(loader(pins, &Tables::default()).map_pin_path(stages::map(xdp), slots), object)?;
-    stages::fill(&mut ebpf, xdp)?;
-    stages::load(&mut ebpf, stages::entry(xdp))?;
-    let program = ebpf.program_mut(stages::entry(xdp)).ok_or_else(|| LoadError::Object {
-        what: format!("pinning {}", pin.display()),
-        reason: "the eBPF object does not have the program".to_owned(),
-    })?;
-    program.pin(&pin).map_err(|error| object_error(&format!("pinning {}", pin.display()), &error))?;
-    Ok(1)
-}
-
-fn program_tag(pins: &Pins, hook: AttachedHook) -> Option<String> {
-    let pin = pins.program(stages::entry(hook.is_xdp()));
-    // Tools print the tag in the order of its bytes.
-    ProgramInfo::from_pin(pin).ok().map(|info| format!("{:016x}", info.tag().swap_bytes()))
-}
-
-/// Tables that keep the size they were created with, although another is configured.
-fn size_notes(pins: &Pins, tables: &Tables) -> Vec<String> {
-    let mut notes = Vec::new();
-    for (map, wanted) in table_sizes(tables) {
-        let Ok(info) = aya::maps::MapInfo::from_pin(pins.map(map)) else { continue };
-        if info.max_entries() != wanted {
-            notes.push(format!(
-                "{map} keeps its {} entries instead of {wanted}, since what is in it is in use; `edge-ctl xdp detach` and a \
-                 restart make it anew",
-                info.max_entries()
-            ));
-        }
-    }
-    notes
 }

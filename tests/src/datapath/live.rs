@@ -3,15 +3,13 @@
 
 use std::{os::fd::OwnedFd, sync::mpsc, thread};
 
-use anyhow::{Context, Result};
-use aya::programs::{SchedClassifier, TcAttachType, Xdp, XdpMode, tc};
-use edge_ctl::datapath::attach::{AttachedHook, tc_hook};
-
 use crate::lab::xdp_pass;
+use anyhow::{Context, Result};
 
 use super::{
     namespace::{ifindex, ip, run, sysctl},
     rig::{CLIENT, CLIENT_MAC, CLIENT6, Hook, Rig, SNAT, SNAT6, VIP, VIP6, mac, pod, pod_mac, pod6},
+    tap::Wire,
 };
 
 type Job = Box<dyn FnOnce() + Send>;
@@ -89,7 +87,8 @@ impl Live {
     /// Where a link, a setting or the attachment is refused.
     pub fn new(rig: &mut Rig, hook: Hook, resolved: bool) -> Result<Self> {
         let live = Self::without_program(hook, resolved)?;
-        attach(rig, hook)?;
+        let wire = if hook == Hook::Xdp { Wire::Native } else { Wire::Tc };
+        ["uplink", "pods"].into_iter().try_for_each(|interface| rig.ebpf.attach(interface, wire))?;
         Ok(live)
     }
 
@@ -134,24 +133,4 @@ impl Live {
         }
         Ok(live)
     }
-}
-
-fn attach(rig: &mut Rig, hook: Hook) -> Result<()> {
-    for interface in ["uplink", "pods"] {
-        match hook {
-            Hook::Xdp => {
-                let program: &mut Xdp = rig.ebpf.program_mut("edge_xdp").context("no edge_xdp")?.try_into()?;
-                program.attach(interface, XdpMode::Driver)?;
-            }
-            Hook::Tc => {
-                let program: &mut SchedClassifier =
-                    rig.ebpf.program_mut("edge_tc").context("no edge_tc")?.try_into()?;
-                if tc_hook() == AttachedHook::Clsact {
-                    tc::qdisc_add_clsact(interface)?;
-                }
-                program.attach(interface, TcAttachType::Ingress)?;
-            }
-        }
-    }
-    Ok(())
 }

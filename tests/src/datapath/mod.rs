@@ -6,6 +6,7 @@ pub mod frame;
 pub mod icmp;
 pub mod live;
 pub mod namespace;
+pub mod pool;
 pub mod rig;
 pub mod tap;
 

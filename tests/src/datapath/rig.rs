@@ -32,7 +32,11 @@ use edge_ctl::{
     reconcile::ports::{socket_address, wire as wide},
 };
 
-use super::namespace::{ifindex, ip, sysctl};
+use super::{
+    namespace::{ifindex, sysctl},
+    pool::Loaded,
+};
+use crate::lab::exec::ip_batch;
 
 /// Where the pipeline runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -309,7 +313,7 @@ impl Default for Settings {
 /// The program and its maps, in the namespace of the calling thread.
 pub struct Rig {
     /// The loaded object.
-    pub ebpf: Ebpf,
+    pub ebpf: Loaded,
     hook: Hook,
     settings: Settings,
     /// The interface towards clients.
@@ -331,9 +335,13 @@ impl Rig {
     /// # Errors
     /// Where a link, the object or a map is refused.
     pub fn new(hook: Hook, settings: Settings) -> Result<Self> {
-        let mut rig = Self::from_object(EBPF_OBJECT, hook, settings)?;
-        load(&mut rig.ebpf, hook)?;
-        Ok(rig)
+        links()?;
+        let loaded = Loaded::taken(hook, &settings, || {
+            let mut ebpf = open(EBPF_OBJECT, &settings)?;
+            load(&mut ebpf, hook)?;
+            Ok(ebpf)
+        })?;
+        Self::over(loaded, hook, settings)
     }
 
     /// As [`Rig::new`], of another object with the same maps, whose programs the caller loads.
@@ -342,18 +350,8 @@ impl Rig {
     /// As [`Rig::new`].
     pub fn from_object(object: &[u8], hook: Hook, settings: Settings) -> Result<Self> {
         links()?;
-        let ebpf = EbpfLoader::new()
-            .map_max_entries(name::ESTABLISHED, settings.established)
-            .map_max_entries(name::HALF_OPEN, settings.lru)
-            .map_max_entries(name::CLOSING, settings.lru)
-            .map_max_entries(name::ESTABLISHED_V6, settings.established)
-            .map_max_entries(name::HALF_OPEN_V6, settings.lru)
-            .map_max_entries(name::CLOSING_V6, settings.lru)
-            .map_max_entries(name::SELECTION, 256)
-            .map_max_entries(name::FLOW_CACHE, settings.cache.max(1))
-            .map_max_entries(name::FLOW_CACHE_V6, settings.cache.max(1))
-            .load(&for_this_kernel(object))?;
-        Self::over(ebpf, hook, settings)
+        let ebpf = open(object, &settings)?;
+        Self::over(Loaded::once(ebpf), hook, settings)
     }
 
     /// As [`Rig::new`], filling the maps that are pinned already; the programs are somebody else's.
@@ -366,10 +364,10 @@ impl Rig {
         for map in name::ALL.iter().copied().chain([name::LOG]) {
             loader.map_pin_path(map, pins.map(map));
         }
-        Self::over(loader.load(&for_this_kernel(EBPF_OBJECT))?, hook, settings)
+        Self::over(Loaded::once(loader.load(&for_this_kernel(EBPF_OBJECT))?), hook, settings)
     }
 
-    fn over(ebpf: Ebpf, hook: Hook, settings: Settings) -> Result<Self> {
+    fn over(ebpf: Loaded, hook: Hook, settings: Settings) -> Result<Self> {
         let (uplink, pods) = (ifindex("uplink")?, ifindex("pods")?);
         let cache = map_cache(&ebpf)?;
         let cpus =
@@ -774,6 +772,21 @@ impl Rig {
     }
 }
 
+/// Makes the maps of an object, and leaves its programs to be loaded.
+fn open(object: &[u8], settings: &Settings) -> Result<Ebpf> {
+    Ok(EbpfLoader::new()
+        .map_max_entries(name::ESTABLISHED, settings.established)
+        .map_max_entries(name::HALF_OPEN, settings.lru)
+        .map_max_entries(name::CLOSING, settings.lru)
+        .map_max_entries(name::ESTABLISHED_V6, settings.established)
+        .map_max_entries(name::HALF_OPEN_V6, settings.lru)
+        .map_max_entries(name::CLOSING_V6, settings.lru)
+        .map_max_entries(name::SELECTION, 256)
+        .map_max_entries(name::FLOW_CACHE, settings.cache.max(1))
+        .map_max_entries(name::FLOW_CACHE_V6, settings.cache.max(1))
+        .load(&for_this_kernel(object))?)
+}
+
 /// The flow cache of a loaded object.
 ///
 /// # Errors
@@ -813,25 +826,27 @@ pub fn mac(mac: [u8; 6]) -> String {
 }
 
 fn links() -> Result<()> {
-    ip("link add uplink type veth peer name uplink-peer")?;
-    ip("link add pods type veth peer name pods-peer")?;
+    let mut lines = vec![
+        "link add uplink type veth peer name uplink-peer".to_owned(),
+        "link add pods type veth peer name pods-peer".to_owned(),
+    ];
     for (name, address, mac_address) in [("uplink", VIP, UPLINK_MAC), ("pods", SNAT, PODS_MAC)] {
-        ip(&format!("link set {name} address {} up", mac(mac_address)))?;
-        ip(&format!("link set {name}-peer up"))?;
-        ip(&format!("address add {address}/24 dev {name}"))?;
+        lines.push(format!("link set {name} address {} up", mac(mac_address)));
+        lines.push(format!("link set {name}-peer up"));
+        lines.push(format!("address add {address}/24 dev {name}"));
     }
     for (name, address) in [("uplink", VIP6), ("pods", SNAT6)] {
-        ip(&format!("address add {address}/64 dev {name} nodad"))?;
+        lines.push(format!("address add {address}/64 dev {name} nodad"));
+    }
+    let clients = [IpAddr::from(CLIENT), CLIENT6.into()].map(|address| (address, CLIENT_MAC, "uplink"));
+    let pods =
+        (0..PODS).flat_map(|n| [IpAddr::from(pod(n)), pod6(n).into()].map(|address| (address, pod_mac(n), "pods")));
+    for (address, neighbour, device) in clients.into_iter().chain(pods) {
+        lines.push(format!("neigh replace {address} lladdr {} dev {device} nud permanent", mac(neighbour)));
     }
     sysctl("ipv4/ip_forward", "1")?;
     sysctl("ipv6/conf/all/forwarding", "1")?;
-    ip(&format!("neigh replace {CLIENT} lladdr {} dev uplink nud permanent", mac(CLIENT_MAC)))?;
-    ip(&format!("neigh replace {CLIENT6} lladdr {} dev uplink nud permanent", mac(CLIENT_MAC)))?;
-    for n in 0..PODS {
-        ip(&format!("neigh replace {} lladdr {} dev pods nud permanent", pod6(n), mac(pod_mac(n))))?;
-        ip(&format!("neigh replace {} lladdr {} dev pods nud permanent", pod(n), mac(pod_mac(n))))?;
-    }
-    Ok(())
+    ip_batch(None, &lines)
 }
 
 /// `struct xdp_md`: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.

@@ -9,6 +9,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use aya::{
     Pod,
+    maps::MapData,
     programs::{SchedClassifier, Xdp},
     util::nr_cpus,
 };
@@ -72,6 +73,11 @@ fn bpf<T>(command: libc::c_long, attribute: &mut T) -> io::Result<()> {
 pub struct Map(RawFd);
 
 impl Map {
+    /// The map of a loaded object, which has to outlive the value.
+    pub fn of(data: &MapData) -> Self {
+        Self(data.fd().as_fd().as_raw_fd())
+    }
+
     fn element<K, V>(self, command: libc::c_long, key: &K, value: *mut V) -> io::Result<()> {
         let key = std::ptr::from_ref(key) as u64;
         bpf(command, &mut Element { map: self.0 as u32, _pad: 0, key, value: value as u64, flags: 0 })
@@ -93,8 +99,17 @@ impl Map {
 
     /// Takes a key out, if it is there.
     pub fn delete<K: Pod>(self, key: &K) {
+        self.delete_at(std::ptr::from_ref(key).cast());
+    }
+
+    fn delete_at(self, key: *const u8) {
         // An absent key is what the caller wants.
-        let _ = self.element(DELETE, key, std::ptr::null_mut::<u8>());
+        let _ = bpf(DELETE, &mut Element { map: self.0 as u32, _pad: 0, key: key as u64, value: 0, flags: 0 });
+    }
+
+    /// Takes a key out, if it is there, whatever its type: it must have the size of the map's keys.
+    pub fn delete_bytes(self, key: &[u8]) {
+        self.delete_at(key.as_ptr());
     }
 
     /// Every key of a hash map.
@@ -162,7 +177,7 @@ impl Kernel {
             Loaded::Array(map) | Loaded::HashMap(map) | Loaded::LruHashMap(map) | Loaded::PerCpuArray(map) => map,
             other => bail!("{name} is {other:?}"),
         };
-        Ok(Map(map.fd().as_fd().as_raw_fd()))
+        Ok(Map::of(map))
     }
 
     /// The entry of an IPv4 flow, with what the cache knows of it.

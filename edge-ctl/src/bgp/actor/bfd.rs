@@ -31,7 +31,7 @@ impl Actor {
         let link = peer.session.as_ref().and_then(|session| peer.link(session.side));
         let known = peer.bfd.as_ref().map(|watched| (watched.target.local, watched.target.remote));
         let Some((local, remote)) = link.map(|link| (link.local, link.remote)).or(known) else { return };
-        let target = Target { local, remote, settings };
+        let target = Target { peer: address, local, remote, settings };
         let same = |watched: &Watched| {
             let (old, new) = (&watched.target, &target);
             (old.local.ip(), old.settings) == (new.local.ip(), new.settings)

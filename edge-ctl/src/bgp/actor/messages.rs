@@ -12,6 +12,7 @@ use super::{
     },
     Actor,
 };
+use crate::model::scope;
 
 /// A peer that asks for refreshes and does not read them is cut off at this many queued messages.
 const LONGEST_OUTBOX: u64 = 65_536;
@@ -74,7 +75,11 @@ impl Actor {
                         peer.history.error(false, notification.to_string(), now);
                         self.feed(address, Event::NotifMsg(side, notification));
                     }
-                    Message::Update(update) => {
+                    Message::Update(mut update) => {
+                        if let Some(interface) = scope::interface(address) {
+                            let hops = update.announced.iter_mut().map(|announcement| &mut announcement.next_hop);
+                            hops.for_each(|hop| *hop = scope::on(*hop, &interface));
+                        }
                         self.feed(address, Event::UpdateMsg(side));
                         self.on_update(address, side, &frame, &update);
                     }

@@ -17,7 +17,7 @@ use tokio::{
 };
 
 use super::{
-    super::fsm::Now,
+    super::{fsm::Now, socket::origin},
     Command, Counters, Report, Status, Target,
     packet::{LENGTH, Name, Packet},
     session::{self, Action, Event, State},
@@ -106,7 +106,7 @@ impl Driver {
     }
 
     fn watch(&mut self, target: Target, counters: Arc<Counters>) {
-        let peer = target.remote.ip();
+        let peer = target.peer;
         self.forget(peer);
         let now = self.now();
         let discriminator = self.discriminator();
@@ -200,7 +200,8 @@ impl Driver {
             Ok(packet) => packet,
             Err(why) => return tracing::debug!(%from, why, "BFD packet discarded"),
         };
-        let peer = from.ip();
+        // A link-local address is a neighbour's only together with its interface.
+        let peer = origin(from);
         let Some(session) = self.sessions.get(&peer) else { return };
         let multihop = session.target.settings.multihop;
         let right_port = (port == socket::MULTIHOP) == multihop;
@@ -250,7 +251,7 @@ fn send(session: &Session, packet: &[u8; LENGTH]) {
         Ok(_) => drop(session.counters.sent.fetch_add(1, Ordering::Relaxed)),
         // The answer to an earlier one (nobody listens) is told here once, and the packet was not sent.
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => drop(socket.send(packet)),
-        Err(error) => tracing::debug!(peer = %session.target.remote.ip(), %error, "BFD packet not sent"),
+        Err(error) => tracing::debug!(peer = %session.target.peer, %error, "BFD packet not sent"),
     }
 }
 

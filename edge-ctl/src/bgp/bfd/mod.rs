@@ -26,6 +26,8 @@ use crate::model::bgp_session::Bfd;
 /// Whom to watch, and how.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Target {
+    /// The peer as the configuration has it.
+    pub peer: IpAddr,
     /// Our address; its port does not count.
     pub local: SocketAddr,
     /// The peer's; its port does not count.
