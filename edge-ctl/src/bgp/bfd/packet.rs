@@ -164,9 +164,9 @@ impl Packet {
 mod tests {
     use super::*;
 
-    /// Sent by bfdd of FRR 8.4 in Up: 3 x 50 ms, discriminators 0x1e4dd9f5 and 0x00000001, echo 50 ms.
+    /// Sent by bfdd of FRR 8.4 in Up: 3 x 50 ms, discriminators 0xa8d39c51 and 0x00000001, echo 50 ms.
     const FRR_UP: [u8; 24] = [
-        0x20, 0xc0, 0x03, 0x18, 0x1e, 0x4d, 0xd9, 0xf5, 0x00, 0x00, 0x00, 0x01, 0x00, 0x00, 0xc3, 0x50, 0x00, 0x00,
+        0x20, 0xc0, 0x03, 0x18, 0xa8, 0xd3, 0x9c, 0x51, 0x00, 0x00, 0x00, 0x01, 0x00, 0x00, 0xc3, 0x50, 0x00, 0x00,
         0xc3, 0x50, 0x00, 0x00, 0xc3, 0x50,
     ];
 
@@ -174,7 +174,7 @@ mod tests {
     fn a_packet_of_another_implementation_reads_as_it_was_meant() {
         let packet = Packet::parse(&FRR_UP).unwrap();
         assert_eq!((packet.state, packet.multiplier, packet.independent), (Name::Up, 3, false));
-        assert_eq!((packet.mine, packet.yours), (0x1e4d_d9f5, 1));
+        assert_eq!((packet.mine, packet.yours), (0xa8d3_9c51, 1));
         assert_eq!((packet.desired_min_tx, packet.required_min_rx), (50_000, 50_000));
         assert_eq!(packet.encode()[..20], FRR_UP[..20], "all but echo, which we do not do");
     }
