@@ -23,8 +23,8 @@ use edge_ebpf::{
 use programs::{at_tc, at_xdp};
 
 /// What to write: 80 bytes of frame (54 of IPv4, 74 of IPv6 used), then the runs so far, the flows, the first source address
-/// (of IPv6 its last word), the first port (both host order), 1 where the port that varies is the destination's, and 1 for a
-/// Zipf mix.
+/// (of IPv6 its last word), the first port (both host order), 1 where the port that varies is the destination's, and which flow
+/// is next: 0 any, 1 one of a Zipf mix, 2 the next one in turn.
 #[repr(C)]
 pub struct Script {
     frame: [u16; 40],
@@ -33,7 +33,7 @@ pub struct Script {
     address: u64,
     port: u64,
     reply: u64,
-    zipf: u64,
+    mix: u64,
 }
 
 #[map]
@@ -42,21 +42,31 @@ static SCRIPT: Array<Script> = Array::with_max_entries(1, 0);
 /// Ports that an address has before the next one is taken.
 const PORT_BITS: u32 = 14;
 
+/// A number in which every bit of `runs` moves every bit (SplitMix64): consecutive ones share no pattern that a cache could follow.
+#[inline(always)]
+fn scatter(runs: u64) -> u64 {
+    let word = runs.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let word = (word ^ word >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let word = (word ^ word >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    word ^ word >> 31
+}
+
 /// Source address and ports of the next flow, in network order; `None` where the script is not there.
 #[inline(always)]
 fn next(ports: usize) -> Option<(&'static mut Script, u32, u32)> {
     // SAFETY: an array element that lives for this program run; one benchmark runs at a time.
     let script = unsafe { &mut *SCRIPT.get_ptr_mut(0)? };
     script.runs += 1;
-    let random = script.runs.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let random = scatter(script.runs);
     let flow = match script.flows {
         0 => script.runs as u32,
         // The first of the flows get 1, 1/2, 1/4, ... of what each doubling of them gets: Zipf's law with exponent 1.
-        flows if script.zipf != 0 => {
+        flows if script.mix == 1 => {
             let octaves = 64 - flows.leading_zeros() - 1;
             let octave = ((random >> 40) as u32).wrapping_mul(octaves) >> 24;
             1 << octave | (random >> 8) as u32 & ((1 << octave) - 1)
         }
+        flows if script.mix == 2 => script.runs as u32 & (flows as u32 - 1),
         // Uniform over a power of two.
         flows => (random >> 32) as u32 & (flows as u32 - 1),
     };

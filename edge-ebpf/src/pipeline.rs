@@ -19,7 +19,7 @@ use crate::{
     forward::{self, MISSED, TOO_LATE},
     maps::{self, Table},
     packet::Packet,
-    parse::{self, Ip},
+    parse::{self, Ip, Parsed},
     stages,
     stats::because,
 };
@@ -43,12 +43,43 @@ pub fn run<P: Packet>(packet: &mut P) -> Verdict {
     packet.pull(parse::HEADERS);
     match parse::ether_type(packet) {
         Some(kind) if kind == u16::from(EtherType::Ipv4) => ipv4(packet),
-        Some(kind) if kind == u16::from(EtherType::Ipv6) => {
-            packet.enter(IPV6);
-            // No such stage: the host's own IPv6 goes on.
-            Verdict::PASS
-        }
+        Some(kind) if kind == u16::from(EtherType::Ipv6) => ipv6_by_slot(packet),
         _ => Verdict::PASS,
+    }
+}
+
+/// What is not ours, and what a slot serves, leaves without a tail call.
+#[inline(always)]
+fn ipv6_by_slot<P: Packet>(packet: &mut P) -> Verdict {
+    let Some(ip) = parse::ipv6(packet) else {
+        return Verdict::PASS;
+    };
+    if prefilter(ip.src, ip.dst).is_none() && ip.protocol != ICMPV6 {
+        return Verdict::PASS;
+    }
+    if (ip.protocol == TCP || ip.protocol == UDP)
+        && let Some(parsed) = parse::transport(packet, &ip)
+    {
+        let words = Wide::words(&parsed.key);
+        let verdict = by_slot(packet, &parsed, &words, place::<Wide>(&words));
+        if verdict != MISSED {
+            return verdict;
+        }
+    }
+    packet.enter(IPV6);
+    // No such stage: the host's own IPv6 goes on.
+    Verdict::PASS
+}
+
+/// Serves a packet by its flow's slot, or answers [`MISSED`].
+#[inline(always)]
+fn by_slot<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, words: &A::Words, place: u64) -> Verdict {
+    if parsed.flags & (SYN | FIN | RST) != 0 || parsed.lacks_checksum {
+        return MISSED;
+    }
+    match cache::find::<A>(words, place) {
+        Some(hit) => forward::cached(packet, parsed, hit),
+        None => MISSED,
     }
 }
 
@@ -69,7 +100,7 @@ fn ipv4<P: Packet>(packet: &mut P) -> Verdict {
     serve(packet, &ip, side)
 }
 
-/// The stage of an IPv6 packet.
+/// The stage of an IPv6 packet that no slot has served.
 #[inline(always)]
 pub fn ipv6<P: Packet>(packet: &mut P) -> Verdict {
     packet.pull(parse::HEADERS);
@@ -100,8 +131,8 @@ fn serve<A: Family, P: Packet>(packet: &mut P, ip: &Ip<A>, side: Side) -> Verdic
     if parsed.flags & (SYN | FIN | RST) == 0 && !parsed.lacks_checksum {
         let words = A::words(&parsed.key);
         let place = place::<A>(&words);
-        if let Some(slot) = cache::find(&words, place) {
-            let verdict = forward::cached(packet, &parsed, slot);
+        if !A::V6 {
+            let verdict = by_slot(packet, &parsed, &words, place);
             if verdict != MISSED {
                 return verdict;
             }

@@ -19,7 +19,7 @@ use edge_common::{
     address::unmapped,
     conntrack::{Direction, State},
     flow::{FlowKey, FlowKeyV4, TCP},
-    maps::{FlowV4, NeighbourKey, NextHop, mode, name},
+    maps::{FlowV4, NeighbourKey, NextHop, WAYS, mode, name},
 };
 use edge_ctl::datapath::{cache::FlowCache, stages};
 
@@ -45,7 +45,7 @@ const LISTEN: u16 = 8443;
 /// Flows opened and closed per second beside a measurement with churn.
 const CHURN: u32 = 10_000;
 /// Sets of each family's cache: two slots for each of a million flows.
-const SETS: u32 = 1 << 20;
+const SETS: u32 = 2 * MILLION / WAYS as u32;
 
 /// What is measured.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -67,6 +67,23 @@ enum Mix {
     Churn,
 }
 
+impl Mix {
+    fn pick(self) -> Pick {
+        match self {
+            Self::Uniform | Self::Churn => Pick::Any,
+            Self::Zipf => Pick::Zipf,
+        }
+    }
+}
+
+/// Which flow the wrapper picks next, as its script says it.
+#[derive(Clone, Copy)]
+enum Pick {
+    Any = 0,
+    Zipf = 1,
+    InTurn = 2,
+}
+
 struct Case {
     name: String,
     hook: Hook,
@@ -83,9 +100,10 @@ impl Case {
         if self.flows > 1 || self.is_new() { 200_000 } else { 500_000 }
     }
 
-    /// Runs before those that count: the wrapper has picked every flow after as many packets as there are flows, or few more.
-    fn warm_ups(&self) -> u32 {
-        if self.is_new() { 2 } else { 1 + self.flows * 3 / 2 / self.repeat() }
+    /// Packets before those that count: each flow in turn, and then some as they are measured.
+    fn warm_up(&self) -> u32 {
+        let all = if self.is_new() { self.repeat() } else { self.flows };
+        all + self.repeat()
     }
 
     fn is_new(&self) -> bool {
@@ -252,7 +270,7 @@ fn measure(case: &Case, cpu: u32) -> Result<Figure> {
     }
     next_hops(&mut rig)?;
     fill(&mut rig, case)?;
-    write_script(&mut rig, case)?;
+    write_script(&mut rig, case, case.mix.pick())?;
     stages::fill(&mut rig.ebpf, case.hook == Hook::Xdp)?;
     let programs = case.programs();
     for program in programs {
@@ -260,15 +278,20 @@ fn measure(case: &Case, cpu: u32) -> Result<Figure> {
     }
     let beside = (case.mix == Mix::Churn).then(|| Beside::start(&rig)).transpose()?;
     // What a packet finds is warm: the cache has met every flow, the half-open table is at its fullest.
-    for _ in 0..case.warm_ups() {
-        time(&mut rig, case, programs[1])?;
+    if !case.is_new() {
+        write_script(&mut rig, case, Pick::InTurn)?;
+        time(&mut rig, case, programs[1], case.flows)?;
+        write_script(&mut rig, case, case.mix.pick())?;
+    }
+    for _ in 0..=u32::from(case.is_new()) {
+        time(&mut rig, case, programs[1], case.repeat())?;
     }
     let before = counted(&rig);
     let mut times = [Vec::new(), Vec::new()];
     for _ in 0..RUNS {
         // In turn, so that whatever else the machine does meets both.
         for (program, times) in programs.into_iter().zip(&mut times) {
-            times.push(time(&mut rig, case, program)?);
+            times.push(time(&mut rig, case, program, case.repeat())?);
         }
     }
     let after = counted(&rig);
@@ -406,7 +429,7 @@ fn frame(case: &Case) -> Vec<u8> {
 /// Words of the wrapper's script: ten of frame, six numbers.
 const SCRIPT: usize = 16;
 
-fn write_script(rig: &mut Rig, case: &Case) -> Result<()> {
+fn write_script(rig: &mut Rig, case: &Case, pick: Pick) -> Result<()> {
     let mut frame = frame(case);
     frame.resize(80, 0);
     let mut script = [0u64; SCRIPT];
@@ -424,12 +447,12 @@ fn write_script(rig: &mut Rig, case: &Case) -> Result<()> {
     script[12] = u64::from(first);
     script[13] = u64::from(FIRST_PORT);
     script[14] = u64::from(case.subject == Subject::Reply);
-    script[15] = u64::from(case.mix == Mix::Zipf);
+    script[15] = pick as u64;
     Ok(rig.array::<[u64; SCRIPT]>("SCRIPT")?.set(0, script, 0)?)
 }
 
 /// Nanoseconds per run, as the kernel counts them.
-fn time(rig: &mut Rig, case: &Case, name: &str) -> Result<f64> {
+fn time(rig: &mut Rig, case: &Case, name: &str, repeat: u32) -> Result<f64> {
     // The frame's headers and the ten bytes that follow them.
     let frame = vec![0u8; if case.family == Family::V4 { 64 } else { 84 }];
     let ingress = rig.uplink;
@@ -441,7 +464,7 @@ fn time(rig: &mut Rig, case: &Case, name: &str) -> Result<f64> {
     let options = TestRunOptions {
         data_in: Some(&frame),
         ctx_in: Some(&context),
-        repeat: case.repeat(),
+        repeat,
         ..TestRunOptions::default()
     };
     let result = match case.hook {
@@ -454,7 +477,7 @@ fn time(rig: &mut Rig, case: &Case, name: &str) -> Result<f64> {
 /// The packets did what the figure's name says.
 fn check(rig: &mut Rig, case: &Case) -> Result<()> {
     let stats = rig.service_stats(1)?;
-    let expected = u64::from(RUNS + case.warm_ups()) * u64::from(case.repeat());
+    let expected = u64::from(RUNS) * u64::from(case.repeat()) + u64::from(case.warm_up());
     let counted = match case.subject {
         Subject::Forward => stats.packets_in,
         Subject::Reply => stats.packets_out,
