@@ -5,8 +5,8 @@ use edge_common::{
     conntrack::{Direction, State, ticks},
     flow::FlowKey,
     maps::{
-        BACKENDS, CacheSet, CacheWindow, Flow, NEXT_HOPS, SERVICES, Slot, WAYS, flow_flag, home, place, set_of, slot_flag,
-        way,
+        BACKENDS, CacheSet, CacheWindow, Flow, NEXT_HOPS, SERVICES, Slot, WAYS, flow_flag, home, place, set_of,
+        slot_flag, way,
     },
 };
 
@@ -29,6 +29,7 @@ pub fn find<A: Family>(words: &A::Words, place: u64) -> Option<Hit<A>> {
     let window = maps::cache_window()?;
     let set = set::<A>(window, place)?;
     let generation = maps::generation(place)?;
+    maps::fetch(&set.ways[way(home(place), 1)]);
     let slot = slot_of(set, words, place)?;
     // Without a clock yet: a slot that was another CPU's.
     if slot.generation != generation || window.clock == 0 {
@@ -80,8 +81,14 @@ fn position<A: Family>(set: &CacheSet<A>, words: &A::Words, place: u64) -> Optio
     None
 }
 
+/// As [`position`], off the hot path; [`WAYS`]: none.
+#[inline(never)]
+fn seek<A: Family>(set: &CacheSet<A>, words: &A::Words, place: u64) -> usize {
+    position(set, words, place).unwrap_or(WAYS)
+}
+
 /// The slot that a tuple which has none is to get: its home or another that is empty, else the one that was used longest ago.
-#[inline(always)]
+#[inline(never)]
 fn oldest<A: Family>(set: &CacheSet<A>, place: u64) -> usize {
     let mut best = home(place);
     for step in 1..WAYS {
@@ -102,9 +109,14 @@ pub fn settle<A: Family>(flow: &mut Flow<A>) -> u32 {
     };
     let words = &A::words(&flow.key);
     let place = place::<A>(words);
-    let Some(slot) = set::<A>(window, place).and_then(|set| slot_of(set, words, place)) else {
+    let Some(set) = set::<A>(window, place) else {
         return 0;
     };
+    let at = seek(set, words, place);
+    if at >= WAYS {
+        return 0;
+    }
+    let slot = &mut set.ways[at & (WAYS - 1)];
     slot.tell(flow, maps::now());
     slot.packets = 0;
     slot.bytes = 0;
@@ -134,18 +146,15 @@ pub fn fill<A: Family>(key: &FlowKey<A>, flow: &Flow<A>, generation: u32) -> u32
     {
         return 0;
     }
-    let at = match position(set, words, place) {
-        Some(at) => at,
-        None => {
-            let at = oldest(set, place);
-            let slot = &set.ways[at & (WAYS - 1)];
-            if !slot.is_empty() {
-                window.displaced += 1;
-                window.told += u64::from(displace(slot));
-            }
-            at
+    let mut at = seek(set, words, place);
+    if at >= WAYS {
+        at = oldest(set, place);
+        let slot = &set.ways[at & (WAYS - 1)];
+        if !slot.is_empty() {
+            window.displaced += 1;
+            window.told += u64::from(displace(slot));
         }
-    };
+    }
     let slot = &mut set.ways[at & (WAYS - 1)];
     write(slot, flow, generation, ticks(now));
     slot.key = if maps::still_of(flow, key) { *words } else { Default::default() };

@@ -17,7 +17,7 @@ pub const CACHE_CPUS: u32 = 1024;
 /// Buckets of [`Generations`].
 pub const GENERATION_BUCKETS: usize = 1 << 18;
 /// Slots in a [`CacheSet`].
-pub const WAYS: usize = 4;
+pub const WAYS: usize = 8;
 /// Default memory of the slots of both families, bytes.
 pub const CACHE_BYTES: u64 = 64 << 20;
 /// The least that a cache may have, bytes; less is none.
@@ -124,7 +124,7 @@ impl<A: Address> Slot<A> {
 /// the entries' (see [`CacheWindow::clock`]).
 const AHEAD: u32 = u32::MAX - 255;
 
-/// The slots that a key may be in. 256 bytes for IPv4, 512 for IPv6.
+/// The slots that a key may be in. 512 bytes for IPv4, 1,024 for IPv6.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CacheSet<A: Address> {
