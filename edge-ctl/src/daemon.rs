@@ -12,6 +12,7 @@ mod damping;
 mod downtime;
 mod drains;
 mod flow_ends;
+mod host;
 mod leave;
 mod orders;
 mod recorder;
@@ -64,12 +65,13 @@ use crate::{
         kernel_view::KernelView, loader::Datapath, next_hops::NextHops, program_log::ProgramLog, sweep::Sweeper,
     },
     desired::{self, DesiredState},
-    fib::{FibEvent, FibHandle, sysctl},
+    fib::{FibEvent, FibHandle},
     model::{
-        BackendSource, BackendVerb, FlowSelector, HealthKey, Mode, PoolSnapshot, Resolver,
+        BackendSource, BackendVerb, FlowSelector, HealthKey, PoolSnapshot, Resolver,
         query::{ConfigChange, Query, ReloadRow, ViewError},
     },
     notify,
+    reconcile::actor::ReconcilerStatus,
     sources::{
         dns::{self, DnsHandle},
         fixed,
@@ -155,6 +157,7 @@ struct Inbox {
     hangup: Signal,
     /// Ends only when the loop has, or by a panic.
     reconciler: JoinHandle<()>,
+    status: watch::Receiver<ReconcilerStatus>,
 }
 
 /// The loop's state.
@@ -201,7 +204,14 @@ impl Daemon {
         self.fixed_pools();
         self.learn_snat_sources(self.world.backend_addresses()).await;
         self.hold_addresses().await;
+        // The kernel takes seconds to verify a program that is new to it: the reconciler writes the maps meanwhile. Not
+        // those that are still filled from maps of an earlier layout: what it removes there would come back.
+        if !lock(&self.shared).datapath.is_migrating() {
+            self.publish();
+        }
+        self.attach();
         self.publish();
+        tokio::spawn(start::announce_readiness(inbox.status.clone()));
         let speaks = self.bgp.is_some();
         loop {
             let (bump_at, share_at) = (self.route_generation.due(), self.next_share);
@@ -430,145 +440,11 @@ impl Daemon {
         }
     }
 
-    /// True where they changed.
-    async fn refresh_kernel_prefixes(&mut self) -> bool {
-        let routes = self.fib.kernel_prefixes().await;
-        let changed = routes != self.world.kernel_routes;
-        self.world.kernel_routes = routes;
-        if let Some(bgp) = self.bgp.as_ref().filter(|_| changed) {
-            bgp.kernel(self.world.kernel_routes.clone()).await;
-        }
-        changed
-    }
-
-    /// Asks the kernel which of our addresses it would use towards these backends, and has the way to new ones resolved.
-    async fn learn_snat_sources(&mut self, backends: BTreeSet<IpAddr>) {
-        for group in self.world.by_route(backends) {
-            // Where the kernel says the same of both ends of what one route covers, it says so of all between.
-            let ends = match (group.first(), group.last()) {
-                (Some(first), Some(last)) => (self.fib.source_for(*first).await, self.fib.source_for(*last).await),
-                _ => continue,
-            };
-            for backend in &group {
-                let source = if ends.0 == ends.1 { ends.0 } else { self.fib.source_for(*backend).await };
-                let Some(source) = source else { continue };
-                if self.world.snat_sources.insert(*backend, source).is_none() && !self.world.is_behind_gateway(*backend)
-                {
-                    self.fib.resolve(*backend).await;
-                }
-            }
-            if let Some(first) = group.first() {
-                self.fib.resolve(*first).await;
-            }
-        }
-    }
-
-    /// As [`Daemon::learn_snat_sources`], for backends about which nothing is known; forgets those that are gone.
-    async fn learn_new_snat_sources(&mut self) {
-        let mut backends = self.world.backend_addresses();
-        self.world.snat_sources.retain(|backend, _| backends.contains(backend));
-        backends.retain(|backend| !self.world.snat_sources.contains_key(backend));
-        self.learn_snat_sources(backends).await;
-    }
-
     fn fixed_pools(&mut self) {
         for service in self.config.services.values() {
             if let Some(pool) = fixed::snapshot(&service.backends, &self.config.edge.pod_networks) {
                 self.world.pools.insert(pool.source.clone(), pool);
             }
-        }
-    }
-
-    /// Attaches where the program is missing; failures are logged once and shown in the status until they pass.
-    fn attach(&self) {
-        let mut shared = lock(&self.shared);
-        let before: BTreeSet<String> = shared.problems.iter().cloned().collect();
-        for (interface, error) in shared.datapath.attach_missing() {
-            let text = format!("{interface}: {error}");
-            if !before.contains(&text) {
-                error!(interface, %error, "the program is not attached; trying again");
-                shared.problems.push(text);
-            }
-        }
-    }
-
-    async fn housekeeping(&mut self) {
-        let mut problems: Vec<String> = host_problems(&self.config);
-        let ready = {
-            let mut shared = lock(&self.shared);
-            let before: BTreeSet<String> = shared.problems.iter().cloned().collect();
-            let failures = shared.datapath.attach_missing();
-            problems.extend(failures.iter().map(|(interface, error)| format!("{interface}: {error}")));
-            problems.extend(shared.datapath.notes().iter().cloned());
-            problems.extend(self.recorder.problem());
-            problems.extend(self.commits.problem());
-            for problem in problems.iter().filter(|problem| !before.contains(*problem)) {
-                warn!(%problem, "degraded");
-            }
-            if let Err(error) = shared.datapath.end_stale_capture() {
-                warn!(%error, "a capture that nobody reads goes on");
-            }
-            match shared.datapath.split_cache() {
-                Ok(None) => {}
-                Ok(Some(cpus)) => tracing::info!(?cpus, "the flow cache is split over the CPUs that receive packets"),
-                Err(error) => warn!(%error, "the flow cache is off"),
-            }
-            if let Err(error) = shared.datapath.refresh_snat_ports() {
-                warn!(%error, "the host's own ports are not known");
-            }
-            shared.problems = problems;
-            shared.datapath.is_ready()
-        };
-        let expired = lock(&self.shared).acl.expire(acl::now());
-        if expired || ready != self.world.datapath_ready {
-            self.publish();
-        }
-        let unheld = self.world.unheld.clone();
-        self.hold_addresses().await;
-        if unheld != self.world.unheld {
-            self.publish();
-        }
-        self.release_addresses().await;
-        self.watch_neighbours().await;
-        self.look_at_drains();
-        self.program_log.drain();
-    }
-
-    /// VIPs that no interface of this host has are held on `lo`, so that the kernel answers ping and closed ports. To be
-    /// called before a state that announces them is published.
-    async fn hold_addresses(&mut self) {
-        let before = std::mem::take(&mut self.world.unheld);
-        for vip in addresses(&self.config) {
-            match self.fib.hold_vip(vip).await {
-                Ok(()) => {
-                    self.held.insert(vip);
-                }
-                Err(error) => {
-                    self.world.unheld.insert(vip);
-                    if !before.contains(&vip) {
-                        warn!(%vip, %error, "the VIP could not be put on lo, and is not announced; trying again");
-                    }
-                }
-            }
-        }
-    }
-
-    /// Addresses that are no longer anybody's VIP leave `lo`, some time after their route was withdrawn.
-    async fn release_addresses(&mut self) {
-        for vip in self.held.clone().difference(&addresses(&self.config)) {
-            match self.fib.release_vip(*vip).await {
-                Ok(()) => {
-                    self.held.remove(vip);
-                }
-                Err(error) => warn!(%vip, %error, "the VIP could not be taken off lo"),
-            }
-        }
-    }
-
-    async fn watch_neighbours(&self) {
-        match self.next_hops.neighbours() {
-            Ok(neighbours) => self.fib.watch_neighbours(neighbours.into_iter().collect()).await,
-            Err(error) => warn!(%error, "the next hops in use are not known"),
         }
     }
 
@@ -622,6 +498,7 @@ impl Daemon {
             shared.config = (self.config.clone(), Instant::now());
         }
         self.attach();
+        self.world.host_faults = host::faults(&host::problems(&self.config));
         self.learn_new_snat_sources().await;
         self.hold_addresses().await;
         self.publish();
@@ -653,11 +530,4 @@ fn dns_sources(config: &Config) -> Vec<(BackendSource, Resolver)> {
 /// What an address in an answer must not be.
 fn dns_guard(config: &Config, own: BTreeSet<IpAddr>) -> dns::Guard {
     dns::Guard { pod_networks: config.edge.pod_networks.clone(), vips: addresses(config), own }
-}
-
-/// Kernel settings in the way of forwarding, in words.
-fn host_problems(config: &Config) -> Vec<String> {
-    let full_nat = config.services.values().any(|service| service.mode == Mode::FullNat);
-    let ipv6 = addresses(config).iter().any(IpAddr::is_ipv6);
-    sysctl::check(&config.edge.interfaces, full_nat, ipv6).iter().map(ToString::to_string).collect()
 }

@@ -24,9 +24,9 @@ pub use self::eligibility::{Exclusion, Facts};
 use crate::{
     config::valid::Config,
     model::{
-        AdminOrders, AdminState, BackendSource, Balance, Check, Frontend, Lifetimes, Mode, PathAttributes, PoolMember,
-        PoolSnapshot, PoolState, Protection, Protocol, RouteSet, Selection, Service, Snat, StaticBackend, Tier,
-        Verdict, within,
+        AdminOrders, AdminState, BackendSource, Balance, Check, Frontend, HostFault, Lifetimes, Mode, PathAttributes,
+        PoolMember, PoolSnapshot, PoolState, Protection, Protocol, RouteSet, Selection, Service, Snat, StaticBackend,
+        Tier, Verdict, within,
     },
     sources::health::{Target, Targets, Verdicts, panic::panics},
 };
@@ -57,6 +57,8 @@ pub struct Inputs<'a> {
     pub datapath_ready: bool,
     /// VIPs that the host does not hold although it should: they are not announced.
     pub unheld: &'a BTreeSet<IpAddr>,
+    /// What settings of the host break: what they concern is not announced.
+    pub host_faults: &'a BTreeSet<HostFault>,
     /// What checks say.
     pub verdicts: &'a Verdicts,
     /// What administrators ordered.
@@ -168,6 +170,8 @@ pub enum Announced {
     Yes,
     /// The program is not attached everywhere it should be.
     NoDatapath,
+    /// A setting of the host keeps its packets from being forwarded.
+    HostSetting,
     /// The host does not hold the address, so that nobody would answer for its other ports.
     NotHeld,
     /// Enough backends are eligible, but not for long enough yet.
@@ -187,6 +191,7 @@ impl fmt::Display for Announced {
             Self::Off => f.write_str("no"),
             Self::Yes => f.write_str("yes"),
             Self::NoDatapath => f.write_str("no: the program is not attached"),
+            Self::HostSetting => f.write_str("no: a setting of the host is wrong"),
             Self::NotHeld => f.write_str("no: the address is not on lo"),
             Self::Settling => f.write_str("no: not eligible for `after` yet"),
             Self::TooFew { eligible, wanted } => write!(f, "no: {eligible} of {wanted} backends eligible"),
@@ -305,6 +310,8 @@ fn build_frontend(config: &Config, inputs: &Inputs<'_>, service: &Service, front
             let wanted = announce.min_backends;
             if !inputs.datapath_ready {
                 Announced::NoDatapath
+            } else if inputs.host_faults.iter().any(|fault| fault.concerns(service.mode, frontend.address.ip())) {
+                Announced::HostSetting
             } else if inputs.unheld.contains(&frontend.address.ip()) {
                 Announced::NotHeld
             } else if eligible < wanted {
@@ -546,6 +553,7 @@ mod tests {
         ready: bool,
         covered_before: BTreeSet<IpAddr>,
         unheld: BTreeSet<IpAddr>,
+        host_faults: BTreeSet<HostFault>,
         verdicts: Verdicts,
         orders: AdminOrders,
     }
@@ -564,6 +572,7 @@ mod tests {
                 ready: true,
                 covered_before: BTreeSet::new(),
                 unheld: BTreeSet::new(),
+                host_faults: BTreeSet::new(),
                 verdicts: Verdicts::new(),
                 orders: AdminOrders::new(),
             };
@@ -598,6 +607,7 @@ mod tests {
                     covered_before: &self.covered_before,
                     datapath_ready: self.ready,
                     unheld: &self.unheld,
+                    host_faults: &self.host_faults,
                     verdicts: &self.verdicts,
                     orders: &self.orders,
                 },
@@ -739,6 +749,27 @@ mod tests {
         let state = world.build();
         assert!(state.announcements.is_empty());
         assert_eq!(only(&state).announced, Announced::NotHeld);
+    }
+
+    #[test]
+    fn a_wrong_setting_of_the_host_withdraws_what_it_breaks_and_nothing_else() {
+        let mut world = World::new();
+        world.pool(&["10.1.0.4:443"], PoolState::Fresh);
+        world.route("10.1.0.0/24", &["172.16.1.80"]);
+        for (fault, mode, expected) in [
+            (HostFault::Ipv4, Mode::FullNat, Announced::HostSetting),
+            (HostFault::Ipv4, Mode::Dnat, Announced::HostSetting),
+            (HostFault::FullNat, Mode::FullNat, Announced::HostSetting),
+            (HostFault::FullNat, Mode::Dnat, Announced::Yes),
+            (HostFault::Ipv6, Mode::FullNat, Announced::Yes),
+        ] {
+            world.host_faults = BTreeSet::from([fault]);
+            world.config.services.get_mut("ingress").unwrap().mode = mode;
+            let state = world.build();
+            assert_eq!(only(&state).announced, expected, "{fault:?} {mode:?}");
+            assert_eq!(state.announcements.is_empty(), expected != Announced::Yes, "{fault:?} {mode:?}");
+            assert_eq!(only(&state).eligible(), 1, "its backends stay: flows that run go on");
+        }
     }
 
     fn health(panic: u8, mandatory: bool) -> crate::model::Health {

@@ -4,51 +4,12 @@
 
 mod common;
 
-use std::fs;
-
 use common::{
-    bgp::{Edge, Lab, NODE, PATIENCE, config, peer, rule, says},
-    eventually, run, which,
+    bgp::{Edge, Lab, NODE, config, peer, rule, says},
+    run,
+    speakers::{Frr, missing},
 };
 use edge_ctl::model::{PathAttributes, view::BgpPeerRow};
-
-trait Frr {
-    fn bgpd(&mut self, body: &str);
-    fn vtysh(&self, command: &str) -> String;
-}
-
-impl Frr for Lab {
-    /// Starts bgpd without zebra.
-    fn bgpd(&mut self, body: &str) {
-        let file = self.path("bgpd.conf");
-        fs::write(&file, format!("hostname frr-node\nlog stdout\n{body}\n")).unwrap();
-        let folder = self.folder.path().display().to_string();
-        let (conf, pid) = (file.display().to_string(), self.path("bgpd.pid").display().to_string());
-        self.start(
-            "/usr/lib/frr/bgpd",
-            &["-Z", "-S", "-f", &conf, "-i", &pid, "--vty_socket", &folder, "-A", "127.0.0.1", "-P", "0"],
-        );
-        eventually("bgpd answers", PATIENCE, || {
-            let answer = self.vtysh("show version");
-            if answer.contains("FRRouting") { Ok(()) } else { Err(answer) }
-        });
-    }
-
-    fn vtysh(&self, command: &str) -> String {
-        let folder = self.folder.path().display().to_string();
-        let arguments = ["--vty_socket", &folder, "-d", "bgpd", "-c", command];
-        let output = self.node.command("vtysh").args(arguments).output().unwrap();
-        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
-    }
-}
-
-fn skipped(name: &str) -> bool {
-    let missing = which("bgpd").is_none() || which("vtysh").is_none();
-    if missing {
-        println!("SKIPPED {name}: FRR's bgpd is not installed");
-    }
-    missing
-}
 
 const EXTERNAL: &str = "router bgp 64513
  bgp router-id 10.0.0.2
@@ -68,7 +29,7 @@ exit";
 
 #[test]
 fn frr_with_its_capabilities_establishes_exchanges_and_refreshes() {
-    if skipped("frr_with_its_capabilities_establishes_exchanges_and_refreshes") {
+    if missing("frr_with_its_capabilities_establishes_exchanges_and_refreshes", &["vtysh"]) {
         return;
     }
     let mut lab = Lab::new();
@@ -105,7 +66,7 @@ fn frr_with_its_capabilities_establishes_exchanges_and_refreshes() {
 
 #[test]
 fn keepalives_hold_a_session_and_a_peer_that_hangs_loses_it_after_the_hold_time() {
-    if skipped("keepalives_hold_a_session_and_a_peer_that_hangs_loses_it_after_the_hold_time") {
+    if missing("keepalives_hold_a_session_and_a_peer_that_hangs_loses_it_after_the_hold_time", &["vtysh"]) {
         return;
     }
     let mut lab = Lab::new();

@@ -4,44 +4,11 @@
 
 mod common;
 
-use std::fs;
-
 use common::{
-    bgp::{Edge, Lab, NODE, PATIENCE, config, peer, rule, says},
-    eventually, which,
+    bgp::{Edge, Lab, NODE, config, peer, rule, says},
+    speakers::{Gobgp, missing},
 };
 use edge_ctl::model::PathAttributes;
-
-trait Gobgp {
-    fn gobgpd(&mut self, config: &str);
-    fn gobgp(&self, command: &str) -> String;
-}
-
-impl Gobgp for Lab {
-    fn gobgpd(&mut self, config: &str) {
-        let file = self.path("gobgpd.toml");
-        fs::write(&file, config).unwrap();
-        let file = file.display().to_string();
-        self.start("gobgpd", &["-f", &file, "-t", "toml", "--api-hosts", "127.0.0.1:50051", "--pprof-disable"]);
-        eventually("gobgpd answers", PATIENCE, || {
-            let answer = self.gobgp("global");
-            if answer.contains("Router-ID") { Ok(()) } else { Err(answer) }
-        });
-    }
-
-    fn gobgp(&self, command: &str) -> String {
-        let output = self.node.command("gobgp").args(command.split(' ')).output().unwrap();
-        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
-    }
-}
-
-fn skipped(name: &str) -> bool {
-    let missing = which("gobgpd").is_none() || which("gobgp").is_none();
-    if missing {
-        println!("SKIPPED {name}: gobgpd is not installed");
-    }
-    missing
-}
 
 const CONFIG: &str = r#"
 [global.config]
@@ -68,7 +35,7 @@ afi-safi-name = "ipv6-unicast"
 
 #[test]
 fn gobgp_with_graceful_restart_and_a_four_octet_as_exchanges_routes() {
-    if skipped("gobgp_with_graceful_restart_and_a_four_octet_as_exchanges_routes") {
+    if missing("gobgp_with_graceful_restart_and_a_four_octet_as_exchanges_routes", &["gobgpd", "gobgp"]) {
         return;
     }
     let mut lab = Lab::new();

@@ -7,13 +7,14 @@ mod common;
 use std::{fs, net::IpAddr, path::PathBuf, time::Duration};
 
 use common::{
-    bgp::{Edge, Lab, NODE, NODE6, config, peer, says},
-    speakers::{Bird, Frr, ibgp, missing},
+    bgp::{Edge, Lab, NODE, NODE6, config, peer, rule, says},
+    speakers::{Bird, Frr, full, ibgp, missing},
 };
 use edge_ctl::{
     bgp::BgpEvent,
     config::valid::{Peer, PeerRange},
     model::{
+        PathAttributes,
         bgp_session::{Order, PasswordSource, PeerOrder, Role},
         view::BgpPeerRow,
     },
@@ -274,6 +275,50 @@ fn a_role_that_does_not_pair_is_told_to_both_sides() {
 }
 
 #[test]
+fn what_only_customers_may_have_is_marked_and_a_leak_is_refused_with_its_reason() {
+    if missing("what_only_customers_may_have_is_marked_and_a_leak_is_refused_with_its_reason", &["bird", "birdc"]) {
+        return;
+    }
+    let mut lab = Lab::new();
+    // A customer by capability; one that tells no role and leaks what only customers of AS 65001 may have.
+    let node = |name: &str, address: &str, asn: u32, role: &str, export: &str| {
+        format!(
+            "protocol bgp {name} {{ local {address} as {asn}; neighbor 10.0.0.1 as 64512; strict bind yes; {role} \
+             connect delay time 1; connect retry time 1; error wait time 1, 1; \
+             ipv4 {{ import all; export filter {{ {export} }}; }}; }}\n"
+        )
+    };
+    let leak = "if source != RTS_STATIC then reject; if net = 10.1.3.0/26 then bgp_otc = 65001; accept;";
+    // Two BIRDs: one has a single session at a time with one address.
+    lab.bird(&node("below", NODE, 64513, "local role customer;", "reject;"));
+    let pods = "router id 10.0.0.3;\nprotocol device {}\n\
+                protocol static pods { ipv4; route 10.1.2.0/26 blackhole; route 10.1.3.0/26 blackhole; }\n";
+    lab.bird_named("leaker", &(pods.to_owned() + &node("leaker", "10.0.0.3", 64514, "", leak)), &[]);
+    lab.edge.block_on(|| async {
+        let with_role = |address: &str, asn: u32| {
+            let mut external = peer(address, asn);
+            external.session.role = Some(Role::Provider);
+            external.import = Some(vec![rule("10.1.0.0/16", 16, 32)]);
+            external.export = Some(vec![rule("10.9.0.0/16", 16, 32)]);
+            external
+        };
+        let mut edge = Edge::start(config([with_role(NODE, 64513), with_role("10.0.0.3", 64514)])).await;
+        edge.until("the sound route", |edge| edge.hops("10.1.2.0/26") == ["10.0.0.3"]).await;
+        let leaked = |row: &BgpPeerRow| row.pfx_received == 2;
+        edge.row_until("10.0.0.3", "both routes", leaked).await;
+        let received = edge.handle.received("10.0.0.3".parse().unwrap()).await;
+        let refused = received.iter().find(|row| row.network == "10.1.3.0/26").unwrap();
+        let reason = "a route leak: only customers of AS 65001 may have it (RFC 9234 5)";
+        assert_eq!(refused.reason.as_deref(), Some(reason), "{received:#?}");
+        edge.handle.announce("10.9.0.1/32".parse().unwrap(), PathAttributes::default()).await;
+        says("the customer", "10.9.0.1/32", || lab.birdc("show route protocol below")).await;
+        // A customer would add the mark itself; who has no role shows what we have sent.
+        let without_role = || lab.birdc_named("leaker", "show route all 10.9.0.1/32");
+        says("the one without a role", "BGP.otc: 64512", without_role).await;
+    });
+}
+
+#[test]
 fn a_shutdown_message_is_read_by_the_other_side_both_ways_and_lasts_until_enabled() {
     if missing("a_shutdown_message_is_read_by_the_other_side_both_ways_and_lasts_until_enabled", &["bird", "birdc"]) {
         return;
@@ -395,7 +440,7 @@ fn ipv4_prefixes_travel_both_ways_on_an_ipv6_session_with_extended_next_hops() {
 
 /// How often both sides open at once: 1,000 times with `cargo xtask test --full`.
 fn openings() -> u64 {
-    if std::env::var_os("EDGE_TEST_FULL").is_some_and(|value| value == "1") { 1000 } else { 50 }
+    if full() { 1000 } else { 50 }
 }
 
 #[test]

@@ -29,11 +29,15 @@ const FALL: u32 = 3;
 const RISE: u32 = 2;
 /// What the machine may add to a change, reading it by the command line included.
 const TOLERANCE: Duration = Duration::from_millis(2_000);
-const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_secs(60);
 /// Ports of the pods' test servers, one for each kind of check.
 const WEB: u16 = 8090;
 const WEBS: u16 = 8091;
 const GRPC: u16 = 8092;
+/// Where a pod's test nginx answers well and badly in turn.
+const TURNS: [u16; 2] = [8093, 8094];
+/// Between two checks of the service that sees pods flap, and what an answer may take: long, so that no answer is late.
+const UNHURRIED: Duration = Duration::from_millis(400);
 
 /// What the test nginx of a pod does at the moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +51,12 @@ enum Manner {
     Slow,
     /// Closes the connection without an answer.
     Closes,
+    /// Resets it.
+    Resets,
+    /// Of `/turns`, every other request gets 503.
+    EveryOther,
+    /// Of `/turns`, three of four requests get 503, one after the other.
+    ThreeOfFour,
     /// Speaks no TLS on the TLS port, and says NOT_SERVING.
     Plain,
 }
@@ -70,12 +80,19 @@ impl Pods<'_> {
         fs::write(folder.join("serving"), b"\0\0\0\0\x02\x08\x01")?;
         fs::write(folder.join("not-serving"), b"\0\0\0\0\x02\x08\x02")?;
         let location = match manner {
-            Manner::Good | Manner::Plain => "return 200 \"all is well\\n\";",
+            Manner::Good | Manner::Plain | Manner::EveryOther | Manner::ThreeOfFour => "return 200 \"all is well\\n\";",
             Manner::Broken => "return 503;",
             Manner::OtherText => "return 200 \"maintenance\\n\";",
             // The address leads nowhere inside the pod's network, so nginx waits for it.
             Manner::Slow => "proxy_connect_timeout 30s; proxy_pass http://10.1.0.250:9;",
             Manner::Closes => "return 444;",
+            Manner::Resets => "reset_timedout_connection on; return 444;",
+        };
+        // nginx takes servers in turn, smoothly by weight: good, bad, good, bad; or bad, bad, good, bad.
+        let bad_weight = match manner {
+            Manner::EveryOther => "weight=1",
+            Manner::ThreeOfFour => "weight=3",
+            _ => "backup",
         };
         let ssl = if manner == Manner::Plain { "" } else { "ssl" };
         let serving = if manner == Manner::Plain { "not-serving" } else { "serving" };
@@ -90,11 +107,18 @@ http {{
   access_log off;
   client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
   uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
+  upstream turns {{
+    server 127.0.0.1:{good} max_fails=0;
+    server 127.0.0.1:{bad} max_fails=0 {bad_weight};
+  }}
+  server {{ listen 127.0.0.1:{good}; return 200; }}
+  server {{ listen 127.0.0.1:{bad}; return 503; }}
   server {{
     listen {WEB};
     listen {WEBS} {ssl};
     ssl_certificate {run}/tls.crt; ssl_certificate_key {run}/tls.key;
     location = /generation {{ return 200 "{generation}\n"; }}
+    location = /turns {{ proxy_pass http://turns; }}
     location / {{ {location} }}
   }}
   server {{
@@ -107,6 +131,8 @@ http {{
 }}
 "#,
             run = run.display(),
+            good = TURNS[0],
+            bad = TURNS[1],
         );
         fs::write(self.folder(pod).join("nginx.conf"), text).context("write the test nginx's configuration")
     }
@@ -148,6 +174,13 @@ fn service(name: &str, port: u16, target: u16, protocol: &str, health: &str) -> 
     )
 }
 
+/// The same, checked without haste.
+fn unhurried(name: &str, port: u16, health: &str) -> String {
+    let pace = format!("{} ms", UNHURRIED.as_millis()).replace(' ', "");
+    service(name, port, WEB, "tcp", health)
+        .replace("interval = \"200ms\", timeout = \"150ms\"", &format!("interval = \"{pace}\", timeout = \"{pace}\""))
+}
+
 fn configuration(lab: &Lab) -> String {
     let ca = lab.folder().join("tls.crt");
     let services = [
@@ -161,6 +194,7 @@ fn configuration(lab: &Lab) -> String {
         service("stranger", 7008, WEBS, "tcp", &format!("tls = {{ ca = \"{}\" }}", ca.display())),
         service("dnat", 7009, WEB, "tcp", "tcp = {}") + "mode = \"dnat\"\n",
         service("panics", 7010, WEB, "tcp", "http = { body = \"well\" }, panic = 50"),
+        unhurried("turns", 7011, "http = { path = \"/turns\" }"),
     ];
     lab.edge_configuration("1s") + &services.concat()
 }
@@ -176,7 +210,7 @@ fn started(lab: &Lab) -> Result<(EdgeDaemon, Pods<'_>)> {
         let rows = rows.as_array().context("health list is no array")?;
         let others = rows.iter().filter(|row| row["service"] != "stranger");
         let good = others.filter(|row| row["checks"].as_u64() > Some(3) && row["state"] == "up").count();
-        ensure!(good == 27 && rows.len() == 30, "{good} of {}: {rows:?}", rows.len());
+        ensure!(good == 30 && rows.len() == 33, "{good} of {}: {rows:?}", rows.len());
         Ok(true)
     })?;
     Ok((daemon, pods))
@@ -231,11 +265,12 @@ fn a_pod_that_fails_its_check_is_out_within_fall_intervals_and_back_within_rise_
     );
     let lab = Lab::up(Speaker::Bird, 3)?;
     let (mut daemon, pods) = started(&lab)?;
-    let failing: [(Manner, &[&str], &str); 5] = [
+    let failing: [(Manner, &[&str], &str); 6] = [
         (Manner::Broken, &["http", "https"], "status 503"),
         (Manner::OtherText, &["http"], "the text is not in"),
         (Manner::Slow, &["http", "https"], "no good answer within 150 ms"),
         (Manner::Closes, &["http", "https"], ""),
+        (Manner::Resets, &["http"], "reset by peer"),
         (Manner::Plain, &["https", "tls", "grpc"], ""),
     ];
     for (manner, services, reason) in failing {
@@ -261,9 +296,50 @@ fn a_pod_that_fails_its_check_is_out_within_fall_intervals_and_back_within_rise_
         println!("{manner:?}: back after {took:?}, allowed {most:?}");
         ensure!(took <= most, "{manner:?}: back after {took:?}, allowed {most:?}");
     }
+    flapping(&lab, &pods)?;
     // The pods' certificate signs itself, so it is its own authority; but it does not name the pod's address.
     ensure!(state(&lab, "stranger", 1)? == "unhealthy", "a certificate for another name was accepted");
     daemon.stop()
+}
+
+/// A row of `health list` for the service that sees the second pod flap: checks, failed ones, times out of use, state.
+fn turns(lab: &Lab) -> Result<(u64, u64, u64, String)> {
+    let rows = lab.edge_ctl(&["health", "list", "turns"])?;
+    let backend = format!("{}:{WEB}", ingress(2).address);
+    let row = rows.as_array().and_then(|rows| rows.iter().find(|row| row["backend"] == backend).cloned());
+    let row = row.with_context(|| format!("{backend} is not in {rows}"))?;
+    let number = |key: &str| row[key].as_u64().with_context(|| format!("no number `{key}` in {row}"));
+    Ok((number("checks")?, number("fails")?, number("unavail")?, row["state"].as_str().unwrap_or_default().to_owned()))
+}
+
+/// Waits for as many more checks; what they have changed.
+fn after_checks(lab: &Lab, more: u64) -> Result<(u64, u64, String)> {
+    let before = turns(lab)?;
+    let mut now = before.clone();
+    wait_for(&format!("{more} checks"), SOON, || {
+        now = turns(lab)?;
+        Ok(now.0 >= before.0 + more)
+    })?;
+    Ok((now.1 - before.1, now.2 - before.2, now.3))
+}
+
+/// A pod that fails every other check never fails three in a row, and stays; one that fails three of four goes once, and
+/// comes back only when it really does.
+fn flapping(lab: &Lab, pods: &Pods<'_>) -> Result<()> {
+    pods.behave(2, Manner::EveryOther)?;
+    let (fails, unavailable, state) = after_checks(lab, 8)?;
+    println!("every other check fails: {fails} failed, {unavailable} times out of use");
+    ensure!(fails >= 3 && unavailable == 0 && state == "up", "{fails} fails, {unavailable} times out of use, {state}");
+    pods.behave(2, Manner::ThreeOfFour)?;
+    wait_state(lab, "turns", 2, "unhealthy")?;
+    let (fails, unavailable, state) = after_checks(lab, 8)?;
+    println!("three of four checks fail: {fails} failed, out of use once, {unavailable} times since");
+    ensure!(fails >= 5 && unavailable == 0 && state == "unhealthy", "{fails} fails, {unavailable} times more, {state}");
+    pods.behave(2, Manner::Good)?;
+    let slack = control(lab)? * 2 + TOLERANCE;
+    let took = wait_state(lab, "turns", 2, "up")?;
+    ensure!(took <= UNHURRIED * (RISE + 1) + slack, "back after {took:?}");
+    Ok(())
 }
 
 #[test]
@@ -280,14 +356,22 @@ fn a_pod_that_refuses_or_hangs_gets_no_connection_and_a_panic_ignores_that() -> 
             .filter(|pid| fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.contains("nginx")));
         own.into_iter().try_for_each(|pid| exec::run(Command::new("kill").args([signal, &pid.to_string()])).map(|_| ()))
     };
+    let allowed = |times: u32| Ok::<_, anyhow::Error>(INTERVAL * times + TIMEOUT + control(&lab)? * 2 + TOLERANCE);
+    let in_time = |what: &str, took: Duration, most: Duration| {
+        println!("{what} after {took:?}, allowed {most:?}");
+        ensure!(took <= most, "{what} after {took:?}, allowed {most:?}");
+        Ok(())
+    };
+    let (out, back) = (allowed(FALL)?, allowed(RISE)?);
     hang("-STOP")?;
-    wait_state(&lab, "http", 2, "unhealthy")?;
+    in_time("hangs: out", wait_state(&lab, "http", 2, "unhealthy")?, out)?;
     wait_state(&lab, "panics", 2, "unhealthy")?;
     ensure!(state(&lab, "connect", 2)? == "up", "a connect check passes where only the process hangs");
     hang("-CONT")?;
-    wait_state(&lab, "http", 2, "up")?;
+    in_time("hangs no more: back", wait_state(&lab, "http", 2, "up")?, back)?;
 
     pods.signal(2, "-TERM")?;
+    in_time("refuses: out", wait_state(&lab, "connect", 2, "unhealthy")?, out)?;
     for service in ["connect", "dnat", "http", "grpc"] {
         wait_state(&lab, service, 2, "unhealthy")?;
     }

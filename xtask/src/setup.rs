@@ -15,7 +15,7 @@ use crate::sh::{self, as_root, cargo, is_root, output, root, step};
 const BPF_LINKER: &str = "0.10.3";
 
 /// Debian packages, each with a program that shows it is there.
-const PACKAGES: [(&str, &str); 17] = [
+const PACKAGES: [(&str, &str); 19] = [
     ("iproute2", "ip"),
     ("ethtool", "ethtool"),
     ("nftables", "nft"),
@@ -25,6 +25,9 @@ const PACKAGES: [(&str, &str); 17] = [
     ("bird2", "bird"),
     ("frr", "vtysh"),
     ("gobgpd", "gobgpd"),
+    // Both FRR and OpenBGPD call theirs bgpd; only one has a bgpctl.
+    ("openbgpd", "bgpctl"),
+    ("exabgp", "exabgp"),
     ("nginx", "nginx"),
     ("libnginx-mod-stream", "/usr/lib/nginx/modules/ngx_stream_module.so"),
     ("haproxy", "haproxy"),

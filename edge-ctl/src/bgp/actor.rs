@@ -30,10 +30,10 @@ use super::{
     peer::{self, Peer},
     rib::Rib,
     session::{self, LinkEvent, LinkId},
-    show,
+    show, socket,
     wire::{self, EncodeError, Family, Message, Notification, Refresh, Update, cease},
 };
-use crate::config::valid;
+use crate::{config::valid, model::scope};
 
 /// Link events processed in one go before routes are handed on.
 const BURST: usize = 64;
@@ -332,7 +332,7 @@ impl Actor {
     }
 
     fn accepted(&mut self, stream: TcpStream, remote: SocketAddr) {
-        let address = remote.ip();
+        let address = socket::origin(remote);
         if !self.peers.contains_key(&address) && self.dynamic_peer(address).is_none() {
             tracing::info!(%remote, "BGP connection refused: no such peer is configured");
             return;
@@ -457,7 +457,11 @@ impl Actor {
                         peer.history.error(false, notification.to_string(), now);
                         self.feed(address, Event::NotifMsg(side, notification));
                     }
-                    Message::Update(update) => {
+                    Message::Update(mut update) => {
+                        if let Some(interface) = scope::interface(address) {
+                            let hops = update.announced.iter_mut().map(|announcement| &mut announcement.next_hop);
+                            hops.for_each(|hop| *hop = scope::on(*hop, &interface));
+                        }
                         self.feed(address, Event::UpdateMsg(side));
                         self.on_update(address, side, &update);
                     }

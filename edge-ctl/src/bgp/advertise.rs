@@ -16,7 +16,10 @@ use super::{
     rib::Best,
     wire::{self, Attributes, Community, Context, EncodeError, Family},
 };
-use crate::{config::valid::NextHop, model::PathAttributes};
+use crate::{
+    config::valid::NextHop,
+    model::{PathAttributes, scope},
+};
 
 /// Prefixes that we originate.
 #[derive(Clone, Debug, Default)]
@@ -127,7 +130,7 @@ impl Terms {
     /// # Errors
     /// Why it gets nothing.
     pub fn judge(&self, policy: &Policy, prefix: &IpNet, candidate: Candidate<'_>) -> Result<Outgoing, Withheld> {
-        let (attributes, permit, learnt) = match candidate {
+        let (mut attributes, permit, learnt) = match candidate {
             Candidate::Own(own) => {
                 let attributes = originated(own);
                 let permit = policy.export(prefix, &attributes, false)?;
@@ -147,6 +150,7 @@ impl Terms {
         if !reachable || !self.families.contains(&family) {
             return Err(Withheld::Family);
         }
+        policy.mark_sent(&mut attributes, self.local_asn)?;
         let prepend = match candidate {
             Candidate::Own(own) => usize::from(own.prepend),
             Candidate::Learnt(_) => 0,
@@ -181,6 +185,8 @@ impl Terms {
     fn finish(&self, attributes: Attributes, permit: Permit<'_>, learnt: Option<IpAddr>, prepend: usize) -> Outgoing {
         let (mut attributes, mut next_hop) = (attributes, self.next_hop);
         if let Some(changes) = permit.changes {
+            // A neighbour on one link is none on another.
+            let learnt = learnt.filter(|hop| scope::number_of(*hop).is_none());
             if let (Some(NextHop::Unchanged), Some(learnt)) = (changes.next_hop, learnt) {
                 next_hop = learnt;
             }

@@ -178,7 +178,9 @@ pub fn settings(bgp: &valid::Bgp, peer: &valid::Peer) -> fsm::Settings {
 /// The policy's part of the configuration.
 pub fn policy(bgp: &valid::Bgp, peer: &valid::Peer) -> Policy {
     let list = |terms: &Option<Vec<valid::Term>>| terms.clone().map(std::sync::Arc::new);
-    Policy { internal: peer.remote_asn == bgp.asn, import: list(&peer.import), export: list(&peer.export) }
+    let internal = peer.remote_asn == bgp.asn;
+    let role = peer.session.role.filter(|_| !internal).map(|role| (role, peer.remote_asn));
+    Policy { internal, import: list(&peer.import), export: list(&peer.export), role }
 }
 
 /// What makes us refuse a path, as far as the configuration says it.

@@ -15,7 +15,10 @@ use std::{
 use ipnet::IpNet;
 
 use super::wire::{Attributes, Community};
-use crate::config::valid::{Changes, NextHop, Term};
+use crate::{
+    config::valid::{Changes, NextHop, Term},
+    model::{bgp_session::Role, scope},
+};
 
 /// The lists of a peer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -26,6 +29,8 @@ pub struct Policy {
     pub import: Option<Arc<Vec<Term>>>,
     /// Announced to it; `None`: nothing to an external peer, what we originate to an internal one.
     pub export: Option<Arc<Vec<Term>>>,
+    /// Our role towards it, and its AS number; `None`: ONLY_TO_CUSTOMER is passed on and not looked at.
+    pub role: Option<(Role, u32)>,
 }
 
 /// Why a received path does not take part in route selection.
@@ -55,6 +60,8 @@ pub enum Rejection {
     BadNextHop(IpAddr),
     /// The prefix is not one that is routed: multicast, loopback, link-local.
     Martian,
+    /// A route leak: customers of this AS alone may have the path, and the peer is none (RFC 9234 5).
+    Leak(u32),
 }
 
 impl fmt::Display for Rejection {
@@ -69,9 +76,10 @@ impl fmt::Display for Rejection {
             Self::Connected => f.write_str("a connected network is imported only where `import` names it exactly"),
             Self::OwnAs(asn) => write!(f, "our own AS {asn} is in the AS path"),
             Self::OwnRouterId => f.write_str("originated by our own router id"),
-            Self::OwnNextHop(address) => write!(f, "next hop {address} is our own address"),
+            Self::OwnNextHop(address) => write!(f, "next hop {} is our own address", scope::shown(*address)),
             Self::BadNextHop(address) => write!(f, "next hop {address} is not a neighbour's unicast address"),
             Self::Martian => f.write_str("not a routable unicast prefix"),
+            Self::Leak(asn) => write!(f, "a route leak: only customers of AS {asn} may have it (RFC 9234 5)"),
         }
     }
 }
@@ -159,6 +167,9 @@ impl Policy {
         if martian(prefix) {
             return Err(Rejection::Martian);
         }
+        if let Some(asn) = self.leaked(attributes) {
+            return Err(Rejection::Leak(asn));
+        }
         if !neighbour(next_hop) {
             return Err(Rejection::BadNextHop(next_hop));
         }
@@ -199,6 +210,39 @@ impl Policy {
             None => Err(Withheld::NoExportList),
         }
     }
+
+    /// RFC 9234 5, ingress, rules 1 and 2: who should not have passed the path on, by its ONLY_TO_CUSTOMER.
+    fn leaked(&self, attributes: &Attributes) -> Option<u32> {
+        let ((ours, remote), asn) = (self.role?, attributes.only_to_customer?);
+        match ours {
+            Role::Provider | Role::RouteServer => Some(asn),
+            Role::Peer => (asn != remote).then_some(asn),
+            Role::Customer | Role::RouteServerClient => None,
+        }
+    }
+
+    /// RFC 9234 5, ingress, rule 3: the mark that a path from above, or from the side, gets where it has none.
+    pub fn mark_received(&self, attributes: &Attributes) -> Option<u32> {
+        let (ours, remote) = self.role.filter(|_| attributes.only_to_customer.is_none())?;
+        matches!(ours, Role::Customer | Role::RouteServerClient | Role::Peer).then_some(remote)
+    }
+
+    /// RFC 9234 5, egress: a marked path goes to customers alone, and what goes to them, or to the side, is marked.
+    ///
+    /// # Errors
+    /// [`Withheld::OnlyToCustomers`].
+    pub fn mark_sent(&self, attributes: &mut Attributes, own_asn: u32) -> Result<(), Withheld> {
+        let Some((ours, _)) = self.role else { return Ok(()) };
+        if let Some(asn) = attributes.only_to_customer
+            && matches!(ours, Role::Customer | Role::RouteServerClient | Role::Peer)
+        {
+            return Err(Withheld::OnlyToCustomers(asn));
+        }
+        if matches!(ours, Role::Provider | Role::RouteServer | Role::Peer) {
+            attributes.only_to_customer.get_or_insert(own_asn);
+        }
+        Ok(())
+    }
 }
 
 /// Why a path is not announced to a peer.
@@ -222,6 +266,8 @@ pub enum Withheld {
     Community(Community),
     /// The session does not carry this family.
     Family,
+    /// Only customers of this AS may have it, and the peer is none (RFC 9234 5).
+    OnlyToCustomers(u32),
 }
 
 impl fmt::Display for Withheld {
@@ -236,6 +282,7 @@ impl fmt::Display for Withheld {
             Self::Loop(asn) => write!(f, "the peer's AS {asn} is in the AS path"),
             Self::Community(community) => write!(f, "carries {community}"),
             Self::Family => f.write_str("the session does not carry this address family"),
+            Self::OnlyToCustomers(asn) => write!(f, "only customers of AS {asn} may have it (RFC 9234 5)"),
         }
     }
 }
@@ -288,7 +335,7 @@ fn martian(prefix: &IpNet) -> bool {
     }
 }
 
-/// True where `address` can be a gateway. A link-local one would need an interface, which a path does not carry.
+/// True where `address` can be a gateway: a link-local one with its interface, which the session gives it.
 fn neighbour(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(address) => {
@@ -302,7 +349,7 @@ fn neighbour(address: IpAddr) -> bool {
             !(address.is_unspecified()
                 || address.is_loopback()
                 || address.is_multicast()
-                || address.is_unicast_link_local()
+                || (address.is_unicast_link_local() && scope::number_of(address.into()).is_none())
                 || address.to_ipv4_mapped().is_some())
         }
     }
@@ -354,7 +401,12 @@ mod tests {
 
     #[test]
     fn a_list_bounds_the_prefix_length_and_an_empty_list_matches_nothing() {
-        let policy = Policy { internal: true, import: list(vec![rule("10.1.0.0/16", 24, 26)]), export: list(vec![]) };
+        let policy = Policy {
+            internal: true,
+            import: list(vec![rule("10.1.0.0/16", 24, 26)]),
+            export: list(vec![]),
+            role: None,
+        };
         assert_eq!(judge(&policy, "10.1.2.0/26", "172.16.1.80"), Ok(()));
         assert_eq!(judge(&policy, "10.1.0.0/16", "172.16.1.80"), Err(Rejection::ImportList));
         assert_eq!(judge(&policy, "10.1.2.3/32", "172.16.1.80"), Err(Rejection::ImportList));
@@ -489,5 +541,38 @@ mod tests {
         assert_eq!(attributes.community_texts(), ["64512:1", "64512:1:2", "rt:64512:3"]);
         assert_eq!(attributes.as_path.to_string(), "64512 64512");
         assert_eq!(hop.to_string(), "172.16.1.88");
+    }
+
+    /// The marks of RFC 9234 5, by our role: received bare, with the peer's own mark, with another's; sent bare, marked.
+    #[test]
+    fn only_to_customer_is_set_refused_and_withheld_by_role() {
+        use Role::{Customer, Peer, Provider, RouteServer, RouteServerClient};
+        let marked = |asn| Attributes { only_to_customer: asn, ..Attributes::default() };
+        for (ours, by_peer, by_other, adds, sends_marked, marks_sent) in [
+            (Provider, false, false, false, true, true),
+            (RouteServer, false, false, false, true, true),
+            (Peer, true, false, true, false, true),
+            (Customer, true, true, true, false, false),
+            (RouteServerClient, true, true, true, false, false),
+        ] {
+            let policy = Policy { role: Some((ours, 65001)), ..Policy::default() };
+            let accepted = |asn| policy.leaked(&marked(asn)).is_none();
+            assert_eq!(
+                (accepted(None), accepted(Some(65001)), accepted(Some(65009))),
+                (true, by_peer, by_other),
+                "{ours}"
+            );
+            assert_eq!(policy.mark_received(&marked(None)), adds.then_some(65001), "{ours}");
+            assert_eq!(policy.mark_received(&marked(Some(65009))), None, "{ours}: a mark is never changed");
+            let sent = |asn| {
+                let mut attributes = marked(asn);
+                policy.mark_sent(&mut attributes, 64512).map(|()| attributes.only_to_customer)
+            };
+            assert_eq!(sent(None), Ok(marks_sent.then_some(64512)), "{ours}");
+            let withheld = Err(Withheld::OnlyToCustomers(65009));
+            assert_eq!(sent(Some(65009)), if sends_marked { Ok(Some(65009)) } else { withheld }, "{ours}");
+        }
+        let none = Policy::default();
+        assert_eq!((none.leaked(&marked(Some(1))), none.mark_received(&marked(None))), (None, None));
     }
 }

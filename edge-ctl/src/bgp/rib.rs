@@ -334,7 +334,8 @@ impl Rib {
         };
         // RFC 8326 4.1: the sender is about to go; whoever else has the route is preferred.
         let leaves = !policy.internal && route.attributes.has_community(Community::GRACEFUL_SHUTDOWN);
-        if permit.changes.is_none() && !leaves {
+        let mark = policy.mark_received(&route.attributes);
+        if permit.changes.is_none() && !leaves && mark.is_none() {
             return Judged::AsReceived;
         }
         if let Some((_, known)) = changed.iter().find(|(term, _)| *term == permit.term) {
@@ -344,6 +345,7 @@ impl Rib {
         if leaves {
             new.attributes.local_pref = Some(0);
         }
+        new.attributes.only_to_customer = new.attributes.only_to_customer.or(mark);
         if let Some(changes) = permit.changes {
             policy::apply(changes, &mut new.attributes, &mut new.next_hop, peer, self.local.asn);
         }

@@ -29,7 +29,7 @@ use super::{
     socket,
     wire::{self, Notification},
 };
-use crate::config::valid::Peer;
+use crate::{config::valid::Peer, model::scope};
 
 /// How much is read before the actor gets a turn; about two thousand prefixes.
 const READ_SIZE: usize = 64 * 1024;
@@ -125,12 +125,12 @@ impl Link {
 /// # Errors
 /// The socket, bind or connect error, as it is to be told.
 pub async fn dial(peer: &Peer, internal: bool, password: &Password) -> io::Result<TcpStream> {
-    let remote = SocketAddr::new(peer.address, peer.port);
+    let remote = socket::destination(peer.address, peer.port)?;
     let socket = Socket::new(Domain::for_address(remote), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_nonblocking(true)?;
     set_hop_limits(&socket, peer, internal)?;
     if !password.bytes().is_empty() {
-        socket::set_md5(&socket, IpNet::from(peer.address), password.bytes())
+        socket::set_md5(&socket, IpNet::from(scope::bare(peer.address)), password.bytes())
             .map_err(|error| io::Error::new(error.kind(), format!("TCP MD5 password: {error}")))?;
     }
     if let Some(local) = peer.local_address {

@@ -11,7 +11,10 @@ use super::{
     rib::{Rib, Route, Standing},
     wire::{AsPath, Attributes, Capability, Origin},
 };
-use crate::model::view::{BgpPeerRow, BgpRouteRow, BgpStaleRow};
+use crate::model::{
+    scope,
+    view::{BgpPeerRow, BgpRouteRow, BgpStaleRow},
+};
 
 /// The row of one peer.
 pub fn peer_row(peer: &Peer, rib: &Rib, version: u64, now: Duration) -> BgpPeerRow {
@@ -25,7 +28,7 @@ pub fn peer_row(peer: &Peer, rib: &Rib, version: u64, now: Duration) -> BgpPeerR
         peer.messages.iter().map(|(name, count)| ((*name).to_owned(), *count)).collect();
     messages.extend(peer.malformed.iter().map(|(name, count)| ((*name).to_owned(), *count)));
     BgpPeerRow {
-        neighbor: peer.config.address.to_string(),
+        neighbor: scope::shown(peer.config.address),
         v: 4,
         asn: peer.config.remote_asn,
         msg_rcvd: total("_received"),
@@ -160,7 +163,7 @@ pub fn advertised(peer: &Peer, rib: &Rib, originated: &Originated) -> Vec<BgpRou
     let Some(session) = &peer.session else { return Vec::new() };
     let row = |prefix: &IpNet, out: &Outgoing| BgpRouteRow {
         status: "*>".to_owned(),
-        peer: peer.config.address.to_string(),
+        peer: scope::shown(peer.config.address),
         ..route_row(prefix, &out.attributes, out.next_hop)
     };
     let mut rows: Vec<(IpNet, BgpRouteRow)> =
@@ -171,7 +174,7 @@ pub fn advertised(peer: &Peer, rib: &Rib, originated: &Originated) -> Vec<BgpRou
                 status: "r".to_owned(),
                 network: prefix.to_string(),
                 next_hop: "-".to_owned(),
-                peer: peer.config.address.to_string(),
+                peer: scope::shown(peer.config.address),
                 reason: Some(format!("{why}{origin}")),
                 ..BgpRouteRow::default()
             };
@@ -195,7 +198,7 @@ pub fn advertised(peer: &Peer, rib: &Rib, originated: &Originated) -> Vec<BgpRou
 fn route_row(prefix: &IpNet, attributes: &Attributes, next_hop: IpAddr) -> BgpRouteRow {
     BgpRouteRow {
         network: prefix.to_string(),
-        next_hop: next_hop.to_string(),
+        next_hop: scope::shown(next_hop),
         metric: attributes.med,
         locprf: attributes.local_pref,
         path: path_text(&attributes.as_path, attributes.origin),
@@ -227,7 +230,7 @@ fn path_row(prefix: &IpNet, standing: &Standing<'_>, route: &Route, now: Duratio
     let unreachable = || format!("next hop {} cannot be reached", path.used().next_hop);
     BgpRouteRow {
         status,
-        peer: standing.peer.to_string(),
+        peer: scope::shown(standing.peer),
         age: now.saturating_sub(path.learnt()).as_secs(),
         reason: reason.or_else(|| (!standing.usable).then(unreachable)),
         path_id: (path.id != 0).then_some(path.id),

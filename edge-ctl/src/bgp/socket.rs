@@ -1,14 +1,18 @@
-//! Socket options that socket2 has no verb for: TCP MD5 signatures (RFC 2385) and the least hop limit (RFC 5082).
+//! Socket options that socket2 has no verb for: TCP MD5 signatures (RFC 2385) and the least hop limit (RFC 5082); and names
+//! of interfaces.
 #![allow(unsafe_code, reason = "setsockopt of options that no safe crate covers; one call, one fact")]
 
 use std::{
+    ffi::{CStr, CString},
     io,
     mem::size_of,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, SocketAddr, SocketAddrV6},
     os::fd::{AsFd, AsRawFd},
 };
 
 use ipnet::IpNet;
+
+use crate::model::scope;
 
 /// `TCP_MD5SIG` of linux/tcp.h: the key is for a host.
 const TCP_MD5SIG: libc::c_int = 14;
@@ -69,6 +73,51 @@ pub fn set_least_hop_limit(socket: &impl AsFd, peer: IpAddr, least: u8) -> io::R
         IpAddr::V4(_) => set(socket, libc::IPPROTO_IP, IP_MINTTL, &value),
         IpAddr::V6(_) => set(socket, libc::IPPROTO_IPV6, IPV6_MINHOPCOUNT, &value),
     }
+}
+
+/// Where a peer is dialled: a link-local one on its interface.
+///
+/// # Errors
+/// The interface is not there (yet).
+pub fn destination(peer: IpAddr, port: u16) -> io::Result<SocketAddr> {
+    match (scope::bare(peer), scope::interface(peer)) {
+        (IpAddr::V6(address), Some(interface)) => {
+            let index = interface_index(&interface)
+                .map_err(|error| io::Error::new(error.kind(), format!("interface {interface}: {error}")))?;
+            Ok(SocketAddrV6::new(address, port, 0, index).into())
+        }
+        (address, _) => Ok(SocketAddr::new(address, port)),
+    }
+}
+
+/// Who has connected: a link-local address with the interface that it came by.
+pub fn origin(remote: SocketAddr) -> IpAddr {
+    match remote {
+        SocketAddr::V6(v6) if v6.scope_id() != 0 => match interface_name(v6.scope_id()) {
+            Some(name) => scope::on(remote.ip(), &name),
+            None => remote.ip(),
+        },
+        _ => remote.ip(),
+    }
+}
+
+fn interface_index(name: &str) -> io::Result<u32> {
+    let name = CString::new(name).map_err(io::Error::other)?;
+    // SAFETY: `name` is a string that ends in a zero, which the call only reads.
+    match unsafe { libc::if_nametoindex(name.as_ptr()) } {
+        0 => Err(io::Error::last_os_error()),
+        index => Ok(index),
+    }
+}
+
+fn interface_name(index: u32) -> Option<String> {
+    let mut buffer = [0u8; libc::IF_NAMESIZE];
+    // SAFETY: the buffer has the IF_NAMESIZE octets that the call may write, the ending zero included.
+    let found = unsafe { libc::if_indextoname(index, buffer.as_mut_ptr().cast()) };
+    if found.is_null() {
+        return None;
+    }
+    CStr::from_bytes_until_nul(&buffer).ok()?.to_str().ok().map(str::to_owned)
 }
 
 /// A `sockaddr_storage` with port 0.

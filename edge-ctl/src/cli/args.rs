@@ -282,7 +282,8 @@ pub(super) enum BgpVerb {
     /// Everything about one peer
     #[command(alias = "neighbor")]
     Peer {
-        /// Its address
+        /// Its address; a link-local one with its interface, `fe80::2%ens33`
+        #[arg(value_parser = crate::model::scope::parse)]
         address: IpAddr,
     },
     /// End a session, which comes back at once; with --soft, tell and ask for all routes again instead
@@ -334,6 +335,7 @@ pub(super) enum PolicyVerb {
 #[derive(Debug, Args)]
 pub(super) struct PolicyArgs {
     /// Its address
+    #[arg(value_parser = crate::model::scope::parse)]
     pub peer: IpAddr,
     /// What it sends, or what is announced to it
     #[arg(value_enum)]
@@ -496,7 +498,8 @@ pub(super) enum DescribeNoun {
     /// A BGP peer
     #[command(alias = "neighbor")]
     Peer {
-        /// Its address
+        /// Its address; a link-local one with its interface, `fe80::2%ens33`
+        #[arg(value_parser = crate::model::scope::parse)]
         address: IpAddr,
     },
 }

@@ -32,7 +32,7 @@ use crate::model::{
 pub(super) struct Whom(Option<IpAddr>);
 
 fn whom(text: &str) -> Result<Whom, String> {
-    match (text, text.parse()) {
+    match (text, crate::model::scope::parse(text)) {
         ("all", _) => Ok(Whom(None)),
         (_, Ok(address)) => Ok(Whom(Some(address))),
         _ => Err("expected a peer's address, or `all`".to_owned()),
@@ -50,6 +50,7 @@ pub(super) struct Target {
 #[derive(Debug, Args)]
 pub(super) struct MessagesArgs {
     /// The peer's address
+    #[arg(value_parser = crate::model::scope::parse)]
     pub peer: IpAddr,
     /// Write them to this file, pcap
     #[arg(value_name = "FILE")]

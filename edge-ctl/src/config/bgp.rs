@@ -16,7 +16,7 @@ use super::{
     valid::{Bgp, Peer, PeerRange},
     values,
 };
-use crate::model::Service;
+use crate::model::{Service, scope};
 
 const DEFAULT_PORT: u16 = 179;
 /// RFC 4271 10 suggests 90 s, and a third of it for keepalives.
@@ -96,6 +96,11 @@ impl Settings {
     ) -> Peer {
         let (keepalive, hold) = agreed_timers(section, &self);
         let internal = asn == Some(remote_asn);
+        let link_local = scope::number_of(address).is_some();
+        if let Some(local) = self.local_address.as_ref().filter(|_| link_local) {
+            section
+                .fault(&local.at, "a link-local peer is spoken to from its interface's own address; remove it".into());
+        }
         Peer {
             address,
             remote_asn,
@@ -107,7 +112,7 @@ impl Settings {
             keepalive,
             hold,
             ebgp_multihop: self.ebgp_multihop.unwrap_or(1),
-            session: self.session.settle(section, internal, self.ebgp_multihop.is_some()),
+            session: self.session.settle(section, internal, self.ebgp_multihop.is_some(), link_local),
             import: self.import,
             export: self.export,
             intake: Intake { max_prefixes: self.max_prefixes, add_path: self.add_path.unwrap_or(false) },
@@ -139,6 +144,14 @@ fn address(text: &str) -> Result<IpAddr, String> {
         Ok(address) if values::is_host(address) => Ok(address),
         Ok(_) => Err("no packet can be sent there".into()),
         Err(_) => Err("not an IP address".into()),
+    }
+}
+
+/// As [`address`], or link-local.
+fn peer_address(text: &str) -> Result<IpAddr, String> {
+    match text.parse() {
+        Ok(IpAddr::V6(link_local)) if link_local.is_unicast_link_local() => Ok(IpAddr::V6(link_local)),
+        _ => address(text),
     }
 }
 
@@ -234,7 +247,7 @@ fn read_peer(
     peers: &mut BTreeMap<IpAddr, (Peer, Place)>,
 ) {
     let at = section.place().clone();
-    let neighbour = section.parse("address", "the peer's IP address", address);
+    let neighbour = on_its_link(&section, section.parse("address", "the peer's IP address", peer_address));
     if !section.has("address") {
         section.missing("address", "the peer's IP address");
     }
@@ -254,8 +267,9 @@ fn read_peer(
     }
     if let (Some(neighbour), Some(remote_asn)) = (neighbour, settings.remote_asn) {
         check_family(&section, &neighbour, settings.local_address.as_ref());
+        let neighbour_shown = scope::shown(neighbour.value);
         if let Some((_, first)) = peers.get(&neighbour.value) {
-            section.fault(&neighbour.at, format!("peer {} is already configured at {first}", neighbour.value));
+            section.fault(&neighbour.at, format!("peer {neighbour_shown} is already configured at {first}"));
         }
         if asn == Some(remote_asn) && settings.ebgp_multihop.is_some() {
             section.fault(&at, "`ebgp_multihop` has no meaning for an iBGP peer (same AS number); remove it".into());
@@ -265,6 +279,29 @@ fn read_peer(
         peers.entry(neighbour.value).or_insert((peer, neighbour.at));
     }
     section.finish();
+}
+
+/// A link-local neighbour needs the interface that it is on, and no other has one.
+fn on_its_link(section: &Section<'_>, neighbour: Option<At<IpAddr>>) -> Option<At<IpAddr>> {
+    let interface = section.parse("interface", "the name of an interface", |name| {
+        let sound =
+            (1..16).contains(&name.len()) && !name.contains(|c: char| c == '/' || c == '%' || c.is_whitespace());
+        if sound { Ok(name.to_owned()) } else { Err("no interface has such a name".to_owned()) }
+    });
+    let At { value, at } = neighbour?;
+    let link_local = matches!(value, IpAddr::V6(address) if address.is_unicast_link_local());
+    match interface {
+        Some(interface) if link_local => return Some(At { value: scope::on(value, &interface.value), at }),
+        Some(interface) => {
+            section
+                .fault(&interface.at, format!("`interface` is for link-local peers, and {value} is none; remove it"));
+        }
+        None if link_local && !section.has("interface") => {
+            section.fault(&at, format!("{value} is link-local: `interface` has to say on which link"));
+        }
+        None => {}
+    }
+    Some(At { value, at })
 }
 
 fn unknown_group(name: &str, groups: &BTreeMap<&str, Settings>) -> String {

@@ -76,7 +76,7 @@ impl RawSession {
     }
 
     /// Checks what depends on the kind of session, and fills in defaults.
-    pub fn settle(self, section: &Section<'_>, internal: bool, multihop: bool) -> SessionSettings {
+    pub fn settle(self, section: &Section<'_>, internal: bool, multihop: bool, link_local: bool) -> SessionSettings {
         let at = section.place();
         if let Some(hops) = self.ttl_security.as_ref().filter(|_| multihop) {
             let message = "`ttl_security` and `ebgp_multihop` contradict each other (RFC 5082); \
@@ -100,7 +100,8 @@ impl RawSession {
             ipv6,
             role: self.role,
             role_strict: self.role_strict.unwrap_or(false),
-            extended_next_hop: self.extended_next_hop.unwrap_or(false),
+            // Without it a link-local peer could speak of no IPv4 route.
+            extended_next_hop: self.extended_next_hop.unwrap_or(link_local),
             graceful_restart: self.graceful_restart.unwrap_or(defaults.graceful_restart),
         }
     }

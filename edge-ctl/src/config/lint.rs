@@ -3,6 +3,7 @@
 use ipnet::IpNet;
 
 use super::valid::{Bgp, Config, Peer, PrefixRule, Term};
+use crate::model::scope;
 
 /// One line for each thing worth a second look.
 pub fn warnings(config: &Config) -> Vec<String> {
@@ -31,7 +32,7 @@ pub fn warnings(config: &Config) -> Vec<String> {
 }
 
 fn peer_warnings(bgp: &Bgp, peer: &Peer, pod_networks: &[IpNet], warnings: &mut Vec<String>) {
-    let address = peer.address;
+    let address = scope::shown(peer.address);
     match &peer.import {
         None if peer.remote_asn != bgp.asn => warnings.push(format!(
             "peer {address}: eBGP without `import` accepts nothing (RFC 8212); give a list, or `import = []` to say so"
@@ -70,7 +71,11 @@ fn matches_no_host(rule: &PrefixRule) -> bool {
 pub fn unconnected(config: &Config, networks: &[IpNet]) -> Vec<String> {
     let Some(bgp) = config.bgp.as_ref().filter(|_| !networks.is_empty()) else { return Vec::new() };
     let same_family = |peer: &Peer| networks.iter().any(|network| network.addr().is_ipv4() == peer.address.is_ipv4());
-    let far = |peer: &&Peer| peer.ebgp_multihop < 2 && !networks.iter().any(|network| network.contains(&peer.address));
+    let far = |peer: &&Peer| {
+        peer.ebgp_multihop < 2
+            && scope::number_of(peer.address).is_none()
+            && !networks.iter().any(|network| network.contains(&peer.address))
+    };
     let peers = bgp.peers.values().filter(|peer| same_family(peer)).filter(far);
     peers
         .map(|peer| format!("peer {}: in no network that this host is connected to; a wrong address?", peer.address))

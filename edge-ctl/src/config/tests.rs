@@ -431,6 +431,30 @@ fn announcing_needs_bgp_and_carries_its_attributes() {
 }
 
 #[test]
+fn a_link_local_peer_has_an_interface_and_the_same_address_on_two_links_is_two_peers() {
+    let peer = |keys: &str| format!("[[bgp.peer]]\naddress = \"fe80::2\"\nremote_asn = 64513\n{keys}\n");
+    let both = peer("interface = \"ens33\"") + &peer("interface = \"ens34\"\nextended_next_hop = false");
+    let bgp = ok(&format!("{BASE}{both}")).bgp.unwrap();
+    let shown: Vec<_> = bgp.peers.values().map(|peer| crate::model::scope::shown(peer.address)).collect();
+    assert!(shown.contains(&"fe80::2%ens33".to_owned()) && shown.contains(&"fe80::2%ens34".to_owned()), "{shown:?}");
+    let extended = |interface: &str| {
+        let peer = bgp.peers.values().find(|peer| crate::model::scope::shown(peer.address).ends_with(interface));
+        peer.unwrap().session.extended_next_hop
+    };
+    assert_eq!((extended("ens33"), extended("ens34")), (true, false), "on by itself, unless it is turned off");
+    for (keys, why) in [
+        (peer(""), "has to say on which link"),
+        (peer("interface = \"ens33\"").replace("fe80::2", "172.16.1.80"), "is for link-local peers"),
+        (peer("interface = \"a/b\""), "no interface has such a name"),
+        (peer("interface = \"ens33\"\nlocal_address = \"fd00::1\""), "from its interface's own address"),
+        (peer("interface = \"ens33\"").repeat(2), "fe80::2%ens33 is already configured"),
+    ] {
+        let faults = faults(&format!("{BASE}{keys}"));
+        assert!(faults.len() == 1 && faults[0].contains(why), "{keys}: {faults:#?}");
+    }
+}
+
+#[test]
 fn snat_is_for_full_nat_only_and_bounded() {
     let snat = ok(&format!("{BASE}snat = {{ addresses = [\"172.16.1.89\"], ports = \"1024-32767\" }}\n"));
     assert_eq!(snat.services["web"].snat.ports, Some((1024, 32767)));

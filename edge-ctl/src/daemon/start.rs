@@ -27,7 +27,7 @@ use super::{
     dns_guard, dns_sources,
     downtime::Downtimes,
     flow_ends::FlowEnds,
-    host_problems, lock,
+    host, lock,
     recorder::Recorder,
     slow_start::SlowStart,
     swept::Swept,
@@ -109,9 +109,9 @@ pub fn run(file: &Path) -> Result<(), StartError> {
 
 async fn start(file: &Path, config: Config, texts: Texts, commits: Commits) -> Result<(), StartError> {
     let hangup = signal(SignalKind::hangup())?;
-    let problems = host_problems(&config);
+    let problems = host::problems(&config);
     if !problems.is_empty() {
-        return Err(StartError::Host(problems));
+        return Err(StartError::Host(problems.iter().map(ToString::to_string).collect()));
     }
     let orders = Orders::load(&config.edge.state_dir)?;
     let acl = Acl::load(&config.edge.state_dir)?;
@@ -210,8 +210,6 @@ async fn start(file: &Path, config: Config, texts: Texts, commits: Commits) -> R
         route_generation: Throttle::new(ROUTE_GENERATION_PAUSE),
         next_walk: Instant::now(),
     };
-    daemon.attach();
-    tokio::spawn(announce_readiness(reconciler_status));
     let inbox = Inbox {
         bgp: bgp_inbox,
         fib: fib_inbox,
@@ -220,6 +218,7 @@ async fn start(file: &Path, config: Config, texts: Texts, commits: Commits) -> R
         verdicts,
         hangup,
         reconciler,
+        status: reconciler_status,
     };
     let result = daemon.run(inbox).await;
     drop(stop);
@@ -260,7 +259,7 @@ fn candidate(member: &PoolMember) -> Candidate {
 }
 
 /// Tells the service manager once the maps first hold the desired state.
-async fn announce_readiness(mut status: watch::Receiver<ReconcilerStatus>) {
+pub(super) async fn announce_readiness(mut status: watch::Receiver<ReconcilerStatus>) {
     if status.wait_for(|status| status.in_sync).await.is_ok() {
         info!("the datapath holds the desired state");
         notify::ready("serving");

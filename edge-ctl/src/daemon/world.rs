@@ -15,7 +15,7 @@ use ipnet::IpNet;
 use crate::{
     config::valid::Config,
     desired::{self, AdoptedBackend, DesiredFrontend, DesiredState, Inputs},
-    model::{AdminOrders, BackendSource, Frontend, PoolSnapshot, RouteSet, RouteUpdate},
+    model::{AdminOrders, BackendSource, Frontend, HostFault, PoolSnapshot, RouteSet, RouteUpdate},
     sources::health::Verdicts,
 };
 
@@ -38,6 +38,8 @@ pub struct World {
     pub datapath_ready: bool,
     /// VIPs that the host does not hold although it should.
     pub unheld: BTreeSet<IpAddr>,
+    /// What settings of the host break.
+    pub host_faults: BTreeSet<HostFault>,
     /// Connected and static prefixes of the kernel, with their gateways.
     pub kernel_routes: Vec<(IpNet, Option<IpAddr>)>,
     /// Our own address towards each backend address.
@@ -240,6 +242,7 @@ impl World {
                 covered_before: &self.covered,
                 datapath_ready: self.datapath_ready,
                 unheld: &self.unheld,
+                host_faults: &self.host_faults,
                 verdicts: &self.verdicts,
                 orders: &self.orders,
             },

@@ -1,23 +1,27 @@
 //! The rows that users see, read from the pinned maps: for `--kernel`, with the daemon dead or alive, and for the daemon's
 //! own views, so that both say the same. Nothing is written.
 
+mod flows;
+mod rates;
+
 use std::{collections::BTreeMap, fs, path::Path};
 
 use edge_common::{
-    address::{Address, Wide},
+    address::Address,
     flow::{FlowKey, FlowKeyV4, FlowKeyV6},
     maps::{
         AddressFilter, BackendEntry, CacheWindow, Control, Flow, FlowV4, FlowV6, NeighbourKey, NextHop, PortSet,
-        RANGE_PREFIX, RangeSource, ServiceEntry, ServiceKey, ServiceStats, Slot, SourceId, SourceKey, SourceRange,
-        SourceUse, balance, mode, name, range_action,
+        RANGE_PREFIX, RangeSource, ServiceEntry, ServiceKey, ServiceStats, SourceId, SourceKey, SourceRange, SourceUse,
+        balance, mode, name, range_action,
     },
     verdict::{REASONS, Reason},
 };
 use serde_json::{Value, json};
 
+pub use self::rates::{Rate, Rates};
 use super::{
     attach::{TC_PROGRAM, XDP_PROGRAM},
-    cache::{CpuCache, FlowCache, Part},
+    cache::{CpuCache, FlowCache},
     interfaces,
     pins::{self, Pins},
     sys::{self, Cursor, from_bytes, monotonic_ns},
@@ -26,7 +30,7 @@ use super::{
 use crate::{
     model::{
         Balance, Protocol, Tier,
-        view::{BackendRow, FlowRow, MapRow, ServiceRow, XdpRow},
+        view::{BackendRow, MapRow, ServiceRow, XdpRow},
     },
     reconcile::{
         ports::{PortError, Region, share_of, socket_address, tier_of, weight_of},
@@ -36,8 +40,6 @@ use crate::{
 
 /// Entries read in one call where a list is limited.
 const PAGE: usize = 1024;
-/// `conntrack::Direction` of packets from the client.
-const FORWARD: u8 = 0;
 
 /// Entries of a map that somebody has counted, and seconds since then; `None`: nobody has yet.
 #[derive(Clone, Copy, Debug)]
@@ -193,59 +195,6 @@ impl KernelView {
         Ok(rows)
     }
 
-    /// At most `limit` flows, of one service where it is named, established ones first; both directions in one row.
-    ///
-    /// # Errors
-    /// Where a map cannot be read.
-    pub fn flow_rows(&self, service: Option<&str>, limit: usize) -> Result<Vec<FlowRow>, PortError> {
-        let services = self.tables.state()?.services;
-        let labels: BTreeMap<u32, String> = services.into_iter().map(|(number, slot)| (number, slot.label)).collect();
-        let now = monotonic_ns();
-        let mut rows = Vec::new();
-        let wanted = Wanted { labels: &labels, service, limit, now };
-        for (v4, v6, state) in [
-            (name::ESTABLISHED, name::ESTABLISHED_V6, "established"),
-            (name::HALF_OPEN, name::HALF_OPEN_V6, "half-open"),
-            (name::CLOSING, name::CLOSING_V6, "closing"),
-        ] {
-            self.add_flow_rows::<u32>(v4, state, &wanted, &mut rows)?;
-            self.add_flow_rows::<Wide>(v6, state, &wanted, &mut rows)?;
-        }
-        Ok(rows)
-    }
-
-    fn add_flow_rows<A: Part>(
-        &self,
-        table: &str,
-        state: &str,
-        wanted: &Wanted<'_>,
-        rows: &mut Vec<FlowRow>,
-    ) -> Result<(), PortError>
-    where
-        FlowKey<A>: aya::Pod,
-        Flow<A>: aya::Pod,
-        Slot<A>: aya::Pod,
-    {
-        let reader = self.tables.reader(table)?;
-        let mut cursor = Cursor::default();
-        while !cursor.is_finished() && rows.len() < wanted.limit {
-            for (_, value) in reader.page(&mut cursor, PAGE)?.iter(reader.shape) {
-                let Some(mut flow) = from_bytes::<Flow<A>>(value) else { continue };
-                let label = wanted.labels.get(&flow.service).cloned().unwrap_or_else(|| "-".to_owned());
-                let is_wanted = flow.direction == FORWARD && wanted.service.is_none_or(|wanted| wanted == label);
-                if is_wanted && rows.len() < wanted.limit {
-                    let mut twin = self.tables.lookup::<FlowKey<A>, Flow<A>>(table, &flow.twin())?.unwrap_or_default();
-                    if state == "established" {
-                        self.cache.tell(&mut flow);
-                        self.cache.tell(&mut twin);
-                    }
-                    rows.push(flow_row(label, state, &flow, &twin, wanted.now));
-                }
-            }
-        }
-        Ok(())
-    }
-
     /// The flow cache, CPU by CPU.
     pub fn cache(&self) -> Vec<CpuCache> {
         self.cache.cpus()
@@ -393,62 +342,6 @@ fn balance_name(number: u8) -> String {
     balance.to_string()
 }
 
-/// Connections, bytes in and bytes out per second.
-pub type Rate = (f64, f64, f64);
-
-/// Turns totals into rates between two samples, by service number and by backend number.
-#[derive(Clone, Debug, Default)]
-pub struct Rates {
-    services: BTreeMap<u32, (Sample, Rate)>,
-    backends: BTreeMap<u32, (Sample, Rate)>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Sample {
-    at: f64,
-    connections: u64,
-    bytes_in: u64,
-    bytes_out: u64,
-}
-
-impl Rates {
-    /// Takes new totals over; what changed since the last call makes the rates. `now` is in seconds of any steady clock.
-    /// The first sample of a number has rate 0.
-    pub fn sample(&mut self, now: f64, services: &BTreeMap<u32, ServiceStats>, backends: &BTreeMap<u32, ServiceStats>) {
-        for (known, totals) in [(&mut self.services, services), (&mut self.backends, backends)] {
-            *known = totals.iter().map(|(number, stats)| (*number, next(known.get(number), now, stats))).collect();
-        }
-    }
-
-    /// The rates of a service.
-    pub fn service(&self, number: u32) -> Rate {
-        self.services.get(&number).map_or_else(Rate::default, |(_, rate)| *rate)
-    }
-
-    /// The rates of a backend.
-    pub fn backend(&self, number: u32) -> Rate {
-        self.backends.get(&number).map_or_else(Rate::default, |(_, rate)| *rate)
-    }
-}
-
-fn next(before: Option<&(Sample, Rate)>, now: f64, stats: &ServiceStats) -> (Sample, Rate) {
-    let ServiceStats { opened: connections, bytes_in, bytes_out, .. } = *stats;
-    let sample = Sample { at: now, connections, bytes_in, bytes_out };
-    (sample, rates(before.map(|(sample, _)| sample), &sample))
-}
-
-fn rates(before: Option<&Sample>, now: &Sample) -> Rate {
-    let Some(before) = before.filter(|before| now.at > before.at) else { return (0.0, 0.0, 0.0) };
-    let seconds = now.at - before.at;
-    // A counter that went back was started anew with its number.
-    let rate = |now: u64, before: u64| now.checked_sub(before).map_or(0.0, |change| change as f64 / seconds);
-    (
-        rate(now.connections, before.connections),
-        rate(now.bytes_in, before.bytes_in),
-        rate(now.bytes_out, before.bytes_out),
-    )
-}
-
 fn drops(reasons: &BTreeMap<(u32, u32), u64>, service: u32) -> BTreeMap<String, u64> {
     let own = reasons.range((service, 0)..(service, REASONS));
     let dropped = own.filter_map(|((_, number), packets)| Some((reason(*number)?, *packets)));
@@ -460,33 +353,6 @@ fn drops(reasons: &BTreeMap<(u32, u32), u64>, service: u32) -> BTreeMap<String, 
 
 fn reason(number: u32) -> Option<Reason> {
     Reason::ALL.iter().copied().find(|reason| *reason as u32 == number)
-}
-
-/// Which flows a listing is about.
-struct Wanted<'a> {
-    labels: &'a BTreeMap<u32, String>,
-    service: Option<&'a str>,
-    limit: usize,
-    now: u64,
-}
-
-fn flow_row<A: Address>(service: String, state: &str, flow: &Flow<A>, twin: &Flow<A>, now: u64) -> FlowRow {
-    let seconds = |since: u64| now.saturating_sub(since) / 1_000_000_000;
-    FlowRow {
-        service,
-        proto: protocol_name(flow.key.protocol),
-        client: socket_address(flow.key.src, flow.key.src_port).to_string(),
-        vip: socket_address(flow.key.dst, flow.key.dst_port).to_string(),
-        snat: socket_address(flow.new_src, flow.new_src_port).to_string(),
-        backend: socket_address(flow.new_dst, flow.new_dst_port).to_string(),
-        state: state.to_owned(),
-        packets_in: flow.packets,
-        bytes_in: flow.bytes,
-        packets_out: twin.packets,
-        bytes_out: twin.bytes,
-        age: seconds(flow.created),
-        idle: seconds(flow.last_seen.max(twin.last_seen)),
-    }
 }
 
 fn protocol_name(number: u8) -> String {
@@ -691,20 +557,6 @@ fn hex(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn rates_are_what_changed_between_two_samples_and_never_negative() {
-        let totals = |opened, bytes_in| BTreeMap::from([(1, ServiceStats { opened, bytes_in, ..Default::default() })]);
-        let none = BTreeMap::new();
-        let mut rates = Rates::default();
-        rates.sample(5.0, &totals(10, 1000), &none);
-        assert_eq!(rates.service(1), (0.0, 0.0, 0.0));
-        rates.sample(7.0, &totals(30, 2000), &none);
-        assert_eq!(rates.service(1), (10.0, 500.0, 0.0));
-        rates.sample(8.0, &totals(1, 3000), &none);
-        assert_eq!(rates.service(1), (0.0, 1000.0, 0.0));
-        assert_eq!(rates.backend(1), (0.0, 0.0, 0.0), "services and backends have numbers of their own");
-    }
 
     #[test]
     fn the_seed_is_not_in_a_dump() {

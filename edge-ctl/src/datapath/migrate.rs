@@ -137,6 +137,11 @@ pub fn catch_up(pins: &Pins) -> Result<u64, PortError> {
     Ok(added)
 }
 
+/// True where a map has pins of another layout, or nobody can say.
+pub fn is_pending(pins: &Pins) -> bool {
+    pins.layouts().keys().any(|map| earlier(pins, map).map_or(true, |files| !files.is_empty()))
+}
+
 /// Pins of this map with another layout.
 fn earlier(pins: &Pins, map: &str) -> io::Result<Vec<String>> {
     let own = pins.map(map);

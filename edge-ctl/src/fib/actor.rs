@@ -17,7 +17,7 @@ use super::{
     plan::{KernelRoute, METRIC, METRIC_INTERNAL, NextHop, Plan, RouteChange, plan},
     protocol_name,
 };
-use crate::model::{RouteSet, RouteUpdate, view::RouteRow};
+use crate::model::{RouteSet, RouteUpdate, scope, view::RouteRow};
 
 /// A reading of the tables may take at most this share of the time: one part in so many.
 const DUMP_SHARE: u32 = 5;
@@ -448,10 +448,21 @@ impl<K: Kernel> Actor<K> {
             .others()
             .filter(|route| route.prefix.prefix_len() > 0 && !route.next_hops.iter().all(loopback))
             .filter(|route| route.next_hops.is_empty() || route.next_hops.iter().any(up))
-            .map(|route| (route.prefix, route.next_hops.iter().find_map(|hop| hop.gateway)))
+            .flat_map(|route| self.scoped(route))
             .collect();
         prefixes.dedup();
         prefixes
+    }
+
+    /// What a route says of next hops: a link-local network is one for each of its interfaces.
+    fn scoped(&self, route: &KernelRoute) -> Vec<(IpNet, Option<IpAddr>)> {
+        let gateway = route.next_hops.iter().find_map(|hop| hop.gateway);
+        let mut said = vec![(route.prefix, gateway)];
+        if route.is_connected() && matches!(route.prefix, IpNet::V6(prefix) if prefix.addr().is_unicast_link_local()) {
+            let names = route.next_hops.iter().filter_map(|hop| self.known.links.get(&hop.ifindex));
+            said.extend(names.map(|link| (scope::network_on(route.prefix, &link.name), None)));
+        }
+        said
     }
 
     fn rows(&self) -> Vec<RouteRow> {

@@ -127,7 +127,9 @@ impl Netlink {
 
 impl Kernel for Netlink {
     async fn snapshot(&self) -> Result<Snapshot, FibError> {
-        Ok(Snapshot { links: self.links().await?, addresses: self.addresses().await?, table: self.routes().await? })
+        let (links, addresses, table) = (self.links().await?, self.addresses().await?, self.routes().await?);
+        let table = table.with_interfaces(links.iter().map(|(ifindex, link)| (*ifindex, link.name.as_str())));
+        Ok(Snapshot { links, addresses, table })
     }
 
     async fn addresses(&self) -> Result<Vec<LocalAddress>, FibError> {

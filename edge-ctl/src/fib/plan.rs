@@ -7,7 +7,7 @@ use std::{
 
 use ipnet::IpNet;
 
-use crate::model::RouteSet;
+use crate::model::{RouteSet, scope};
 
 /// `RTPROT_BGP`: marks the routes that belong to BGP in the kernel's table.
 pub const PROTOCOL_BGP: u8 = 186;
@@ -88,6 +88,8 @@ impl RouteChange {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Table {
     routes: BTreeMap<IpNet, Vec<KernelRoute>>,
+    /// Kernel indexes of interfaces by the number of their names ([`scope::number`]).
+    interfaces: BTreeMap<u32, u32>,
 }
 
 impl Table {
@@ -101,6 +103,13 @@ impl Table {
             same.sort_by_key(|route| (route.metric, route.protocol));
         }
         table
+    }
+
+    /// With the names of interfaces: link-local next hops are on the one that they name.
+    #[must_use]
+    pub fn with_interfaces<'a>(mut self, links: impl IntoIterator<Item = (u32, &'a str)>) -> Self {
+        self.interfaces = links.into_iter().map(|(ifindex, name)| (scope::number(name), ifindex)).collect();
+        self
     }
 
     /// All routes, by prefix.
@@ -148,8 +157,11 @@ impl Table {
     }
 
     /// Interface of the connected network that `address` lies in; the longest prefix wins. A link-local address says
-    /// nothing about its interface, so that it has one only where a single link carries such addresses.
+    /// nothing about its interface unless it names one, so that it has one only where a single link carries such addresses.
     pub fn on_link(&self, address: IpAddr) -> Option<u32> {
+        if let Some(number) = scope::number_of(address) {
+            return self.interfaces.get(&number).copied().filter(|ifindex| self.link_local().contains(ifindex));
+        }
         if matches!(address, IpAddr::V6(address) if address.is_unicast_link_local()) {
             return self.only_link_local();
         }
@@ -162,12 +174,17 @@ impl Table {
         })
     }
 
-    fn only_link_local(&self) -> Option<u32> {
+    /// Interfaces with link-local addresses.
+    fn link_local(&self) -> BTreeSet<u32> {
         let connected = self.others().filter(|route| route.is_connected());
-        let mut links: BTreeSet<u32> = connected
+        connected
             .filter(|route| matches!(route.prefix, IpNet::V6(prefix) if prefix.addr().is_unicast_link_local()))
             .flat_map(|route| route.next_hops.iter().map(|hop| hop.ifindex))
-            .collect();
+            .collect()
+    }
+
+    fn only_link_local(&self) -> Option<u32> {
+        let mut links = self.link_local();
         let only = links.pop_first()?;
         links.is_empty().then_some(only)
     }
@@ -245,7 +262,7 @@ fn resolve(table: &Table, gateways: &[IpAddr]) -> (Vec<NextHop>, Vec<IpAddr>) {
     for gateway in gateways {
         match table.on_link(*gateway) {
             Some(ifindex) => {
-                next_hops.insert(NextHop { gateway: Some(*gateway), ifindex });
+                next_hops.insert(NextHop { gateway: Some(scope::bare(*gateway)), ifindex });
             }
             None => off_link.push(*gateway),
         }
@@ -254,7 +271,7 @@ fn resolve(table: &Table, gateways: &[IpAddr]) -> (Vec<NextHop>, Vec<IpAddr>) {
 }
 
 fn off_link_text(off_link: &[IpAddr]) -> String {
-    let hops: Vec<String> = off_link.iter().map(IpAddr::to_string).collect();
+    let hops: Vec<String> = off_link.iter().map(|hop| scope::shown(*hop)).collect();
     format!(
         "next hop {} is in no connected network (or is link-local with several links): check the interface and its address",
         hops.join(", ")

@@ -2,6 +2,8 @@
 
 use std::{fmt, fs, path::Path};
 
+use crate::model::HostFault;
+
 /// The settings of one host, as read; `None`: could not be read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Settings {
@@ -36,6 +38,8 @@ pub struct SysctlProblem {
     /// Its value; `None`: could not be read.
     pub value: Option<u32>,
     /// What it breaks.
+    pub breaks: HostFault,
+    /// The same in words.
     pub effect: String,
     /// The command that corrects it.
     pub fix: String,
@@ -66,6 +70,7 @@ fn forwarding_ipv6(settings: &Settings) -> Option<SysctlProblem> {
     (settings.ipv6_forwarding != Some(1)).then(|| SysctlProblem {
         key: "net.ipv6.conf.all.forwarding".into(),
         value: settings.ipv6_forwarding,
+        breaks: HostFault::Ipv6,
         effect: "the kernel forwards no IPv6, and bpf_fib_lookup refuses".into(),
         fix: "sysctl -w net.ipv6.conf.all.forwarding=1".into(),
     })
@@ -101,6 +106,7 @@ pub fn evaluate(settings: &Settings, full_nat: bool) -> Vec<SysctlProblem> {
         problems.push(SysctlProblem {
             key: "net.ipv4.ip_forward".into(),
             value: settings.ip_forward,
+            breaks: HostFault::Ipv4,
             effect: "the kernel forwards nothing, and bpf_fib_lookup refuses".into(),
             fix: "sysctl -w net.ipv4.ip_forward=1".into(),
         });
@@ -118,6 +124,7 @@ pub fn evaluate(settings: &Settings, full_nat: bool) -> Vec<SysctlProblem> {
                 fix: format!("sysctl -w {key}=2"),
                 key,
                 value: interface.rp_filter,
+                breaks: HostFault::FullNat,
                 effect: strict_effect(all, &interface.name),
             });
         }
@@ -128,6 +135,7 @@ pub fn evaluate(settings: &Settings, full_nat: bool) -> Vec<SysctlProblem> {
                 fix: format!("sysctl -w {key}=1"),
                 key,
                 value: interface.accept_local,
+                breaks: HostFault::FullNat,
                 effect: "the stack drops full-nat packets, whose source is an address of this host".into(),
             });
         }

@@ -5,10 +5,12 @@ pub mod bgp_session;
 pub mod capture;
 mod community;
 mod health;
+mod host;
 mod protect;
 pub mod query;
 mod resolver;
 mod route;
+pub mod scope;
 mod selection;
 mod service;
 mod snat;
@@ -19,6 +21,7 @@ pub use health::{
     AdminOrder, AdminOrders, AdminState, BackendVerb, Check, Exchange, Health, HealthKey, Http, Passive,
     PassiveCounters, PassiveSignals, Tls, Verdict,
 };
+pub use host::HostFault;
 pub use protect::{Limits, Protection, RangeAction, Rate, SourceRanges};
 pub use resolver::{Follow, ResolverPolicy};
 pub use route::{PathAttributes, RouteSet, RouteUpdate};

@@ -24,6 +24,8 @@
 //! Numbers are the lowest free ones from 1; regions go first-fit, and never where a region was a moment ago
 //! ([`Reserved`]): a packet that had just read the old reference may still be looking there.
 
+mod regions;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
@@ -36,13 +38,12 @@ use edge_common::maps::{
 };
 
 use super::ports::{
-    Action, DatapathState, FilterBits, Region, frontend_of, needed_filter, same_family, service_key, share_of,
-    state_word, tier_of, weight_of, wire,
+    Action, DatapathState, FilterBits, frontend_of, needed_filter, same_family, service_key, state_word, wire,
 };
 use super::protect::{protected, ranges};
 use crate::{
     desired::{Announced, DesiredBackend, DesiredFrontend, DesiredState},
-    model::{Balance, Frontend, Mode, PoolMember, TableShape, Tier},
+    model::{Balance, Frontend, Mode, PoolMember, TableShape},
 };
 
 /// Lowest SNAT port where none is configured; which of them may be used on the host's own addresses is a bitmap of its own.
@@ -404,76 +405,6 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// The region that a service should refer to, written if it is not there yet; `None` where there is no room.
-    fn publish_region(
-        &mut self,
-        frontend: &Frontend,
-        desired: &DesiredFrontend,
-        service: u32,
-        current: u32,
-    ) -> Option<u32> {
-        let shape = TableShape { balance: desired.balance, maglev_size: desired.selection.maglev_size };
-        let primary = self.region(service, Tier::Primary, shape);
-        let backup = self.region(service, Tier::Backup, shape);
-        let region = match (primary, backup) {
-            (Some(primary), backup) => Region { backup: backup.map(Box::new), ..primary },
-            (None, Some(backup)) => backup,
-            (None, None) => return Some(0),
-        };
-        if current != 0 && self.state.regions.get(&current).is_some_and(|now| **now == region) {
-            return Some(current);
-        }
-        let Some(first_chunk) = self.room(region.chunks()) else {
-            self.fail(frontend, format!("{frontend}: the selection map is full; its pool stays as it was"));
-            return None;
-        };
-        self.step(Action::WriteRegion { first_chunk, region: region.into() });
-        Some(first_chunk)
-    }
-
-    /// The eligible backends of one tier and their table; `None` where there are none.
-    fn region(&self, service: u32, tier: Tier, shape: TableShape) -> Option<Region> {
-        let numbers = self.members.get(&service).into_iter().flatten();
-        let slots = numbers.filter_map(|number| Some((number, self.state.backends.get(number)?)));
-        let mine = slots.filter(|(_, slot)| slot.eligible() && tier_of(slot.state) == tier);
-        let mut members: Vec<(PoolMember, u8, u32)> = mine
-            .map(|(number, slot)| {
-                let member = PoolMember { address: slot.address(), weight: weight_of(slot.state), tier };
-                (member, share_of(slot.state), *number)
-            })
-            .collect();
-        // By address, so that edges with the same pool build the same table.
-        members.sort_unstable();
-        let table = (self.fill)(&shared(&members), shape);
-        if table.is_empty() {
-            return None;
-        }
-        Some(Region { pool: members.into_iter().map(|(_, _, number)| number).collect(), table, backup: None })
-    }
-
-    /// The first gap of `chunks` chunks.
-    fn room(&self, chunks: u32) -> Option<u32> {
-        let live = self.state.regions.iter().map(|(first, region)| (*first, region.chunks()));
-        let mut used: Vec<(u32, u32)> = live.collect();
-        used.extend(&self.reserved.regions);
-        used.extend(&self.plan.retired);
-        used.sort_unstable();
-        let mut first = 1_u32;
-        for (start, length) in used {
-            if start.saturating_sub(first) >= chunks {
-                break;
-            }
-            first = first.max(start.saturating_add(length));
-        }
-        (first.checked_add(chunks)? <= self.state.capacity.chunks).then_some(first)
-    }
-
-    fn retire(&mut self, first_chunk: u32) {
-        if let Some(region) = self.state.regions.get(&first_chunk) {
-            self.plan.retired.push((first_chunk, region.chunks()));
-        }
-    }
-
     /// Services that no frontend leads to let go of their pool, so that its backends can be freed as they drain.
     fn release_pools(&mut self) {
         let live: BTreeSet<u32> = self.state.index.values().copied().collect();
@@ -588,21 +519,6 @@ const fn mode_number(mode: Mode) -> u8 {
         Mode::FullNat => mode::FULL_NAT,
         Mode::Dnat => mode::DNAT,
     }
-}
-
-/// The members with the weights that their shares leave them: as they are while nobody starts slowly, else in the same
-/// proportion to each other, at least 1.
-fn shared(members: &[(PoolMember, u8, u32)]) -> Vec<PoolMember> {
-    let all_whole = members.iter().all(|(_, share, _)| *share == 100);
-    let parts = |member: &PoolMember, share: u8| u32::from(member.weight) * u32::from(share);
-    let most = members.iter().map(|(member, share, _)| parts(member, *share)).max().unwrap_or(0);
-    let divisor = most / u32::from(u16::MAX) + 1;
-    let weight = |member: &PoolMember, share: u8| match u16::try_from(parts(member, share) / divisor) {
-        _ if all_whole => member.weight,
-        Ok(weight) => weight.max(1),
-        Err(_) => u16::MAX,
-    };
-    members.iter().map(|(member, share, _)| PoolMember { weight: weight(member, *share), ..*member }).collect()
 }
 
 fn seconds(duration: Duration) -> u32 {

@@ -108,7 +108,8 @@ pub fn run(program: &str, arguments: &[&str]) {
 
 /// Where a program is, if it is installed.
 pub fn which(program: &str) -> Option<PathBuf> {
-    ["/usr/sbin", "/usr/bin", "/sbin", "/bin", "/usr/lib/frr"]
+    // FRR's folder first: OpenBGPD has a bgpd too.
+    ["/usr/lib/frr", "/usr/sbin", "/usr/bin", "/sbin", "/bin"]
         .into_iter()
         .map(|folder| Path::new(folder).join(program))
         .find(|path| path.exists())

@@ -22,6 +22,8 @@ pub enum Fault {
     Servfail,
     /// REFUSED.
     Refused,
+    /// NOTIMP, with EDNS and without.
+    Notimp,
     /// FORMERR to queries with EDNS, as by a server that knows none; right without.
     NoEdns,
     /// NXDOMAIN.
@@ -132,6 +134,7 @@ fn change(fault: &Fault, message: &mut Message) {
     match fault {
         Fault::Servfail => code(message, ResponseCode::ServFail),
         Fault::Refused => code(message, ResponseCode::Refused),
+        Fault::Notimp => code(message, ResponseCode::NotImp),
         Fault::Nxdomain => code(message, ResponseCode::NXDomain),
         Fault::Empty => code(message, ResponseCode::NoError),
         Fault::Truncated | Fault::TruncatedForEver => {

@@ -225,7 +225,8 @@ import = ["10.1.0.0/16 le 32"]
 
     fn edge_ctl_command(&self, arguments: &[&str]) -> Result<Command> {
         let mut command = self.command("edge", exec::product("edge-ctl", "EDGE_CTL")?)?;
-        command.args(arguments).arg("--socket").arg(self.edge_socket());
+        // The kernel takes seconds to verify the program, and on a busy machine many: no answer comes meanwhile.
+        command.args(arguments).args(["--timeout", "60"]).arg("--socket").arg(self.edge_socket());
         Ok(command)
     }
 

@@ -15,6 +15,7 @@ pub mod exec;
 pub mod ipv6;
 pub mod netns;
 pub mod pods;
+mod queues;
 pub mod rolling;
 mod rows;
 pub mod smoke;
@@ -365,11 +366,19 @@ fn offload(namespace: &str, interface: &str, settings: &[&str]) -> Result<()> {
     run(&mut command).map(|_| ())
 }
 
-/// A prefix no namespace has: interface and namespace names stay short.
+/// A prefix no namespace has: interface and namespace names stay short. The lab's folder is made here, so that tests that
+/// begin at once have one each.
 fn free_prefix() -> String {
     let pid = std::process::id();
+    // Where that cannot be, building the lab says so.
+    let claim = |prefix: &str| match fs::create_dir_all(run_folder())
+        .and_then(|()| fs::create_dir(run_folder().join(prefix)))
+    {
+        Err(error) => error.kind() != std::io::ErrorKind::AlreadyExists,
+        Ok(()) => true,
+    };
     let candidates = (0..).map(|number| if number == 0 { format!("e{pid:x}") } else { format!("e{pid:x}n{number}") });
-    let mut free = candidates.filter(|prefix| !run_folder().join(prefix).exists() && namespaces(prefix).is_empty());
+    let mut free = candidates.filter(|prefix| namespaces(prefix).is_empty() && claim(prefix));
     free.next().unwrap_or_default()
 }
 

@@ -21,7 +21,7 @@ use super::{
     },
     Actor, routes,
 };
-use crate::config::valid;
+use crate::{config::valid, model::scope};
 
 /// Within this time a peer has to end the refresh that it began; without a limit stale routes could stay for ever.
 const REFRESH_LIMIT: Duration = Duration::from_secs(360);
@@ -61,7 +61,8 @@ impl Actor {
         peer.last_failure = None;
         peer.changed = Some(now);
         peer.history.flap(true, String::new(), now);
-        self.rib.local_address(local);
+        let interface = scope::interface(address);
+        self.rib.local_address(interface.map_or(local, |interface| scope::on(local, &interface)));
         self.rib.peer_up(address, peer.policy.clone(), negotiated.peer.router_id);
         let terms = routes::terms(&self.config, peer, &negotiated, local);
         let kept = peer.helper.back(&negotiated, peer.config.session.graceful_restart.as_ref(), now);
@@ -225,7 +226,7 @@ impl Actor {
             if let Ok(password) = &peer.password
                 && !password.bytes().is_empty()
             {
-                wanted.push((IpNet::from(*address), password.clone()));
+                wanted.push((IpNet::from(scope::bare(*address)), password.clone()));
             }
         }
         let gone: Vec<IpNet> =
@@ -242,7 +243,11 @@ impl Actor {
 
     /// Why a dial failed, with what the kernel knows about signatures.
     pub(super) fn diagnose(peer: &Peer, error: &std::io::Error) -> String {
-        let remote = SocketAddr::new(peer.config.address, peer.config.port);
+        let (address, port) = (peer.config.address, peer.config.port);
+        let remote = match scope::interface(address) {
+            Some(_) => format!("[{}]:{port}", scope::shown(address)),
+            None => SocketAddr::new(address, port).to_string(),
+        };
         let signed = peer.password.as_ref().is_ok_and(|password| !password.bytes().is_empty());
         let remark = Counters::now().remark(peer.signatures, signed);
         match remark {

@@ -190,6 +190,7 @@ pub fn message_length(buffer: &[u8], longest: u16) -> Result<Option<usize>, Noti
 /// # Errors
 /// The NOTIFICATION to send before the session is closed (RFC 4271 6.1 to 6.3, as revised by RFC 7606).
 pub fn decode(mut frame: Bytes, context: Context) -> Result<Message, Notification> {
+    least_length(&frame)?;
     let message =
         codec::decode_message(&mut frame, context.longest()).map_err(|error| Notification::from_decode(&error))?;
     match message {
@@ -214,6 +215,20 @@ pub fn decode(mut frame: Bytes, context: Context) -> Result<Message, Notificatio
         // The codec's enum is open; a kind it learns later is one that we did not ask for.
         _ => Err(Notification::new(1, 3, Bytes::new())),
     }
+}
+
+/// Each type has its least length (RFC 4271 6.1); the codec blames what follows the header instead.
+fn least_length(frame: &Bytes) -> Result<(), Notification> {
+    let Some([high, low, kind]) = frame.get(16..19).and_then(|header| <[u8; 3]>::try_from(header).ok()) else {
+        return Ok(());
+    };
+    let least = match kind {
+        1 => 29,
+        2 => 23,
+        3 => 21,
+        _ => return Ok(()),
+    };
+    if frame.len() < least { Err(Notification::new(1, 2, Bytes::copy_from_slice(&[high, low]))) } else { Ok(()) }
 }
 
 /// Why a message of ours does not fit the wire.

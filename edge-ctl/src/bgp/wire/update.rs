@@ -99,7 +99,7 @@ impl Update {
                 }
                 codec::PathAttribute::MpReachNlri(reach) if unicast(reach.afi, reach.safi) => {
                     update.announced.push(Announcement {
-                        next_hop: reach.next_hop,
+                        next_hop: next_hop_of(reach),
                         prefixes: reach.announced.iter().map(prefix).collect(),
                     });
                 }
@@ -120,8 +120,24 @@ impl Update {
             let announced = std::mem::take(&mut update.announced);
             update.withdrawn.extend(announced.into_iter().flat_map(|announcement| announcement.prefixes));
         }
+        // The codec has dropped what was malformed: what is left may look like the end of a table and is none.
+        if !problems.is_empty() {
+            update.end_of_rib = None;
+        }
         update.problems = problems;
         Ok(update)
+    }
+}
+
+/// Of a global and a link-local next hop (RFC 2545 3) the global one, unless that is none.
+fn next_hop_of(reach: &codec::MpReachNlri) -> IpAddr {
+    let global = match reach.next_hop {
+        IpAddr::V6(address) => !address.is_unspecified() && !address.is_unicast_link_local(),
+        IpAddr::V4(_) => true,
+    };
+    match reach.link_local_next_hop {
+        Some(address) if !global => IpAddr::from(address),
+        _ => reach.next_hop,
     }
 }
 

@@ -1,0 +1,182 @@
+//! The host under the daemon: its settings and addresses, the kernel's own routes, neighbours, and where the program is
+//! attached. Looked at again in regular intervals, since nobody tells when somebody else changes them.
+
+use std::{collections::BTreeSet, net::IpAddr};
+
+use tracing::{error, warn};
+
+use super::{Daemon, acl, addresses, lock};
+use crate::{
+    config::valid::Config,
+    fib::sysctl::{self, SysctlProblem},
+    model::{HostFault, Mode},
+};
+
+impl Daemon {
+    /// True where they changed.
+    pub(super) async fn refresh_kernel_prefixes(&mut self) -> bool {
+        let routes = self.fib.kernel_prefixes().await;
+        let changed = routes != self.world.kernel_routes;
+        self.world.kernel_routes = routes;
+        if let Some(bgp) = self.bgp.as_ref().filter(|_| changed) {
+            bgp.kernel(self.world.kernel_routes.clone()).await;
+        }
+        changed
+    }
+
+    /// Asks the kernel which of our addresses it would use towards these backends, and has the way to new ones resolved.
+    pub(super) async fn learn_snat_sources(&mut self, backends: BTreeSet<IpAddr>) {
+        for group in self.world.by_route(backends) {
+            // Where the kernel says the same of both ends of what one route covers, it says so of all between.
+            let ends = match (group.first(), group.last()) {
+                (Some(first), Some(last)) => (self.fib.source_for(*first).await, self.fib.source_for(*last).await),
+                _ => continue,
+            };
+            for backend in &group {
+                let source = if ends.0 == ends.1 { ends.0 } else { self.fib.source_for(*backend).await };
+                let Some(source) = source else { continue };
+                if self.world.snat_sources.insert(*backend, source).is_none() && !self.world.is_behind_gateway(*backend)
+                {
+                    self.fib.resolve(*backend).await;
+                }
+            }
+            if let Some(first) = group.first() {
+                self.fib.resolve(*first).await;
+            }
+        }
+    }
+
+    /// As [`Daemon::learn_snat_sources`], for backends about which nothing is known; forgets those that are gone.
+    pub(super) async fn learn_new_snat_sources(&mut self) {
+        let mut backends = self.world.backend_addresses();
+        self.world.snat_sources.retain(|backend, _| backends.contains(backend));
+        backends.retain(|backend| !self.world.snat_sources.contains_key(backend));
+        self.learn_snat_sources(backends).await;
+    }
+
+    /// Attaches where the program is missing; failures are logged once and shown in the status until they pass.
+    pub(super) fn attach(&self) {
+        let mut shared = lock(&self.shared);
+        let before: BTreeSet<String> = shared.problems.iter().cloned().collect();
+        for (interface, error) in shared.datapath.attach_missing() {
+            let text = format!("{interface}: {error}");
+            if !before.contains(&text) {
+                error!(interface, %error, "the program is not attached; trying again");
+                shared.problems.push(text);
+            }
+        }
+    }
+
+    pub(super) async fn housekeeping(&mut self) {
+        let settings = self::problems(&self.config);
+        let mut problems: Vec<String> = settings.iter().map(ToString::to_string).collect();
+        let broken = faults(&settings);
+        let ready = {
+            let mut shared = lock(&self.shared);
+            let before: BTreeSet<String> = shared.problems.iter().cloned().collect();
+            let failures = shared.datapath.attach_missing();
+            problems.extend(failures.iter().map(|(interface, error)| format!("{interface}: {error}")));
+            problems.extend(shared.datapath.notes().iter().cloned());
+            problems.extend(self.recorder.problem());
+            problems.extend(self.commits.problem());
+            for problem in problems.iter().filter(|problem| !before.contains(*problem)) {
+                warn!(%problem, "degraded");
+            }
+            if let Err(error) = shared.datapath.end_stale_capture() {
+                warn!(%error, "a capture that nobody reads goes on");
+            }
+            match shared.datapath.split_cache() {
+                Ok(None) => {}
+                Ok(Some(cpus)) => tracing::info!(?cpus, "the flow cache is split over the CPUs that receive packets"),
+                Err(error) => warn!(%error, "the flow cache is off"),
+            }
+            if let Err(error) = shared.datapath.refresh_snat_ports() {
+                warn!(%error, "the host's own ports are not known");
+            }
+            shared.problems = problems;
+            shared.datapath.is_ready()
+        };
+        let expired = lock(&self.shared).acl.expire(acl::now());
+        if expired || ready != self.world.datapath_ready || broken != self.world.host_faults {
+            self.world.host_faults = broken;
+            self.publish();
+        }
+        let unheld = self.world.unheld.clone();
+        self.hold_addresses().await;
+        if unheld != self.world.unheld {
+            self.publish();
+        }
+        self.release_addresses().await;
+        self.watch_neighbours().await;
+        self.look_at_drains();
+        self.program_log.drain();
+    }
+
+    /// VIPs that no interface of this host has are held on `lo`, so that the kernel answers ping and closed ports. To be
+    /// called before a state that announces them is published.
+    pub(super) async fn hold_addresses(&mut self) {
+        let before = std::mem::take(&mut self.world.unheld);
+        for vip in addresses(&self.config) {
+            match self.fib.hold_vip(vip).await {
+                Ok(()) => {
+                    self.held.insert(vip);
+                }
+                Err(error) => {
+                    self.world.unheld.insert(vip);
+                    if !before.contains(&vip) {
+                        warn!(%vip, %error, "the VIP could not be put on lo, and is not announced; trying again");
+                    }
+                }
+            }
+        }
+    }
+
+    /// Addresses that are no longer anybody's VIP leave `lo`, some time after their route was withdrawn.
+    pub(super) async fn release_addresses(&mut self) {
+        for vip in self.held.clone().difference(&addresses(&self.config)) {
+            match self.fib.release_vip(*vip).await {
+                Ok(()) => {
+                    self.held.remove(vip);
+                }
+                Err(error) => warn!(%vip, %error, "the VIP could not be taken off lo"),
+            }
+        }
+    }
+
+    pub(super) async fn watch_neighbours(&self) {
+        match self.next_hops.neighbours() {
+            Ok(neighbours) => self.fib.watch_neighbours(neighbours.into_iter().collect()).await,
+            Err(error) => warn!(%error, "the next hops in use are not known"),
+        }
+    }
+}
+
+/// Kernel settings in the way of forwarding.
+pub(super) fn problems(config: &Config) -> Vec<SysctlProblem> {
+    let full_nat = config.services.values().any(|service| service.mode == Mode::FullNat);
+    let ipv6 = addresses(config).iter().any(IpAddr::is_ipv6);
+    sysctl::check(&config.edge.interfaces, full_nat, ipv6)
+}
+
+/// What these break. A setting that cannot be read at this moment says nothing: no VIP is withdrawn for want of a file
+/// descriptor.
+pub(super) fn faults(problems: &[SysctlProblem]) -> BTreeSet<HostFault> {
+    problems.iter().filter(|problem| problem.value.is_some()).map(|problem| problem.breaks).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_was_read_and_found_wrong_is_a_fault() {
+        let wrong = sysctl::Settings {
+            ip_forward: Some(0),
+            interfaces: vec![sysctl::InterfaceSettings { name: "ens33".into(), ..Default::default() }],
+            ..Default::default()
+        };
+        let found = sysctl::evaluate(&wrong, true);
+        assert_eq!(found.len(), 2, "{found:?}");
+        assert_eq!(faults(&found), BTreeSet::from([HostFault::Ipv4]));
+    }
+}

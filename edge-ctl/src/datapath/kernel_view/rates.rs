@@ -1,0 +1,80 @@
+//! Totals of the maps as rates, for views that show what happens in a second.
+
+use std::collections::BTreeMap;
+
+use edge_common::maps::ServiceStats;
+
+/// Connections, bytes in and bytes out per second.
+pub type Rate = (f64, f64, f64);
+
+/// Turns totals into rates between two samples, by service number and by backend number.
+#[derive(Clone, Debug, Default)]
+pub struct Rates {
+    services: BTreeMap<u32, (Sample, Rate)>,
+    backends: BTreeMap<u32, (Sample, Rate)>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Sample {
+    at: f64,
+    connections: u64,
+    bytes_in: u64,
+    bytes_out: u64,
+}
+
+impl Rates {
+    /// Takes new totals over; what changed since the last call makes the rates. `now` is in seconds of any steady clock.
+    /// The first sample of a number has rate 0.
+    pub fn sample(&mut self, now: f64, services: &BTreeMap<u32, ServiceStats>, backends: &BTreeMap<u32, ServiceStats>) {
+        for (known, totals) in [(&mut self.services, services), (&mut self.backends, backends)] {
+            *known = totals.iter().map(|(number, stats)| (*number, next(known.get(number), now, stats))).collect();
+        }
+    }
+
+    /// The rates of a service.
+    pub fn service(&self, number: u32) -> Rate {
+        self.services.get(&number).map_or_else(Rate::default, |(_, rate)| *rate)
+    }
+
+    /// The rates of a backend.
+    pub fn backend(&self, number: u32) -> Rate {
+        self.backends.get(&number).map_or_else(Rate::default, |(_, rate)| *rate)
+    }
+}
+
+fn next(before: Option<&(Sample, Rate)>, now: f64, stats: &ServiceStats) -> (Sample, Rate) {
+    let ServiceStats { opened: connections, bytes_in, bytes_out, .. } = *stats;
+    let sample = Sample { at: now, connections, bytes_in, bytes_out };
+    (sample, rates(before.map(|(sample, _)| sample), &sample))
+}
+
+fn rates(before: Option<&Sample>, now: &Sample) -> Rate {
+    let Some(before) = before.filter(|before| now.at > before.at) else { return (0.0, 0.0, 0.0) };
+    let seconds = now.at - before.at;
+    // A counter that went back was started anew with its number.
+    let rate = |now: u64, before: u64| now.checked_sub(before).map_or(0.0, |change| change as f64 / seconds);
+    (
+        rate(now.connections, before.connections),
+        rate(now.bytes_in, before.bytes_in),
+        rate(now.bytes_out, before.bytes_out),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_are_what_changed_between_two_samples_and_never_negative() {
+        let totals = |opened, bytes_in| BTreeMap::from([(1, ServiceStats { opened, bytes_in, ..Default::default() })]);
+        let none = BTreeMap::new();
+        let mut rates = Rates::default();
+        rates.sample(5.0, &totals(10, 1000), &none);
+        assert_eq!(rates.service(1), (0.0, 0.0, 0.0));
+        rates.sample(7.0, &totals(30, 2000), &none);
+        assert_eq!(rates.service(1), (10.0, 500.0, 0.0));
+        rates.sample(8.0, &totals(1, 3000), &none);
+        assert_eq!(rates.service(1), (0.0, 1000.0, 0.0));
+        assert_eq!(rates.backend(1), (0.0, 0.0, 0.0), "services and backends have numbers of their own");
+    }
+}
