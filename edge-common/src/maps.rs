@@ -35,9 +35,11 @@ pub use events::{BackendSignals, DropSample, FlowEnd};
 mod cache;
 mod fragment;
 mod icmp;
+mod vlan;
 pub use cache::*;
 pub use fragment::*;
 pub use icmp::*;
+pub use vlan::*;
 
 /// Map names as in the object file and under the pin folder.
 pub mod name {
@@ -91,6 +93,9 @@ pub mod name {
     pub const NEXT_HOP_CURSOR: &str = "NEXT_HOP_CURSOR";
     /// `HashMap<u32, u32>`: ifindex to [`super::interface_flag`] bits.
     pub const INTERFACES: &str = "INTERFACES";
+    /// `HashMap<Port, Port>`: a VLAN device to the lower device and the tags under which its frames are on the wire, and
+    /// those back to the device; a bond's port to the bond.
+    pub const VLANS: &str = "VLANS";
     /// `Array<AddressFilter>`, one element.
     pub const ADDRESS_FILTER: &str = "ADDRESS_FILTER";
     /// `Array<PortSet>`, one element: ports that SNAT may use on the host's addresses.
@@ -176,6 +181,7 @@ pub mod name {
         NEXT_HOP_INDEX,
         NEXT_HOP_CURSOR,
         INTERFACES,
+        VLANS,
         ADDRESS_FILTER,
         SNAT_PORTS,
         CONTROL,
@@ -545,11 +551,11 @@ pub struct SelectionHeader {
     pub backup: u32,
 }
 
-/// Where packets leave. 44 bytes, alignment 4. A neighbour's new MAC is one write here.
+/// Where packets leave. 52 bytes, alignment 4. A neighbour's new MAC is one write here.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct NextHop {
-    /// Egress interface.
+    /// Egress interface; of a VLAN device its lower one.
     pub ifindex: u32,
     /// The neighbour's address, network order: the gateway, or the destination itself on a connected network.
     /// Of either family, whatever the packets' is (RFC 8950: an IPv4 route may have an IPv6 gateway).
@@ -560,10 +566,12 @@ pub struct NextHop {
     pub src_mac: [u8; 6],
     /// Longest packet from the IP header on, bytes.
     pub mtu: u32,
-    /// 802.1Q tag to push, host order; 0: none. Zero until VLAN egress exists.
-    pub vlan: u16,
+    /// Tags to push, see [`Port::tags`].
+    pub tags: [u32; 2],
     /// [`next_hop_flag`] bits.
     pub flags: u16,
+    /// Zero.
+    pub _pad: u16,
     /// Grows when this number is given to another neighbour.
     pub generation: u32,
 }
@@ -695,7 +703,7 @@ const _: () = {
     assert!(size_of::<BackendEntry>() == 44);
     assert!(size_of::<Chunk>() == CHUNK_BYTES);
     assert!(size_of::<SelectionHeader>() == 20);
-    assert!(size_of::<NextHop>() == 44);
+    assert!(size_of::<NextHop>() == 52);
     assert!(size_of::<NeighbourKey>() == 20);
     assert!(size_of::<Control>() == 32);
     assert!(size_of::<ServiceStats>() == 56);
@@ -723,6 +731,7 @@ mod pod {
         Chunk,
         NextHop,
         NeighbourKey,
+        Port,
         AddressFilter,
         PortSet,
         Control,

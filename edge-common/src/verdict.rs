@@ -9,6 +9,11 @@ pub enum Action {
     Transmit,
     /// Send it out of another interface, by ifindex.
     Redirect(u32),
+    /// Send it out of the interface it came in by, under the VLAN tags that it came with.
+    Return,
+    /// Send it under the VLAN tags and out of the interface of the next hop of this number; true where that is the interface
+    /// it came in by.
+    Tagged(u32, bool),
     /// Drop it; the reason has been counted.
     Drop,
 }
@@ -35,6 +40,9 @@ impl Verdict {
     pub const TRANSMIT: Self = Self(1);
     /// [`Action::Drop`].
     pub const DROP: Self = Self(2);
+
+    /// [`Action::Return`].
+    pub const RETURN: Self = Self(5);
 
     /// [`Action::Drop`], with its reason's number, the service's, and whether it is one to report.
     #[inline(always)]
@@ -91,6 +99,12 @@ impl Verdict {
         Self((ifindex as u64) << 32 | 3)
     }
 
+    /// [`Action::Tagged`].
+    #[inline(always)]
+    pub const fn tagged(next_hop: u32, same_interface: bool) -> Self {
+        Self((next_hop as u64) << 32 | if same_interface { 9 } else { 7 })
+    }
+
     /// What it says.
     #[inline(always)]
     pub const fn action(self) -> Action {
@@ -98,6 +112,9 @@ impl Verdict {
             0 => Action::Pass,
             1 => Action::Transmit,
             3 => Action::Redirect((self.0 >> 32) as u32),
+            5 => Action::Return,
+            7 => Action::Tagged((self.0 >> 32) as u32, false),
+            9 => Action::Tagged((self.0 >> 32) as u32, true),
             _ => Action::Drop,
         }
     }

@@ -200,7 +200,8 @@ pub fn bench_xdp_pipeline(ctx: XdpContext) -> u32 {
     if write(&mut packet).is_none() {
         return xdp_action::XDP_ABORTED;
     }
-    at_xdp(pipeline::run(&mut packet))
+    let verdict = pipeline::run(&mut packet);
+    at_xdp(&mut packet, verdict)
 }
 
 /// The wrapper and one lookup in an LRU hash.
@@ -240,7 +241,8 @@ pub fn bench_xdp_pipe6(ctx: XdpContext) -> u32 {
     if write6(&mut packet).is_none() {
         return xdp_action::XDP_ABORTED;
     }
-    at_xdp(pipeline::run(&mut packet))
+    let verdict = pipeline::run(&mut packet);
+    at_xdp(&mut packet, verdict)
 }
 
 /// The IPv6 wrapper alone.
@@ -260,7 +262,7 @@ pub fn bench_tc_pipe6(ctx: TcContext) -> i32 {
         return TC_ACT_SHOT;
     }
     let verdict = pipeline::run(&mut packet);
-    at_tc(&packet, verdict)
+    at_tc(&mut packet, verdict)
 }
 
 /// The wrapper alone.
@@ -280,7 +282,7 @@ pub fn bench_tc_pipeline(ctx: TcContext) -> i32 {
         return TC_ACT_SHOT;
     }
     let verdict = pipeline::run(&mut packet);
-    at_tc(&packet, verdict)
+    at_tc(&mut packet, verdict)
 }
 
 #[panic_handler]

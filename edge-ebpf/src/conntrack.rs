@@ -10,7 +10,7 @@ use edge_common::{
 use crate::{
     cache, events,
     family::Family,
-    maps::{self, EEXIST, ENOENT, Table, scratch::scratch},
+    maps::{self, EEXIST, ENOENT, Table, events::Perhaps, scratch::scratch},
     parse::Parsed,
     protect, select,
     stats::{because, count_closed, count_opened},
@@ -359,7 +359,8 @@ fn close<A: Family>(parsed: &Parsed<A>, flow: &mut Flow<A>, flags: u16, table: T
     let twin = !alone && maps::remove_flow(table, &twin_key);
     let own = maps::remove_flow(table, &parsed.key);
     let ended = if of_client { own } else { twin };
-    events::finish(record, ended);
+    // Sent where this CPU took the client's half out, so that a flow that two CPUs end has one record.
+    record.end(ended);
     if table == Table::HalfOpen {
         protect::half_open_ended(flow);
     }
@@ -405,7 +406,7 @@ fn put_closing_twin<A: Family>(flow: &Flow<A>) -> u32 {
 #[inline(never)]
 fn reopen<A: Family>(parsed: &Parsed<A>, flow: &Flow<A>, table: Table) {
     let (service, backend, of_client) = (flow.service, flow.backend, flow_of_client(flow));
-    let record = if table == Table::Established { events::begin(flow, table, None) } else { None };
+    let record = if table == Table::Established { events::begin(flow, table, None) } else { Perhaps::none() };
     if table == Table::HalfOpen {
         protect::half_open_ended(flow);
     }
@@ -420,7 +421,7 @@ fn reopen<A: Family>(parsed: &Parsed<A>, flow: &Flow<A>, table: Table) {
     }
     let own = maps::remove_flow(table, &parsed.key);
     let ended = if of_client { own } else { twin };
-    events::finish(record, ended);
+    record.end(ended);
     if table == Table::Established && ended {
         count_closed(service, backend);
     }

@@ -14,20 +14,22 @@ use crate::{
     family::Family,
     maps::{
         self, Table,
-        events::{Record, backend_signals, precise_now, record},
+        events::{Perhaps, backend_signals, precise_now, record},
     },
     parse::Parsed,
 };
 
 /// The record of a flow that a packet ends, begun before its entries are taken out, since others may have their memory
-/// afterwards. `None` where nobody wants one. `flow` is the half that the packet hit.
+/// afterwards. None where nobody wants one. `flow` is the half that the packet hit.
 #[inline(always)]
-pub fn begin<A: Family>(flow: &Flow<A>, table: Table, parsed: Option<&Parsed<A>>) -> Option<Record<FlowEnd>> {
+pub fn begin<A: Family>(flow: &Flow<A>, table: Table, parsed: Option<&Parsed<A>>) -> Perhaps<FlowEnd> {
     let wanted = maps::service(flow.service).is_some_and(|service| service.flags & service_flag::RECORD_ENDS != 0);
     if !wanted {
-        return None;
+        return Perhaps::none();
     }
-    let mut record = record::<FlowEnd>()?;
+    let Some(mut record) = record::<FlowEnd>() else {
+        return Perhaps::none();
+    };
     describe(record.content(), flow, table);
     let content = record.content();
     match parsed {
@@ -42,7 +44,7 @@ pub fn begin<A: Family>(flow: &Flow<A>, table: Table, parsed: Option<&Parsed<A>>
             content.end = End::Idle as u8;
         }
     }
-    Some(record)
+    Perhaps::some(record)
 }
 
 /// Both halves into a record: the client's tells the addresses, turned from the backend's where it is gone.
@@ -57,16 +59,6 @@ fn describe<A: Family>(content: &mut FlowEnd, flow: &Flow<A>, table: Table) {
     }
     if let Some(twin) = twin {
         content.count(twin);
-    }
-}
-
-/// Sends a record where this CPU took the client's half out, so that a flow that two CPUs end has one; else takes it back.
-#[inline(always)]
-pub fn finish(record: Option<Record<FlowEnd>>, ended: bool) {
-    match record {
-        Some(record) if ended => record.send(),
-        Some(record) => record.cancel(),
-        None => {}
     }
 }
 

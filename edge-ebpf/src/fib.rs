@@ -4,7 +4,7 @@
 use aya_ebpf::bindings::{
     BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LKUP_RET_UNSUPP_LWT,
 };
-use edge_common::maps::{Flow, NeighbourKey, NextHop, interface_flag, next_hop_flag, notice};
+use edge_common::maps::{Flow, NeighbourKey, NextHop, Port, interface_flag, next_hop_flag, notice};
 use network_types::eth::EthHdr;
 
 use crate::{
@@ -12,6 +12,7 @@ use crate::{
     maps,
     packet::{Packet, Query, Route},
     parse::Parsed,
+    vlan,
 };
 
 /// Where a flow's packets go now; a number, so that a BPF function can return it.
@@ -38,6 +39,7 @@ pub struct Lookup {
     pub route: Route,
     hop: NextHop,
     key: NeighbourKey,
+    port: Port,
 }
 
 /// MTU assumed where a kernel reports none.
@@ -46,6 +48,9 @@ const DEFAULT_MTU: u32 = 1500;
 /// Looks the flow's route up and remembers its next hop; a [`resolution`] in the lower half.
 #[inline(never)]
 pub fn resolve<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut Flow<A>, generation: u32) -> u64 {
+    let Some(Lookup { route, hop, key, port }) = maps::scratch::lookup() else {
+        return u64::from(resolution::NO_ROUTE);
+    };
     let query = Query {
         src: flow.new_src,
         dst: flow.new_dst,
@@ -53,10 +58,7 @@ pub fn resolve<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &
         dst_port: flow.new_dst_port,
         protocol: flow.key.protocol,
         tos: parsed.tos,
-        ingress: packet.ingress(),
-    };
-    let Some(Lookup { route, hop, key }) = maps::scratch::lookup() else {
-        return u64::from(resolution::NO_ROUTE);
+        ingress: vlan::ingress(packet, port),
     };
     query.encode(route);
     let result = packet.route(route);
@@ -73,7 +75,7 @@ pub fn resolve<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &
     if route.0.dmac == [0; 6] {
         return u64::from(resolution::NO_NEIGHBOUR);
     }
-    match number(route, hop, key) {
+    match number(route, hop, key, port) {
         Some(number) => {
             flow.next_hop = number;
             u64::from(resolution::RESOLVED)
@@ -121,19 +123,23 @@ fn mtu(route: &Route) -> u32 {
 
 /// The next-hop number of a route, up to date, allocated if new; `None` where none is left.
 #[inline(always)]
-fn number(route: &Route, hop: &mut NextHop, key: &mut NeighbourKey) -> Option<u32> {
+fn number(route: &Route, hop: &mut NextHop, key: &mut NeighbourKey, port: &mut Port) -> Option<u32> {
     let neighbour = route.neighbour();
-    let ifindex = route.0.ifindex;
+    let device = route.0.ifindex;
+    *port = Port::untagged(device);
+    let lower = maps::other_side(port).map_or(*port, |lower| *lower);
+    let ifindex = lower.ifindex;
     // Field by field, in place: a whole value would be made on the stack first.
     hop.ifindex = ifindex;
     hop.neighbour = neighbour;
     hop.dst_mac = route.0.dmac;
     hop.src_mac = route.0.smac;
     hop.mtu = mtu(route);
-    hop.vlan = 0;
+    hop.tags = lower.tags;
+    hop._pad = 0;
     hop.flags = if redirectable(ifindex) { 0 } else { next_hop_flag::VIA_STACK };
     hop.generation = 0;
-    key.ifindex = ifindex;
+    key.ifindex = device;
     key.address = neighbour;
     if let Some(number) = maps::next_hop_number(key) {
         let known = maps::next_hop(number)?;
@@ -158,6 +164,9 @@ fn number(route: &Route, hop: &mut NextHop, key: &mut NeighbourKey) -> Option<u3
 /// True where the packet, as it is, would be forwarded: its destination is not this host.
 #[inline(never)]
 pub fn leads_away<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>) -> bool {
+    let Some(Lookup { route, port, .. }) = maps::scratch::lookup() else {
+        return false;
+    };
     let query = Query {
         src: parsed.key.src,
         dst: parsed.key.dst,
@@ -165,10 +174,7 @@ pub fn leads_away<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>) -> b
         dst_port: parsed.key.dst_port,
         protocol: parsed.key.protocol,
         tos: parsed.tos,
-        ingress: packet.ingress(),
-    };
-    let Some(Lookup { route, .. }) = maps::scratch::lookup() else {
-        return false;
+        ingress: vlan::ingress(packet, port),
     };
     query.encode(route);
     packet.route(route) != i64::from(BPF_FIB_LKUP_RET_NOT_FWDED)

@@ -46,7 +46,7 @@ pub fn cached<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, hit: Hit
     };
     let same = hop.ifindex == packet.ingress();
     let via_stack = !P::REDIRECTS_ANYWHERE && !same && hop.flags & next_hop_flag::VIA_STACK != 0;
-    if via_stack || hop.vlan != 0 || fib::length(packet, parsed) > hop.mtu as usize {
+    if via_stack || fib::length(packet, parsed) > hop.mtu as usize {
         return MISSED;
     }
     if !rewrite::apply(packet, parsed, slot) {
@@ -54,7 +54,7 @@ pub fn cached<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, hit: Hit
     }
     slot.last_seen = now;
     count_cached(slot, parsed);
-    leave(packet, hop, same, u32::from(slot.service & slot_flag::SERVICE))
+    leave(packet, hop, u32::from(slot.next_hop), same, u32::from(slot.service & slot_flag::SERVICE))
 }
 
 /// Sends a packet of an established flow on its way, or answers [`TOO_LATE`].
@@ -151,11 +151,11 @@ fn egress<A: Family, P: Packet>(
     if !translate(packet, parsed, flow, now) {
         return because(Reason::Malformed, flow.service);
     }
-    leave(packet, hop, same, flow.service)
+    leave(packet, hop, flow.next_hop, same, flow.service)
 }
 
 #[inline(always)]
-fn leave<P: Packet>(packet: &mut P, hop: &NextHop, same: bool, service: u32) -> Verdict {
+fn leave<P: Packet>(packet: &mut P, hop: &NextHop, number: u32, same: bool, service: u32) -> Verdict {
     let Some(addresses) = packet.header::<[u16; 6]>(0) else {
         return because(Reason::Malformed, service);
     };
@@ -163,6 +163,9 @@ fn leave<P: Packet>(packet: &mut P, hop: &NextHop, same: bool, service: u32) -> 
     set_word::<0, _>(addresses, first);
     set_word::<4, _>(addresses, second);
     set_word::<8, _>(addresses, third);
+    if hop.tags[0] != 0 {
+        return Verdict::tagged(number, same);
+    }
     if same { Verdict::TRANSMIT } else { Verdict::redirect(hop.ifindex) }
 }
 

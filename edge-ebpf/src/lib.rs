@@ -29,3 +29,4 @@ pub mod rewrite;
 pub mod select;
 pub mod stages;
 pub mod stats;
+pub mod vlan;

@@ -19,7 +19,9 @@ use programs::{at_tc, at_xdp};
 /// The program for native and generic XDP.
 #[xdp(frags)]
 pub fn edge_xdp(ctx: XdpContext) -> u32 {
-    at_xdp(pipeline::run(&mut XdpPacket::new(&ctx)))
+    let mut packet = XdpPacket::new(&ctx);
+    let verdict = pipeline::run(&mut packet);
+    at_xdp(&mut packet, verdict)
 }
 
 /// The program for TC ingress (tcx or clsact).
@@ -27,7 +29,7 @@ pub fn edge_xdp(ctx: XdpContext) -> u32 {
 pub fn edge_tc(ctx: TcContext) -> i32 {
     let mut packet = SkbPacket::new(&ctx);
     let verdict = pipeline::run(&mut packet);
-    at_tc(&packet, verdict)
+    at_tc(&mut packet, verdict)
 }
 
 #[panic_handler]

@@ -36,9 +36,11 @@ pub mod stages;
 mod cache;
 mod fragment;
 mod icmp;
+mod vlan;
 pub use cache::*;
 pub use fragment::*;
 pub use icmp::*;
+pub use vlan::*;
 
 #[map]
 static ESTABLISHED: HashMap<FlowKeyV4, FlowV4> = HashMap::with_max_entries(layout::ESTABLISHED_ENTRIES, 0);

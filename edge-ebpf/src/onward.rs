@@ -53,6 +53,9 @@ pub fn send<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut
     };
     eth.dst_addr = hop.dst_mac;
     eth.src_addr = hop.src_mac;
+    if hop.tags[0] != 0 {
+        return Verdict::tagged(flow.next_hop, same);
+    }
     if same { Verdict::TRANSMIT } else { Verdict::redirect(hop.ifindex) }
 }
 

@@ -111,6 +111,15 @@ pub trait Packet {
     /// True where a VLAN tag was taken off the frame before the program ran, so that the frame does not show it.
     fn has_hidden_tag(&self) -> bool;
 
+    /// The tag of [`Packet::has_hidden_tag`]: Ethernet type and tag control information, host order; 0: none.
+    fn hidden_tag(&self) -> u32;
+
+    /// Takes one or two tags off the frame, the hidden one first; false where the kernel refuses it.
+    fn pop_tags(&mut self, two: bool) -> bool;
+
+    /// Puts tags on the frame, the first of them outermost, 0 being none; false where the kernel refuses it.
+    fn push_tags(&mut self, tags: [u32; 2]) -> bool;
+
     /// Bytes in the whole frame, in fragments too.
     fn frame_len(&self) -> usize;
 
@@ -241,6 +250,52 @@ impl Packet for XdpPacket {
     }
 
     #[inline(always)]
+    fn hidden_tag(&self) -> u32 {
+        0
+    }
+
+    #[inline(always)]
+    fn pop_tags(&mut self, two: bool) -> bool {
+        let Some(addresses) = self.header_anew::<[u16; 6]>(0).map(|addresses| *addresses) else {
+            return false;
+        };
+        // SAFETY: valid context; the kernel checks the amount.
+        if unsafe { generated::bpf_xdp_adjust_head(self.ctx, if two { 2 * TAG } else { TAG }) } != 0 {
+            return false;
+        }
+        let Some(room) = self.header_anew::<[u16; 6]>(0) else {
+            return false;
+        };
+        *room = addresses;
+        true
+    }
+
+    #[inline(always)]
+    fn push_tags(&mut self, tags: [u32; 2]) -> bool {
+        let [outer, inner] = tags;
+        let Some(addresses) = self.header_anew::<[u16; 6]>(0).map(|addresses| *addresses) else {
+            return false;
+        };
+        // SAFETY: as in `pop_tags`.
+        if unsafe { generated::bpf_xdp_adjust_head(self.ctx, if inner != 0 { -2 * TAG } else { -TAG }) } != 0 {
+            return false;
+        }
+        let [a, b, c, d, e, f] = addresses;
+        let Some(room) = self.header_anew::<[u16; 8]>(0) else {
+            return false;
+        };
+        *room = [a, b, c, d, e, f, ((outer >> 16) as u16).to_be(), (outer as u16).to_be()];
+        if inner == 0 {
+            return true;
+        }
+        let Some(room) = self.header_anew::<[u16; 2]>(16) else {
+            return false;
+        };
+        *room = [((inner >> 16) as u16).to_be(), (inner as u16).to_be()];
+        true
+    }
+
+    #[inline(always)]
     fn frame_len(&self) -> usize {
         let (first, whole) = (self.first_buffer(), buffers(self.ctx));
         if whole > first { whole } else { first }
@@ -346,6 +401,32 @@ impl Packet for SkbPacket {
     fn has_hidden_tag(&self) -> bool {
         // SAFETY: as in `ingress`.
         unsafe { (*self.ctx).vlan_present != 0 }
+    }
+
+    #[inline(always)]
+    fn hidden_tag(&self) -> u32 {
+        if !self.has_hidden_tag() {
+            return 0;
+        }
+        // SAFETY: as in `ingress`.
+        let (kind, tag) = unsafe { ((*self.ctx).vlan_proto, (*self.ctx).vlan_tci) };
+        u32::from(u16::from_be(kind as u16)) << 16 | tag & 0xffff
+    }
+
+    #[inline(always)]
+    fn pop_tags(&mut self, two: bool) -> bool {
+        // SAFETY: valid context.
+        unsafe { generated::bpf_skb_vlan_pop(self.ctx) == 0 && (!two || generated::bpf_skb_vlan_pop(self.ctx) == 0) }
+    }
+
+    #[inline(always)]
+    fn push_tags(&mut self, tags: [u32; 2]) -> bool {
+        let [outer, inner] = tags;
+        let push = |tag: u32| {
+            // SAFETY: valid context.
+            unsafe { generated::bpf_skb_vlan_push(self.ctx, ((tag >> 16) as u16).to_be(), tag as u16) == 0 }
+        };
+        (inner == 0 || push(inner)) && push(outer)
     }
 
     #[inline(always)]
@@ -468,6 +549,9 @@ impl Packet for SkbPacket {
         unsafe { generated::bpf_fib_lookup(self.ctx.cast(), &raw mut query.0, size_of::<bpf_fib_lookup>() as i32, 0) }
     }
 }
+
+/// Bytes of a VLAN tag.
+const TAG: i32 = 4;
 
 /// `BPF_ADJ_ROOM_MAC`: room between the link-layer and the IP header.
 const BPF_ADJ_ROOM_MAC: u32 = 1;

@@ -7,7 +7,10 @@ use edge_common::{
     conntrack::tcp_flag::{FIN, RST, SYN},
     flow::{TCP, UDP},
     icmp::{ICMP, ICMPV6},
-    maps::{place, stages::IPV6},
+    maps::{
+        place,
+        stages::{IPV6, VLAN, VLAN_V6},
+    },
     verdict::{Reason, Verdict},
 };
 use network_types::eth::EtherType;
@@ -22,6 +25,7 @@ use crate::{
     parse::{self, Ip, Parsed},
     stages,
     stats::because,
+    vlan as tags,
 };
 
 /// Which side of the prefilter a packet met.
@@ -38,12 +42,38 @@ pub enum Side {
 #[inline(always)]
 pub fn run<P: Packet>(packet: &mut P) -> Verdict {
     if packet.has_hidden_tag() {
+        packet.enter(VLAN);
+        // No such stage: tagged frames are the stack's.
         return Verdict::PASS;
     }
     packet.pull(parse::HEADERS);
     match parse::ether_type(packet) {
         Some(kind) if kind == u16::from(EtherType::Ipv4) => ipv4(packet),
         Some(kind) if kind == u16::from(EtherType::Ipv6) => ipv6_by_slot(packet),
+        Some(kind) if tags::follows(kind) => {
+            packet.enter(VLAN);
+            Verdict::PASS
+        }
+        _ => Verdict::PASS,
+    }
+}
+
+/// The stage of a frame with VLAN tags: without them it is as any other.
+#[inline(always)]
+pub fn vlan<P: Packet>(packet: &mut P) -> Verdict {
+    packet.pull(parse::HEADERS + tags::LEN);
+    match tags::take(packet) {
+        tags::NONE => return Verdict::PASS,
+        tags::TAKEN => {}
+        _ => return Verdict::DROP,
+    }
+    packet.pull(parse::HEADERS);
+    match parse::ether_type(packet) {
+        Some(kind) if kind == u16::from(EtherType::Ipv4) => ipv4(packet),
+        Some(kind) if kind == u16::from(EtherType::Ipv6) => {
+            packet.enter(VLAN_V6);
+            Verdict::PASS
+        }
         _ => Verdict::PASS,
     }
 }

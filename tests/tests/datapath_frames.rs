@@ -248,7 +248,7 @@ fn what_is_not_ours_reaches_the_stack_byte_for_byte() -> Result<()> {
 }
 
 #[test]
-fn tagged_and_double_tagged_frames_are_left_to_the_stack() -> Result<()> {
+fn frames_of_vlans_that_the_host_is_not_in_are_left_to_the_stack() -> Result<()> {
     on_each_wire(|_, flows| {
         let mut rows = Vec::new();
         for flow in flows {

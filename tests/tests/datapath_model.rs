@@ -18,11 +18,9 @@ use edge_tests::{
 /// The seed of every run.
 const FIXED: u64 = 0xed6e;
 /// Reasons that no test run can reach, and why.
-const UNREACHABLE: [(Reason, &str); 10] = [
+const UNREACHABLE: [(Reason, &str); 8] = [
     (Reason::HalfOpenFull, "an LRU table evicts rather than refuse, except where other CPUs hold its free entries"),
     (Reason::IcmpLimited, "whether messages come too fast depends on the run's speed"),
-    (Reason::IcmpTranslated, "no ICMP errors are generated"),
-    (Reason::IcmpUnmatched, "as above"),
     (Reason::SourceDenied, "no service of the worlds has source ranges or limits"),
     (Reason::SourceFlowRate, "as above"),
     (Reason::SourcePacketRate, "as above"),

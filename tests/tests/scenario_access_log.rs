@@ -1,33 +1,66 @@
 //! The access log of connections that real clients made to real pods, and what the program's own view of them tells about
 //! backends.
 
-use std::{fs, net::SocketAddr, path::Path, time::Duration};
+use std::{
+    collections::BTreeSet,
+    fs,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::Path,
+    process::Command,
+    time::Duration,
+};
 
 use anyhow::{Context, Result, ensure};
 use edge_tests::{
     lab::{
         Lab, Speaker,
         edge::{one, vip},
-        exec::wait_for,
+        exec::{program, run, wait_for},
         pods::SERVICE_NAME,
         topology::{EDGE, NODES, ingress},
     },
     needs_namespaces,
 };
+use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(10);
 /// A port of the VIP behind which no pod listens.
 const CLOSED: u16 = 8099;
 
-/// The lab's configuration with an access log, and a service to a port on which no pod listens.
+/// Of the VIP and of pods: DNS over UDP, and iperf3 over TCP and UDP.
+const DNS: u16 = 5300;
+const IPERF: u16 = 5201;
+/// What iperf3 sends one way over TCP.
+const BULK: u64 = 8 << 20;
+
+/// The lab's configuration with an access log, a service to a port on which no pod listens, and two to servers that
+/// [`serve`] starts.
 fn configuration(lab: &Lab, access: &Path) -> String {
     format!(
-        "{}\n[service.closed]\nlisten = [\"{EDGE}:{CLOSED}/tcp\"]\nbackends = {{ dns = \"{SERVICE_NAME}\", port = 81, \
-         resolver = \"kube-dns\", record = \"a\" }}\n\n[log]\naccess = \"{}\"\nformat = \"$service $client $vip $backend \
+        "{2}\n[service.closed]\nlisten = [\"{EDGE}:{CLOSED}/tcp\"]\nbackends = {{ dns = \"{SERVICE_NAME}\", port = 81, \
+         resolver = \"kube-dns\", record = \"a\" }}\n\n[service.dns]\nlisten = [\"{EDGE}:{DNS}/udp\"]\none_reply = true\n\
+         backends = {{ static = [\"{0}:{DNS}\", \"{1}:{DNS}\"] }}\n\n[service.iperf]\nlisten = [\"{EDGE}:{IPERF}/tcp\", \
+         \"{EDGE}:{IPERF}/udp\"]\nbackends = {{ static = [\"{0}:{IPERF}\"] }}\n\n[log]\naccess = \"{3}\"\nformat = \"$service $client $vip $backend \
          $packets_in $bytes_in $bytes_out $duration $connect_time $first_byte_time $end\"\n",
+        ingress(1).address,
+        ingress(2).address,
         lab.edge_configuration("1s"),
         access.display()
     )
+}
+
+/// dnsmasq in both pods, each with an answer of its own, and iperf3 in the first.
+fn serve(lab: &Lab) -> Result<()> {
+    for pod in 1..=2 {
+        let mut dnsmasq = Command::new(program("dnsmasq", "dnsmasq-base")?);
+        dnsmasq.args(["--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--user=root"]);
+        dnsmasq.args(["--pid-file=", "--bind-interfaces", &format!("--port={DNS}")]);
+        dnsmasq.arg(format!("--host-record={SERVICE_NAME},192.0.2.{pod}"));
+        lab.spawn(&ingress(pod).name, "dnsmasq", &mut dnsmasq)?;
+    }
+    let mut iperf = Command::new(program("iperf3", "iperf3")?);
+    lab.spawn(&ingress(1).name, "iperf3", iperf.args(["--server", "--port", &IPERF.to_string()]))?;
+    Ok(())
 }
 
 /// The fields of every line of a service, in the order of the format.
@@ -63,6 +96,9 @@ fn every_finished_connection_has_one_line_that_tells_what_happened() -> Result<(
         ensure!(line[10] == "fin", "{line:?}");
     }
     refused_connections_are_told_and_counted(&lab, &access)?;
+    serve(&lab)?;
+    each_dns_query_is_a_flow_of_its_own(&lab, &access)?;
+    bulk_comes_through_and_is_counted(&lab, &access)?;
     logrotate(&lab, &daemon, &access)?;
     daemon.stop()
 }
@@ -87,6 +123,51 @@ fn refused_connections_are_told_and_counted(lab: &Lab, access: &Path) -> Result<
     let events = events.as_array().context("events is no array")?;
     let refusals = events.iter().filter(|row| row["reason"] == "refused" && row["service"] == "closed").count();
     ensure!(refusals == 4, "{events:?}");
+    Ok(())
+}
+
+/// A flow of a one-reply service ends with the answer, so that one client's queries are spread.
+fn each_dns_query_is_a_flow_of_its_own(lab: &Lab, access: &Path) -> Result<()> {
+    const QUERIES: usize = 20;
+    let ask = || lab.resolve_from("client", vip(DNS));
+    let both: [IpAddr; 2] = [1, 2].map(|pod| Ipv4Addr::new(192, 0, 2, pod).into());
+    let mut seen = BTreeSet::new();
+    wait_for("answers of both servers", LIMIT, || {
+        seen.extend(ask().unwrap_or_default());
+        Ok(seen.len() == both.len())
+    })?;
+    for _ in 0..QUERIES {
+        let answer = ask()?;
+        ensure!(answer.len() == 1 && both.contains(&answer[0]), "{answer:?}");
+    }
+    wait_for("a line for each query", LIMIT, || Ok(lines(access, "dns")?.len() >= QUERIES + both.len()))?;
+    for line in lines(access, "dns")? {
+        ensure!(line[4] == "1", "a query is one packet: {line:?}");
+    }
+    Ok(())
+}
+
+/// iperf3 over TCP both ways, of which the log has at least what was received, and over UDP.
+fn bulk_comes_through_and_is_counted(lab: &Lab, access: &Path) -> Result<()> {
+    let (address, port, bulk) = (EDGE.to_string(), IPERF.to_string(), BULK.to_string());
+    let iperf = |more: &[&str]| -> Result<Value> {
+        let mut command = lab.command("client", program("iperf3", "iperf3")?)?;
+        let common = ["--client", &address, "--port", &port, "--json", "--connect-timeout", "5000"];
+        let said = run(command.args(common).args(more))?;
+        serde_json::from_str(&said).with_context(|| format!("iperf3 {more:?}: {said}"))
+    };
+    wait_for("iperf3", LIMIT, || Ok(iperf(&["--bytes", "1000"]).is_ok()))?;
+    // The receiver stops reading when the sender says that it is done, so that the last of it may be missing.
+    let got = |report: &Value| report["end"]["sum_received"]["bytes"].as_u64().filter(|bytes| *bytes > 1 << 20);
+    for (field, way) in [(5, &["--bytes", &bulk][..]), (6, &["--bytes", &bulk, "--reverse"])] {
+        let report = iperf(way)?;
+        let received = got(&report).with_context(|| format!("{way:?}: {report}"))?;
+        let counted = |line: &Vec<String>| line[field].parse::<u64>().is_ok_and(|bytes| bytes >= received);
+        wait_for("the line of it", LIMIT, || Ok(lines(access, "iperf")?.iter().any(counted)))?;
+    }
+    let report = iperf(&["--udp", "--bitrate", "20M", "--bytes", "1000000"])?;
+    let (sent, lost) = (&report["end"]["sum"]["packets"], &report["end"]["sum"]["lost_packets"]);
+    ensure!(sent.as_u64() > lost.as_u64(), "no datagram came through: {report}");
     Ok(())
 }
 

@@ -37,8 +37,9 @@ pub struct Options {
     filter: Option<String>,
 }
 
-/// Test programs that exercise the kernel, by package.
-const PROGRAMS: [(&str, &[&str]); 2] = [("edge-tests", &["datapath_"]), ("edge-ctl", &["datapath_", "fib_netlink"])];
+/// Test programs that exercise the kernel, by package and its folder.
+const PROGRAMS: [(&str, &str, &[&str]); 2] =
+    [("edge-tests", "tests", &["datapath_"]), ("edge-ctl", "edge-ctl", &["datapath_", "fib_netlink"])];
 
 /// Modules that tests need, where the kernel does not have them built in. Their dependencies come with them.
 const MODULES: [&str; 7] = ["veth", "sch_ingress", "cls_bpf", "act_bpf", "8021q", "dummy", "bonding"];
@@ -170,7 +171,10 @@ fn modules(tree: &Path) -> Result<Vec<PathBuf>> {
 fn test_programs(wanted: &[String]) -> Result<BTreeMap<String, PathBuf>> {
     step("build the test programs");
     let mut programs = BTreeMap::new();
-    for (package, prefixes) in PROGRAMS {
+    for (package, folder, prefixes) in PROGRAMS {
+        // Those that are asked for, or all: building them takes longer than running a few.
+        let own = |name: &&String| root().join(folder).join("tests").join(format!("{name}.rs")).exists();
+        let named: Vec<&String> = wanted.iter().filter(own).collect();
         let mut command = cargo();
         command.args([
             "test",
@@ -180,7 +184,11 @@ fn test_programs(wanted: &[String]) -> Result<BTreeMap<String, PathBuf>> {
             "--package",
             package,
         ]);
-        command.args(["--bins", "--tests"]).stderr(Stdio::inherit());
+        command.arg("--bins").stderr(Stdio::inherit());
+        match wanted {
+            [] => command.arg("--tests"),
+            _ => command.args(named.iter().flat_map(|name| ["--test", name])),
+        };
         let built = output(&mut command)?;
         if !built.status.success() {
             bail!("`{}` failed", show(&command));

@@ -15,7 +15,7 @@ use crate::sh::{self, as_root, cargo, is_root, output, root, step};
 const BPF_LINKER: &str = "0.10.3";
 
 /// Debian packages, each with a program that shows it is there.
-const PACKAGES: [(&str, &str); 19] = [
+const PACKAGES: [(&str, &str); 20] = [
     ("iproute2", "ip"),
     ("ethtool", "ethtool"),
     ("nftables", "nft"),
@@ -33,6 +33,7 @@ const PACKAGES: [(&str, &str); 19] = [
     ("haproxy", "haproxy"),
     ("hping3", "hping3"),
     ("wrk", "wrk"),
+    ("iperf3", "iperf3"),
     ("knot", "knotd"),
     ("dnsmasq-base", "dnsmasq"),
     ("systemd", "systemd-analyze"),

@@ -44,6 +44,11 @@ pub const ANSWER_V6: u32 = 11;
 /// As [`FRAG`], of IPv6.
 pub const FRAG_V6: u32 = 12;
 
+/// A frame with VLAN tags, which are taken off: then as the entry program does, so that untagged packets pay nothing for it.
+pub const VLAN: u32 = 18;
+/// As [`VLAN`], from an IPv6 packet's header on.
+pub const VLAN_V6: u32 = 19;
+
 /// Every stage: its number, and its program's name after `edge_xdp_` or `edge_tc_`. The kernel keeps 15 bytes of the whole.
 pub const ALL: &[(u32, &str)] = &[
     (TRACK, "track"),
@@ -61,6 +66,8 @@ pub const ALL: &[(u32, &str)] = &[
     (RELAY_V6, "relay6"),
     (ANSWER_V6, "answe6"),
     (FRAG_V6, "frag6"),
+    (VLAN, "vlan"),
+    (VLAN_V6, "vlan6"),
 ];
 
 const _: () = {

@@ -51,6 +51,7 @@ fn one(name: &str, tables: &Tables, cpus: u32) -> (u32, u64) {
         name::BACKEND_INDEX => (tables.backends, hash::<maps::ServiceKey, u32>(tables.backends, cpus)),
         name::NEXT_HOP_INDEX => (maps::NEXT_HOPS, hash::<maps::NeighbourKey, u32>(maps::NEXT_HOPS, cpus)),
         name::INTERFACES => (maps::INTERFACES, hash::<u32, u32>(maps::INTERFACES, cpus)),
+        name::VLANS => (maps::VLANS, hash::<maps::Port, maps::Port>(maps::VLANS, cpus)),
         name::SERVICES => (maps::SERVICES, array::<maps::ServiceEntry>(maps::SERVICES)),
         name::SERVICE_LABELS => (maps::SERVICES, array::<maps::Label>(maps::SERVICES)),
         name::BACKENDS => (tables.backends, array::<maps::BackendEntry>(tables.backends)),

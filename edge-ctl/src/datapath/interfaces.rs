@@ -3,18 +3,22 @@
 
 use std::{fs, io, path::Path};
 
-use super::object::has_frags;
+use edge_common::maps::{CUSTOMER_TAG, SERVICE_TAG, tag};
 use rtnetlink::{
     packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
     packet_route::{
         RouteNetlinkMessage,
-        link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage, LinkXdp, XdpAttached},
+        link::{
+            InfoData, InfoKind, InfoVlan, LinkAttribute, LinkInfo, LinkMessage, LinkXdp, VlanProtocol, XdpAttached,
+        },
     },
     sys::{Socket, SocketAddr, protocols},
 };
 
+use super::object::has_frags;
+
 /// An interface.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Interface {
     /// Name.
     pub name: String,
@@ -28,6 +32,11 @@ pub struct Interface {
     pub mtu: u32,
     /// Index of the bridge or bond that this is a port of.
     pub controller: Option<u32>,
+    /// True for a bond.
+    pub bond: bool,
+    /// Of a VLAN device of this namespace: the index of the interface below it, and its own tag as
+    /// [`edge_common::maps::tag`] makes it.
+    pub vlan: Option<(u32, u32)>,
 }
 
 /// All interfaces of this network namespace.
@@ -51,8 +60,8 @@ pub fn list() -> io::Result<Vec<Interface>> {
 }
 
 fn interface(link: &LinkMessage) -> Option<Interface> {
-    let mut found =
-        Interface { name: String::new(), ifindex: link.header.index, veth: false, xdp: None, mtu: 0, controller: None };
+    let mut found = Interface { ifindex: link.header.index, ..Interface::default() };
+    let (mut lower, mut tag) = (None, None);
     for attribute in &link.attributes {
         match attribute {
             LinkAttribute::IfName(name) => found.name.clone_from(name),
@@ -60,7 +69,10 @@ fn interface(link: &LinkMessage) -> Option<Interface> {
             LinkAttribute::Controller(index) => found.controller = (*index != 0).then_some(*index),
             LinkAttribute::LinkInfo(infos) => {
                 found.veth = infos.iter().any(|info| matches!(info, LinkInfo::Kind(InfoKind::Veth)));
+                found.bond = infos.iter().any(|info| matches!(info, LinkInfo::Kind(InfoKind::Bond)));
+                tag = infos.iter().find_map(vlan_tag);
             }
+            LinkAttribute::Link(index) => lower = Some(*index),
             LinkAttribute::Xdp(parts) => {
                 let generic = parts.iter().any(|part| matches!(part, LinkXdp::Attached(XdpAttached::SocketBuffer)));
                 let program = parts.iter().find_map(|part| match part {
@@ -72,7 +84,18 @@ fn interface(link: &LinkMessage) -> Option<Interface> {
             _ => {}
         }
     }
+    let elsewhere = link.attributes.iter().any(|attribute| matches!(attribute, LinkAttribute::LinkNetNsId(_)));
+    found.vlan = lower.filter(|_| !elsewhere).zip(tag);
     (!found.name.is_empty()).then_some(found)
+}
+
+fn vlan_tag(info: &LinkInfo) -> Option<u32> {
+    let LinkInfo::Data(InfoData::Vlan(facts)) = info else {
+        return None;
+    };
+    let id = facts.iter().find_map(|fact| if let InfoVlan::Id(id) = fact { Some(*id) } else { None })?;
+    let service = facts.iter().any(|fact| matches!(fact, InfoVlan::Protocol(VlanProtocol::Ieee8021Ad)));
+    Some(tag(if service { SERVICE_TAG } else { CUSTOMER_TAG }, id))
 }
 
 /// Interfaces to which XDP programs may redirect: their driver has `ndo_xdp_xmit`, and it works now (for veth: the peer
@@ -233,7 +256,7 @@ mod tests {
     use super::*;
 
     fn interface(name: &str, ifindex: u32, controller: Option<u32>) -> Interface {
-        Interface { name: name.to_owned(), ifindex, veth: false, xdp: None, mtu: 1500, controller }
+        Interface { name: name.to_owned(), ifindex, mtu: 1500, controller, ..Interface::default() }
     }
 
     #[test]

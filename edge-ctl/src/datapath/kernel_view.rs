@@ -10,9 +10,9 @@ use edge_common::{
     address::Address,
     flow::{FlowKey, FlowKeyV4, FlowKeyV6},
     maps::{
-        AddressFilter, BackendEntry, CacheWindow, Control, Flow, FlowV4, FlowV6, NeighbourKey, NextHop, PortSet,
-        RANGE_PREFIX, RangeSource, ServiceEntry, ServiceKey, ServiceStats, SourceId, SourceKey, SourceRange, SourceUse,
-        balance, mode, name, range_action,
+        AddressFilter, BackendEntry, CacheWindow, Control, Flow, FlowV4, FlowV6, NeighbourKey, NextHop, Port, PortSet,
+        RANGE_PREFIX, RangeSource, SERVICE_TAG, ServiceEntry, ServiceKey, ServiceStats, SourceId, SourceKey,
+        SourceRange, SourceUse, balance, mode, name, range_action,
     },
     verdict::{REASONS, Reason},
 };
@@ -393,6 +393,7 @@ fn key_text(map: &str, key: &[u8]) -> String {
             .map(|key| format!("{}/{}", socket_address(key.address, key.port), protocol_name(key.protocol))),
         name::NEXT_HOP_INDEX => from_bytes::<NeighbourKey>(key)
             .map(|key| format!("ifindex={} neighbour={}", key.ifindex, crate::reconcile::ports::ip(key.address))),
+        name::VLANS => from_bytes::<Port>(key).map(|port| port_text(&port)),
         name::SOURCE_RANGES => from_bytes::<SourceKey>(key).map(|key| range_text(&key)),
         name::SOURCES => from_bytes::<SourceId>(key).map(|id| source_text(&id)),
         name::REASONS => from_bytes::<u32>(key).map(|key| {
@@ -440,6 +441,7 @@ fn value_text(map: &str, value: &[u8], cpus: usize) -> String {
             format!("eligible={eligible} weight={}", weight_of(word))
         }),
         name::NEXT_HOPS => from_bytes::<NextHop>(value).map(|hop| next_hop_text(&hop)),
+        name::VLANS => from_bytes::<Port>(value).map(|port| port_text(&port)),
         name::CACHE_WINDOWS => from_bytes::<CacheWindow>(value).map(|window| {
             let CacheWindow { v4, v6, hits, misses, displaced, told, .. } = window;
             format!(
@@ -522,16 +524,28 @@ fn service_text(entry: &ServiceEntry) -> String {
 fn next_hop_text(hop: &NextHop) -> String {
     let mac = |bytes: [u8; 6]| bytes.map(|byte| format!("{byte:02x}")).join(":");
     format!(
-        "ifindex={} neighbour={} dst_mac={} src_mac={} mtu={} vlan={} flags={:#x} generation={}",
+        "ifindex={} neighbour={} dst_mac={} src_mac={} mtu={} tags={} flags={:#x} generation={}",
         hop.ifindex,
         crate::reconcile::ports::ip(hop.neighbour),
         mac(hop.dst_mac),
         mac(hop.src_mac),
         hop.mtu,
-        hop.vlan,
+        tags_text(hop.tags),
         hop.flags,
         hop.generation
     )
+}
+
+/// Tags as `ip` and `tcpdump` number them, the outer one first; `-` for none.
+fn tags_text(tags: [u32; 2]) -> String {
+    let kind = |tag: u32| if tag >> 16 == u32::from(SERVICE_TAG) { "ad" } else { "q" };
+    let tags: Vec<String> =
+        tags.into_iter().filter(|tag| *tag != 0).map(|tag| format!("{}:{}", kind(tag), tag & 0xfff)).collect();
+    if tags.is_empty() { "-".to_owned() } else { tags.join("/") }
+}
+
+fn port_text(port: &Port) -> String {
+    format!("ifindex={} tags={}", port.ifindex, tags_text(port.tags))
 }
 
 fn stats_text(value: &[u8], cpus: usize) -> String {

@@ -1,6 +1,7 @@
 //! Loads the object, or adopts what an earlier run left pinned: maps of the same layout, programs of the same object,
 //! links. With unchanged inputs nothing is written, loaded or attached ([`Datapath::writes`] counts).
 
+mod links;
 mod make;
 
 use std::{
@@ -12,19 +13,19 @@ use std::{
 use aya::maps::{Array, HashMap, MapData};
 use edge_common::{
     conntrack,
-    maps::{Control, OwnAddresses, PortSet, interface_flag, name},
+    maps::{Control, PortSet, name},
 };
 
-use self::make::{create_maps, load_program, object_error, parse, program_tag, size_notes};
+use self::make::{create_maps, object_error, parse, size_notes};
 use super::{
-    attach::{self, AttachedHook, Attachment, How},
+    attach::{self, AttachedHook, Attachment},
     cache::FlowCache,
     cache_split::Receivers,
     flow_ends::FlowEnder,
     host, interfaces,
     kernel_view::KernelView,
     maps::Maps,
-    migrate, own_addresses,
+    migrate,
     pins::{self, Pins},
     program_log::ProgramLog,
     quiet::Quiet,
@@ -32,11 +33,7 @@ use super::{
     sweep::Sweeper,
     sys::monotonic_ns,
 };
-use crate::{
-    config::valid::Edge,
-    model::view::{MapRow, XdpRow},
-    reconcile::ports::PortError,
-};
+use crate::{config::valid::Edge, model::view::MapRow, reconcile::ports::PortError};
 
 /// Why the datapath could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -130,7 +127,10 @@ pub struct Datapath {
     edge: Edge,
     object: &'static [u8],
     pins: Pins,
+    /// Where the program runs, by interface.
     attachments: BTreeMap<String, Attachment>,
+    /// For each configured interface the one that the program runs on for it.
+    bases: BTreeMap<String, String>,
     failures: BTreeMap<String, String>,
     control: Array<MapData, Control>,
     interfaces: HashMap<MapData, u32, u32>,
@@ -166,6 +166,7 @@ impl Datapath {
             notes,
             pins,
             attachments: BTreeMap::new(),
+            bases: BTreeMap::new(),
             failures: BTreeMap::new(),
             writes: created,
         };
@@ -239,147 +240,10 @@ impl Datapath {
         migrate::is_pending(&self.pins)
     }
 
-    /// Attaches to every configured interface that does not have the program yet, adopts the others, and detaches from
-    /// interfaces that are no longer configured. To be called at start, when a link comes or goes, and on reload.
-    /// Returns what failed, by interface.
-    pub fn attach_missing(&mut self) -> Vec<(String, LoadError)> {
-        let known = match interfaces::list() {
-            Ok(known) => known,
-            Err(error) => {
-                let error = LoadError::Object { what: "listing interfaces".to_owned(), reason: error.to_string() };
-                return vec![(String::new(), error)];
-            }
-        };
-        self.detach_unconfigured();
-        let mut failed = Vec::new();
-        for interface in self.edge.interfaces.clone() {
-            match self.attach_one(&interface, &known) {
-                Ok(attachment) => {
-                    self.failures.remove(&interface);
-                    self.attachments.insert(interface, attachment);
-                }
-                Err(error) => {
-                    self.attachments.remove(&interface);
-                    self.failures.insert(interface.clone(), error.to_string());
-                    failed.push((interface, error));
-                }
-            }
-        }
-        if let Err(error) = self.sync_interfaces(&known).and_then(|()| self.sync_own_addresses()) {
-            failed.push((String::new(), error));
-        }
-        if failed.is_empty() {
-            match migrate::catch_up(&self.pins) {
-                Ok(added) => {
-                    self.writes += added;
-                    self.retire_old_pins();
-                }
-                // The old maps stay for the next attempt.
-                Err(error) => failed.push((String::new(), error.into())),
-            }
-        }
-        failed
-    }
-
-    fn attach_one(&mut self, name: &str, known: &[interfaces::Interface]) -> Result<Attachment, LoadError> {
-        let interface = known.iter().find(|interface| interface.name == name);
-        let interface = interface.ok_or_else(|| LoadError::NoInterface { name: name.to_owned() })?;
-        if let Some(above) = interfaces::seen_twice(interface, &self.edge.interfaces, known) {
-            for xdp in [true, false] {
-                let pin = self.pins.link(name, xdp);
-                if pin.exists() {
-                    attach::detach_pin(&pin);
-                    self.writes += 1;
-                }
-            }
-            if self.attachments.get(name).is_some_and(|before| before.hook == AttachedHook::Clsact) {
-                attach::detach_clsact(name);
-            }
-            return Err(LoadError::Hook {
-                interface: name.to_owned(),
-                reason: format!(
-                    "it is a port of {0}, which is configured too: the program would see each packet twice; take one of \
-                     the two out of edge.interfaces",
-                    above.name
-                ),
-            });
-        }
-        let before = self.attachments.get(name).cloned();
-        let (pins, object, mut loads) = (self.pins.clone(), self.object, 0);
-        let program = |xdp| {
-            loads += load_program(&pins, object, xdp)?;
-            Ok(())
-        };
-        // A clsact filter cannot be seen through a pin, so what this process attached is remembered.
-        if let Some(before) =
-            before.clone().filter(|b| b.hook == AttachedHook::Clsact && b.ifindex == interface.ifindex)
-        {
-            return Ok(before);
-        }
-        let attachment = attach::attach(&self.pins, self.edge.hook, interface, program)?;
-        self.writes += loads + u64::from(attachment.how != How::Adopted);
-        if attachment.how == How::Attached {
-            self.quiet.begin(monotonic_ns()).map_err(|error| object_error("writing the time of attaching", &error))?;
-            self.writes += 1;
-        }
-        // Finding again what this process attached does not change how it came there, nor why on that hook.
-        let same =
-            |b: &Attachment| (b.link, b.program, b.hook) == (attachment.link, attachment.program, attachment.hook);
-        Ok(before.filter(same).unwrap_or(attachment))
-    }
-
-    fn detach_unconfigured(&mut self) {
-        for (interface, xdp) in self.pins.linked().unwrap_or_default() {
-            if !self.edge.interfaces.contains(&interface) {
-                attach::detach_pin(&self.pins.link(&interface, xdp));
-                self.attachments.remove(&interface);
-                self.writes += 1;
-            }
-        }
-        let gone: Vec<_> =
-            self.attachments.keys().filter(|name| !self.edge.interfaces.contains(name)).cloned().collect();
-        for interface in gone {
-            attach::detach_clsact(&interface);
-            self.attachments.remove(&interface);
-            self.writes += 1;
-        }
-        let configured: BTreeSet<_> = self.edge.interfaces.iter().collect();
-        self.failures.retain(|interface, _| configured.contains(interface));
-    }
-
     /// Takes over a changed `[edge]`: interfaces and hook, at the next [`Datapath::attach_missing`].
     pub fn reconfigure(&mut self, edge: &Edge) {
         self.notes = size_notes(&self.pins, &edge.tables);
         self.edge = Edge { pin_path: self.edge.pin_path.clone(), ..edge.clone() };
-    }
-
-    /// True while the program is attached to every configured interface.
-    pub fn is_ready(&self) -> bool {
-        self.failures.is_empty() && self.edge.interfaces.iter().all(|name| self.attachments.contains_key(name))
-    }
-
-    /// One row for each configured interface.
-    pub fn xdp_rows(&self) -> Vec<XdpRow> {
-        let row = |name: &String| match (self.attachments.get(name), self.failures.get(name)) {
-            (Some(attachment), _) => XdpRow {
-                interface: name.clone(),
-                ifindex: attachment.ifindex,
-                hook: attachment.hook.name().to_owned(),
-                state: if attachment.how == How::Adopted { "adopted" } else { "attached" }.to_owned(),
-                program: Some(attachment.program),
-                tag: program_tag(&self.pins, attachment.hook),
-                link: attachment.link,
-                reason: attachment.reason.clone(),
-            },
-            (None, failure) => XdpRow {
-                interface: name.clone(),
-                hook: "-".to_owned(),
-                state: "missing".to_owned(),
-                reason: failure.cloned(),
-                ..XdpRow::default()
-            },
-        };
-        self.edge.interfaces.iter().map(row).collect()
     }
 
     /// One row for each map.
@@ -493,55 +357,6 @@ impl Datapath {
     /// Where the control map cannot be read.
     pub fn seed(&self) -> Result<[u64; 2], LoadError> {
         Ok(self.read_control()?.seed)
-    }
-
-    /// Tells the program where it is attached and where XDP may redirect to; only differences are written.
-    fn sync_interfaces(&mut self, known: &[interfaces::Interface]) -> Result<(), LoadError> {
-        let what = "writing the interfaces map";
-        let mut wanted: BTreeMap<u32, u32> = BTreeMap::new();
-        for attachment in self.attachments.values() {
-            *wanted.entry(attachment.ifindex).or_default() |= interface_flag::ATTACHED;
-        }
-        for ifindex in interfaces::redirectable(known) {
-            *wanted.entry(ifindex).or_default() |= interface_flag::XDP_REDIRECT;
-        }
-        let present: BTreeMap<u32, u32> =
-            self.interfaces.iter().collect::<Result<_, _>>().map_err(|error| object_error(what, &error))?;
-        for ifindex in present.keys().filter(|ifindex| !wanted.contains_key(ifindex)) {
-            self.interfaces.remove(ifindex).map_err(|error| object_error(what, &error))?;
-            self.writes += 1;
-        }
-        // Attached interfaces first, should the map be too small for all.
-        let mut changes: Vec<_> = wanted.into_iter().filter(|(i, flags)| present.get(i) != Some(flags)).collect();
-        changes.sort_by_key(|(_, flags)| flags & interface_flag::ATTACHED == 0);
-        for (ifindex, flags) in changes {
-            let result = self.interfaces.insert(ifindex, flags, 0);
-            if flags & interface_flag::ATTACHED != 0 {
-                result.map_err(|error| object_error(what, &error))?;
-            }
-            self.writes += 1;
-        }
-        Ok(())
-    }
-
-    /// Tells the program which addresses to sign its ICMP messages with; only differences are written.
-    fn sync_own_addresses(&mut self) -> Result<(), LoadError> {
-        let what = "writing the edge's own addresses";
-        let addresses = own_addresses::list().map_err(|error| object_error("listing addresses", &error))?;
-        let attached = self.attachments.values().map(|attachment| attachment.ifindex).collect();
-        let wanted = own_addresses::choose(&attached, &addresses);
-        let mut map: HashMap<MapData, u32, OwnAddresses> = pins::open(&self.pins, name::OWN_ADDRESSES)?;
-        let present: BTreeMap<u32, OwnAddresses> =
-            map.iter().collect::<Result<_, _>>().map_err(|error| object_error(what, &error))?;
-        for ifindex in present.keys().filter(|ifindex| !wanted.contains_key(ifindex)) {
-            map.remove(ifindex).map_err(|error| object_error(what, &error))?;
-            self.writes += 1;
-        }
-        for (ifindex, own) in wanted.iter().filter(|(ifindex, own)| present.get(ifindex) != Some(own)) {
-            map.insert(ifindex, own, 0).map_err(|error| object_error(what, &error))?;
-            self.writes += 1;
-        }
-        Ok(())
     }
 
     /// Removes pins of other objects and layouts, now that nothing of this edge runs them.

@@ -29,6 +29,7 @@ pub mod stages;
 pub mod sweep;
 pub mod sys;
 pub mod tables;
+pub mod vlans;
 
 #[cfg(test)]
 mod diff_on_fake;

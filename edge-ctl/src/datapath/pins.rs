@@ -44,7 +44,7 @@ pub struct Layout {
 
 /// Structures in the maps, by their names in the object's BTF; what is not listed is one integer, or has no inner layout.
 /// A structure that the BTF does not have under this name counts as one field.
-const STRUCTURES: [(&str, &str, &str); 18] = [
+const STRUCTURES: [(&str, &str, &str); 19] = [
     (name::ESTABLISHED, "FlowKey<u32>", "Flow<u32>"),
     (name::HALF_OPEN, "FlowKey<u32>", "Flow<u32>"),
     (name::CLOSING, "FlowKey<u32>", "Flow<u32>"),
@@ -57,6 +57,7 @@ const STRUCTURES: [(&str, &str, &str); 18] = [
     (name::BACKEND_INDEX, "ServiceKey", ""),
     (name::NEXT_HOPS, "", "NextHop"),
     (name::NEXT_HOP_INDEX, "NeighbourKey", ""),
+    (name::VLANS, "Port", "Port"),
     (name::CONTROL, "", "Control"),
     (name::SERVICE_STATS, "", "ServiceStats"),
     (name::BACKEND_STATS, "", "ServiceStats"),

@@ -5,7 +5,7 @@ use edge_common::{
     checksum::{add, fold},
     flow::TCP,
     icmp,
-    maps::OwnAddresses,
+    maps::{OwnAddresses, Port},
     verdict::{Question, Reason, Verdict},
 };
 use network_types::eth::EthHdr;
@@ -16,6 +16,7 @@ use crate::{
     packet::Packet,
     parse::{IP, Parsed},
     stats::because,
+    vlan,
 };
 
 const TCP_CHECK: usize = 16;
@@ -28,7 +29,7 @@ pub fn send<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, verdict: V
     let Some((question, service, mtu)) = verdict.question() else {
         return Verdict::DROP;
     };
-    let Some(own) = maps::own_addresses(packet.ingress()) else {
+    let Some(own) = maps::own_addresses(vlan::ingress(packet, &mut Port::default())) else {
         return because(Reason::IcmpUnanswered, service);
     };
     if A::own(own) == A::default() || !parsed.key.src.is_host() {
@@ -50,7 +51,7 @@ pub fn send<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, verdict: V
         Question::TooBig => Reason::TooBig,
     };
     because(reason, service);
-    Verdict::TRANSMIT
+    Verdict::RETURN
 }
 
 /// What of the packet is needed once it has moved.

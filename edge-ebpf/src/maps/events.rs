@@ -1,5 +1,7 @@
 //! The events ring buffer and the signals of backends.
 
+use core::{arch::asm, mem::MaybeUninit};
+
 use aya_ebpf::{
     helpers::generated::bpf_ktime_get_ns,
     macros::map,
@@ -51,6 +53,54 @@ impl<T: 'static> Record<T> {
     pub fn cancel(self) {
         self.0.discard(0);
     }
+}
+
+/// A record, or none, for code that goes on in either case. Whether there is one stands beside it, as a number that the compiler
+/// cannot trace: it would test the record's address for zero again, and kernels such as 6.1, which do not know that this
+/// is never so, see a record that nobody gives back.
+pub struct Perhaps<T: 'static> {
+    there: u64,
+    record: MaybeUninit<Record<T>>,
+}
+
+impl<T: 'static> Perhaps<T> {
+    /// No record.
+    #[inline(always)]
+    pub fn none() -> Self {
+        Self { there: untraced::<0>(), record: MaybeUninit::uninit() }
+    }
+
+    /// This one.
+    #[inline(always)]
+    pub fn some(record: Record<T>) -> Self {
+        Self { there: untraced::<1>(), record: MaybeUninit::new(record) }
+    }
+
+    /// Gives it to the reader, or takes it back.
+    #[inline(always)]
+    pub fn end(self, send: bool) {
+        if self.there == 0 {
+            return;
+        }
+        // SAFETY: only `some` makes the number another one.
+        let record = unsafe { self.record.assume_init() };
+        if send {
+            record.send();
+        } else {
+            record.cancel();
+        }
+    }
+}
+
+/// A number that the kernel's verifier knows and the compiler does not.
+#[inline(always)]
+fn untraced<const NUMBER: i32>() -> u64 {
+    let number: u64;
+    // SAFETY: sets a register.
+    unsafe {
+        asm!("{number} = {value}", number = out(reg) number, value = const NUMBER, options(pure, nomem, nostack))
+    };
+    number
 }
 
 /// This CPU's signals of a backend.

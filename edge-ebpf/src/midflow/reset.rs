@@ -54,7 +54,7 @@ pub fn send<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, service: u
         return because(Reason::Malformed, service);
     }
     because(Reason::MidFlowReset, service);
-    Verdict::TRANSMIT
+    Verdict::RETURN
 }
 
 #[inline(always)]

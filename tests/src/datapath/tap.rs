@@ -237,6 +237,23 @@ fn attach(rig: &mut Rig, wire: Wire) -> Result<()> {
 const IPV6_MULTICAST: [u8; 2] = [0x33, 0x33];
 const ALL_TYPES: u16 = libc::ETH_P_ALL as u16;
 
+/// The tag that the kernel took off the received frame.
+fn outer_tag(message: &libc::msghdr) -> Option<[u8; 4]> {
+    // SAFETY: the kernel has filled the control buffer that the message names, and which is still there.
+    let aux = unsafe {
+        let header = libc::CMSG_FIRSTHDR(message);
+        if header.is_null() || ((*header).cmsg_level, (*header).cmsg_type) != (libc::SOL_PACKET, libc::PACKET_AUXDATA) {
+            return None;
+        }
+        libc::CMSG_DATA(header).cast::<libc::tpacket_auxdata>().read_unaligned()
+    };
+    if aux.tp_status & libc::TP_STATUS_VLAN_VALID == 0 {
+        return None;
+    }
+    let ([a, b], [c, d]) = (aux.tp_vlan_tpid.to_be_bytes(), aux.tp_vlan_tci.to_be_bytes());
+    Some([a, b, c, d])
+}
+
 /// A socket for whole frames on one interface.
 struct Tap(OwnedFd);
 
@@ -265,6 +282,13 @@ impl Tap {
                     (&raw const on).cast(),
                     size_of::<libc::c_int>() as u32,
                 ) == 0
+                && libc::setsockopt(
+                    fd,
+                    libc::SOL_PACKET,
+                    libc::PACKET_AUXDATA,
+                    (&raw const on).cast(),
+                    size_of::<libc::c_int>() as u32,
+                ) == 0
         };
         ensure!(ready, "AF_PACKET on {interface}: {}", io::Error::last_os_error());
         Ok(tap)
@@ -285,10 +309,19 @@ impl Tap {
             return Ok(None);
         }
         let mut frame = vec![0; 65_536];
-        // SAFETY: an open socket, and room of the length given that outlives the call.
-        let length = unsafe { libc::recv(self.0.as_raw_fd(), frame.as_mut_ptr().cast(), frame.len(), 0) };
-        ensure!(length >= 0, "recv: {}", io::Error::last_os_error());
+        let mut control = [0_u64; 16];
+        let mut part = libc::iovec { iov_base: frame.as_mut_ptr().cast(), iov_len: frame.len() };
+        // SAFETY: plain integers and pointers, for which all zeroes are valid.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        (message.msg_iov, message.msg_iovlen) = (&raw mut part, 1);
+        (message.msg_control, message.msg_controllen) = (control.as_mut_ptr().cast(), size_of_val(&control));
+        // SAFETY: an open socket; the buffers are as long as said and outlive the call.
+        let length = unsafe { libc::recvmsg(self.0.as_raw_fd(), &raw mut message, 0) };
+        ensure!(length >= 0, "recvmsg: {}", io::Error::last_os_error());
         frame.truncate(length as usize);
+        if let Some(tag) = outer_tag(&message) {
+            frame.splice(12..12, tag);
+        }
         Ok(Some(frame))
     }
 

@@ -212,6 +212,10 @@ points! {
     Redirect,
     /// A GSO packet judged by its segments.
     Gso,
+    /// A packet that came with a VLAN tag goes to the stack or back to its sender with it.
+    TagReturned,
+    /// A packet that came with a VLAN tag leaves without it.
+    TagGone,
 }
 
 /// How often each point was met.

@@ -30,6 +30,8 @@ pub enum Move {
         ingress: u32,
         /// TC: bytes of payload per segment; 0: one packet.
         gso_size: u32,
+        /// The frame comes under [`TAG`].
+        tagged: bool,
     },
     /// Time passes: nanoseconds.
     Age(u64),
@@ -48,6 +50,11 @@ pub enum Move {
     /// Routes and neighbours change.
     Network(Shape),
 }
+
+/// A VLAN tag with a priority, of a VLAN that is in this world what the link is.
+pub const TAG: [u8; 4] = [0x81, 0x00, 0x60, VLAN as u8];
+/// The number in it.
+pub const VLAN: u16 = 5;
 
 const SECONDS: [f64; 10] = [0.2, 0.7, 1.4, 2.6, 2.6, 5.5, 10.5, 31.0, 61.5, 301.0];
 
@@ -114,7 +121,7 @@ fn packet(dice: &mut Dice, world: &World, state: &State, network: &Network) -> M
     if dice.chance(world.damage) {
         damage(dice, &mut bytes);
     }
-    Move::Packet { frame: bytes, ingress, gso_size }
+    Move::Packet { frame: bytes, ingress, gso_size, tagged: gso_size == 0 && dice.chance(6) }
 }
 
 /// An ICMP error about a packet as the far end of a flow was to get it, or as nobody was.
@@ -166,7 +173,7 @@ fn error(dice: &mut Dice, world: &World, state: &State, network: &Network) -> Mo
     if dice.chance(world.damage) {
         damage(dice, &mut frame);
     }
-    Move::Packet { frame, ingress, gso_size: 0 }
+    Move::Packet { frame, ingress, gso_size: 0, tagged: dice.chance(6) }
 }
 
 fn client_packet(dice: &mut Dice, world: &World, state: &State) -> Frame {

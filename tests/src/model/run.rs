@@ -3,15 +3,19 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
-use edge_common::{flow::FlowKeyV4, maps::FlowV4, maps::name, verdict::Reason};
+use edge_common::{
+    flow::FlowKeyV4,
+    maps::{CUSTOMER_TAG, FlowV4, Port, name, tag},
+    verdict::Reason,
+};
 use edge_ctl::datapath::object::EBPF_OBJECT;
 
 use super::{
     compare,
-    coverage::Coverage,
+    coverage::{Coverage, Point},
     decide::{Choices, Input, decide},
     dice::Dice,
-    generate::{self, Move},
+    generate::{self, Move, TAG, VLAN},
     kernel::{self, Kernel, LONGEST},
     moves,
     network::{BASE, Network},
@@ -163,6 +167,10 @@ impl Bench {
         load(&mut rig.ebpf, hook)?;
         let kernel = Kernel::new(rig, hook)?;
         let network = Network::new()?;
+        let vlans = kernel.map(name::VLANS)?;
+        for ifindex in [network.uplink, network.pods] {
+            vlans.set(&Port { ifindex, tags: [tag(CUSTOMER_TAG, VLAN), 0] }, &Port::untagged(ifindex))?;
+        }
         Ok(Self { kernel, network })
     }
 
@@ -216,18 +224,24 @@ impl Bench {
     }
 
     fn step(&mut self, state: &mut State, next: &Move, tally: &mut Report) -> Result<(), Trouble> {
-        let Move::Packet { frame, ingress, gso_size } = next else {
+        let Move::Packet { frame, ingress, gso_size, tagged } = next else {
             return Ok(moves::apply(state, &self.kernel, &mut self.network, next, kernel::now())?);
         };
         let frame = &frame[..frame.len().min(LONGEST)];
         let (from, from_precise) = (kernel::now(), kernel::precise_now());
-        let Some((action, out)) = self.kernel.run(frame, *ingress, *gso_size)? else {
+        let sent = if *tagged { [&frame[..12], &TAG, &frame[12..]].concat() } else { frame.to_vec() };
+        let Some((action, out)) = self.kernel.run(&sent, *ingress, *gso_size)? else {
             tally.too_short += 1;
             return Ok(());
         };
         let (to, to_precise) = (kernel::now(), kernel::precise_now());
         tally.packets += 1;
-        let out = out.to_vec();
+        let mut out = out.to_vec();
+        // TC keeps the tag beside the frame, where a test run does not show it.
+        let has_tag = *tagged && out.get(12..16) == Some(&TAG);
+        if has_tag {
+            out.drain(12..16);
+        }
         let mut input = Input {
             frame,
             ingress: *ingress,
@@ -240,6 +254,13 @@ impl Bench {
         };
         let judge = |state: &mut State, input: &Input| {
             let decision = decide(state, input, &self.kernel)?;
+            let returns = action == Action::Pass || decision.message || decision.reset;
+            if *tagged && action != Action::Drop {
+                state.hit(if returns { Point::TagReturned } else { Point::TagGone });
+                if self.kernel.hook == Hook::Xdp && has_tag != returns {
+                    return Err(format!("tagged as it came: {has_tag}, expected {returns}"));
+                }
+            }
             compare::packet(&decision, frame, action, &out)
                 .map_err(|what| format!("{what}\n{}", compare::entries(state, &self.kernel, frame)))?;
             let times = compare::Times { coarse: input.now, precise: input.precise, after: to_precise };
@@ -325,8 +346,12 @@ impl Bench {
 
 fn describe(next: &Move) -> String {
     match next {
-        Move::Packet { frame, ingress, gso_size } => {
-            format!("packet by interface {ingress}, gso {gso_size}: {}", compare::hex(&frame[..frame.len().min(96)]))
+        Move::Packet { frame, ingress, gso_size, tagged } => {
+            let tag = if *tagged { ", tagged" } else { "" };
+            format!(
+                "packet by interface {ingress}, gso {gso_size}{tag}: {}",
+                compare::hex(&frame[..frame.len().min(96)])
+            )
         }
         other => format!("{other:?}"),
     }
