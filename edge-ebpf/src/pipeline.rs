@@ -127,12 +127,23 @@ fn ipv4<P: Packet>(packet: &mut P) -> Verdict {
     if ip.is_fragment() {
         return stages::fragment::<u32, P>(packet);
     }
-    serve(packet, &ip, side)
+    serve::<u32, P, true>(packet, &ip, side)
 }
 
 /// The stage of an IPv6 packet that no slot has served.
 #[inline(always)]
 pub fn ipv6<P: Packet>(packet: &mut P) -> Verdict {
+    ipv6_asking::<P, false>(packet)
+}
+
+/// The stage of an IPv6 packet whose tags have been taken off, for which no slot has been looked for.
+#[inline(always)]
+pub fn untagged_ipv6<P: Packet>(packet: &mut P) -> Verdict {
+    ipv6_asking::<P, true>(packet)
+}
+
+#[inline(always)]
+fn ipv6_asking<P: Packet, const SLOTS: bool>(packet: &mut P) -> Verdict {
     packet.pull(parse::HEADERS);
     let Some(mut ip) = parse::ipv6(packet) else {
         return Verdict::PASS;
@@ -150,18 +161,19 @@ pub fn ipv6<P: Packet>(packet: &mut P) -> Verdict {
             Upper::Short => return because(Reason::Malformed, 0),
         }
     }
-    serve(packet, &ip, side)
+    serve::<Wide, P, SLOTS>(packet, &ip, side)
 }
 
+/// `SLOTS`: the flow's slot is still to be looked for.
 #[inline(always)]
-fn serve<A: Family, P: Packet>(packet: &mut P, ip: &Ip<A>, side: Side) -> Verdict {
+fn serve<A: Family, P: Packet, const SLOTS: bool>(packet: &mut P, ip: &Ip<A>, side: Side) -> Verdict {
     let Some(parsed) = parse::transport(packet, ip) else {
         return because(Reason::Malformed, 0);
     };
     if parsed.flags & (SYN | FIN | RST) == 0 && !parsed.lacks_checksum {
         let words = A::words(&parsed.key);
         let place = place::<A>(&words);
-        if !A::V6 {
+        if SLOTS {
             let verdict = by_slot(packet, &parsed, &words, place);
             if verdict != MISSED {
                 return verdict;
