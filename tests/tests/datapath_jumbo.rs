@@ -47,6 +47,9 @@ fn serve() -> Result<()> {
         let mut buffer = vec![0; 65_536];
         loop {
             let n = stream.read(&mut buffer)?;
+            if n == 0 {
+                return Ok(());
+            }
             stream.write_all(&buffer[..n])?;
         }
     });
