@@ -11,7 +11,8 @@
 //! | Idle    | TcpConnectionConfirmed (incoming)         | Idle    | Cease/Connection Rejected, Close               |
 //! | Connect | TcpConnectionConfirmed (outgoing)         | OpenSent| Send OPEN                                      |
 //! | Connect | TcpConnectionConfirmed (incoming)         | OpenSent| Send OPEN; the dial goes on                    |
-//! | Connect | the dial ends, incoming in OpenConfirm    | Active  | the dialled one: Cease/7, no OPEN              |
+//! | Connect | BGPOpen, incoming; our dial would win     | Connect | the incoming one: Cease/7                      |
+//! | Active  | the dial ends, incoming in OpenConfirm    | Active  | the dialled one: Cease/7, no OPEN              |
 //! | Connect | TcpConnectionFails, ConnectTimer_Expires  | Active  | retry with backoff                             |
 //! | Active  | ConnectRetryTimer_Expires                 | Connect | Dial                                           |
 //! | Active  | TcpConnectionConfirmed (incoming)         | OpenSent| Send OPEN                                      |
@@ -22,7 +23,7 @@
 //!
 //! | State       | Event                        | Next        | Actions                                          |
 //! |-------------|------------------------------|-------------|--------------------------------------------------|
-//! | OpenSent    | BGPOpen, acceptable          | OpenConfirm | Send KEEPALIVE; collision resolution             |
+//! | OpenSent    | BGPOpen, acceptable          | OpenConfirm | collision resolution; StopDial; Send KEEPALIVE   |
 //! | OpenSent    | BGPOpen, not acceptable      | (closed)    | NOTIFICATION 2/n; peer Idle                      |
 //! | OpenSent    | HoldTimer_Expires (4 min)    | (closed)    | NOTIFICATION 4/0; peer Idle                      |
 //! | OpenSent    | TcpConnectionFails           | (closed)    | peer Active                                      |
@@ -45,6 +46,7 @@
 //! every Down but a Hard Reset's and our own stop's, which is then sent as one. RFC 4724 takes any new connection of an
 //! established peer for its restart. Here only one whose OPEN says so counts, because doubled peerings must not flap.
 
+mod collision;
 mod negotiate;
 mod vocabulary;
 
@@ -64,10 +66,6 @@ const RETRY_FIRST: Duration = Duration::from_secs(1);
 /// A session that lasted so long forgives the failures before it; shorter ones count as one more, so that two sides that
 /// agree on OPENs and on nothing else do not spin.
 const STABLE: Duration = Duration::from_secs(30);
-/// Connections that cross have their OPENs within this time. A connection that is older and has none may belong to a life
-/// of the peer that is over, and must not be what keeps the peer away.
-const CROSSING: Duration = Duration::from_secs(5);
-
 /// What the peer does about getting a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
@@ -416,7 +414,7 @@ fn connected(state: &mut State, now: Now, side: Side, actions: &mut Vec<Action>)
     }
     // With graceful restart the new connection's OPEN will tell whether the peer has restarted.
     let graceful = state.established().is_none_or(|(_, negotiated)| negotiated.kept().is_some());
-    // Crossed connections: see `collision`.
+    // Crossed connections: see `collision::loser`.
     let settled = state.connection(side.other()).is_some_and(|other| matches!(other.stage, Stage::OpenConfirm(_)));
     if !graceful || state.connected(side) || (side == Side::Outgoing && settled) {
         return reject(side, cease::CONNECTION_COLLISION_RESOLUTION, actions);
@@ -506,10 +504,10 @@ fn opened(state: &mut State, now: Now, side: Side, open: Open, actions: &mut Vec
             return fail(state, now, side, End::sent(notification, reason), actions);
         }
     };
-    if state.connection(side.other()).is_some_and(|other| outlived(other, &negotiated.peer, now)) {
+    if state.connection(side.other()).is_some_and(|other| collision::outlived(other, &negotiated.peer, now)) {
         fail(state, now, side.other(), End::lost("the peer has restarted".to_owned()), actions);
     }
-    let loser = collision(state, now, side, &negotiated.peer);
+    let loser = collision::loser(state, now, side, &negotiated.peer);
     if let Some(loser) = loser {
         *state.slot(loser) = None;
         reject(loser, cease::CONNECTION_COLLISION_RESOLUTION, actions);
@@ -522,41 +520,12 @@ fn opened(state: &mut State, now: Now, side: Side, open: Open, actions: &mut Vec
     }
     restart_hold(state, now, side);
     restart_keepalive(state, now, side);
-    actions.push(Action::SendKeepalive(side));
-}
-
-/// True where `other` is the established connection of an earlier life of the peer, which has restarted. Within one life
-/// R is only ever cleared, so that it tells a new life where the established OPEN had none. Where both have it, the two
-/// may have crossed in one restart, unless the session has lasted.
-fn outlived(other: &Connection, new: &Open, now: Now) -> bool {
-    let Stage::Established(established) = &other.stage else { return false };
-    let restarting = |open: &Open| open.restart().is_some_and(|restart| restart.restarting);
-    let lasted = other.since.is_some_and(|since| now.time.saturating_sub(since) >= STABLE);
-    restarting(new) && (!restarting(&established.peer) || lasted)
-}
-
-/// RFC 4271 6.8 and RFC 6286 2.3: which connection is closed. The one that the side with the higher identifier opened
-/// survives; with equal identifiers, the higher AS decides.
-///
-/// Were that decided only where both connections have their OPENs, each side would decide at another moment: the one with
-/// the higher identifier might be established on the lower one's connection and close its own, while the OPEN on that one
-/// makes the lower side close the first. Both would be lost, and with them, in a restart, what the other side kept stale.
-/// So the higher side alone decides, when the lower one's OPEN comes: if its own connection is there by then, the other is
-/// closed before a KEEPALIVE could establish it (RFC 4271 6.8 lets OpenSent count where the identifier is known, and this
-/// OPEN has told it); if not, its dial comes too late and says no OPEN (see [`connected`]). The lower side never has both a
-/// KEEPALIVE on the one and an OPEN on the other.
-fn collision(state: &State, now: Now, side: Side, peer: &Open) -> Option<Side> {
-    let other = state.connection(side.other())?;
-    let settings = &state.settings;
-    let lower = (settings.router_id, settings.local_asn) < (peer.router_id, settings.remote_asn);
-    match other.stage {
-        Stage::OpenSent => {
-            let left = other.hold_at.unwrap_or_default().saturating_sub(now.time);
-            (!lower && side == Side::Incoming && left + CROSSING > OPEN_HOLD).then_some(side)
-        }
-        Stage::Established(_) => Some(side),
-        Stage::OpenConfirm(_) => Some(if lower { Side::Outgoing } else { Side::Incoming }),
+    if matches!(state.phase, Phase::Connect { .. }) {
+        // Before the peer can be established, see `collision::loser`.
+        state.phase = Phase::Active { until: None };
+        actions.push(Action::StopDial);
     }
+    actions.push(Action::SendKeepalive(side));
 }
 
 fn keepalive(state: &mut State, now: Now, side: Side, actions: &mut Vec<Action>) {
@@ -574,10 +543,6 @@ fn keepalive(state: &mut State, now: Now, side: Side, actions: &mut Vec<Action>)
             if state.slot(side.other()).take().is_some() {
                 reject(side.other(), cease::CONNECTION_COLLISION_RESOLUTION, actions);
             }
-            if matches!(state.phase, Phase::Connect { .. }) {
-                actions.push(Action::StopDial);
-            }
-            state.phase = Phase::Active { until: None };
             actions.push(Action::Up(side, negotiated));
         }
     }
@@ -922,7 +887,7 @@ mod tests {
         assert!(closed_with(&bad(ours, internal), Side::Incoming, 2, 3));
         // RFC 6286: across ASes the identifier need not be unique.
         let same = Open { router_id: settings().router_id, ..open() };
-        assert_eq!(bad(same, settings()), [Action::SendKeepalive(Side::Incoming)]);
+        assert_eq!(bad(same, settings()), [Action::StopDial, Action::SendKeepalive(Side::Incoming)]);
         for hold in [1, 2] {
             assert!(closed_with(&bad(Open { hold, ..open() }, settings()), Side::Incoming, 2, 6));
         }
@@ -985,15 +950,35 @@ mod tests {
 
     #[test]
     fn a_dial_that_ends_once_the_peers_connection_is_confirmed_says_no_open() {
-        for local in [settings(), higher()] {
-            let incoming = [Event::TcpConnectionConfirmed(Side::Incoming), Event::BgpOpen(Side::Incoming, open())];
-            let (mut state, _) = after(local, incoming);
-            let actions = step(&mut state, at(0), Event::TcpConnectionConfirmed(Side::Outgoing));
+        // The higher one's dial has been on its way for too long to count.
+        for (local, second) in [(settings(), 0), (higher(), 1)] {
+            let (mut state, _) = after(local, [Event::TcpConnectionConfirmed(Side::Incoming)]);
+            let actions = step(&mut state, at(second), Event::BgpOpen(Side::Incoming, open()));
+            assert_eq!(actions, [Action::StopDial, Action::SendKeepalive(Side::Incoming)]);
+            let actions = step(&mut state, at(second), Event::TcpConnectionConfirmed(Side::Outgoing));
             assert!(closed_with(&actions, Side::Outgoing, 6, 7), "{actions:?}");
             assert!(!actions.iter().any(|action| matches!(action, Action::SendOpen(..))), "{actions:?}");
-            step(&mut state, at(0), Event::KeepAliveMsg(Side::Incoming));
+            step(&mut state, at(second), Event::KeepAliveMsg(Side::Incoming));
             assert_eq!(state.established().unwrap().0, Side::Incoming);
         }
+    }
+
+    #[test]
+    fn a_young_dial_of_the_higher_identifier_counts_as_its_connection() {
+        let (mut state, _) = after(higher(), [Event::TcpConnectionConfirmed(Side::Incoming)]);
+        let actions = step(&mut state, at(0), Event::BgpOpen(Side::Incoming, open()));
+        assert!(closed_with(&actions, Side::Incoming, 6, 7), "{actions:?}");
+        assert!(!actions.contains(&Action::StopDial) && !actions.contains(&Action::SendKeepalive(Side::Incoming)));
+        for event in up(Side::Outgoing) {
+            step(&mut state, at(0), event);
+        }
+        assert_eq!(state.established().unwrap().0, Side::Outgoing);
+        // A dial that comes to nothing keeps nobody away.
+        let (mut state, _) = after(higher(), [Event::TcpConnectionFails(Side::Outgoing, "refused".to_owned())]);
+        for event in up(Side::Incoming) {
+            step(&mut state, at(0), event);
+        }
+        assert_eq!(state.established().unwrap().0, Side::Incoming);
     }
 
     #[test]
@@ -1030,10 +1015,12 @@ mod tests {
     }
 
     #[test]
-    fn a_dial_under_way_is_given_up_once_the_incoming_connection_is_established() {
-        let (state, actions) = after(settings(), up(Side::Incoming));
-        assert!(actions.contains(&Action::StopDial), "{actions:?}");
-        assert_eq!(state.next_connect(), None);
+    fn a_dial_under_way_is_given_up_before_the_incoming_connection_is_confirmed() {
+        let (mut state, actions) = after(settings(), up(Side::Incoming).into_iter().take(2));
+        assert_eq!(actions, [Action::StopDial, Action::SendKeepalive(Side::Incoming)]);
+        let actions = step(&mut state, at(0), Event::KeepAliveMsg(Side::Incoming));
+        assert!(matches!(actions[..], [Action::Up(Side::Incoming, _)]), "{actions:?}");
+        assert_eq!((state.name(), state.next_connect()), (Name::Established, None));
     }
 
     #[test]
