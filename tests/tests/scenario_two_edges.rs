@@ -88,6 +88,9 @@ impl Group {
                 set(&format!("conf/{interface}/rp_filter"), "0")?;
                 set(&format!("conf/{interface}/accept_local"), "1")?;
                 set(&format!("conf/{interface}/send_redirects"), "0")?;
+                // A next hop goes with its link, as on a router that speaks BGP over it; Linux alone would go on
+                // spreading over a link without a carrier.
+                set(&format!("conf/{interface}/ignore_routes_with_linkdown"), "1")?;
             }
             Ok(())
         })
