@@ -24,11 +24,14 @@ use edge_ctl::{
     config::valid::{self, Edge, Tables},
     datapath::{loader::Datapath, object::EBPF_OBJECT, pins},
 };
-use edge_tests::datapath::{
-    OTHER_LAYOUT,
-    live::{Host, Live},
-    namespace::{Folder, in_namespace},
-    rig::{HOOKS, Hook, Rig, Settings, VIP},
+use edge_tests::{
+    datapath::{
+        OTHER_LAYOUT,
+        live::{Host, Live},
+        namespace::{Folder, in_namespace},
+        rig::{HOOKS, Hook, Rig, Settings, VIP},
+    },
+    skip::count,
 };
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -237,11 +240,11 @@ fn under_traffic(hook: Hook, swaps: impl Fn(&Edge, &dyn Fn() -> Result<()>) -> R
 }
 
 #[test]
-fn a_program_is_swapped_twenty_times_under_traffic_and_no_datagram_is_lost_or_overtaken() -> Result<()> {
-    let newer = newer();
+fn a_program_is_swapped_again_and_again_under_traffic_and_no_datagram_is_lost_or_overtaken() -> Result<()> {
+    let (newer, swaps) = (newer(), count("swaps of the program under traffic, a hook", 3, 20));
     for hook in HOOKS {
         under_traffic(hook, |edge, traffic| {
-            for swap in 0..20 {
+            for swap in 0..swaps {
                 start(edge, if swap % 2 == 0 { newer } else { EBPF_OBJECT })?;
                 traffic()?;
             }
@@ -253,9 +256,10 @@ fn a_program_is_swapped_twenty_times_under_traffic_and_no_datagram_is_lost_or_ov
 
 #[test]
 fn flows_live_through_a_change_of_layout_and_back_under_traffic() -> Result<()> {
+    let times = count("changes of layout and back under traffic, a hook", 1, 2);
     for hook in HOOKS {
         under_traffic(hook, |edge, traffic| {
-            for object in [OTHER_LAYOUT, EBPF_OBJECT, OTHER_LAYOUT, EBPF_OBJECT] {
+            for object in [OTHER_LAYOUT, EBPF_OBJECT].repeat(times) {
                 let datapath = start(edge, object)?;
                 ensure!(datapath.notes().is_empty(), "{:?}", datapath.notes());
                 let maps = pins::files(&datapath.pins().maps())?;
