@@ -266,6 +266,10 @@ fn a_route_deleted_or_changed_by_hand_is_repaired_and_reported() {
         event(&mut events, |event| *event == FibEvent::ForeignChange { prefix }).await;
         assert_eq!(lab.gateways("10.1.1.0/24"), ["172.31.0.3"]);
         assert_eq!(fib.status().await.repairs, 2);
+
+        lab.edge(&["route", "flush", "proto", "bgp"]);
+        let both = || !lab.gateways("10.1.0.0/24").is_empty() && !lab.gateways("10.1.1.0/24").is_empty();
+        until("both come back after a flush", both).await;
     });
 }
 

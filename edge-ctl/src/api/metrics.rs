@@ -15,8 +15,8 @@ use crate::model::{
     SnatRow,
     query::ReasonRow,
     view::{
-        BackendRow, BgpPeerRow, DnsRow, DnsServerRow, DnsZoneRow, HealthRow, MapRow, RouteRow, ServiceRow, StatusRow,
-        XdpRow,
+        BackendRow, BfdRow, BgpPeerRow, DnsRow, DnsServerRow, DnsZoneRow, HealthRow, MapRow, RouteRow, ServiceRow,
+        StatusRow, XdpRow,
     },
 };
 
@@ -315,6 +315,12 @@ static METRICS: &[Metric] = &[
     gauge("bgp_peer_shutdown", "1 while an administrator has shut it down", |s| {
         of_peers(s, |row| u64::from(row.shutdown.is_some()))
     }),
+    gauge("bgp_peer_bfd_up", "1 while BFD reaches it; absent: it is not watched", |s| {
+        of_watched(s, |bfd| u64::from(bfd.state == "Up"))
+    }),
+    counter("bgp_peer_bfd_downs", "Times BFD lost it", |s| of_watched(s, |bfd| bfd.downs)),
+    counter("bgp_peer_bfd_packets_sent", "BFD packets sent to it", |s| of_watched(s, |bfd| bfd.sent)),
+    counter("bgp_peer_bfd_packets_received", "BFD packets received from it", |s| of_watched(s, |bfd| bfd.received)),
     counter("bgp_peer_messages", "Messages, by type and direction", |s| {
         let messages = s.peers.iter().flat_map(|row| row.messages.iter().map(move |message| (row, message)));
         messages.map(|(row, (kind, count))| (with(peer_labels(row), "message", kind), *count)).collect()
@@ -431,6 +437,10 @@ fn peer_labels(row: &BgpPeerRow) -> Labels {
 
 fn of_peers(s: &Sampled, value: fn(&BgpPeerRow) -> u64) -> Samples {
     s.peers.iter().map(|row| (peer_labels(row), value(row))).collect()
+}
+
+fn of_watched(s: &Sampled, value: fn(&BfdRow) -> u64) -> Samples {
+    s.peers.iter().filter_map(|row| Some((peer_labels(row), value(row.bfd.as_ref()?)))).collect()
 }
 
 fn map_labels(row: &MapRow) -> Labels {

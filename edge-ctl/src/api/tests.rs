@@ -98,6 +98,7 @@ fn rows(query: Query) -> Result<Answer, ViewError> {
             asn: 64512,
             state: text("Established"),
             max_prefixes: Some(100),
+            bfd: Some(BfdRow { state: text("Up"), downs: 1, ..BfdRow::default() }),
             messages: map(&[("open_sent", 1)]),
             ..BgpPeerRow::default()
         }]),

@@ -1,5 +1,7 @@
 //! The actor: owns every peer, the RIB and what we originate, and turns decisions into I/O.
 
+mod bfd;
+mod messages;
 mod reload;
 mod routes;
 mod sessions;
@@ -23,6 +25,7 @@ use tokio::{
 use super::{
     BgpError, BgpEvent, CONVERGENCE_SILENCE, CONVERGENCE_TIMEOUT, Command, Leaving,
     advertise::Originated,
+    bfd::{Handle, Report},
     fsm::{self, Action, Event, Now, Side},
     listener::Listener,
     offer,
@@ -31,14 +34,15 @@ use super::{
     rib::Rib,
     session::{self, LinkEvent, LinkId},
     show, socket,
-    wire::{self, EncodeError, Family, Message, Notification, Refresh, Update, cease},
+    wire::{self, EncodeError, Family, Nlri, Notification, cease},
 };
-use crate::{config::valid, model::scope};
+use crate::config::valid;
 
 /// Link events processed in one go before routes are handed on.
 const BURST: usize = 64;
-/// A peer that asks for refreshes and does not read them is cut off at this many queued messages.
-const LONGEST_OUTBOX: u64 = 65_536;
+/// Timers are looked at so long after something has happened at the latest: there are as many as peers, several times over,
+/// and none that a hundredth of a second matters to.
+const TIMER_SLACK: Duration = Duration::from_millis(10);
 /// How long a shutdown waits for the last NOTIFICATIONs to be written.
 const SHUTDOWN_WAIT: Duration = Duration::from_millis(500);
 
@@ -74,6 +78,14 @@ pub struct Actor {
     signed: Vec<IpNet>,
     /// Our host name.
     host: String,
+    /// Room for the prefixes of one UPDATE, withdrawn and announced.
+    nlri: (Vec<Nlri>, Vec<Nlri>),
+    /// When timers are looked at next.
+    look_at: Duration,
+    /// BFD, once a peer is to be watched.
+    bfd: Option<Handle>,
+    bfd_report: mpsc::UnboundedSender<Report>,
+    bfd_reports: mpsc::UnboundedReceiver<Report>,
 }
 
 impl Actor {
@@ -84,6 +96,7 @@ impl Actor {
         commands: mpsc::Receiver<Command>,
     ) -> Result<Self, BgpError> {
         let (input, inputs) = mpsc::channel(BURST);
+        let (bfd_report, bfd_reports) = mpsc::unbounded_channel();
         let listeners = reload::listen(&config, &input)?;
         let local = peer::local(&config);
         let mut actor = Self {
@@ -106,6 +119,11 @@ impl Actor {
             restart: OwnRestart::default(),
             signed: Vec::new(),
             host: host_name(),
+            nlri: Default::default(),
+            look_at: Duration::ZERO,
+            bfd: None,
+            bfd_report,
+            bfd_reports,
         };
         actor.give_listeners_passwords();
         actor.rib.watch_best(actor.config.transit);
@@ -136,18 +154,28 @@ impl Actor {
             self.start_unless_shut(address);
         }
         loop {
-            self.run_timers();
+            let now = self.start.elapsed();
+            if self.look_at <= now {
+                self.run_timers();
+                self.check_convergence();
+                self.look_at = self.next_deadline();
+            }
             self.pass_on();
-            self.check_convergence();
             let events = self.events.clone();
             let waiting = self.rib.has_changes() || !self.pending.is_empty();
-            let deadline = self.start + self.next_deadline();
+            let deadline = self.start + self.look_at;
+            let mut happened = true;
             tokio::select! {
+                Some(report) = self.bfd_reports.recv() => self.on_bfd(report),
                 Some(input) = self.inputs.recv() => {
                     self.on_input(input);
                     for _ in 1..BURST {
+                        // A peer that is lost does not wait for the routes of others.
                         let Ok(input) = self.inputs.try_recv() else { break };
                         self.on_input(input);
+                        while let Ok(report) = self.bfd_reports.try_recv() {
+                            self.on_bfd(report);
+                        }
                     }
                 }
                 command = self.commands.recv() => match command {
@@ -164,7 +192,11 @@ impl Actor {
                     // The daemon no longer listens; sessions stay up until it lets go of the handle too.
                     None => self.events = None,
                 },
-                () = sleep_until(deadline) => {}
+                () = sleep_until(deadline) => happened = false,
+            }
+            // Whatever happens may set a timer.
+            if happened {
+                self.look_at = self.look_at.min(now + TIMER_SLACK);
             }
             if self.events.is_none() {
                 self.pending.clear();
@@ -401,123 +433,6 @@ impl Actor {
             *peer.link_mut(side) = Some(link);
         }
         self.feed(address, Event::TcpConnectionConfirmed(side));
-    }
-
-    fn on_link(&mut self, address: IpAddr, id: LinkId, event: LinkEvent) {
-        match event {
-            LinkEvent::Frames(frames) => {
-                for frame in frames {
-                    // Any message may have closed the connection, or its whole peer.
-                    let Some(side) = self.peers.get(&address).and_then(|peer| peer.side_of(id)) else { return };
-                    let bytes = frame.len();
-                    self.on_frame(address, side, frame);
-                    if let Some(link) = self.peers.get(&address).and_then(|peer| peer.link(side)) {
-                        link.processed(bytes);
-                    }
-                }
-            }
-            LinkEvent::BadHeader(notification) => {
-                if let Some(side) = self.peers.get(&address).and_then(|peer| peer.side_of(id)) {
-                    self.feed(address, Event::MessageError(side, notification));
-                }
-            }
-            LinkEvent::Stuck => {
-                if let Some(side) = self.peers.get(&address).and_then(|peer| peer.side_of(id)) {
-                    self.feed(address, Event::SendHoldTimerExpires(side));
-                }
-            }
-            LinkEvent::Closed(reason) => {
-                if let Some(side) = self.peers.get(&address).and_then(|peer| peer.side_of(id)) {
-                    self.feed(address, Event::TcpConnectionFails(side, reason));
-                }
-            }
-        }
-    }
-
-    fn on_frame(&mut self, address: IpAddr, side: Side, frame: Bytes) {
-        let now = self.start.elapsed();
-        let Some(peer) = self.peers.get_mut(&address) else { return };
-        if let Some((local, remote)) = peer.link(side).map(|link| (link.local, link.remote)) {
-            peer.history.message(false, local, remote, &frame);
-        }
-        match wire::decode(frame, peer.context()) {
-            Err(notification) => self.feed(address, Event::MessageError(side, notification)),
-            Ok(message) => {
-                peer.count(match &message {
-                    Message::Open(_) => "open_received",
-                    Message::Update(_) => "update_received",
-                    Message::Notification(_) => "notification_received",
-                    Message::Keepalive => "keepalive_received",
-                    Message::RouteRefresh(_) => "route_refresh_received",
-                });
-                match message {
-                    Message::Open(open) => self.feed(address, Event::BgpOpen(side, open)),
-                    Message::Keepalive => self.feed(address, Event::KeepAliveMsg(side)),
-                    Message::Notification(notification) => {
-                        peer.history.error(false, notification.to_string(), now);
-                        self.feed(address, Event::NotifMsg(side, notification));
-                    }
-                    Message::Update(mut update) => {
-                        if let Some(interface) = scope::interface(address) {
-                            let hops = update.announced.iter_mut().map(|announcement| &mut announcement.next_hop);
-                            hops.for_each(|hop| *hop = scope::on(*hop, &interface));
-                        }
-                        self.feed(address, Event::UpdateMsg(side));
-                        self.on_update(address, side, &update);
-                    }
-                    Message::RouteRefresh(family) => {
-                        self.feed(address, Event::UpdateMsg(side));
-                        self.on_refresh(address, side, family);
-                    }
-                }
-            }
-        }
-    }
-
-    fn on_update(&mut self, address: IpAddr, side: Side, update: &Update) {
-        let now = self.start.elapsed();
-        let Some(peer) = self.peers.get_mut(&address) else { return };
-        let Some(session) = peer.session.as_mut().filter(|session| session.side == side) else { return };
-        session.last_update = now;
-        session.end_of_rib.extend(update.end_of_rib);
-        for problem in &update.problems {
-            tracing::warn!(peer = %address, attribute = problem.attribute, withdraws = problem.withdraws,
-                detail = %problem.detail, "malformed BGP UPDATE");
-        }
-        if !update.problems.is_empty() {
-            let withdraws = update.problems.iter().any(|problem| problem.withdraws);
-            let name = if withdraws { "update_treat_as_withdraw" } else { "update_attribute_discard" };
-            *peer.malformed.entry(name).or_default() += 1;
-        }
-        self.rib.update(address, update, now);
-        if let Some(family) = update.end_of_rib {
-            self.completed(address, family);
-        }
-        if !update.announced.is_empty() {
-            self.limit(address);
-        }
-    }
-
-    fn on_refresh(&mut self, address: IpAddr, side: Side, asked: Option<(Family, Refresh)>) {
-        let Some(peer) = self.peers.get_mut(&address) else { return };
-        let (Some(_), Some((family, what))) = (peer.session.as_ref().filter(|s| s.side == side), asked) else { return };
-        if what != Refresh::Ask {
-            return self.on_refresh_mark(address, family, what);
-        }
-        if peer.link(side).is_some_and(|link| link.unsent() > LONGEST_OUTBOX) {
-            let notification = Notification::cease(cease::OUT_OF_RESOURCES);
-            return self.feed(address, Event::MessageError(side, notification));
-        }
-        self.tell_again(address, side, family);
-    }
-
-    fn send_updates(&mut self, address: IpAddr, side: Side, messages: Result<Vec<Bytes>, EncodeError>) {
-        match messages {
-            Ok(messages) => {
-                messages.into_iter().for_each(|message| self.send(address, side, "update_sent", Ok(message)))
-            }
-            Err(error) => tracing::error!(peer = %address, %error, "BGP routes not announced"),
-        }
     }
 
     fn on_command(&mut self, command: Command) {

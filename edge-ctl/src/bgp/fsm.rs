@@ -41,6 +41,8 @@
 //! | confirm/est.| KeepaliveTimer_Expires       | same        | Send KEEPALIVE                                   |
 //! | confirm/est.| HoldTimer_Expires            | (closed)    | NOTIFICATION 4/0; Down if up; peer Idle          |
 //! | any         | SendHoldTimer_Expires        | (closed)    | NOTIFICATION 8/0; Down if up; peer Idle          |
+//! | Established | BFD down                     | (closed)    | Cease/10; Down, not kept; peer Idle              |
+//! | any other   | BFD down                     | same        | none                                             |
 //!
 //! Routes are kept over a Down (RFC 4724 4.2) that no NOTIFICATION belongs to; where both sides have N (RFC 8538), over
 //! every Down but a Hard Reset's and our own stop's, which is then sent as one. RFC 4724 takes any new connection of an
@@ -347,6 +349,8 @@ pub fn step(state: &mut State, now: Now, event: Event) -> Vec<Action> {
             let reason = "send hold timer expired: the peer reads nothing (RFC 9687)".to_owned();
             fail(state, now, side, End::sent(Notification::send_hold_timer_expired(), reason), &mut actions);
         }
+        // RFC 5882 4.3.1, RFC 9384
+        Event::BfdDown(why) => bfd_down(state, now, &why, &mut actions),
         // Event 11: KeepaliveTimer_Expires
         Event::KeepaliveTimerExpires(side) => {
             if state.connected(side) {
@@ -377,6 +381,16 @@ pub fn step(state: &mut State, now: Now, event: Event) -> Vec<Action> {
         }
     }
     actions
+}
+
+/// The path is broken while the peer's BGP has not restarted: its routes lead nowhere, graceful restart or not (RFC 5882
+/// 4.3.2.3).
+fn bfd_down(state: &mut State, now: Now, why: &str, actions: &mut Vec<Action>) {
+    let Some((side, negotiated)) = state.established() else { return };
+    let notification = Notification::cease(cease::BFD_DOWN);
+    let hard = negotiated.notification_restart;
+    let notification = if hard { notification.hard() } else { notification };
+    fail(state, now, side, End::sent(notification, format!("BFD session down: {why}")), actions);
 }
 
 fn reject(side: Side, subcode: u8, actions: &mut Vec<Action>) {

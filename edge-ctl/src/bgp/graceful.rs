@@ -14,6 +14,8 @@
 //! | long      | stale time over                           | fresh     | Withdraw                       |
 //! | away, long| session back, forwarding preserved (F)    | back      | none                           |
 //! | away, long| session back, F missing                   | fresh     | Sweep                          |
+//! | away, long| BFD down, the peer had set C              | fresh     | Withdraw                       |
+//! | away, long| BFD down, it had not                      | same      | none                           |
 //! | back      | End-of-RIB, or the stale timer            | fresh     | Sweep                          |
 //! | fresh     | refresh begins (BoRR)                     | back      | Mark                           |
 //! | back      | refresh ends (EoRR)                       | fresh     | Sweep                          |
@@ -112,6 +114,20 @@ impl Helper {
             }
             _ => Vec::new(),
         }
+    }
+
+    /// BFD has lost the peer. `independent`: its BFD does not share fate with its BGP (C), so that its forwarding is gone
+    /// and its routes lead nowhere; else its BFD has ended because its BGP did (RFC 5882 4.3.2).
+    pub fn unreachable(&mut self, independent: bool) -> Vec<Action> {
+        let mut actions = Vec::new();
+        self.stale.retain(|family, (stage, _)| {
+            let gone = independent && *stage != Stage::Back;
+            if gone {
+                actions.push(Action::Withdraw(*family));
+            }
+            !gone
+        });
+        actions
     }
 
     /// The peer begins to tell all it has of a family. Within `limit` it has to be done.
@@ -255,6 +271,19 @@ mod tests {
         assert_eq!(actions, [Sweep(Ipv4), Mark(Ipv4), Withdraw(Ipv6)]);
         assert_eq!(helper.lost(&both, Some(&SETTINGS), false, at(140)), [Withdraw(Ipv4), Withdraw(Ipv6)]);
         assert_eq!(helper.next_deadline(), None);
+    }
+
+    #[test]
+    fn bfd_ends_the_waiting_where_it_does_not_share_fate_with_the_peers_bgp_and_only_there() {
+        let both = negotiated(&[(Ipv4, true), (Ipv6, true)], &[]);
+        let mut helper = Helper::default();
+        helper.lost(&both, Some(&SETTINGS), true, at(100));
+        assert_eq!(helper.unreachable(false), []);
+        assert!(helper.is_away());
+        assert_eq!(helper.unreachable(true), [Withdraw(Ipv4), Withdraw(Ipv6)]);
+        assert_eq!((helper.is_away(), helper.next_deadline()), (false, None));
+        helper.refresh(Ipv4, at(360), at(110));
+        assert_eq!(helper.unreachable(true), [], "a refresh is told over a session that is up");
     }
 
     #[test]

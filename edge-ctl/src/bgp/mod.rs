@@ -8,6 +8,7 @@
 mod actor;
 pub mod advertise;
 pub mod bestpath;
+pub mod bfd;
 pub mod fsm;
 pub mod graceful;
 mod history;

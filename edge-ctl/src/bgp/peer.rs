@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
+    sync::Arc,
     time::Duration,
 };
 
@@ -10,13 +11,15 @@ use tokio::task::AbortHandle;
 
 use super::{
     advertise::AdjRibOut,
+    bfd,
     fsm::{self, Negotiated, Side},
     graceful::Helper,
     history::History,
     password::{self, Password},
     policy::{Local, Policy},
+    rib::Route,
     session::{Link, LinkId},
-    wire::{AddPath, Context, Family},
+    wire::{AddPath, Context, Family, Recent},
 };
 use crate::config::valid;
 
@@ -63,8 +66,25 @@ pub struct Peer {
     pub dynamic: bool,
     /// It had too many prefixes; it may come back at this time, or not by itself.
     pub limited: Option<Option<Duration>>,
+    /// What watches it.
+    pub bfd: Option<Watched>,
     /// A warning that its prefixes come near the limit was given.
     pub warned: bool,
+}
+
+/// A peer that BFD watches, from its first session on.
+#[derive(Debug)]
+pub struct Watched {
+    /// How.
+    pub target: bfd::Target,
+    /// How it stands; or why it is not watched.
+    pub status: Result<bfd::Status, String>,
+    /// Packets.
+    pub counters: Arc<bfd::Counters>,
+    /// When its state changed last.
+    pub changed: Duration,
+    /// Times it left Up.
+    pub downs: u64,
 }
 
 /// An established session.
@@ -80,6 +100,8 @@ pub struct Session {
     pub end_of_rib: BTreeSet<Family>,
     /// When the last UPDATE came, or the session was established.
     pub last_update: Duration,
+    /// Sets of attributes that it has sent, and what the RIB made of them; without effect on what is decoded.
+    pub recent: Recent<Arc<Route>>,
     /// We have restarted, and have not announced everything yet: the End-of-RIB is still to come.
     pub owes_end_of_rib: bool,
 }
@@ -116,6 +138,7 @@ impl Peer {
             shutdown: None,
             dynamic: false,
             limited: None,
+            bfd: None,
             warned: false,
         }
     }

@@ -6,6 +6,7 @@
 //!
 //! A full table is a million prefixes: what they have in common (attributes, gateways, peers) is shared, not copied.
 
+mod path;
 mod reach;
 mod show;
 mod stale;
@@ -23,14 +24,19 @@ use std::{
 use ipnet::IpNet;
 use smallvec::SmallVec;
 
-use self::{reach::Reach, table::Table};
+use self::{
+    path::{Judged, Outcome, Paths},
+    reach::Reach,
+    table::{Prefixes, Table},
+};
 use super::{
-    bestpath::{self, Candidate, Reason, Selection},
+    bestpath::{self, Candidate, Reason},
     policy::{self, Local, Policy, Rejection},
     wire::{Attributes, Community, Family, Nlri, Update},
 };
 use crate::model::RouteUpdate;
 
+pub use path::Path;
 pub use show::Standing;
 
 /// At most so many changes are taken at a time, so that a full table never stands in memory twice.
@@ -43,52 +49,6 @@ pub struct Route {
     pub attributes: Attributes,
     /// Next hop.
     pub next_hop: IpAddr,
-}
-
-/// What policy makes of a path.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Judged {
-    AsReceived,
-    Changed(Arc<Route>),
-    Rejected(Box<Rejection>),
-}
-
-/// A path learnt from a peer.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Path {
-    source: u32,
-    /// Path identifier (RFC 7911); 0 without ADD-PATH.
-    pub id: u32,
-    /// As the peer sent it.
-    pub received: Arc<Route>,
-    judged: Judged,
-    /// Seconds on the actor's clock.
-    learnt: u32,
-    /// Its session is down, and the peer is expected back (RFC 4724 4.2).
-    pub stale: bool,
-}
-
-impl Path {
-    /// After policy; of a rejected path as received.
-    pub const fn used(&self) -> &Arc<Route> {
-        match &self.judged {
-            Judged::Changed(route) => route,
-            Judged::AsReceived | Judged::Rejected(_) => &self.received,
-        }
-    }
-
-    /// Why it does not take part in route selection.
-    pub fn rejection(&self) -> Option<Rejection> {
-        match &self.judged {
-            Judged::Rejected(why) => Some(**why),
-            Judged::AsReceived | Judged::Changed(_) => None,
-        }
-    }
-
-    /// When it was learnt, on the actor's clock.
-    pub const fn learnt(&self) -> Duration {
-        Duration::from_secs(self.learnt as u64)
-    }
 }
 
 /// A peer that has, or had, a session.
@@ -112,7 +72,7 @@ struct Hops {
 #[derive(Clone, Debug, Default)]
 struct Entry {
     /// By source and path identifier.
-    paths: SmallVec<[Path; 1]>,
+    paths: Paths,
     /// What the last change said.
     installed: Option<Arc<Hops>>,
     /// We originate the prefix: our own path is preferred over any learnt one and needs no next hop.
@@ -129,7 +89,7 @@ pub struct Rib {
     routes: Interner,
     reach: Reach,
     originated: BTreeSet<IpNet>,
-    changes: BTreeSet<IpNet>,
+    changes: Prefixes,
     /// Prefixes whose best path may have changed; `None`: nobody is told.
     moved: Option<BTreeSet<IpNet>>,
 }
@@ -156,7 +116,7 @@ impl Rib {
             routes: Interner::default(),
             reach: Reach::default(),
             originated: BTreeSet::new(),
-            changes: BTreeSet::new(),
+            changes: Prefixes::default(),
             moved: None,
         }
     }
@@ -299,10 +259,11 @@ impl Rib {
                 entry.paths.iter().filter(|path| path.source == id).map(|path| Arc::clone(&path.received)).collect();
             let judged: SmallVec<[Judged; 1]> =
                 received.iter().map(|route| self.judge(peer, &policy, &prefix, route, &mut Vec::new())).collect();
-            accepted += judged.iter().filter(|judged| !matches!(judged, Judged::Rejected(_))).count() as u64;
+            let rejected = |judged: &Judged| matches!(judged.as_deref(), Some(Outcome::Rejected(_)));
+            accepted += judged.iter().filter(|judged| !rejected(judged)).count() as u64;
             judged.iter().for_each(|judged| self.track(judged, &received));
             self.edit(prefix, |entry| {
-                let paths = entry.paths.iter_mut().filter(|path| path.source == id);
+                let paths = entry.paths.as_mut_slice().iter_mut().filter(|path| path.source == id);
                 paths.zip(judged).for_each(|(path, judged)| path.judged = judged);
             });
         }
@@ -311,10 +272,10 @@ impl Rib {
     }
 
     fn track(&mut self, judged: &Judged, received: &[Arc<Route>]) {
-        let hops: SmallVec<[IpAddr; 1]> = match judged {
-            Judged::Changed(route) => SmallVec::from_slice(&[route.next_hop]),
-            Judged::AsReceived => received.iter().map(|route| route.next_hop).collect(),
-            Judged::Rejected(_) => SmallVec::new(),
+        let hops: SmallVec<[IpAddr; 1]> = match judged.as_deref() {
+            Some(Outcome::Changed(route)) => SmallVec::from_slice(&[route.next_hop]),
+            None => received.iter().map(|route| route.next_hop).collect(),
+            Some(Outcome::Rejected(_)) => SmallVec::new(),
         };
         hops.into_iter().for_each(|hop| self.know(hop));
     }
@@ -330,16 +291,16 @@ impl Rib {
     ) -> Judged {
         let permit = match policy.import(&self.local, prefix, &route.attributes, route.next_hop) {
             Ok(permit) => permit,
-            Err(why) => return Judged::Rejected(Box::new(why)),
+            Err(why) => return Some(Box::new(Outcome::Rejected(why))),
         };
         // RFC 8326 4.1: the sender is about to go; whoever else has the route is preferred.
         let leaves = !policy.internal && route.attributes.has_community(Community::GRACEFUL_SHUTDOWN);
         let mark = policy.mark_received(&route.attributes);
         if permit.changes.is_none() && !leaves && mark.is_none() {
-            return Judged::AsReceived;
+            return None;
         }
         if let Some((_, known)) = changed.iter().find(|(term, _)| *term == permit.term) {
-            return Judged::Changed(Arc::clone(known));
+            return Some(Box::new(Outcome::Changed(Arc::clone(known))));
         }
         let mut new = Route::clone(route);
         if leaves {
@@ -351,64 +312,78 @@ impl Rib {
         }
         let new = self.routes.share(new);
         changed.push((permit.term, Arc::clone(&new)));
-        Judged::Changed(new)
+        Some(Box::new(Outcome::Changed(new)))
     }
 
-    /// An UPDATE of an established peer.
-    pub fn update(&mut self, peer: IpAddr, update: &Update, now: Duration) {
-        let Some(id) = self.id(peer).filter(|id| self.sources[*id as usize].up) else { return };
+    /// An UPDATE of an established peer. Where it announces towards one next hop, the route that it made of that, for
+    /// [`Rib::repeat`].
+    pub fn update(&mut self, peer: IpAddr, update: &Update, now: Duration) -> Option<Arc<Route>> {
+        let id = self.id(peer).filter(|id| self.sources[*id as usize].up)?;
         for nlri in &update.withdrawn {
-            self.put(id, *nlri, None);
+            self.withdraw(id, *nlri);
         }
-        let policy = self.sources[id as usize].policy.clone();
-        let learnt = u32::try_from(now.as_secs()).unwrap_or(u32::MAX);
+        let mut made = None;
         for announcement in &update.announced {
             let route =
                 self.routes.share(Route { attributes: update.attributes.clone(), next_hop: announcement.next_hop });
-            let mut changed = Vec::new();
-            for nlri in &announcement.prefixes {
-                let judged = self.judge(peer, &policy, &nlri.prefix, &route, &mut changed);
-                let path =
-                    Path { source: id, id: nlri.path, received: Arc::clone(&route), judged, learnt, stale: false };
-                self.put(id, *nlri, Some(path));
-            }
-            self.know(announcement.next_hop);
-            changed.iter().for_each(|(_, route)| self.know(route.next_hop));
+            self.announce(id, &route, &announcement.prefixes, now);
+            made = Some(route);
         }
-        for nlri in &update.withdrawn {
-            self.decide(nlri.prefix);
-        }
-        for nlri in update.announced.iter().flat_map(|announcement| &announcement.prefixes) {
-            self.decide(nlri.prefix);
-        }
+        self.settle();
+        made.filter(|_| update.announced.len() == 1)
+    }
+
+    /// An UPDATE whose attributes are those of an earlier one of the same session, from which [`Rib::update`] made
+    /// `route`.
+    pub fn repeat(&mut self, peer: IpAddr, route: &Arc<Route>, withdrawn: &[Nlri], announced: &[Nlri], now: Duration) {
+        let Some(id) = self.id(peer).filter(|id| self.sources[*id as usize].up) else { return };
+        withdrawn.iter().for_each(|nlri| self.withdraw(id, *nlri));
+        self.announce(id, route, announced, now);
         self.settle();
     }
 
-    fn put(&mut self, id: u32, nlri: Nlri, path: Option<Path>) {
-        let source = &mut self.sources[id as usize];
-        if path.is_none() && self.table.get(&nlri.prefix).is_none() {
-            return;
+    fn announce(&mut self, id: u32, route: &Arc<Route>, prefixes: &[Nlri], now: Duration) {
+        let Source { peer, policy, .. } = self.sources[id as usize].clone();
+        let learnt = u32::try_from(now.as_secs()).unwrap_or(u32::MAX);
+        let mut changed = Vec::new();
+        self.know(route.next_hop);
+        for nlri in prefixes {
+            let known = changed.len();
+            let judged = self.judge(peer, &policy, &nlri.prefix, route, &mut changed);
+            changed.get(known..).unwrap_or_default().iter().for_each(|(_, route)| self.know(route.next_hop));
+            let path = Path { source: id, id: nlri.path, received: Arc::clone(route), judged, learnt, stale: false };
+            self.put(nlri.prefix, path);
         }
-        let entry = self.table.at(nlri.prefix);
-        let place = entry.paths.binary_search_by_key(&(id, nlri.path), |path| (path.source, path.id));
-        if let Ok(index) = place {
+    }
+
+    fn put(&mut self, prefix: IpNet, mut path: Path) {
+        let Self { table, sources, reach, .. } = self;
+        let source = &mut sources[path.source as usize];
+        source.received += 1;
+        source.accepted += u64::from(path.rejection().is_none());
+        let entry = table.at(prefix);
+        if let Some(old) = entry.paths.iter().find(|old| old.key() == path.key()) {
             source.received -= 1;
-            source.accepted -= u64::from(entry.paths[index].rejection().is_none());
-        }
-        if let Some(path) = &path {
-            source.received += 1;
-            source.accepted += u64::from(path.rejection().is_none());
-        }
-        match (place, path) {
+            source.accepted -= u64::from(old.rejection().is_none());
             // Said again unchanged, a path keeps its age.
-            (Ok(index), Some(path)) => {
-                let old = &mut entry.paths[index];
-                let learnt = if old.received == path.received { old.learnt } else { path.learnt };
-                *old = Path { learnt, ..path };
+            if old.received == path.received {
+                path.learnt = old.learnt;
             }
-            (Ok(index), None) => drop(entry.paths.remove(index)),
-            (Err(index), Some(path)) => entry.paths.insert(index, path),
-            (Err(_), None) => {}
+        }
+        entry.paths.put(path);
+        if decide(entry, sources, reach) {
+            self.changes.insert(prefix);
+            self.reach.route_changed(&prefix);
+        }
+        if let Some(moved) = &mut self.moved {
+            moved.insert(prefix);
+        }
+    }
+
+    fn withdraw(&mut self, id: u32, nlri: Nlri) {
+        if self.table.get(&nlri.prefix).is_some() {
+            let gone = self.take(nlri.prefix, id, |path| path.id != nlri.path);
+            self.count_out(id, &gone);
         }
     }
 
@@ -429,16 +404,16 @@ impl Rib {
     }
 
     fn decide(&mut self, prefix: IpNet) {
-        let Some(entry) = self.table.get(&prefix) else { return };
-        let hops = self.hops(entry);
+        if self.table.get(&prefix).is_none() {
+            return;
+        }
+        let entry = self.table.at(prefix);
         let empty = entry.paths.is_empty() && !entry.originated;
+        let changed = decide(entry, &self.sources, &self.reach);
         if let Some(moved) = &mut self.moved {
             moved.insert(prefix);
         }
-        if entry.installed != hops {
-            if let Some(entry) = self.table.get_mut(&prefix) {
-                entry.installed = hops;
-            }
+        if changed {
             self.changes.insert(prefix);
             self.reach.route_changed(&prefix);
         }
@@ -447,51 +422,12 @@ impl Rib {
         }
     }
 
-    fn hops(&self, entry: &Entry) -> Option<Arc<Hops>> {
-        if entry.originated {
-            return None;
-        }
-        let usable: SmallVec<[&Path; 4]> = entry.paths.iter().filter(|path| self.usable(path)).collect();
-        let internal = |path: &Path| self.sources[path.source as usize].policy.internal;
-        match usable.as_slice() {
-            [] => None,
-            [only] => self.reach.alone(only.used().next_hop, internal(only)),
-            several => {
-                let selection = self.select(several);
-                let chosen = || selection.multipath.iter().map(|&index| several[index]);
-                let mut gateways: Vec<IpAddr> =
-                    chosen().flat_map(|path| self.reach.gateways(path.used().next_hop)).collect();
-                gateways.sort_unstable();
-                gateways.dedup();
-                let internal = chosen().next().is_some_and(internal);
-                Some(Arc::new(Hops { gateways, internal }))
-            }
-        }
-    }
-
     fn usable(&self, path: &Path) -> bool {
-        path.rejection().is_none() && self.reach.reachable(path.used().next_hop)
-    }
-
-    fn select(&self, usable: &[&Path]) -> Selection {
-        bestpath::select(&self.candidates(usable))
+        usable(path, &self.reach)
     }
 
     fn candidates<'a>(&'a self, usable: &[&'a Path]) -> Vec<Candidate<'a>> {
-        usable
-            .iter()
-            .map(|path| {
-                let source = &self.sources[path.source as usize];
-                Candidate {
-                    attributes: &path.used().attributes,
-                    internal: source.policy.internal,
-                    router_id: source.router_id,
-                    peer: source.peer,
-                    cost: self.reach.cost(path.used().next_hop),
-                    path: path.id,
-                }
-            })
-            .collect()
+        candidates(usable, &self.sources, &self.reach)
     }
 
     fn prefixes_of(&self, id: u32) -> Vec<IpNet> {
@@ -528,7 +464,7 @@ impl Rib {
     pub fn best(&self, prefix: &IpNet) -> Option<Best<'_>> {
         let entry = self.table.get(prefix).filter(|entry| !entry.originated)?;
         let usable: SmallVec<[&Path; 4]> = entry.paths.iter().filter(|path| self.usable(path)).collect();
-        let best = *usable.get(self.select(&usable).best?)?;
+        let best = *usable.get(bestpath::select(&self.candidates(&usable)).best?)?;
         let source = &self.sources[best.source as usize];
         Some(Best { route: best.used(), peer: source.peer, internal: source.policy.internal })
     }
@@ -548,6 +484,60 @@ impl Rib {
     pub const fn local(&self) -> &Local {
         &self.local
     }
+}
+
+/// Brings what an entry says up to date; true where that is another thing now.
+fn decide(entry: &mut Entry, sources: &[Source], reach: &Reach) -> bool {
+    let hops = hops(entry, sources, reach);
+    let changed = entry.installed != hops;
+    if changed {
+        entry.installed = hops;
+    }
+    changed
+}
+
+fn hops(entry: &Entry, sources: &[Source], reach: &Reach) -> Option<Arc<Hops>> {
+    if entry.originated {
+        return None;
+    }
+    let internal = |path: &Path| sources[path.source as usize].policy.internal;
+    // Almost every prefix of a full table has a path by itself.
+    if let Paths::One(only) = &entry.paths {
+        return only.rejection().is_none().then(|| reach.alone(only.used().next_hop, internal(only))).flatten();
+    }
+    let usable: SmallVec<[&Path; 4]> = entry.paths.iter().filter(|path| usable(path, reach)).collect();
+    match usable.as_slice() {
+        [] => None,
+        [only] => reach.alone(only.used().next_hop, internal(only)),
+        several => {
+            let selection = bestpath::select(&candidates(several, sources, reach));
+            let chosen = || selection.multipath.iter().map(|&index| several[index]);
+            let mut gateways: Vec<IpAddr> = chosen().flat_map(|path| reach.gateways(path.used().next_hop)).collect();
+            gateways.sort_unstable();
+            gateways.dedup();
+            let internal = chosen().next().is_some_and(internal);
+            Some(Arc::new(Hops { gateways, internal }))
+        }
+    }
+}
+
+fn usable(path: &Path, reach: &Reach) -> bool {
+    path.rejection().is_none() && reach.reachable(path.used().next_hop)
+}
+
+fn candidates<'a>(usable: &[&'a Path], sources: &[Source], reach: &Reach) -> Vec<Candidate<'a>> {
+    let candidate = |path: &&'a Path| {
+        let source = &sources[path.source as usize];
+        Candidate {
+            attributes: &path.used().attributes,
+            internal: source.policy.internal,
+            router_id: source.router_id,
+            peer: source.peer,
+            cost: reach.cost(path.used().next_hop),
+            path: path.id,
+        }
+    };
+    usable.iter().map(candidate).collect()
 }
 
 /// Routes by content, so that the same attributes in many UPDATEs are kept once.

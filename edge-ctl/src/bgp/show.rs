@@ -7,13 +7,13 @@ use ipnet::IpNet;
 use super::{
     advertise::{Candidate, Originated, Outgoing},
     fsm::Side,
-    peer::Peer,
+    peer::{Peer, Watched},
     rib::{Rib, Route, Standing},
     wire::{AsPath, Attributes, Capability, Origin},
 };
 use crate::model::{
     scope,
-    view::{BgpPeerRow, BgpRouteRow, BgpStaleRow},
+    view::{BfdRow, BgpPeerRow, BgpRouteRow, BgpStaleRow},
 };
 
 /// The row of one peer.
@@ -68,7 +68,34 @@ pub fn peer_row(peer: &Peer, rib: &Rib, version: u64, now: Duration) -> BgpPeerR
         error_received: peer.history.errors(now).1,
         flaps: peer.history.flaps(now),
         pfx_stale: if peer.helper.next_deadline().is_some() { rib.stale_count(peer.config.address) } else { 0 },
+        bfd: peer.bfd.as_ref().map(|watched| bfd_row(watched, now)),
         stale: peer.helper.rows().map(|(family, stage, until)| stale_row(family, stage, until, now)).collect(),
+    }
+}
+
+fn bfd_row(watched: &Watched, now: Duration) -> BfdRow {
+    let (sent, received) = watched.counters.read();
+    let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+    let row = BfdRow {
+        age: now.saturating_sub(watched.changed).as_secs(),
+        multihop: watched.target.settings.multihop,
+        downs: watched.downs,
+        sent,
+        received,
+        ..BfdRow::default()
+    };
+    match &watched.status {
+        Err(why) => BfdRow { state: "Failed".to_owned(), error: Some(why.clone()), ..row },
+        Ok(status) => BfdRow {
+            state: status.state.as_str().to_owned(),
+            diagnostic: status.diagnostic.to_string(),
+            remote_state: status.remote_state.as_str().to_owned(),
+            remote_diagnostic: status.remote_diagnostic.to_string(),
+            independent: status.independent,
+            transmit_ms: status.transmit.map(milliseconds),
+            detection_ms: milliseconds(status.detection),
+            ..row
+        },
     }
 }
 

@@ -261,8 +261,43 @@ pub(super) fn peer(row: &Value) -> String {
     for (kind, count) in counts(row, "messages") {
         let _ = writeln!(out, "    {kind:<28}{count:>10}");
     }
+    bfd(&mut out, row);
     sessions(&mut out, row);
     out
+}
+
+/// The BFD session that watches the peer.
+fn bfd(out: &mut String, row: &Value) {
+    let Some(bfd) = row.get("bfd").filter(|bfd| !bfd.is_null()) else { return };
+    if bfd.get("error").is_some_and(Value::is_string) {
+        let _ = writeln!(out, "  BFD: none, {}", text(bfd, "error"));
+        return;
+    }
+    let flag = |key: &str| bfd.get(key).and_then(Value::as_bool) == Some(true);
+    let _ = writeln!(
+        out,
+        "  BFD ({}): {} for {}, last down: {}; {} times down",
+        if flag("multihop") { "multihop" } else { "single hop" },
+        text(bfd, "state"),
+        seconds(bfd, "age", age),
+        text(bfd, "diagnostic"),
+        text(bfd, "downs")
+    );
+    let _ = writeln!(
+        out,
+        "    a packet each {} ms, {} sent; silence of {} ms is an end, {} received",
+        text(bfd, "transmit_ms"),
+        text(bfd, "sent"),
+        text(bfd, "detection_ms"),
+        text(bfd, "received")
+    );
+    let _ = writeln!(
+        out,
+        "    the peer says {} ({}); its BFD {}",
+        text(bfd, "remote_state"),
+        text(bfd, "remote_diagnostic"),
+        if flag("independent") { "outlives its BGP (C)" } else { "shares fate with its BGP (no C)" }
+    );
 }
 
 fn timers(row: &Value) -> String {

@@ -306,8 +306,13 @@ pub(super) static BGP_SUMMARY: View = View {
         column("State/PfxRcd", "pfx_rcd", Show::RowRight(state_or_prefixes)),
         column("PfxSnt", "pfx_snt", Show::RowRight(prefixes_sent)),
         column("Desc", "desc", Show::Text),
+        wide("BFD", "bfd", Show::Row(bfd_state)),
     ],
 };
+
+fn bfd_state(row: &Value) -> String {
+    plain(row.pointer("/bfd/state").unwrap_or(&Value::Null))
+}
 
 /// FRR says `never` for a peer that was never up.
 pub(super) fn up_down(row: &Value) -> String {
@@ -349,6 +354,7 @@ pub(super) static BGP_PEERS: View = View {
         wide("ROUTER-ID", "router_id", Show::Text),
         wide("NEXT-CONNECT", "next_connect", Show::Age),
         wide("ESTABLISHED", "established_count", Show::Number),
+        wide("BFD", "bfd", Show::Row(bfd_state)),
         wide("CAPABILITIES", "capabilities", Show::Text),
     ],
 };

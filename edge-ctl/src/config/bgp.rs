@@ -44,7 +44,6 @@ struct Settings {
 
 impl Settings {
     fn read(section: &Section<'_>) -> Self {
-        section.not_yet(&["bfd"]);
         let mut session = RawSession::read(section);
         let (keepalive, hold) = timers(section, &mut session);
         Self {

@@ -7,12 +7,16 @@ use super::{
     read::{At, Section},
     values,
 };
-use crate::model::bgp_session::{GracefulRestart, PasswordSource, Role, SessionSettings};
+use crate::model::bgp_session::{Bfd, GracefulRestart, PasswordSource, Role, SessionSettings};
 
 /// The restart time has twelve bits (RFC 4724 3).
 const LONGEST_RESTART: u64 = 4095;
 /// The long-lived stale time has 24 bits (RFC 9494 3); a day is what anybody should trust.
 const LONGEST_STALE: u64 = 86_400;
+
+/// Faster than this userspace cannot promise.
+const SHORTEST_BFD: Duration = Duration::from_millis(10);
+const LONGEST_BFD: Duration = Duration::from_secs(60);
 
 /// As read; `None`: not said there.
 #[derive(Clone, Debug, Default)]
@@ -26,6 +30,15 @@ pub(super) struct RawSession {
     role_strict: Option<bool>,
     extended_next_hop: Option<bool>,
     graceful_restart: Option<Option<GracefulRestart>>,
+    bfd: Option<Option<RawBfd>>,
+}
+
+/// `bfd` as read; whether it is multihop may follow from the peer.
+#[derive(Clone, Debug)]
+struct RawBfd {
+    interval: Duration,
+    multiplier: u8,
+    multihop: Option<At<bool>>,
 }
 
 impl RawSession {
@@ -43,6 +56,7 @@ impl RawSession {
             role_strict: section.boolean("role_strict"),
             extended_next_hop: section.boolean("extended_next_hop"),
             graceful_restart: graceful_restart(section),
+            bfd: bfd(section),
         }
     }
 
@@ -72,6 +86,7 @@ impl RawSession {
             role_strict: self.role_strict.or(group.role_strict),
             extended_next_hop: self.extended_next_hop.or(group.extended_next_hop),
             graceful_restart: self.graceful_restart.or(group.graceful_restart),
+            bfd: self.bfd.or(group.bfd),
         }
     }
 
@@ -89,6 +104,7 @@ impl RawSession {
         if self.role.is_none() && self.role_strict == Some(true) {
             section.fault(at, "`role_strict` needs `role`: which one do we have?".to_owned());
         }
+        let bfd = self.bfd.flatten().map(|bfd| settle_bfd(section, &bfd, multihop));
         let defaults = SessionSettings::default();
         let (ipv4, ipv6) = self.families.unwrap_or((true, true));
         SessionSettings {
@@ -103,6 +119,7 @@ impl RawSession {
             // Without it a link-local peer could speak of no IPv4 route.
             extended_next_hop: self.extended_next_hop.unwrap_or(link_local),
             graceful_restart: self.graceful_restart.unwrap_or(defaults.graceful_restart),
+            bfd,
         }
     }
 }
@@ -207,6 +224,45 @@ fn graceful_restart(section: &Section<'_>) -> Option<Option<GracefulRestart>> {
     Some(Some(settings))
 }
 
+/// `true`, `false`, or a table.
+fn bfd(section: &Section<'_>) -> Option<Option<RawBfd>> {
+    let node = section.get("bfd")?;
+    let defaults = RawBfd { interval: Bfd::INTERVAL, multiplier: Bfd::MULTIPLIER, multihop: None };
+    match &node.value {
+        Value::Boolean(false) => return Some(None),
+        Value::Boolean(true) => return Some(Some(defaults)),
+        Value::Table(_) => {}
+        _ => {
+            section.wrong_kind("bfd", node, "a table such as { interval = \"50ms\", multiplier = 3 }, true, or false");
+            return None;
+        }
+    }
+    let table = section.table("bfd")?;
+    let interval = table.parse("interval", "\"10ms\" to \"60s\"", |text| match values::duration(text)? {
+        time if SHORTEST_BFD <= time && time <= LONGEST_BFD => Ok(time),
+        _ => Err("10 ms to 60 s".to_owned()),
+    });
+    let multiplier = table.integer("multiplier", 1..=255).and_then(|times| u8::try_from(times).ok());
+    let multihop = table.get("multihop").map(|node| node.at.clone());
+    let multihop = table.boolean("multihop").zip(multihop).map(|(value, at)| At { value, at });
+    table.finish();
+    Some(Some(RawBfd {
+        interval: interval.map_or(defaults.interval, |interval| interval.value),
+        multiplier: multiplier.unwrap_or(defaults.multiplier),
+        multihop,
+    }))
+}
+
+fn settle_bfd(section: &Section<'_>, bfd: &RawBfd, multihop: bool) -> Bfd {
+    if let Some(said) = bfd.multihop.as_ref().filter(|said| multihop && !said.value) {
+        let message = "`bfd.multihop = false` contradicts `ebgp_multihop`: a peer that is routers away is watched by \
+                       multihop BFD (RFC 5883)";
+        section.fault(&said.at, message.to_owned());
+    }
+    let said = bfd.multihop.as_ref().map(|said| said.value);
+    Bfd { interval: bfd.interval, multiplier: bfd.multiplier, multihop: said.unwrap_or(multihop) }
+}
+
 #[cfg(test)]
 mod tests {
     use std::path::Path;
@@ -250,6 +306,19 @@ mod tests {
     }
 
     #[test]
+    fn bfd_is_off_unless_asked_for_and_multihop_where_the_session_is() {
+        assert_eq!(session("", "").bfd, None);
+        let simple = Bfd { interval: Bfd::INTERVAL, multiplier: Bfd::MULTIPLIER, multihop: false };
+        assert_eq!(session("bfd = true", "").bfd, Some(simple));
+        assert_eq!(session("bfd = true", "bfd = false").bfd, None);
+        let fast = Bfd { interval: Duration::from_millis(50), multiplier: 5, multihop: true };
+        let said = "bfd = { interval = \"50ms\", multiplier = 5 }";
+        assert_eq!(session(said, "ebgp_multihop = 3").bfd, Some(fast));
+        assert_eq!(session(said, "").bfd, Some(Bfd { multihop: false, ..fast }));
+        assert_eq!(session("", "bfd = { multihop = true }").bfd, Some(Bfd { multihop: true, ..simple }));
+    }
+
+    #[test]
     fn a_listen_range_makes_passive_peers_of_the_groups_kind_and_the_most_specific_comes_first() {
         let bgp = read("listen_range = [\"172.16.0.0/16\", \"172.16.2.0/24\"]", "").unwrap().bgp.unwrap();
         let networks: Vec<String> = bgp.ranges.iter().map(|range| range.network.to_string()).collect();
@@ -274,6 +343,11 @@ mod tests {
             ("graceful_restart = { time = \"2h\" }", 13, "at most 4095 s"),
             ("graceful_restart = { tme = \"2s\" }", 13, "did you mean `time`?"),
             ("graceful_restart = 120", 13, "a table such as"),
+            ("bfd = 50", 13, "a table such as"),
+            ("bfd = { interval = \"5ms\" }", 13, "10 ms to 60 s"),
+            ("bfd = { multiplier = 0 }", 13, "1 to 255"),
+            ("bfd = { interval = \"50ms\", min_rx = \"50ms\" }", 13, "unknown key `min_rx`"),
+            ("ebgp_multihop = 2\nbfd = { multihop = false }", 14, "contradicts `ebgp_multihop`"),
             ("timers = { send_hold = \"1s\" }", 13, "3 s to 65535 s"),
             ("listen_range = [\"10.0.0.0/8\"]", 13, "unknown key `listen_range`"),
         ] {

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, fmt::Display};
 
 use super::valid::{Bgp, Config, Peer};
-use crate::model::Service;
+use crate::model::{Service, bgp_session::SessionSettings};
 
 /// One line for each difference.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -109,7 +109,9 @@ pub fn needs_new_session(old: &Peer, new: &Peer) -> bool {
     let transport = |peer: &Peer| {
         (peer.remote_asn, peer.port, peer.passive, peer.local_address, peer.keepalive, peer.hold, peer.ebgp_multihop)
     };
-    transport(old) != transport(new) || old.session != new.session || old.intake.add_path != new.intake.add_path
+    // BFD watches a session and is not part of it.
+    let session = |peer: &Peer| SessionSettings { bfd: None, ..peer.session.clone() };
+    transport(old) != transport(new) || session(old) != session(new) || old.intake.add_path != new.intake.add_path
 }
 
 fn service(before: &Service, after: &Service) -> String {

@@ -36,6 +36,7 @@ address = "192.0.2.1"
 group = "tor"
 password_file = "/etc/edge/tor.md5"
 graceful_restart = { time = "60s" }
+bfd = { interval = "50ms", multiplier = 3, multihop = false }
 ttl_security = 1
 role = "customer"
 families = ["ipv4"]

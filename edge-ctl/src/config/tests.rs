@@ -273,16 +273,6 @@ fn what_this_version_cannot_do_is_refused_and_not_ignored() {
         assert!(faults[0].starts_with(&format!("edge.toml:{line}: ")), "{key}: {}", faults[0]);
         assert!(faults[0].contains("known, but this version does not do it yet"), "{key}: {}", faults[0]);
     }
-    let peer = ["bfd = { interval = \"50ms\" }"];
-    for key in peer {
-        let text = format!("{BASE}[[bgp.peer]]\naddress = \"172.16.1.80\"\nremote_asn = 64512\n{key}\n");
-        let faults = faults(&text);
-        assert_eq!(faults.len(), 1, "{key}: {faults:#?}");
-        assert!(
-            faults[0].starts_with("edge.toml:15: [[bgp.peer]]: ") && faults[0].contains("not do it yet"),
-            "{faults:?}"
-        );
-    }
 }
 
 #[test]

@@ -26,8 +26,9 @@ pub struct World {
     pub pools: BTreeMap<BackendSource, PoolSnapshot>,
     /// BGP's best routes as taught in this life, as far as the kernel has them.
     learnt: RouteSet,
-    /// The same over the BGP routes that an earlier life left in the kernel; serves until routes have settled.
-    with_stale: RouteSet,
+    /// The same over the BGP routes that an earlier life left in the kernel; serves until routes have settled. `None`: it
+    /// left none.
+    with_stale: Option<RouteSet>,
     /// Route changes that the kernel has yet to be told.
     waiting: BTreeMap<IpNet, RouteUpdate>,
     converged: bool,
@@ -57,12 +58,12 @@ pub struct World {
 impl World {
     /// The world at start: nothing heard yet, the kernel's leftover BGP routes still trusted.
     pub fn new(adopted: BTreeMap<Frontend, Vec<AdoptedBackend>>, stale: RouteSet) -> Self {
-        Self { adopted, with_stale: stale, ..Self::default() }
+        Self { adopted, with_stale: Some(stale).filter(|stale| !stale.is_empty()), ..Self::default() }
     }
 
     /// The routes in force: the learnt ones, and the stale ones until routes have settled.
     fn routes(&self) -> &RouteSet {
-        if self.routes_settled { &self.learnt } else { &self.with_stale }
+        self.with_stale.as_ref().unwrap_or(&self.learnt)
     }
 
     /// Only what BGP taught in this life.
@@ -117,7 +118,7 @@ impl World {
     /// True where it changes the routes in force.
     fn take_over(&mut self, update: &RouteUpdate) -> bool {
         let of_learnt = self.learnt.apply(update.clone());
-        if self.routes_settled { of_learnt } else { self.with_stale.apply(update.clone()) }
+        self.with_stale.as_mut().map_or(of_learnt, |routes| routes.apply(update.clone()))
     }
 
     /// BGP says that it has converged: routes settle as soon as the kernel has all of them.
@@ -131,9 +132,11 @@ impl World {
         if !self.converged || self.routes_settled || self.has_changes() {
             return None;
         }
-        let stale = std::mem::take(&mut self.with_stale);
-        let mut moved = self.backend_addresses();
-        moved.retain(|backend| stale.lookup(*backend) != self.learnt.lookup(*backend));
+        let mut moved = BTreeSet::new();
+        if let Some(stale) = self.with_stale.take() {
+            moved = self.backend_addresses();
+            moved.retain(|backend| stale.lookup(*backend) != self.learnt.lookup(*backend));
+        }
         self.routes_settled = true;
         self.covered.clear();
         Some(moved)
@@ -221,7 +224,7 @@ impl World {
         let kernel_prefixes: Vec<IpNet> = self.kernel_routes.iter().map(|(prefix, _)| *prefix).collect();
         if !self.routes_settled {
             let backends = self.backend_addresses();
-            let routes = &self.with_stale;
+            let routes = self.with_stale.as_ref().unwrap_or(&self.learnt);
             let covered =
                 backends.into_iter().filter(|backend| desired::is_covered(routes, &kernel_prefixes, *backend));
             self.covered.extend(covered);

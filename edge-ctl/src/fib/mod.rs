@@ -4,6 +4,7 @@
 //! [`plan`], which is pure; [`Kernel`] is the port to the system, real in `netlink`, stateful fake in [`fake`].
 
 mod actor;
+mod batch;
 pub mod fake;
 mod kernel;
 mod monitor;

@@ -4,8 +4,9 @@ use futures::{Stream, StreamExt};
 use rtnetlink::{
     packet_core::{NetlinkMessage, NetlinkPayload},
     packet_route::{RouteNetlinkMessage, route::RouteType},
-    sys::SocketAddr,
+    sys::{Socket, SocketAddr},
 };
+use socket2::{SockFilter, SockRef};
 use tokio::sync::mpsc;
 
 use super::{Notice, netlink::neighbour};
@@ -23,6 +24,33 @@ pub(super) async fn forward(
             return;
         }
     }
+}
+
+/// Lets the kernel leave out what one of our own sockets has changed of the routes: a full table would else come back,
+/// message by message, only to be passed over.
+///
+/// # Errors
+/// The socket option's error.
+pub(super) fn leave_out(watching: &Socket, port: u32) -> std::io::Result<()> {
+    /// `BPF_LD | BPF_H | BPF_ABS`, `BPF_LD | BPF_W | BPF_ABS`, `BPF_JMP | BPF_JEQ | BPF_K`, `BPF_RET | BPF_K`.
+    const LOAD_HALF: u16 = 0x28;
+    const LOAD_WORD: u16 = 0x20;
+    const JUMP_IF_EQUAL: u16 = 0x15;
+    const RETURN: u16 = 0x06;
+    /// `RTM_NEWROUTE` and `RTM_DELROUTE`.
+    const ROUTE_CHANGES: [u16; 2] = [24, 25];
+    // Type and port of `struct nlmsghdr`; a filter loads big-endian, and the header is as the host has it.
+    let (kind_at, port_at) = (4, 12);
+    let [new, gone] = ROUTE_CHANGES.map(|kind| u32::from(kind.to_be()));
+    SockRef::from(watching).attach_filter(&[
+        SockFilter::new(LOAD_HALF, 0, 0, kind_at),
+        SockFilter::new(JUMP_IF_EQUAL, 1, 0, new),
+        SockFilter::new(JUMP_IF_EQUAL, 0, 3, gone),
+        SockFilter::new(LOAD_WORD, 0, 0, port_at),
+        SockFilter::new(JUMP_IF_EQUAL, 0, 1, port.to_be()),
+        SockFilter::new(RETURN, 0, 0, 0),
+        SockFilter::new(RETURN, 0, 0, u32::MAX),
+    ])
 }
 
 /// What a notification means; `None`: nothing to us, or the echo of a change of our own.

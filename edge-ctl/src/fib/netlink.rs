@@ -27,23 +27,25 @@ use rtnetlink::{
 use tokio::sync::mpsc;
 
 use super::{
-    FibError, Kernel, Link, LocalAddress, Neighbour, Notice, RouteTo, Snapshot, monitor,
+    FibError, Kernel, Link, LocalAddress, Neighbour, Notice, RouteTo, Snapshot,
+    batch::Batches,
+    monitor,
     plan::{KernelRoute, NextHop, PROTOCOL_BGP, RouteChange, Table},
 };
 
 /// A kernel that does not answer within this time is taken for broken, and the request as failed.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
-/// Requests in flight at a time: few enough that their acknowledgements fit into a socket buffer of default size.
-const WINDOW: usize = 100;
 /// Mark of the addresses that we add: a label on IPv4, the protocol number on IPv6 (kept from Linux 5.18 on).
 const LABEL: &str = "lo:edge";
 
 pub(super) struct Netlink {
     handle: Handle,
+    routes: Batches,
 }
 
 impl Netlink {
-    /// Opens one socket for requests and one for notifications, so that a flood of the latter loses no answer.
+    /// Opens one socket for requests, one for route changes and one for notifications, so that a flood of the last loses
+    /// no answer.
     pub(super) fn connect() -> Result<(Self, mpsc::UnboundedReceiver<Notice>), FibError> {
         let failed = |error: std::io::Error| FibError::Socket(error.to_string());
         let (mut connection, handle, _) = rtnetlink::new_connection().map_err(failed)?;
@@ -59,12 +61,17 @@ impl Netlink {
             MulticastGroup::Ipv4Route,
             MulticastGroup::Ipv6Route,
         ];
-        let (watching, _, messages) = rtnetlink::new_multicast_connection(&groups).map_err(failed)?;
+        let routes = Batches::open().map_err(failed)?;
+        let (mut watching, _, messages) = rtnetlink::new_multicast_connection(&groups).map_err(failed)?;
+        {
+            use rtnetlink::sys::AsyncSocket;
+            monitor::leave_out(watching.socket_mut().socket_mut(), routes.port).map_err(failed)?;
+        }
         let (notices, receiver) = mpsc::unbounded_channel();
         tokio::spawn(connection);
         tokio::spawn(watching);
         tokio::spawn(monitor::forward(messages, port, notices));
-        Ok((Self { handle }, receiver))
+        Ok((Self { handle, routes }, receiver))
     }
 
     async fn request(
@@ -90,30 +97,12 @@ impl Netlink {
         timely(what, answer).await
     }
 
-    async fn make(&self, change: RouteChange) -> Result<(), FibError> {
-        let prefix = change.prefix();
-        match change {
-            RouteChange::Replace { metric, next_hops, .. } => {
-                let message = RouteNetlinkMessage::NewRoute(route_message(prefix, metric, &next_hops));
-                self.request(|| format!("install the route to {prefix}"), message, NLM_F_CREATE | NLM_F_REPLACE).await
-            }
-            RouteChange::Delete { metric, .. } => {
-                let message = RouteNetlinkMessage::DelRoute(route_message(prefix, metric, &[]));
-                match self.request(|| format!("delete the route to {prefix}"), message, 0).await {
-                    // Gone already: that is what was wanted.
-                    Err(FibError::Refused { errno: libc::ESRCH, .. }) => Ok(()),
-                    result => result,
-                }
-            }
-        }
-    }
-
     async fn links(&self) -> Result<BTreeMap<u32, Link>, FibError> {
         let links: Vec<LinkMessage> = collect("read the interfaces", self.handle.link().get().execute()).await?;
         Ok(links.iter().map(|message| (message.header.index, link(message))).collect())
     }
 
-    async fn routes(&self) -> Result<Table, FibError> {
+    async fn table(&self) -> Result<Table, FibError> {
         let mut routes = Vec::new();
         for message in [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()]
         {
@@ -127,7 +116,7 @@ impl Netlink {
 
 impl Kernel for Netlink {
     async fn snapshot(&self) -> Result<Snapshot, FibError> {
-        let (links, addresses, table) = (self.links().await?, self.addresses().await?, self.routes().await?);
+        let (links, addresses, table) = (self.links().await?, self.addresses().await?, self.table().await?);
         let table = table.with_interfaces(links.iter().map(|(ifindex, link)| (*ifindex, link.name.as_str())));
         Ok(Snapshot { links, addresses, table })
     }
@@ -147,8 +136,7 @@ impl Kernel for Netlink {
     }
 
     async fn change(&self, changes: &[RouteChange]) -> Vec<Result<(), FibError>> {
-        // The requests leave in order and the kernel works through a socket in order; only the waiting overlaps.
-        futures::stream::iter(changes.to_vec()).map(|change| self.make(change)).buffered(WINDOW).collect().await
+        self.routes.change(changes)
     }
 
     async fn route_to(&self, destination: IpAddr) -> Result<Option<RouteTo>, FibError> {
@@ -221,7 +209,7 @@ fn family(address: IpAddr) -> AddressFamily {
     if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
 }
 
-fn route_message(prefix: IpNet, metric: u32, next_hops: &[NextHop]) -> RouteMessage {
+pub(super) fn route_message(prefix: IpNet, metric: u32, next_hops: &[NextHop]) -> RouteMessage {
     let mut message = RouteMessage::default();
     message.header.address_family = family(prefix.addr());
     message.header.destination_prefix_length = prefix.prefix_len();

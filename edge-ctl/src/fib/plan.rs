@@ -213,6 +213,7 @@ pub fn plan<'a>(
 ) -> Plan {
     let mut plan = Plan::default();
     let mut deletions = Vec::new();
+    let mut links = BTreeMap::new();
     for prefix in prefixes {
         let Some(gateways) = desired.get(prefix) else {
             if !keep.contains(prefix) {
@@ -227,7 +228,7 @@ pub fn plan<'a>(
             plan.errors.insert(*prefix, foreign);
             continue;
         }
-        let (next_hops, off_link) = resolve(table, gateways);
+        let (next_hops, off_link) = resolve(table, gateways, &mut links);
         if !off_link.is_empty() {
             plan.errors.insert(*prefix, off_link_text(&off_link));
         }
@@ -256,11 +257,16 @@ fn conflict(table: &Table, prefix: &IpNet, metric: u32) -> Option<String> {
     ))
 }
 
-fn resolve(table: &Table, gateways: &[IpAddr]) -> (Vec<NextHop>, Vec<IpAddr>) {
+/// `links` remembers what was looked up: many prefixes have few gateways.
+fn resolve(
+    table: &Table,
+    gateways: &[IpAddr],
+    links: &mut BTreeMap<IpAddr, Option<u32>>,
+) -> (Vec<NextHop>, Vec<IpAddr>) {
     let mut next_hops = BTreeSet::new();
     let mut off_link = Vec::new();
     for gateway in gateways {
-        match table.on_link(*gateway) {
+        match *links.entry(*gateway).or_insert_with(|| table.on_link(*gateway)) {
             Some(ifindex) => {
                 next_hops.insert(NextHop { gateway: Some(scope::bare(*gateway)), ifindex });
             }

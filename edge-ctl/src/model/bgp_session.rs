@@ -95,6 +95,24 @@ impl Default for GracefulRestart {
     }
 }
 
+/// `bfd` of a peer (RFC 5880 to 5883).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bfd {
+    /// Interval of our packets, and the shortest of the peer's that we ask for.
+    pub interval: Duration,
+    /// The peer takes us for gone after so many intervals of silence.
+    pub multiplier: u8,
+    /// The peer is routers away (RFC 5883); else a neighbour on the wire.
+    pub multihop: bool,
+}
+
+impl Bfd {
+    /// As FRR's bfdd has it.
+    pub const INTERVAL: Duration = Duration::from_millis(300);
+    /// As above.
+    pub const MULTIPLIER: u8 = 3;
+}
+
 /// Settings of a session that may stand in a group as on a peer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SessionSettings {
@@ -118,6 +136,8 @@ pub struct SessionSettings {
     pub extended_next_hop: bool,
     /// `None`: neither offered nor honoured.
     pub graceful_restart: Option<GracefulRestart>,
+    /// `None`: not watched by BFD.
+    pub bfd: Option<Bfd>,
 }
 
 impl Default for SessionSettings {
@@ -133,6 +153,7 @@ impl Default for SessionSettings {
             role_strict: false,
             extended_next_hop: false,
             graceful_restart: Some(GracefulRestart::default()),
+            bfd: None,
         }
     }
 }

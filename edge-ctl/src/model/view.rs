@@ -433,6 +433,39 @@ pub struct BgpPeerRow {
     pub stale: Vec<BgpStaleRow>,
     /// Prefixes of it that are stale.
     pub pfx_stale: u64,
+    /// The BFD session that watches it; absent: none is configured, or there was no BGP session yet.
+    pub bfd: Option<BfdRow>,
+}
+
+/// A BFD session.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BfdRow {
+    /// State (RFC 5880 4.1); `Failed`: the session cannot be had, see `error`.
+    pub state: String,
+    /// Seconds in it.
+    pub age: u64,
+    /// Why it last left Up.
+    pub diagnostic: String,
+    /// The peer's state, as it last told.
+    pub remote_state: String,
+    /// Why the peer says that it last left Up.
+    pub remote_diagnostic: String,
+    /// The peer's BFD does not share fate with its BGP (its C-bit).
+    pub independent: bool,
+    /// Routers lie between (RFC 5883).
+    pub multihop: bool,
+    /// Interval of our packets, milliseconds; absent: the peer wants none.
+    pub transmit_ms: Option<u64>,
+    /// Silence that is taken for an end, milliseconds.
+    pub detection_ms: u64,
+    /// Packets sent.
+    pub sent: u64,
+    /// Packets received.
+    pub received: u64,
+    /// Times it left Up.
+    pub downs: u64,
+    /// Why there is no session.
+    pub error: Option<String>,
 }
 
 /// An error that a NOTIFICATION told.

@@ -234,24 +234,24 @@ fn until(begun: Instant, what: &str, is_so: impl Fn() -> Result<bool>) -> Result
 }
 
 /// A connection to the daemon's socket that is kept open, as a collector's or a controller's is.
-struct Connection {
+pub(super) struct Connection {
     stream: BufReader<UnixStream>,
 }
 
 impl Connection {
-    fn open(socket: &Path) -> Result<Self> {
+    pub(super) fn open(socket: &Path) -> Result<Self> {
         let stream = UnixStream::connect(socket).with_context(|| format!("connect to {}", socket.display()))?;
         stream.set_read_timeout(Some(LONGEST))?;
         Ok(Self { stream: BufReader::new(stream) })
     }
 
-    fn send(&mut self, service: &str, backend: SocketAddr, verb: BackendVerb) -> Result<()> {
+    pub(super) fn send(&mut self, service: &str, backend: SocketAddr, verb: BackendVerb) -> Result<()> {
         let (method, path) = Query::Order { service: service.to_owned(), backend, verb }.request();
         let request = format!("{method} {path} HTTP/1.1\r\nHost: edge\r\nContent-Length: 0\r\n\r\n");
         self.stream.get_mut().write_all(request.as_bytes()).context("send an order")
     }
 
-    fn answered(&mut self) -> Result<()> {
+    pub(super) fn answered(&mut self) -> Result<()> {
         let (mut line, mut length) = (String::new(), 0);
         self.stream.read_line(&mut line).context("read the answer")?;
         ensure!(line.starts_with("HTTP/1.1 200"), "the daemon refused: {line}");

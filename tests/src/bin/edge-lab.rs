@@ -94,6 +94,12 @@ enum Command {
     },
     /// What this kernel's verifier says of the programs.
     KernelFacts,
+    /// Our BGP speaker alone, for `bench --bgp`.
+    #[command(hide = true)]
+    BgpSpeaker {
+        /// The configuration.
+        file: PathBuf,
+    },
     /// The DNS server of a kube-dns pod.
     #[command(hide = true)]
     DnsServer {
@@ -178,6 +184,7 @@ fn execute(command: Command) -> Result<ExitCode> {
             };
             bench::run_and_print(what, &only, json.as_deref())?;
         }
+        Command::BgpSpeaker { file } => bench::bgp::speak(&file)?,
         Command::KernelFacts => kernel_facts::print()?,
         Command::DnsServer { listen, zone } => dns_server::serve(listen, &zone)?,
         Command::UdpEcho { listen, name } => echo::udp(listen, &name)?,

@@ -81,6 +81,7 @@ impl Actor {
         self.feed(address, Event::ManualStop(Notification::cease(subcode)));
         // What was kept of a peer that is away goes too.
         self.rib.peer_down(address);
+        self.watch_no_longer(address);
         self.peers.remove(&address);
     }
 
@@ -88,6 +89,8 @@ impl Actor {
         let Some(peer) = self.peers.get_mut(&address) else { return };
         let limit_changed = peer.config.intake.max_prefixes != new.intake.max_prefixes;
         peer.config = new.clone();
+        self.watch(address);
+        let Some(peer) = self.peers.get_mut(&address) else { return };
         if limit_changed && peer.limited.take().is_some() {
             self.feed(address, Event::ManualStart);
         } else if limit_changed {

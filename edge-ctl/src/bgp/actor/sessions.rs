@@ -75,9 +75,11 @@ impl Actor {
             negotiated,
             end_of_rib: Default::default(),
             last_update: now,
+            recent: Default::default(),
             owes_end_of_rib,
         });
         self.helped(address, kept);
+        self.watch(address);
         self.pending.push_back(BgpEvent::PeerUp { address });
         self.sync(address);
         if !owes_end_of_rib {
@@ -164,7 +166,11 @@ impl Actor {
             let connected = peer.outgoing.is_some() || peer.incoming.is_some();
             peer.dynamic && !connected && !peer.helper.is_away() && peer.shutdown.is_none()
         };
-        self.peers.retain(|_, peer| !idle(peer));
+        let gone: Vec<IpAddr> = self.peers.iter().filter(|(_, peer)| idle(peer)).map(|(address, _)| *address).collect();
+        for address in gone {
+            self.watch_no_longer(address);
+            self.peers.remove(&address);
+        }
     }
 
     pub(super) fn next_session_deadline(&self) -> Option<Duration> {
@@ -298,6 +304,7 @@ impl Actor {
                     if let Some(peer) = self.peers.get_mut(&address) {
                         peer.shutdown = Some(message.clone());
                     }
+                    self.watch_no_longer(address);
                     self.feed(address, Event::ManualStop(Notification::shutdown(message)));
                 }
                 super::super::Order::Enable => {

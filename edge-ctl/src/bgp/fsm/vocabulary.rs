@@ -78,6 +78,8 @@ pub enum Event {
     KeepaliveTimerExpires(Side),
     /// What we have to say could not be sent for a send hold time (RFC 9687).
     SendHoldTimerExpires(Side),
+    /// BFD says that the peer cannot be reached (RFC 5882 4.3.1).
+    BfdDown(String),
     /// A connection is up.
     TcpConnectionConfirmed(Side),
     /// A dial failed, or a connection ended.

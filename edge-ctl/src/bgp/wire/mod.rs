@@ -7,6 +7,7 @@
 mod attributes;
 mod notification;
 mod open;
+mod repeat;
 mod update;
 
 use std::{fmt, net::IpAddr};
@@ -18,6 +19,7 @@ use rustbgpd_wire as codec;
 pub use attributes::{AsPath, Attributes, Community, Opaque, Origin, Segment};
 pub use notification::{Notification, cease, open_error};
 pub use open::{Capability, Open, Restart};
+pub use repeat::Recent;
 pub use update::{Announcement, Nlri, Problem, Update, encode_announcements, encode_end_of_rib, encode_withdrawals};
 
 /// Largest message without RFC 8654. We send none that is longer.

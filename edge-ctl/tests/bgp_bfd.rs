@@ -1,0 +1,285 @@
+//! BFD with real counterparts: BIRD's, and bfdd of FRR.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first broken assumption")]
+
+mod common;
+
+use std::{
+    fs,
+    net::UdpSocket,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use common::{
+    bgp::{Edge, Lab, NODE, PATIENCE, config, peer},
+    eventually, run,
+    speakers::{Bird, ibgp, missing},
+};
+use edge_ctl::{
+    bgp::bfd::packet::{Name, Packet},
+    config::valid,
+    model::{
+        bgp_session::Bfd,
+        view::{BfdRow, BgpPeerRow},
+    },
+};
+
+const INTERVAL: Duration = Duration::from_millis(50);
+/// 3 x 50 ms, as both sides are configured.
+const DETECTION: Duration = Duration::from_millis(150);
+
+fn watched(remote_asn: u32, multihop: bool) -> valid::Peer {
+    let mut watched = peer(NODE, remote_asn);
+    watched.session.bfd = Some(Bfd { interval: INTERVAL, multiplier: 3, multihop });
+    watched.session.connect_retry = Duration::from_secs(1);
+    watched.import = Some(vec![common::bgp::rule("10.1.0.0/16", 16, 32), common::bgp::rule("fd01::/16", 16, 128)]);
+    watched
+}
+
+fn bfd(row: &BgpPeerRow) -> BfdRow {
+    row.bfd.clone().unwrap_or_default()
+}
+
+/// Up, and at the configured pace: the poll that tells it has been answered.
+fn is_up(row: &BgpPeerRow) -> bool {
+    bfd(row).state == "Up"
+}
+
+fn bird(options: &str) -> String {
+    let options = format!("graceful restart on; connect delay time 1; error wait time 1, 1; {options}");
+    let watch = "protocol bfd { interface \"*\" { interval 50 ms; multiplier 3; }; multihop { interval 50 ms; multiplier 3; }; }";
+    format!("{watch}\n{}", ibgp(NODE, "10.0.0.1", &options))
+}
+
+/// A stopped process neither speaks nor closes its connections: what a node does that has lost its power.
+async fn falls_silent(lab: &mut Lab, edge: &mut Edge) {
+    let id = lab.daemons.last().unwrap().0.id().to_string();
+    let start = Instant::now();
+    run("kill", &["-STOP", &id]);
+    edge.until("no routes", |edge| edge.routes.is_empty()).await;
+    let drained = start.elapsed();
+    println!("drained {drained:?} after the peer fell silent, detection time {DETECTION:?}");
+    // The peer's last packet may be an interval old; what is above the detection time is this machine's doing.
+    assert!(drained > DETECTION - 2 * INTERVAL, "{drained:?} is sooner than silence can be told");
+    assert!(drained < 10 * DETECTION, "{drained:?}");
+    let row = edge.row(NODE).await;
+    let reset = row.last_reset.clone().unwrap_or_default();
+    assert!(reset.contains("BFD session down: control detection time expired"), "{row:#?}");
+    assert_eq!((row.pfx_stale, bfd(&row).state.as_str(), bfd(&row).downs), (0, "Down", 1), "{row:#?}");
+    assert!(row.error_sent.as_ref().is_some_and(|error| error.text.contains("BFD")), "{row:#?}");
+    run("kill", &["-CONT", &id]);
+    edge.until("routes again", |edge| edge.hops("10.1.2.0/26") == [NODE]).await;
+    edge.row_until(NODE, "BFD again", is_up).await;
+}
+
+#[test]
+fn a_silent_bird_is_drained_after_the_detection_time_although_graceful_restart_is_negotiated() {
+    let name = "a_silent_bird_is_drained_after_the_detection_time_although_graceful_restart_is_negotiated";
+    if missing(name, &["bird", "birdc"]) {
+        return;
+    }
+    for (multihop, options) in [(false, "direct; bfd yes;"), (true, "multihop; bfd yes;")] {
+        let mut lab = Lab::new();
+        lab.bird(&bird(options));
+        let namespace = lab.edge.clone();
+        namespace.block_on(|| async {
+            let mut edge = Edge::start(config([watched(64512, multihop)])).await;
+            edge.until("the route", |edge| edge.hops("10.1.2.0/26") == [NODE]).await;
+            let row = edge.row_until(NODE, "BFD", is_up).await;
+            assert!(row.capabilities.contains(&"graceful-restart".to_owned()), "{row:#?}");
+            assert_eq!((bfd(&row).multihop, bfd(&row).independent), (multihop, false), "{row:#?}");
+            let sessions = || lab.birdc("show bfd sessions");
+            eventually("BIRD sees us Up at 50 ms", PATIENCE, || {
+                let answer = sessions();
+                let row = answer.lines().find(|line| line.starts_with("10.0.0.1")).unwrap_or_default();
+                if row.contains("Up") && row.contains("0.050") { Ok(()) } else { Err(answer) }
+            });
+            falls_silent(&mut lab, &mut edge).await;
+        });
+    }
+}
+
+#[test]
+fn a_killed_bird_is_helped_over_its_restart_although_its_bfd_is_gone_with_it() {
+    let name = "a_killed_bird_is_helped_over_its_restart_although_its_bfd_is_gone_with_it";
+    if missing(name, &["bird", "birdc"]) {
+        return;
+    }
+    let mut lab = Lab::new();
+    lab.bird(&bird("direct; bfd yes;"));
+    let namespace = lab.edge.clone();
+    namespace.block_on(|| async {
+        let mut edge = Edge::start(config([watched(64512, false)])).await;
+        edge.until("the route", |edge| edge.hops("10.1.2.0/26") == [NODE]).await;
+        edge.row_until(NODE, "BFD", is_up).await;
+        lab.kill();
+        let row = edge.row_until(NODE, "BFD down", |row| bfd(row).state == "Down").await;
+        assert!(!bfd(&row).independent && row.pfx_stale > 0 && row.state != "Established", "{row:#?}");
+        assert!(row.flaps.iter().any(|flap| flap.reason.contains("BFD down while it restarts: kept")), "{row:#?}");
+        assert_eq!(edge.hops("10.1.2.0/26"), [NODE], "stale but valid");
+    });
+}
+
+/// zebra, bfdd and bgpd in the node: bgpd asks bfdd by way of zebra.
+fn frr(lab: &mut Lab, bgpd: &str) {
+    let folder = lab.folder.path().display().to_string();
+    let zapi = format!("{folder}/zserv.api");
+    // They give up being root before they write there.
+    run("chown", &["frr:frr", &folder]);
+    let programs = [
+        ("zebra", "", vec![]),
+        ("bfdd", "bfd\n profile fast\n  transmit-interval 50\n  receive-interval 50\n exit\nexit", vec![]),
+        ("bgpd", bgpd, vec!["-P", "0"]),
+    ];
+    for (program, body, more) in programs {
+        let (file, pid) = (lab.path(&format!("{program}.conf")), lab.path(&format!("{program}.pid")));
+        fs::write(&file, format!("hostname frr-node\n{body}\n")).unwrap();
+        let (file, pid) = (file.display().to_string(), pid.display().to_string());
+        let control = format!("{folder}/bfdd.sock");
+        let mut arguments = vec!["-f", &file, "-i", &pid, "--vty_socket", &folder, "-z", &zapi, "-A", "127.0.0.1"];
+        arguments.extend(more);
+        if program == "bfdd" {
+            arguments.extend(["--bfdctl", &control]);
+        }
+        lab.start(&format!("/usr/lib/frr/{program}"), &arguments);
+        let socket = lab.path(&format!("{program}.vty"));
+        eventually("the vty", PATIENCE, || if socket.exists() { Ok(()) } else { Err(format!("{program} is not up")) });
+    }
+}
+
+const BGPD: &str = "router bgp 64513
+ bgp router-id 10.0.0.2
+ no bgp ebgp-requires-policy
+ no bgp network import-check
+ bgp graceful-restart
+ neighbor 10.0.0.1 remote-as 64512
+ neighbor 10.0.0.1 timers connect 1
+ neighbor 10.0.0.1 bfd profile fast
+ address-family ipv4 unicast
+  network 10.1.2.0/26
+ exit-address-family
+exit";
+
+#[test]
+fn frrs_bfdd_finds_us_and_its_silence_drains_its_routes() {
+    if missing("frrs_bfdd_finds_us_and_its_silence_drains_its_routes", &["bgpd", "bfdd", "zebra", "vtysh"]) {
+        return;
+    }
+    let mut lab = Lab::new();
+    assert!(Path::new("/usr/lib/frr/bfdd").exists());
+    frr(&mut lab, BGPD);
+    let namespace = lab.edge.clone();
+    namespace.block_on(|| async {
+        let mut edge = Edge::start(config([watched(64513, false)])).await;
+        edge.until("the route", |edge| edge.hops("10.1.2.0/26") == [NODE]).await;
+        let row = edge.row_until(NODE, "BFD at 50 ms", |row| is_up(row) && bfd(row).transmit_ms == Some(50)).await;
+        assert_eq!(bfd(&row).detection_ms, 150, "{row:#?}");
+        // BGP goes on speaking: nothing but BFD can tell.
+        let id = lab.daemons[1].0.id().to_string();
+        let start = Instant::now();
+        run("kill", &["-STOP", &id]);
+        edge.until("no routes", |edge| edge.routes.is_empty()).await;
+        println!("drained {:?} after bfdd fell silent", start.elapsed());
+        let row = edge.row(NODE).await;
+        assert!(row.last_reset.as_ref().is_some_and(|why| why.contains("BFD session down")), "{row:#?}");
+        run("kill", &["-CONT", &id]);
+        edge.until("the route again", |edge| edge.hops("10.1.2.0/26") == [NODE]).await;
+        edge.row_until(NODE, "BFD again", is_up).await;
+    });
+}
+
+/// A BFD session played by the test from the node's address: `says` makes packets out of the last one heard.
+struct Played {
+    socket: UdpSocket,
+    heard: Option<Packet>,
+}
+
+impl Played {
+    fn new(lab: &Lab) -> Self {
+        let open = || {
+            lab.node.enter();
+            UdpSocket::bind((NODE, 3784)).unwrap()
+        };
+        let socket = std::thread::scope(|scope| scope.spawn(open).join().unwrap());
+        socket.set_ttl(255).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        Self { socket, heard: None }
+    }
+
+    /// One packet in this state with C, and what has come meanwhile.
+    fn speak(&mut self, independent: bool) {
+        let mut buffer = [0; 64];
+        while let Ok(length) = self.socket.recv(&mut buffer) {
+            self.heard = Packet::parse(&buffer[..length]).ok();
+        }
+        let (state, yours) = match self.heard {
+            None => (Name::Down, 0),
+            Some(heard) if heard.state == Name::Down => (Name::Init, heard.mine),
+            Some(heard) => (Name::Up, heard.mine),
+        };
+        let packet = Packet {
+            diagnostic: Default::default(),
+            state,
+            poll: false,
+            answer: self.heard.is_some_and(|heard| heard.poll),
+            independent,
+            demand: false,
+            multiplier: 3,
+            mine: 99,
+            yours,
+            desired_min_tx: 50_000,
+            required_min_rx: 50_000,
+        };
+        self.socket.send_to(&packet.encode(), ("10.0.0.1", 3784)).unwrap();
+    }
+}
+
+#[test]
+fn a_peer_whose_bfd_outlives_its_bgp_loses_its_stale_routes_when_bfd_loses_it() {
+    let name = "a_peer_whose_bfd_outlives_its_bgp_loses_its_stale_routes_when_bfd_loses_it";
+    if missing(name, &["bird", "birdc"]) {
+        return;
+    }
+    let mut lab = Lab::new();
+    // BIRD's BGP, and a BFD with the C-bit, which no speaker of Debian's sets by itself.
+    lab.bird(&ibgp(NODE, "10.0.0.1", "graceful restart on; connect delay time 1;"));
+    let namespace = lab.edge.clone();
+    let mut played = Played::new(&lab);
+    namespace.block_on(|| async {
+        let mut edge = Edge::start(config([watched(64512, false)])).await;
+        edge.until("the route", |edge| edge.hops("10.1.2.0/26") == [NODE]).await;
+        let speaking = |played: &mut Played| {
+            played.speak(true);
+            tokio::time::sleep(Duration::from_millis(20))
+        };
+        let end = Instant::now() + PATIENCE;
+        loop {
+            speaking(&mut played).await;
+            let row = edge.row(NODE).await;
+            if is_up(&row) {
+                assert!(bfd(&row).independent, "{row:#?}");
+                break;
+            }
+            assert!(Instant::now() < end, "{row:#?}");
+        }
+        lab.kill();
+        loop {
+            speaking(&mut played).await;
+            let row = edge.row(NODE).await;
+            if row.pfx_stale > 0 {
+                assert!(is_up(&row), "the forwarding plane lives: {row:#?}");
+                break;
+            }
+            assert!(Instant::now() < end + PATIENCE, "{row:#?}");
+        }
+        for _ in 0..20 {
+            speaking(&mut played).await;
+        }
+        assert_eq!(edge.hops("10.1.2.0/26"), [NODE], "stale but valid while BFD is up");
+        drop(played);
+        edge.until("no routes", |edge| edge.routes.is_empty()).await;
+        let row = edge.row(NODE).await;
+        assert_eq!((row.pfx_stale, bfd(&row).state.as_str()), (0, "Down"), "{row:#?}");
+    });
+}
