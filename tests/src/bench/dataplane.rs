@@ -253,7 +253,7 @@ fn measure(case: &Case, cpu: u32) -> Result<Figure> {
     next_hops(&mut rig)?;
     fill(&mut rig, case)?;
     write_script(&mut rig, case)?;
-    stages::fill(&mut rig.ebpf, case.hook == Hook::Xdp)?;
+    stages::fill(&mut rig.ebpf, case.hook == Hook::Xdp, false)?;
     let programs = case.programs();
     for program in programs {
         load_program(&mut rig.ebpf, program)?;

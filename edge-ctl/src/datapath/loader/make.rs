@@ -106,8 +106,7 @@ pub(super) fn load_program(pins: &Pins, object: &[u8], xdp: bool) -> Result<u64,
     // One object for all of a hook's programs: they share its maps that are not pinned. The sizes given here are those of
     // maps that are, and not looked at.
     let mut ebpf = load_object(loader(pins, &Tables::default()).map_pin_path(stages::map(xdp), slots), object)?;
-    stages::fill(&mut ebpf, xdp)?;
-    stages::load(&mut ebpf, stages::entry(xdp))?;
+    stages::fill(&mut ebpf, xdp, true)?;
     let program = ebpf.program_mut(stages::entry(xdp)).ok_or_else(|| LoadError::Object {
         what: format!("pinning {}", pin.display()),
         reason: "the eBPF object does not have the program".to_owned(),
