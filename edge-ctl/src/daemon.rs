@@ -35,7 +35,7 @@ use std::{
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::{mpsc, oneshot, watch},
-    task::JoinHandle,
+    task::{JoinHandle, JoinSet},
     time::{MissedTickBehavior, interval, sleep_until},
 };
 use tracing::{error, info, warn};
@@ -62,7 +62,7 @@ use crate::{
         valid::Config,
     },
     datapath::{
-        kernel_view::KernelView, loader::Datapath, next_hops::NextHops, program_log::ProgramLog, sweep::Sweeper,
+        kernel_view::KernelView, loader::{Datapath, ProgramLoaded}, next_hops::NextHops, program_log::ProgramLog, sweep::Sweeper,
     },
     desired::{self, DesiredState},
     fib::{FibEvent, FibHandle},
@@ -136,6 +136,8 @@ struct Shared {
     /// Source ranges given at run time.
     acl: Acl,
     swept: Swept,
+    /// True until what follows from the first attempt to attach is published.
+    starting: bool,
     datapath: Datapath,
 }
 
@@ -185,6 +187,10 @@ struct Daemon {
     held: BTreeSet<IpAddr>,
     route_generation: Throttle,
     next_walk: Instant,
+    /// Programs that the kernel verifies.
+    loading: JoinSet<ProgramLoaded>,
+    /// True until the first attempt to attach has come to its end.
+    starting: bool,
 }
 
 impl Daemon {
@@ -204,14 +210,10 @@ impl Daemon {
         self.fixed_pools();
         self.learn_snat_sources(self.world.backend_addresses()).await;
         self.hold_addresses().await;
-        // The kernel takes seconds to verify a program that is new to it: the reconciler writes the maps meanwhile. Not
-        // those that are still filled from maps of an earlier layout: what it removes there would come back.
-        if !lock(&self.shared).datapath.is_migrating() {
-            self.publish();
-        }
-        self.attach();
+        // The kernel takes seconds to verify a program that is new to it: the reconciler writes the maps meanwhile.
         self.publish();
-        tokio::spawn(start::announce_readiness(inbox.status.clone()));
+        self.attach();
+        self.end_start(&inbox.status);
         let speaks = self.bgp.is_some();
         loop {
             let (bump_at, share_at) = (self.route_generation.due(), self.next_share);
@@ -241,6 +243,7 @@ impl Daemon {
                 () = sleep_until(back_at.unwrap_or_else(Instant::now).into()), if back_at.is_some() => {
                     self.roll_back_in_time().await;
                 }
+                Some(loaded) = self.loading.join_next() => self.on_loaded(loaded, &inbox.status),
                 _ = housekeeping.tick() => self.housekeeping().await,
                 _ = sweep.tick() => self.sweep(),
                 _ = ends.tick(), if self.flow_ends.is_busy() => self.flow_ends.step(&self.recorder),
@@ -387,7 +390,12 @@ impl Daemon {
     /// As [`Daemon::publish`], where nothing has changed but what concerns these services.
     fn publish_of(&mut self, services: Option<&BTreeSet<String>>) {
         let mut shared = lock(&self.shared);
-        let ready = shared.datapath.is_ready();
+        // Maps that are still filled from maps of an earlier layout are left alone: what is removed there would come back.
+        if self.starting && shared.datapath.is_migrating() {
+            return;
+        }
+        // An interface that comes by a reload and waits for its program takes no VIP away.
+        let ready = shared.datapath.is_ready() || self.world.datapath_ready && shared.datapath.only_waits();
         let services = services.filter(|_| ready == self.world.datapath_ready);
         self.world.datapath_ready = ready;
         let mut desired = self.world.desired_of(&self.config, services);

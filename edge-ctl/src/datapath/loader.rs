@@ -16,6 +16,7 @@ use edge_common::{
     maps::{Control, PortSet, name},
 };
 
+pub use self::links::{ProgramLoad, ProgramLoaded};
 use self::make::{create_maps, object_error, parse, size_notes};
 use super::{
     attach::{self, AttachedHook, Attachment},
@@ -91,6 +92,18 @@ pub enum LoadError {
         /// What each hook answered.
         reason: String,
     },
+    /// The program is not loaded yet.
+    #[error("the kernel has yet to verify the {} program", if *xdp { "XDP" } else { "TC" })]
+    NotLoaded {
+        /// Which program.
+        xdp: bool,
+    },
+    /// The program could not be loaded.
+    #[error("{reason}")]
+    Refused {
+        /// Why.
+        reason: String,
+    },
     /// The object, a map or a program.
     #[error("{what}: {reason}")]
     Object {
@@ -132,6 +145,10 @@ pub struct Datapath {
     /// For each configured interface the one that the program runs on for it.
     bases: BTreeMap<String, String>,
     failures: BTreeMap<String, String>,
+    /// Interfaces whose program (`true`: XDP) has yet to be loaded.
+    waiting: BTreeMap<String, bool>,
+    /// Why a program could not be loaded, until that has been told.
+    refused: BTreeMap<bool, String>,
     control: Array<MapData, Control>,
     interfaces: HashMap<MapData, u32, u32>,
     ports: Array<MapData, PortSet>,
@@ -168,6 +185,8 @@ impl Datapath {
             attachments: BTreeMap::new(),
             bases: BTreeMap::new(),
             failures: BTreeMap::new(),
+            waiting: BTreeMap::new(),
+            refused: BTreeMap::new(),
             writes: created,
         };
         datapath.write_seed()?;

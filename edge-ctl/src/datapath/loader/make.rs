@@ -96,10 +96,15 @@ fn loader(pins: &Pins, tables: &Tables) -> EbpfLoader<'static> {
     loader
 }
 
+/// True where this object's stages and entry program of a hook are pinned.
+pub(super) fn is_loaded(pins: &Pins, xdp: bool) -> bool {
+    pins.program(stages::entry(xdp)).exists() && pins.stages(stages::map(xdp)).exists()
+}
+
 /// Loads and pins a hook's stages and entry program unless this object's are pinned; the number of loads.
 pub(super) fn load_program(pins: &Pins, object: &[u8], xdp: bool) -> Result<u64, LoadError> {
     let (pin, slots) = (pins.program(stages::entry(xdp)), pins.stages(stages::map(xdp)));
-    if pin.exists() && slots.exists() {
+    if is_loaded(pins, xdp) {
         return Ok(0);
     }
     stages::set_aside(pins, xdp).map_err(|source| LoadError::Folder { path: slots.clone(), source })?;
