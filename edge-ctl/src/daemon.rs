@@ -32,6 +32,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use edge_common::midflow::QUIET_SECONDS;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::{mpsc, oneshot, watch},
@@ -62,7 +63,11 @@ use crate::{
         valid::Config,
     },
     datapath::{
-        kernel_view::KernelView, loader::{Datapath, ProgramLoaded}, next_hops::NextHops, program_log::ProgramLog, sweep::Sweeper,
+        kernel_view::KernelView,
+        loader::{Datapath, ProgramLoaded},
+        next_hops::NextHops,
+        program_log::ProgramLog,
+        sweep::Sweeper,
     },
     desired::{self, DesiredState},
     fib::{FibEvent, FibHandle},
@@ -136,6 +141,8 @@ struct Shared {
     /// Source ranges given at run time.
     acl: Acl,
     swept: Swept,
+    /// How often another edge of this group was lost.
+    edges_lost: u64,
     /// True until what follows from the first attempt to attach is published.
     starting: bool,
     datapath: Datapath,
@@ -293,11 +300,31 @@ impl Daemon {
                 }
             }
             BgpEvent::PeerUp { address } => info!(peer = %address, "BGP session established"),
-            BgpEvent::PeerDown { address, reason } => warn!(peer = %address, %reason, "BGP session lost"),
+            BgpEvent::PeerDown { address, reason, peer_edge } => {
+                warn!(peer = %address, %reason, "BGP session lost");
+                if peer_edge {
+                    self.peer_edge_lost(address);
+                }
+            }
             BgpEvent::Converged => {
                 self.world.converged();
                 self.settle_routes().await;
             }
+        }
+    }
+
+    /// Flows of another edge come here now, or to a third one: nobody is told yet that their flow is not known.
+    fn peer_edge_lost(&mut self, peer: IpAddr) {
+        let mut shared = lock(&self.shared);
+        shared.edges_lost += 1;
+        match shared.datapath.begin_quiet() {
+            Ok(()) => info!(
+                %peer,
+                seconds = QUIET_SECONDS,
+                "another edge is lost: unknown connections are not reset for a while, since their packets may yet find the \
+                 edge that knows them"
+            ),
+            Err(error) => warn!(%peer, %error, "unknown connections may be reset although another edge is lost"),
         }
     }
 

@@ -76,7 +76,11 @@ impl Daemon {
     }
 
     /// A program is loaded, or could not be: attaches, unless another is on its way.
-    pub(super) fn on_loaded(&mut self, loaded: Result<ProgramLoaded, JoinError>, status: &watch::Receiver<ReconcilerStatus>) {
+    pub(super) fn on_loaded(
+        &mut self,
+        loaded: Result<ProgramLoaded, JoinError>,
+        status: &watch::Receiver<ReconcilerStatus>,
+    ) {
         match loaded {
             Ok(loaded) => lock(&self.shared).datapath.loaded(loaded),
             Err(error) => error!(%error, "loading a program ended early, which is a defect; trying again"),

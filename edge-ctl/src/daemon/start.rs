@@ -168,6 +168,7 @@ async fn start(file: &Path, config: Config, texts: Texts, commits: Commits) -> R
         prefixes: 0,
         acl,
         swept: Swept::default(),
+        edges_lost: 0,
         starting: true,
         datapath,
     }));

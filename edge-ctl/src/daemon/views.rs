@@ -389,6 +389,8 @@ impl DaemonViews {
             access_written: access.written,
             access_lost: access.lost,
             events_lost,
+            quiet: shared.datapath.quiet_left().map_err(|error| ViewError::Internal(error.to_string()))?,
+            edges_lost: shared.edges_lost,
             actions: reconciler.actions,
         })
     }

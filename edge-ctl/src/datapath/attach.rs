@@ -153,7 +153,8 @@ pub fn attach(
     let (wanted, limit) = candidates(hook, traits, tc_hook())
         .map_err(|reason| LoadError::Hook { interface: interface.name.clone(), reason: reason.to_owned() })?;
     let links = links(pins, interface);
-    let kept = links.iter().find(|(hook, target)| target.ifindex == interface.ifindex && wanted.contains(hook)).copied();
+    let kept =
+        links.iter().find(|(hook, target)| target.ifindex == interface.ifindex && wanted.contains(hook)).copied();
     refuse_foreign(pins, interface, hook)?;
     // Before anything is taken off the interface: verifying a program takes seconds.
     if let Some(hook) = kept.map(|(hook, _)| hook).or(wanted.first().copied()) {

@@ -285,6 +285,28 @@ impl Datapath {
         Ok(control.route_generation)
     }
 
+    /// From now on clients of unknown connections are told nothing for a while: another edge was lost.
+    ///
+    /// # Errors
+    /// Where the map cannot be written.
+    pub fn begin_quiet(&mut self) -> Result<(), LoadError> {
+        self.quiet
+            .begin(monotonic_ns())
+            .map_err(|error| object_error("writing the time until which nobody is told", &error))?;
+        self.writes += 1;
+        Ok(())
+    }
+
+    /// Seconds for which clients of unknown connections are still told nothing.
+    ///
+    /// # Errors
+    /// Where the map cannot be read.
+    pub fn quiet_left(&self) -> Result<u64, LoadError> {
+        self.quiet
+            .left(monotonic_ns())
+            .map_err(|error| object_error("reading the time until which nobody is told", &error))
+    }
+
     /// Splits the flow cache anew where other CPUs receive packets than have a part of it; those that have one then.
     ///
     /// # Errors

@@ -43,7 +43,8 @@ pub const fn entry(xdp: bool) -> &'static str {
 /// # Errors
 /// Where the object lacks a stage or the map, or the kernel refuses one.
 pub fn fill(ebpf: &mut Ebpf, xdp: bool, whole: bool) -> Result<(), LoadError> {
-    let stages: Vec<(u32, String)> = ALL.iter().map(|(slot, stage)| (*slot, format!("{}_{stage}", entry(xdp)))).collect();
+    let stages: Vec<(u32, String)> =
+        ALL.iter().map(|(slot, stage)| (*slot, format!("{}_{stage}", entry(xdp)))).collect();
     let own = whole.then(|| entry(xdp).to_owned());
     load_all(ebpf, &stages.iter().map(|(_, name)| name.clone()).chain(own).collect())?;
     for (slot, name) in stages {

@@ -15,7 +15,6 @@ use crate::{
         interfaces::{self, Interface},
         migrate, own_addresses,
         pins::{self, Pins},
-        sys::monotonic_ns,
         vlans,
     },
     model::view::XdpRow,
@@ -169,8 +168,7 @@ impl Datapath {
         let attachment = attach::attach(&self.pins, self.edge.hook, interface, program)?;
         self.writes += u64::from(attachment.how != How::Adopted);
         if attachment.how == How::Attached {
-            self.quiet.begin(monotonic_ns()).map_err(|error| object_error("writing the time of attaching", &error))?;
-            self.writes += 1;
+            self.begin_quiet()?;
         }
         // Finding again what this process attached does not change how it came there, nor why on that hook.
         let same =
