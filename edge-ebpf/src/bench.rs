@@ -10,21 +10,27 @@ mod programs;
 
 use aya_ebpf::{
     bindings::{TC_ACT_OK, TC_ACT_SHOT, xdp_action},
+    helpers::generated::bpf_get_smp_processor_id,
     macros::{classifier, map, xdp},
     maps::Array,
     programs::{TcContext, XdpContext},
 };
-use edge_common::{address::mapped, flow::FlowKeyV4, maps::ServiceKey};
+use edge_common::{
+    address::mapped,
+    flow::FlowKeyV4,
+    maps::{NeighbourKey, ServiceKey},
+};
 use edge_ebpf::{
-    maps::{Table, add_flow, flow, frontend, scratch},
-    packet::{Packet, SkbPacket, XdpPacket, set_word},
+    fib::Lookup,
+    maps::{Table, add_flow, flow, frontend, next_hop_number, scratch},
+    packet::{Packet, Query, SkbPacket, XdpPacket, set_word},
     pipeline,
 };
 use programs::{at_tc, at_xdp};
 
 /// What to write: 80 bytes of frame (54 of IPv4, 74 of IPv6 used), then the runs so far, the flows, the first source address
-/// (of IPv6 its last word), the first port (both host order), 1 where the port that varies is the destination's, and 1 for a
-/// Zipf mix.
+/// (of IPv6 its last word), the first port (both host order), 1 where the port that varies is the destination's, and which flow
+/// is next: 0 any, 1 one of a Zipf mix, 2 the next one in turn; and a pod (network order).
 #[repr(C)]
 pub struct Script {
     frame: [u16; 40],
@@ -33,30 +39,48 @@ pub struct Script {
     address: u64,
     port: u64,
     reply: u64,
-    zipf: u64,
+    mix: u64,
+    pod: u64,
+    // To whole cache lines, since each CPU has a script.
+    _pad: [u64; 7],
 }
 
 #[map]
-static SCRIPT: Array<Script> = Array::with_max_entries(1, 0);
+static SCRIPT: Array<Script> = Array::with_max_entries(CPUS, 0);
+
+/// CPUs that packets may be measured on, each by its own script.
+const CPUS: u32 = 64;
 
 /// Ports that an address has before the next one is taken.
 const PORT_BITS: u32 = 14;
 
+/// A number in which every bit of `runs` moves every bit (SplitMix64): consecutive ones share no pattern that a cache could follow.
+#[inline(always)]
+fn scatter(runs: u64) -> u64 {
+    let word = runs.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let word = (word ^ word >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let word = (word ^ word >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    word ^ word >> 31
+}
+
 /// Source address and ports of the next flow, in network order; `None` where the script is not there.
 #[inline(always)]
 fn next(ports: usize) -> Option<(&'static mut Script, u32, u32)> {
-    // SAFETY: an array element that lives for this program run; one benchmark runs at a time.
-    let script = unsafe { &mut *SCRIPT.get_ptr_mut(0)? };
+    // SAFETY: takes nothing and returns an integer.
+    let cpu = unsafe { bpf_get_smp_processor_id() };
+    // SAFETY: an array element that lives for this program run; one benchmark runs at a time, and this CPU alone has this one.
+    let script = unsafe { &mut *SCRIPT.get_ptr_mut(cpu)? };
     script.runs += 1;
-    let random = script.runs.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let random = scatter(script.runs);
     let flow = match script.flows {
         0 => script.runs as u32,
         // The first of the flows get 1, 1/2, 1/4, ... of what each doubling of them gets: Zipf's law with exponent 1.
-        flows if script.zipf != 0 => {
+        flows if script.mix == 1 => {
             let octaves = 64 - flows.leading_zeros() - 1;
             let octave = ((random >> 40) as u32).wrapping_mul(octaves) >> 24;
             1 << octave | (random >> 8) as u32 & ((1 << octave) - 1)
         }
+        flows if script.mix == 2 => script.runs as u32 & (flows as u32 - 1),
         // Uniform over a power of two.
         flows => (random >> 32) as u32 & (flows as u32 - 1),
     };
@@ -81,6 +105,11 @@ macro_rules! copy {
 /// Writes the headers of the next IPv4 flow; `None` where the frame or the script is not there.
 #[inline(always)]
 fn write<P: Packet>(packet: &mut P) -> Option<FlowKeyV4> {
+    write_for(packet).map(|(_, key)| key)
+}
+
+#[inline(always)]
+fn write_for<P: Packet>(packet: &mut P) -> Option<(&'static mut Script, FlowKeyV4)> {
     let (script, address, ports) = next(34)?;
     let frame = packet.header::<[u16; 27]>(0)?;
     copy!(frame, script, 0 4 8);
@@ -91,7 +120,8 @@ fn write<P: Packet>(packet: &mut P) -> Option<FlowKeyV4> {
     set_word::<34, _>(frame, ports);
     copy!(frame, script, 38 42 46 50);
     let dst = u32::from(script.frame[15]) | u32::from(script.frame[16]) << 16;
-    Some(FlowKeyV4::new(address, dst, ports as u16, (ports >> 16) as u16, 6))
+    let key = FlowKeyV4::new(address, dst, ports as u16, (ports >> 16) as u16, 6);
+    Some((script, key))
 }
 
 /// As [`write`], of the next IPv6 flow.
@@ -110,9 +140,9 @@ fn write6<P: Packet>(packet: &mut P) -> Option<()> {
 }
 
 /// The lookups and inserts of a new full-nat flow, and nothing else: three tables without it, its frontend, both halves, no
-/// conflict in the two other tables, and the entry that sends the packet.
+/// conflict in the two other tables, the entry that sends the packet, its route, and the number of its next hop.
 #[inline(always)]
-fn bare_new_flow(key: &FlowKeyV4) -> Option<()> {
+fn bare_new_flow<P: Packet>(packet: &mut P, key: &FlowKeyV4, pod: u32) -> Option<()> {
     // One after the other: the compiler would join two tests of pointers, which the verifier does not allow.
     if flow(Table::Established, key).is_some()
         || flow(Table::HalfOpen, key).is_some()
@@ -135,7 +165,23 @@ fn bare_new_flow(key: &FlowKeyV4) -> Option<()> {
     entry.key = *key;
     entry.service = service;
     add_flow(Table::HalfOpen, entry).ok()?;
-    flow(Table::HalfOpen, key).map(|_| ())
+    flow(Table::HalfOpen, key)?;
+    let Lookup { route, .. } = scratch::lookup()?;
+    let query = Query {
+        src: key.dst,
+        dst: pod,
+        src_port: key.src_port,
+        dst_port: key.dst_port,
+        protocol: 6,
+        tos: 0,
+        ingress: packet.ingress(),
+    };
+    query.encode(route);
+    if packet.route(route) != 0 {
+        return None;
+    }
+    let neighbour = NeighbourKey { ifindex: route.0.ifindex, address: mapped(pod) };
+    next_hop_number(&neighbour).map(|_| ())
 }
 
 /// The wrapper alone.
@@ -171,8 +217,9 @@ pub fn bench_xdp_lookup(ctx: XdpContext) -> u32 {
 /// The wrapper and [`bare_new_flow`].
 #[xdp(frags)]
 pub fn bench_xdp_new(ctx: XdpContext) -> u32 {
-    match write(&mut XdpPacket::new(&ctx)) {
-        Some(key) if bare_new_flow(&key).is_some() => xdp_action::XDP_PASS,
+    let mut packet = XdpPacket::new(&ctx);
+    match write_for(&mut packet) {
+        Some((script, key)) if bare_new_flow(&mut packet, &key, script.pod as u32).is_some() => xdp_action::XDP_PASS,
         Some(_) => xdp_action::XDP_DROP,
         None => xdp_action::XDP_ABORTED,
     }

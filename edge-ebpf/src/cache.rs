@@ -4,7 +4,10 @@
 use edge_common::{
     conntrack::{Direction, State, ticks},
     flow::FlowKey,
-    maps::{BACKENDS, CacheSet, CacheWindow, Flow, NEXT_HOPS, SERVICES, Slot, flow_flag, place, set_of, slot_flag},
+    maps::{
+        BACKENDS, CacheSet, CacheWindow, Flow, NEXT_HOPS, SERVICES, Slot, WAYS, flow_flag, home, place, set_of,
+        slot_flag, way,
+    },
 };
 
 use crate::{
@@ -12,18 +15,44 @@ use crate::{
     maps::{self, Table},
 };
 
+/// A slot that is as good as its flow's entry.
+pub struct Hit<A: Family> {
+    /// The slot.
+    pub slot: &'static mut Slot<A>,
+    /// The time, in ticks.
+    pub now: u32,
+}
+
 /// This CPU's slot of a tuple, if it is as good as the flow's entry.
 #[inline(always)]
-pub fn find<A: Family>(words: &A::Words, place: u64) -> Option<&'static mut Slot<A>> {
+pub fn find<A: Family>(words: &A::Words, place: u64) -> Option<Hit<A>> {
     let window = maps::cache_window()?;
     let set = set::<A>(window, place)?;
     let generation = maps::generation(place)?;
-    let slot = way(set, words)?;
-    if slot.generation != generation {
+    maps::fetch(&set.ways[way(home(place), 1)]);
+    let slot = slot_of(set, words, place)?;
+    // Without a clock yet: a slot that was another CPU's.
+    if slot.generation != generation || window.clock == 0 {
         return None;
     }
     window.hits += 1;
-    Some(slot)
+    Some(Hit { slot, now: ticks(time_of_ticks(window).wrapping_add(window.clock)) })
+}
+
+#[inline(always)]
+fn time_of_ticks(window: &CacheWindow) -> u64 {
+    maps::jiffies().wrapping_mul(window.tick)
+}
+
+/// Sets a window's clock, unless it is right to some ticks: both clocks move with the kernel's tick, not in the same instant, and
+/// a slot's should not go back.
+#[inline(always)]
+fn set_clock(window: &mut CacheWindow, now: u64) {
+    let clock = now.wrapping_sub(time_of_ticks(window));
+    let off = clock.wrapping_sub(window.clock).wrapping_add(4 * window.tick);
+    if off > 8 * window.tick {
+        window.clock = clock;
+    }
 }
 
 #[inline(always)]
@@ -36,15 +65,39 @@ fn set<A: Family>(window: &CacheWindow, place: u64) -> Option<&'static mut Cache
 }
 
 #[inline(always)]
-fn way<A: Family>(set: &'static mut CacheSet<A>, words: &A::Words) -> Option<&'static mut Slot<A>> {
-    let [first, second] = &mut set.ways;
-    if first.is_of(words) {
-        Some(first)
-    } else if second.is_of(words) {
-        Some(second)
-    } else {
-        None
+fn slot_of<A: Family>(set: &'static mut CacheSet<A>, words: &A::Words, place: u64) -> Option<&'static mut Slot<A>> {
+    position(set, words, place).map(|at| &mut set.ways[at & (WAYS - 1)])
+}
+
+/// Which slot is the tuple's.
+#[inline(always)]
+fn position<A: Family>(set: &CacheSet<A>, words: &A::Words, place: u64) -> Option<usize> {
+    for step in 0..WAYS {
+        let at = way(home(place), step);
+        if set.ways[at].is_of(words) {
+            return Some(at);
+        }
     }
+    None
+}
+
+/// As [`position`], off the hot path; [`WAYS`]: none.
+#[inline(never)]
+fn seek<A: Family>(set: &CacheSet<A>, words: &A::Words, place: u64) -> usize {
+    position(set, words, place).unwrap_or(WAYS)
+}
+
+/// The slot that a tuple which has none is to get: its home or another that is empty, else the one that was used longest ago.
+#[inline(never)]
+fn oldest<A: Family>(set: &CacheSet<A>, place: u64) -> usize {
+    let mut best = home(place);
+    for step in 1..WAYS {
+        let at = way(home(place), step);
+        if is_older(&set.ways[at], &set.ways[best & (WAYS - 1)]) {
+            best = at;
+        }
+    }
+    best
 }
 
 /// Tells an established entry what this CPU's slot has counted, whether or not that is still good. To be called before the
@@ -55,9 +108,15 @@ pub fn settle<A: Family>(flow: &mut Flow<A>) -> u32 {
         return 0;
     };
     let words = &A::words(&flow.key);
-    let Some(slot) = set::<A>(window, place::<A>(words)).and_then(|set| way(set, words)) else {
+    let place = place::<A>(words);
+    let Some(set) = set::<A>(window, place) else {
         return 0;
     };
+    let at = seek(set, words, place);
+    if at >= WAYS {
+        return 0;
+    }
+    let slot = &mut set.ways[at & (WAYS - 1)];
     slot.tell(flow, maps::now());
     slot.packets = 0;
     slot.bytes = 0;
@@ -72,9 +131,12 @@ pub fn fill<A: Family>(key: &FlowKey<A>, flow: &Flow<A>, generation: u32) -> u32
     };
     window.misses += 1;
     let words = &A::words(key);
-    let Some(set) = set::<A>(window, place::<A>(words)) else {
+    let place = place::<A>(words);
+    let Some(set) = set::<A>(window, place) else {
         return 0;
     };
+    let now = maps::now();
+    set_clock(window, now);
     // A packet rate is counted where the entry is.
     // So are all others that a slot has no room for, of which the maps have none.
     let number = |number: u32, limit: u32| number != 0 && number < limit;
@@ -84,28 +146,24 @@ pub fn fill<A: Family>(key: &FlowKey<A>, flow: &Flow<A>, generation: u32) -> u32
     {
         return 0;
     }
-    let now = ticks(maps::now());
-    let [first, second] = &mut set.ways;
-    let slot = if first.is_of(words) {
-        first
-    } else if second.is_of(words) {
-        second
-    } else {
-        let slot = if is_older(first, second, now) { first } else { second };
+    let mut at = seek(set, words, place);
+    if at >= WAYS {
+        at = oldest(set, place);
+        let slot = &set.ways[at & (WAYS - 1)];
         if !slot.is_empty() {
             window.displaced += 1;
             window.told += u64::from(displace(slot));
         }
-        slot
-    };
-    write(slot, flow, generation, now);
+    }
+    let slot = &mut set.ways[at & (WAYS - 1)];
+    write(slot, flow, generation, ticks(now));
     slot.key = if maps::still_of(flow, key) { *words } else { Default::default() };
     1
 }
 
 #[inline(always)]
-fn is_older<A: Family>(first: &Slot<A>, second: &Slot<A>, now: u32) -> bool {
-    first.is_empty() || !second.is_empty() && now.wrapping_sub(first.last_seen) > now.wrapping_sub(second.last_seen)
+fn is_older<A: Family>(first: &Slot<A>, second: &Slot<A>) -> bool {
+    !second.is_empty() && (first.is_empty() || (first.last_seen.wrapping_sub(second.last_seen) as i32) < 0)
 }
 
 /// Tells the entry of a slot that another flow is to have; where the flow has ended, its record has been completed. How many

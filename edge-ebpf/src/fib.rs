@@ -35,7 +35,8 @@ pub mod resolution {
 /// What a lookup works on, in the scratch memory.
 #[repr(C)]
 pub struct Lookup {
-    route: Route,
+    /// The question to the kernel's FIB, and then its answer.
+    pub route: Route,
     hop: NextHop,
     key: NeighbourKey,
     port: Port,

@@ -2,11 +2,12 @@
 
 use edge_common::{
     conntrack::{due, tcp_flag::SYN, ticks},
-    maps::{BYTES_MAX, Control, Flow, NextHop, Slot, capture::side, flow_flag, next_hop_flag, slot_flag},
+    maps::{BYTES_MAX, Control, Flow, NextHop, capture::side, flow_flag, next_hop_flag, slot_flag},
     verdict::{Action, Question, Reason, Verdict},
 };
 
 use crate::{
+    cache::Hit,
     capture,
     conntrack::{self, touched},
     family::Family,
@@ -26,11 +27,11 @@ pub const MISSED: Verdict = Verdict::UNDECIDED;
 
 /// Sends a packet on its way as a good copy of its flow's entry says. Everything unusual is the entry's: [`MISSED`].
 #[inline(always)]
-pub fn cached<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, slot: &mut Slot<A>) -> Verdict {
+pub fn cached<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, hit: Hit<A>) -> Verdict {
+    let Hit { slot, now } = hit;
     let Some(control) = maps::control() else {
         return MISSED;
     };
-    let now = ticks(maps::now());
     if slot.route_generation != control.route_generation as u16
         || due(slot.touch_due, now)
         || slot.bytes >= BYTES_MAX

@@ -16,7 +16,7 @@ use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_NOEXIST},
-    helpers::generated::bpf_ktime_get_coarse_ns,
+    helpers::generated::{bpf_jiffies64, bpf_ktime_get_coarse_ns},
     macros::map,
     maps::{Array, HashMap, LruHashMap, PerCpuArray},
 };
@@ -396,4 +396,12 @@ pub fn raise(notice: u32) {
 pub fn now() -> u64 {
     // SAFETY: takes nothing and returns an integer (kernel 5.11).
     unsafe { bpf_ktime_get_coarse_ns() }
+}
+
+/// The kernel's count of ticks, which the verifier makes a load of: no call, where each costs some nanoseconds, and many where
+/// returns are guarded against speculation.
+#[inline(always)]
+pub fn jiffies() -> u64 {
+    // SAFETY: takes nothing and returns an integer (kernel 5.6).
+    unsafe { bpf_jiffies64() }
 }

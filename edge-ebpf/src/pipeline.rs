@@ -22,7 +22,7 @@ use crate::{
     forward::{self, MISSED, TOO_LATE},
     maps::{self, Table},
     packet::Packet,
-    parse::{self, Ip},
+    parse::{self, Ip, Parsed},
     stages,
     stats::because,
     vlan as tags,
@@ -49,11 +49,7 @@ pub fn run<P: Packet>(packet: &mut P) -> Verdict {
     packet.pull(parse::HEADERS);
     match parse::ether_type(packet) {
         Some(kind) if kind == u16::from(EtherType::Ipv4) => ipv4(packet),
-        Some(kind) if kind == u16::from(EtherType::Ipv6) => {
-            packet.enter(IPV6);
-            // No such stage: the host's own IPv6 goes on.
-            Verdict::PASS
-        }
+        Some(kind) if kind == u16::from(EtherType::Ipv6) => ipv6_by_slot(packet),
         Some(kind) if tags::follows(kind) => {
             packet.enter(VLAN);
             Verdict::PASS
@@ -82,6 +78,41 @@ pub fn vlan<P: Packet>(packet: &mut P) -> Verdict {
     }
 }
 
+/// What is not ours, and what a slot serves, leaves without a tail call.
+#[inline(always)]
+fn ipv6_by_slot<P: Packet>(packet: &mut P) -> Verdict {
+    let Some(ip) = parse::ipv6(packet) else {
+        return Verdict::PASS;
+    };
+    if prefilter(ip.src, ip.dst).is_none() && ip.protocol != ICMPV6 {
+        return Verdict::PASS;
+    }
+    if (ip.protocol == TCP || ip.protocol == UDP)
+        && let Some(parsed) = parse::transport(packet, &ip)
+    {
+        let words = Wide::words(&parsed.key);
+        let verdict = by_slot(packet, &parsed, &words, place::<Wide>(&words));
+        if verdict != MISSED {
+            return verdict;
+        }
+    }
+    packet.enter(IPV6);
+    // No such stage: the host's own IPv6 goes on.
+    Verdict::PASS
+}
+
+/// Serves a packet by its flow's slot, or answers [`MISSED`].
+#[inline(always)]
+fn by_slot<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, words: &A::Words, place: u64) -> Verdict {
+    if parsed.flags & (SYN | FIN | RST) != 0 || parsed.lacks_checksum {
+        return MISSED;
+    }
+    match cache::find::<A>(words, place) {
+        Some(hit) => forward::cached(packet, parsed, hit),
+        None => MISSED,
+    }
+}
+
 #[inline(always)]
 fn ipv4<P: Packet>(packet: &mut P) -> Verdict {
     let Some(ip) = parse::ipv4(packet) else {
@@ -96,12 +127,23 @@ fn ipv4<P: Packet>(packet: &mut P) -> Verdict {
     if ip.is_fragment() {
         return stages::fragment::<u32, P>(packet);
     }
-    serve(packet, &ip, side)
+    serve::<u32, P, true>(packet, &ip, side)
 }
 
-/// The stage of an IPv6 packet.
+/// The stage of an IPv6 packet that no slot has served.
 #[inline(always)]
 pub fn ipv6<P: Packet>(packet: &mut P) -> Verdict {
+    ipv6_asking::<P, false>(packet)
+}
+
+/// The stage of an IPv6 packet whose tags have been taken off, for which no slot has been looked for.
+#[inline(always)]
+pub fn untagged_ipv6<P: Packet>(packet: &mut P) -> Verdict {
+    ipv6_asking::<P, true>(packet)
+}
+
+#[inline(always)]
+fn ipv6_asking<P: Packet, const SLOTS: bool>(packet: &mut P) -> Verdict {
     packet.pull(parse::HEADERS);
     let Some(mut ip) = parse::ipv6(packet) else {
         return Verdict::PASS;
@@ -119,19 +161,20 @@ pub fn ipv6<P: Packet>(packet: &mut P) -> Verdict {
             Upper::Short => return because(Reason::Malformed, 0),
         }
     }
-    serve(packet, &ip, side)
+    serve::<Wide, P, SLOTS>(packet, &ip, side)
 }
 
+/// `SLOTS`: the flow's slot is still to be looked for.
 #[inline(always)]
-fn serve<A: Family, P: Packet>(packet: &mut P, ip: &Ip<A>, side: Side) -> Verdict {
+fn serve<A: Family, P: Packet, const SLOTS: bool>(packet: &mut P, ip: &Ip<A>, side: Side) -> Verdict {
     let Some(parsed) = parse::transport(packet, ip) else {
         return because(Reason::Malformed, 0);
     };
     if parsed.flags & (SYN | FIN | RST) == 0 && !parsed.lacks_checksum {
         let words = A::words(&parsed.key);
         let place = place::<A>(&words);
-        if let Some(slot) = cache::find(&words, place) {
-            let verdict = forward::cached(packet, &parsed, slot);
+        if SLOTS {
+            let verdict = by_slot(packet, &parsed, &words, place);
             if verdict != MISSED {
                 return verdict;
             }

@@ -105,5 +105,5 @@ stage! {
     kept stages::answer::<Wide, _>: edge_xdp_answe6, edge_tc_answe6;
     settled stages::frag::<Wide, _>: edge_xdp_frag6, edge_tc_frag6;
     settled pipeline::vlan: edge_xdp_vlan, edge_tc_vlan;
-    settled pipeline::ipv6: edge_xdp_vlan6, edge_tc_vlan6;
+    settled pipeline::untagged_ipv6: edge_xdp_vlan6, edge_tc_vlan6;
 }

@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use anyhow::{Context, Result, ensure};
 use edge_common::{
     flow::{TCP, UDP},
-    maps::{Control, NextHop, mode, name},
+    maps::{Control, NextHop, WAYS, mode, name},
     verdict::Reason,
 };
 use edge_tests::datapath::{
@@ -352,10 +352,10 @@ fn a_capture_sees_packets_of_flows_that_have_slots() -> Result<()> {
 
 #[test]
 fn flows_that_displace_each_other_keep_their_own_translation_and_lose_no_count() -> Result<()> {
-    // One set for each CPU: two slots for five flows of two directions.
+    // One set for each CPU, of fewer slots than there are flows.
     each(&Settings { cache: 2, ..Settings::default() }, |lab, port, next| {
         let mut connections = Vec::new();
-        for number in 0..5 {
+        for number in 0..WAYS as u16 + 2 {
             let port = port + number;
             lab.client_sends(lab.cpus[0], port, flag::SYN)?;
             let forward = lab.rig.flow(name::HALF_OPEN, &lab.key(port, TCP)).context("half-open")?;
@@ -425,5 +425,27 @@ fn a_flow_that_moves_between_cpus_is_counted_once_for_each_packet() -> Result<()
         ensure!(lab.rig.service_stats(1)?.packets_in == stats.packets_in + 30);
         ensure!(after.last_seen >= before.last_seen);
         Ok(())
+    })
+}
+
+#[test]
+fn fewer_cpus_that_receive_packets_have_larger_parts_of_the_same_memory() -> Result<()> {
+    each(&Settings { cache: 64, ..Settings::default() }, |lab, port, _| {
+        let cpus = cpu::allowed()?;
+        let bytes = |lab: &Lab| {
+            lab.rig.cache.cpus().iter().map(|cpu| cpu.bytes).filter(|bytes| *bytes != 0).collect::<Vec<_>>()
+        };
+        lab.rig.cache.split(&cpus)?;
+        let shared = bytes(lab);
+        ensure!(shared.len() == cpus.len() && shared.iter().all(|bytes| *bytes == shared[0]), "{shared:?}");
+        lab.rig.cache.split(&cpus[..1])?;
+        let alone = bytes(lab);
+        ensure!(alone.len() == 1 && alone[0] >= shared.iter().sum(), "{alone:?} instead of {shared:?}");
+        // It goes on serving, there and, from the table, elsewhere.
+        for cpu in &cpus {
+            lab.client_sends(*cpu, port, flag::SYN)?;
+        }
+        lab.rig.cache.split(&cpus)?;
+        lab.connect(port + 1).map(drop)
     })
 }

@@ -55,7 +55,7 @@ fn compare(name: &str, hook: Hook) -> Result<()> {
         missed.iter().filter(|reason| !unreachable.contains(reason)).map(|reason| reason.name()).collect();
     assert!(surprising.is_empty(), "reasons that no packet met: {surprising:?}");
 
-    // What the cache serves is what the tables would have served: the same packets, with one of two slots and with none.
+    // What the cache serves is what the tables would have served: the same packets, with a tiny one and with none.
     ensure!(fixed.cached > fixed.packets / 100, "the cache served {} packets only", fixed.cached);
     for cache in CACHES.into_iter().skip(1) {
         let packets = count(&format!("{hook:?} packets, {cache} sets"), 200_000, 5_000_000) as u64;

@@ -67,6 +67,9 @@ enum Command {
         /// Prefixes of that table.
         #[arg(long, default_value_t = 1_000_000, requires = "bgp")]
         routes: u32,
+        /// Of the dataplane's, those whose name contains one of these words.
+        #[arg(long, default_value = "", conflicts_with_all = ["e2e", "health", "pools", "bgp"])]
+        only: String,
     },
     /// Random packets through the loaded program, compared with the reference model.
     FuzzDatapath {
@@ -137,7 +140,7 @@ fn execute(command: Command) -> Result<ExitCode> {
             ]))?;
             return sh::pass_through(sh::as_root(&root().join("target/debug/edge-lab")).args(arguments));
         }
-        Command::Bench { json, e2e, health, pools, bgp, routes } => {
+        Command::Bench { json, e2e, health, pools, bgp, routes, only } => {
             setup::run()?;
             build_release()?;
             step("measure");
@@ -154,6 +157,9 @@ fn execute(command: Command) -> Result<ExitCode> {
             }
             if bgp {
                 command.args(["--bgp", "--routes", &routes.to_string()]);
+            }
+            if !only.is_empty() {
+                command.args(["--only", &only]);
             }
             if let Some(path) = json {
                 command.arg("--json").arg(path);

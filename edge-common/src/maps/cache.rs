@@ -17,7 +17,7 @@ pub const CACHE_CPUS: u32 = 1024;
 /// Buckets of [`Generations`].
 pub const GENERATION_BUCKETS: usize = 1 << 18;
 /// Slots in a [`CacheSet`].
-pub const WAYS: usize = 2;
+pub const WAYS: usize = 8;
 /// Default memory of the slots of both families, bytes.
 pub const CACHE_BYTES: u64 = 64 << 20;
 /// The least that a cache may have, bytes; less is none.
@@ -109,7 +109,10 @@ impl<A: Address> Slot<A> {
         }
         flow.packets = flow.packets.wrapping_add(self.packets as u64);
         flow.bytes = flow.bytes.wrapping_add(self.bytes as u64);
-        let age = ticks(now).wrapping_sub(self.last_seen) as u64;
+        let age = match ticks(now).wrapping_sub(self.last_seen) {
+            AHEAD.. => 0,
+            age => age as u64,
+        };
         let seen = (now >> TICK_SHIFT).wrapping_sub(age) << TICK_SHIFT;
         if seen > flow.last_seen && age >> 31 == 0 {
             flow.last_seen = seen;
@@ -117,11 +120,15 @@ impl<A: Address> Slot<A> {
     }
 }
 
-/// The slots that a key may be in. 128 bytes for IPv4, 256 for IPv6.
+/// Ages from here on are of slots that were seen a little after "now": a slot's clock may be some of the kernel's ticks ahead of
+/// the entries' (see [`CacheWindow::clock`]).
+const AHEAD: u32 = u32::MAX - 255;
+
+/// The slots that a key may be in. 512 bytes for IPv4, 1,024 for IPv6.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CacheSet<A: Address> {
-    /// In no order.
+    /// A key is looked for in its [`home`] first, and then in the others.
     pub ways: [Slot<A>; WAYS],
 }
 
@@ -142,8 +149,11 @@ pub struct CacheWindow {
     pub displaced: u64,
     /// Lookups that telling entries of displaced slots took.
     pub told: u64,
-    /// Zero.
-    pub _pad: [u64; 2],
+    /// Nanoseconds in one of the kernel's ticks (jiffies); written by the daemon before it gives a part.
+    pub tick: u64,
+    /// What CLOCK_MONOTONIC is ahead of so many ticks, ns; 0: not known yet. Written by this CPU when it fills a slot. The kernel's
+    /// count of ticks is read without a call.
+    pub clock: u64,
 }
 
 /// A [`CacheWindow`]'s field of `sets` sets from `first` on.
@@ -174,6 +184,19 @@ pub const fn set_of(window: u64, place: u64) -> u32 {
     first.wrapping_add(((place as u32 as u64).wrapping_mul(sets) >> 32) as u32)
 }
 
+/// The slot of its set where a key of this [`place`] is looked for first. With half of all slots in use four keys of five are
+/// there, so that most packets touch one line of the set.
+#[inline(always)]
+pub const fn home(place: u64) -> usize {
+    (place >> 50) as usize & (WAYS - 1)
+}
+
+/// The slot of a set where a key with this [`home`] is looked for in step `step` of [`WAYS`].
+#[inline(always)]
+pub const fn way(home: usize, step: usize) -> usize {
+    (home ^ step) & (WAYS - 1)
+}
+
 /// The bucket of a key of this [`place`].
 #[inline(always)]
 pub const fn bucket(place: u64) -> usize {
@@ -184,8 +207,8 @@ const _: () = {
     assert!(size_of::<SlotV4>() == 64 && size_of::<SlotV6>() == 128);
     assert!(SERVICES <= slot_flag::SERVICE as u32 + 1 && BACKENDS <= 1 << 16 && NEXT_HOPS <= 1 << 16);
     assert!(core::mem::offset_of!(SlotV4, generation) == 32 && core::mem::offset_of!(SlotV4, bytes) == 60);
-    assert!(size_of::<CacheSet<u32>>() == 128 && size_of::<CacheSet<Wide>>() == 256);
-    assert!(size_of::<CacheWindow>() == 64);
+    assert!(size_of::<CacheSet<u32>>() == 64 * WAYS && size_of::<CacheSet<Wide>>() == 128 * WAYS);
+    assert!(size_of::<CacheWindow>() == 64 && WAYS.is_power_of_two() && GENERATION_BUCKETS == 1 << 18);
 };
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 //! yet, and telling the program that an established entry has changed.
 
 use std::{
-    mem::size_of,
+    mem::{offset_of, size_of},
     os::fd::{AsFd as _, BorrowedFd},
     sync::atomic::Ordering,
 };
@@ -25,6 +25,7 @@ use super::{
     sys::{
         monotonic_ns, open_pin,
         shared::{SharedArray, wait_for_programs},
+        tick_ns,
     },
 };
 use crate::reconcile::ports::PortError;
@@ -209,13 +210,17 @@ impl FlowCache {
         }
         let offset = set_of(part, place) as usize * size_of::<CacheSet<A>>();
         let read = |way: usize| A::array(self).read::<Slot<A>>(offset + way * size_of::<Slot<A>>());
-        Some([read(0)?, read(1)?])
+        let mut ways = [Slot::default(); WAYS];
+        for (way, slot) in ways.iter_mut().enumerate() {
+            *slot = read(way)?;
+        }
+        Some(ways)
     }
 
     /// A CPU's window, if it has a part or has counted anything.
     fn window(&self, cpu: u32) -> Option<CacheWindow> {
         let window: CacheWindow = self.windows.read(cpu as usize * size_of::<CacheWindow>())?;
-        (window != CacheWindow::default()).then_some(window)
+        (CacheWindow { tick: 0, clock: 0, ..window } != CacheWindow::default()).then_some(window)
     }
 
     /// The CPUs that have a part or have seen packets of established flows.
@@ -270,7 +275,9 @@ impl FlowCache {
         wait_for_programs().map_err(|error| PortError::new("waiting for running programs", error))?;
         let each = |sets: u32| sets / u32::try_from(cpus.len()).unwrap_or(u32::MAX).max(1);
         let [v4, v6] = self.sets.map(each);
+        let tick = tick_ns();
         for (index, cpu) in (0u32..).zip(cpus) {
+            self.set_long(*cpu, offset_of!(CacheWindow, tick), tick);
             let part = |sets: u32| if sets == 0 { 0 } else { window(index * sets, sets) };
             self.set_window(*cpu, part(v4), part(v6));
         }
@@ -278,13 +285,16 @@ impl FlowCache {
     }
 
     fn set_window(&self, cpu: u32, v4: u64, v6: u64) {
-        let offset = cpu as usize * size_of::<CacheWindow>();
-        for (at, value) in [(0, v4), (size_of::<u64>(), v6)] {
-            if let Some(field) = self.windows.long(offset + at)
-                && field.load(Ordering::Relaxed) != value
-            {
-                field.store(value, Ordering::Release);
-            }
+        self.set_long(cpu, offset_of!(CacheWindow, v4), v4);
+        self.set_long(cpu, offset_of!(CacheWindow, v6), v6);
+    }
+
+    /// Writes a field of a CPU's window where it is another.
+    fn set_long(&self, cpu: u32, field: usize, value: u64) {
+        if let Some(field) = self.windows.long(cpu as usize * size_of::<CacheWindow>() + field)
+            && field.load(Ordering::Relaxed) != value
+        {
+            field.store(value, Ordering::Release);
         }
     }
 

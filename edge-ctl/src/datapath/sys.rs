@@ -415,6 +415,19 @@ pub fn monotonic_ns() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: `time` is a live timespec, and this clock always exists.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, std::ptr::from_mut(&mut time)) };
+    nanoseconds(&time)
+}
+
+/// Nanoseconds in one of the kernel's ticks (jiffies).
+pub fn tick_ns() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // The coarse clock moves with the tick, and its resolution is that (`KTIME_LOW_RES`).
+    // SAFETY: `time` is a live timespec, and this clock has existed since 2.6.32.
+    unsafe { libc::clock_getres(libc::CLOCK_MONOTONIC_COARSE, std::ptr::from_mut(&mut time)) };
+    nanoseconds(&time)
+}
+
+fn nanoseconds(time: &libc::timespec) -> u64 {
     let part = |value: libc::c_long| u64::try_from(value).unwrap_or(0);
     part(time.tv_sec).saturating_mul(1_000_000_000).saturating_add(part(time.tv_nsec))
 }

@@ -71,6 +71,14 @@ pub fn slot_key<A: Address>(slot: &Slot<A>) -> &FlowKey<A> {
     unsafe { &*(&raw const slot.key).cast() }
 }
 
+/// Has a slot's line fetched while another one's is: where the key is in neither, no time was lost, and where it is here, it has come
+/// by the time that the other one was looked at.
+#[inline(always)]
+pub fn fetch<A: Address>(slot: &Slot<A>) {
+    // SAFETY: an aligned integer of a live element; volatile, since the value is not used.
+    unsafe { (&raw const slot.key).cast::<u64>().read_volatile() };
+}
+
 /// The generation of a key of this `place`.
 #[inline(always)]
 pub fn generation(place: u64) -> Option<u32> {

@@ -1,27 +1,25 @@
 //! Nanoseconds per packet by BPF_PROG_TEST_RUN: a wrapper program writes the headers and picks the flow, then runs the
 //! pipeline; the same wrapper without the pipeline, run in turn with it, is the baseline. Entries are written before the runs;
 //! their touch lies ahead, since at one touch in 16 s it costs a packet nothing that can be measured. All on one CPU, whose
-//! part of the flow cache is all of it.
+//! part of the flow cache is all of it, but for the figures of several receive queues.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::atomic::{AtomicBool, Ordering},
-    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
 use aya::{
     TestRun, TestRunOptions,
-    maps::{HashMap, Map, MapData},
     programs::{SchedClassifier, Xdp},
 };
 use edge_common::{
     address::unmapped,
     conntrack::{Direction, State},
-    flow::{FlowKey, FlowKeyV4, TCP},
-    maps::{FlowV4, NeighbourKey, NextHop, mode, name},
+    flow::TCP,
+    maps::{NeighbourKey, NextHop, WAYS, mode, name},
 };
-use edge_ctl::datapath::{cache::FlowCache, stages};
+use edge_ctl::datapath::stages;
 
 use super::Figure;
 use crate::datapath::{
@@ -29,94 +27,42 @@ use crate::datapath::{
     frame::{Frame, flag},
     namespace::{in_namespace, ip},
     rig::{
-        CLIENT_MAC, CLIENT6, Entry, Family, Hook, PODS_MAC, Rig, Settings, UPLINK_MAC, key, load_program, map_cache,
-        pod, pod_mac, skb_context, wire, xdp_context,
+        CLIENT_MAC, CLIENT6, Entry, Family, Hook, PODS_MAC, Rig, Settings, UPLINK_MAC, key, load_program, pod, pod_mac,
+        skb_context, wire, xdp_context,
     },
 };
+use beside::Beside;
+use cases::{Case, Pick, Subject, cases};
+
+mod beside;
+mod cases;
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("EDGE_BENCH_OBJECT"));
 
-const RUNS: u32 = 15;
 const MILLION: u32 = 1 << 20;
 /// As in the wrapper: ports that one address has.
 const PORTS: u32 = 1 << 14;
 const FIRST_PORT: u16 = 20_000;
 const LISTEN: u16 = 8443;
-/// Flows opened and closed per second beside a measurement with churn.
-const CHURN: u32 = 10_000;
-/// Sets of each family's cache: two slots for each of a million flows.
-const SETS: u32 = 1 << 20;
+/// Packets at a time on queues beside the one that is measured.
+const BESIDE: u32 = 5_000;
 
-/// What is measured.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Subject {
-    Forward,
-    Reply,
-    NewFlow,
-    NotOurs,
-    Lookup,
-    BareNewFlow,
+/// How much is measured.
+#[derive(Clone, Copy, Debug)]
+pub struct Effort {
+    /// Runs of the program and of its baseline, in turn.
+    pub runs: u32,
+    /// Packets in a run; of a few flows twice as many.
+    pub packets: u32,
+    /// Flows that stand for a million; a power of two.
+    pub many: u32,
 }
 
-/// Which of the flows a packet is of.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Mix {
-    Uniform,
-    Zipf,
-    /// Uniform, while others are opened and closed.
-    Churn,
-}
-
-struct Case {
-    name: String,
-    hook: Hook,
-    mode: u8,
-    family: Family,
-    subject: Subject,
-    flows: u32,
-    mix: Mix,
-}
-
-impl Case {
-    /// Packets in one run: enough for a nanosecond's resolution, few enough that all cases take some minutes.
-    fn repeat(&self) -> u32 {
-        if self.flows > 1 || self.is_new() { 200_000 } else { 500_000 }
-    }
-
-    /// Runs before those that count: the wrapper has picked every flow after as many packets as there are flows, or few more.
-    fn warm_ups(&self) -> u32 {
-        if self.is_new() { 2 } else { 1 + self.flows * 3 / 2 / self.repeat() }
-    }
-
-    fn is_new(&self) -> bool {
-        matches!(self.subject, Subject::NewFlow | Subject::BareNewFlow)
-    }
-
-    fn first_client(&self) -> IpAddr {
-        match self.family {
-            Family::V4 => Ipv4Addr::new(100, 64, 0, 0).into(),
-            Family::V6 => Ipv6Addr::new(0x2001, 0xdb8, 0x64, 0, 0, 0, 0x64, 0).into(),
-        }
-    }
-
-    fn first_backend(&self) -> IpAddr {
-        match self.family {
-            Family::V4 => Ipv4Addr::new(10, 1, 64, 0).into(),
-            Family::V6 => Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0x64, 0).into(),
-        }
-    }
-
-    /// Baseline and subject.
-    fn programs(&self) -> [&'static str; 2] {
-        match (self.hook, self.family, self.subject) {
-            (Hook::Xdp, _, Subject::Lookup) => ["bench_xdp_baseline", "bench_xdp_lookup"],
-            (Hook::Xdp, _, Subject::BareNewFlow) => ["bench_xdp_baseline", "bench_xdp_new"],
-            (Hook::Xdp, Family::V4, _) => ["bench_xdp_baseline", "bench_xdp_pipeline"],
-            (Hook::Xdp, Family::V6, _) => ["bench_xdp_base6", "bench_xdp_pipe6"],
-            (Hook::Tc, Family::V4, _) => ["bench_tc_baseline", "bench_tc_pipeline"],
-            (Hook::Tc, Family::V6, _) => ["bench_tc_base6", "bench_tc_pipe6"],
-        }
-    }
+impl Effort {
+    /// For figures that are written down.
+    pub const WHOLE: Self = Self { runs: 15, packets: 100_000, many: MILLION };
+    /// For ratios that tests hold.
+    pub const SMALL: Self = Self { runs: 15, packets: 30_000, many: 1 << 16 };
 }
 
 /// Measures every figure whose name contains one of the words of `filter`, all of them where it is empty.
@@ -126,56 +72,23 @@ impl Case {
 /// figure's name says.
 pub fn run(filter: &str) -> Result<Vec<Figure>> {
     let is_meant = |case: &Case| filter.is_empty() || filter.split_whitespace().any(|word| case.name.contains(word));
-    let cpu = *cpu::allowed()?.first().context("no CPU")?;
-    cases().into_iter().filter(is_meant).map(|case| in_namespace(|| cpu::on(cpu, || measure(&case, cpu)))).collect()
+    cases(Effort::WHOLE).into_iter().filter(is_meant).map(|case| measured(&case, Effort::WHOLE)).collect()
 }
 
-fn cases() -> Vec<Case> {
-    let mut cases = Vec::new();
-    for (hook, hook_name) in [(Hook::Xdp, "xdp"), (Hook::Tc, "tc")] {
-        for (mode, mode_name) in [(mode::FULL_NAT, "full-nat"), (mode::DNAT, "dnat")] {
-            for (family, family_name) in [(Family::V4, "v4"), (Family::V6, "v6")] {
-                for (subject, subject_name) in [
-                    (Subject::Forward, "established-forward"),
-                    (Subject::Reply, "established-reply"),
-                    (Subject::NewFlow, "new-flow"),
-                ] {
-                    for (flows, mix, flows_name) in [
-                        (1, Mix::Uniform, "1-flow"),
-                        (MILLION, Mix::Uniform, "1m-flows"),
-                        (MILLION, Mix::Zipf, "1m-flows-zipf"),
-                    ] {
-                        let name =
-                            format!("dataplane/{hook_name}/{mode_name}/{family_name}/{subject_name}/{flows_name}");
-                        cases.push(Case { name, hook, mode, family, subject, flows, mix });
-                    }
-                }
-            }
-        }
-    }
-    let xdp = |name: &str, subject, flows, mix| Case {
-        name: format!("dataplane/xdp/{name}"),
-        hook: Hook::Xdp,
-        mode: mode::FULL_NAT,
-        family: Family::V4,
-        subject,
-        flows,
-        mix,
-    };
-    let churn = "full-nat/v4/established-forward/1m-flows-churn";
-    cases.extend([
-        xdp(churn, Subject::Forward, MILLION, Mix::Churn),
-        xdp("non-vip/1-flow", Subject::NotOurs, 1, Mix::Uniform),
-        xdp("non-vip/1m-sources", Subject::NotOurs, MILLION, Mix::Uniform),
-        // As a new flow beside a million: the wrapper's sources are all different, and the half-open table is full.
-        xdp("syn-flood/1m-flows", Subject::NewFlow, MILLION, Mix::Uniform),
-        xdp("bare-new-flow/1-flow", Subject::BareNewFlow, 1, Mix::Uniform),
-        xdp("bare-new-flow/1m-flows", Subject::BareNewFlow, MILLION, Mix::Uniform),
-        xdp("bare-lru-lookup/1-flow", Subject::Lookup, 1, Mix::Uniform),
-        xdp("bare-lru-lookup/1m-flows", Subject::Lookup, MILLION, Mix::Uniform),
-        xdp("bare-lru-lookup/1m-flows-zipf", Subject::Lookup, MILLION, Mix::Zipf),
-    ]);
-    cases
+/// Measures the figure of this name.
+///
+/// # Errors
+/// As [`run`], and where there is no such figure.
+pub fn figure(name: &str, effort: Effort) -> Result<Figure> {
+    let case = cases(effort).into_iter().find(|case| case.name == name);
+    measured(&case.with_context(|| format!("no figure {name}"))?, effort)
+}
+
+fn measured(case: &Case, effort: Effort) -> Result<Figure> {
+    let cpus = cpu::allowed()?;
+    let cpus = cpus.get(..case.queues).with_context(|| format!("{} needs {} CPUs", case.name, case.queues))?;
+    let cpu = *cpus.first().context("no CPU")?;
+    in_namespace(|| cpu::on(cpu, || measure(case, cpus, effort.runs)))
 }
 
 /// The forward entry of flow `n`, established: the wrapper's arithmetic for its client, a backend and SNAT port of
@@ -233,17 +146,19 @@ fn offset(address: IpAddr, by: u32) -> IpAddr {
     }
 }
 
-fn measure(case: &Case, cpu: u32) -> Result<Figure> {
+fn measure(case: &Case, cpus: &[u32], runs: u32) -> Result<Figure> {
+    let entries = 2 * (case.flows + case.idle) + 1024;
     let settings = Settings {
-        established: if case.flows > 1 { 2 * MILLION + 1024 } else { 1024 },
-        lru: if case.subject == Subject::Lookup && case.flows > 1 { 2 * MILLION } else { 1 << 18 },
+        established: if case.subject == Subject::Lookup { 1024 } else { entries },
+        lru: if case.subject == Subject::Lookup { (2 * case.flows).max(1 << 18) } else { 1 << 18 },
         snat_ports: (1024, 65535),
         family: case.family,
-        cache: if case.flows > 1 { SETS } else { 512 },
+        // Two slots for each flow on every CPU.
+        cache: (2 * case.flows / WAYS as u32).max(64) * cpus.len() as u32,
         ..Settings::default()
     };
     let mut rig = Rig::from_object(OBJECT, case.hook, settings)?;
-    rig.cache.split(&[cpu])?;
+    rig.cache.split(cpus)?;
     rig.service(1, LISTEN, TCP, case.mode, 16, 443)?;
     for n in 0..=MILLION / PORTS {
         if case.mode == mode::DNAT {
@@ -252,28 +167,28 @@ fn measure(case: &Case, cpu: u32) -> Result<Figure> {
     }
     next_hops(&mut rig)?;
     fill(&mut rig, case)?;
-    write_script(&mut rig, case)?;
-    stages::fill(&mut rig.ebpf, case.hook == Hook::Xdp, false)?;
+    // An established IPv4 packet leaves from the entry program; loading stages takes seconds.
+    if case.subject == Subject::NewFlow || case.family == Family::V6 {
+        stages::fill(&mut rig.ebpf, case.hook == Hook::Xdp, false)?;
+    }
     let programs = case.programs();
     for program in programs {
         load_program(&mut rig.ebpf, program)?;
     }
-    let beside = (case.mix == Mix::Churn).then(|| Beside::start(&rig)).transpose()?;
-    // What a packet finds is warm: the cache has met every flow, the half-open table is at its fullest.
-    for _ in 0..case.warm_ups() {
-        time(&mut rig, case, programs[1])?;
-    }
+    warm_up(&mut rig, case, cpus)?;
+    let beside = (case.storm != 0).then(|| Beside::start(&rig, case.storm)).transpose()?;
     let before = counted(&rig);
     let mut times = [Vec::new(), Vec::new()];
-    for _ in 0..RUNS {
+    let others = cpus.get(1..).unwrap_or_default();
+    for _ in 0..runs {
         // In turn, so that whatever else the machine does meets both.
         for (program, times) in programs.into_iter().zip(&mut times) {
-            times.push(time(&mut rig, case, program)?);
+            times.push(beside_others(&rig, case, program, others)?);
         }
     }
     let after = counted(&rig);
     drop(beside);
-    check(&mut rig, case)?;
+    check(&mut rig, case, runs)?;
     let [baseline, subject] = times;
     let baseline = baseline.into_iter().fold(f64::INFINITY, f64::min);
     let mut figure = Figure::net(case.name.clone(), "ns", subject, baseline);
@@ -285,65 +200,47 @@ fn measure(case: &Case, cpu: u32) -> Result<Figure> {
     Ok(figure)
 }
 
+/// What a packet finds is warm: on every CPU the cache has met each flow, the half-open table is at its fullest.
+fn warm_up(rig: &mut Rig, case: &Case, cpus: &[u32]) -> Result<()> {
+    write_scripts(rig, case, if case.is_new() { case.pick } else { Pick::InTurn })?;
+    let subject = case.programs()[1];
+    for cpu in cpus {
+        cpu::on(*cpu, || time(rig, case, subject, case.warm_up()))?;
+    }
+    // New flows go on from where they are.
+    if case.is_new() { Ok(()) } else { write_scripts(rig, case, case.pick) }
+}
+
+/// Nanoseconds per packet on this CPU, while each of `others` runs the same.
+fn beside_others(rig: &Rig, case: &Case, program: &str, others: &[u32]) -> Result<f64> {
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let busy = |cpu: u32| {
+            let stop = &stop;
+            scope.spawn(move || {
+                cpu::on(cpu, || {
+                    while !stop.load(Ordering::Relaxed) {
+                        time(rig, case, program, BESIDE)?;
+                    }
+                    Ok(())
+                })
+            })
+        };
+        let threads: Vec<_> = others.iter().copied().map(busy).collect();
+        let measured = time(rig, case, program, case.repeat);
+        stop.store(true, Ordering::Relaxed);
+        for thread in threads {
+            thread.join().map_err(|_| anyhow::anyhow!("a queue's thread panicked"))??;
+        }
+        measured
+    })
+}
+
 /// Hits, misses, and lookups for displaced slots, of all CPUs.
 fn counted(rig: &Rig) -> [u64; 3] {
     let cpus = rig.cache.cpus();
     let sum = |of: fn(&edge_ctl::datapath::cache::CpuCache) -> u64| cpus.iter().map(of).sum();
     [sum(|cpu| cpu.hits), sum(|cpu| cpu.misses), sum(|cpu| cpu.told)]
-}
-
-/// Flows that are opened and closed on another thread, as the daemon would see them: both halves into the established table,
-/// both out of it, and both buckets' generations.
-struct Beside {
-    stop: std::sync::Arc<AtomicBool>,
-    thread: Option<std::thread::JoinHandle<()>>,
-}
-
-impl Beside {
-    fn start(rig: &Rig) -> Result<Self> {
-        let cache = map_cache(&rig.ebpf)?;
-        let Some(Map::HashMap(established)) = rig.ebpf.map(name::ESTABLISHED) else {
-            anyhow::bail!("no established table");
-        };
-        let fd = std::os::fd::AsFd::as_fd(established.fd()).try_clone_to_owned()?;
-        let mut table: HashMap<MapData, FlowKeyV4, FlowV4> = Map::HashMap(MapData::from_fd(fd)?).try_into()?;
-        let stop = std::sync::Arc::new(AtomicBool::new(false));
-        let stopped = std::sync::Arc::clone(&stop);
-        let thread = std::thread::spawn(move || {
-            let start = Instant::now();
-            for n in 0.. {
-                if stopped.load(Ordering::Relaxed) {
-                    return;
-                }
-                churn(&mut table, &cache, n);
-                let due = Duration::from_secs(1) * n / CHURN;
-                // Behind where the machine is busy; then it catches up.
-                std::thread::sleep(due.saturating_sub(start.elapsed()));
-            }
-        });
-        Ok(Self { stop, thread: Some(thread) })
-    }
-}
-
-impl Drop for Beside {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            // A panic there is seen by the figures' own checks.
-            let _ = thread.join();
-        }
-    }
-}
-
-fn churn(table: &mut HashMap<MapData, FlowKeyV4, FlowV4>, cache: &FlowCache, n: u32) {
-    let key: FlowKeyV4 = FlowKey::new(n.wrapping_mul(0x9e37_79b1), 0x0a0a_0a0a, n as u16, 443_u16.to_be(), TCP);
-    for key in [key, key.reversed()] {
-        let _ = table.insert(key, FlowV4 { key, ..FlowV4::default() }, 0);
-    }
-    for key in [key, key.reversed()] {
-        let _ = table.remove(&key);
-        cache.changed(&key);
-    }
 }
 
 /// Next hop 1 towards the backends, 2 towards the clients.
@@ -372,7 +269,7 @@ fn fill(rig: &mut Rig, case: &Case) -> Result<()> {
     if case.subject == Subject::NotOurs || case.is_new() && case.flows == 1 {
         return Ok(());
     }
-    for n in 0..case.flows {
+    for n in 0..case.flows + case.idle {
         let mut flow = forward(n, case);
         flow.touch_due = touch_due;
         flow.created = now;
@@ -403,10 +300,11 @@ fn frame(case: &Case) -> Vec<u8> {
     frame.payload(vec![0; 10]).bytes()
 }
 
-/// Words of the wrapper's script: ten of frame, six numbers.
-const SCRIPT: usize = 16;
+/// Words of the wrapper's script: ten of frame, seven numbers, seven of nothing.
+const SCRIPT: usize = 24;
 
-fn write_script(rig: &mut Rig, case: &Case) -> Result<()> {
+/// Writes every CPU's script.
+fn write_scripts(rig: &mut Rig, case: &Case, pick: Pick) -> Result<()> {
     let mut frame = frame(case);
     frame.resize(80, 0);
     let mut script = [0u64; SCRIPT];
@@ -424,12 +322,19 @@ fn write_script(rig: &mut Rig, case: &Case) -> Result<()> {
     script[12] = u64::from(first);
     script[13] = u64::from(FIRST_PORT);
     script[14] = u64::from(case.subject == Subject::Reply);
-    script[15] = u64::from(case.mix == Mix::Zipf);
-    Ok(rig.array::<[u64; SCRIPT]>("SCRIPT")?.set(0, script, 0)?)
+    script[15] = pick as u64;
+    script[16] = u64::from(u32::from(pod(0)).to_be());
+    let mut scripts = rig.array::<[u64; SCRIPT]>("SCRIPT")?;
+    for cpu in cpu::allowed()? {
+        // Each begins elsewhere.
+        script[10] = u64::from(cpu) << 40;
+        scripts.set(cpu, script, 0)?;
+    }
+    Ok(())
 }
 
 /// Nanoseconds per run, as the kernel counts them.
-fn time(rig: &mut Rig, case: &Case, name: &str) -> Result<f64> {
+fn time(rig: &Rig, case: &Case, name: &str, repeat: u32) -> Result<f64> {
     // The frame's headers and the ten bytes that follow them.
     let frame = vec![0u8; if case.family == Family::V4 { 64 } else { 84 }];
     let ingress = rig.uplink;
@@ -438,12 +343,7 @@ fn time(rig: &mut Rig, case: &Case, name: &str) -> Result<f64> {
         Hook::Xdp => xdp_context(frame.len() as u32, ingress),
         Hook::Tc => skb_context(ingress, 0, 0),
     };
-    let options = TestRunOptions {
-        data_in: Some(&frame),
-        ctx_in: Some(&context),
-        repeat: case.repeat(),
-        ..TestRunOptions::default()
-    };
+    let options = TestRunOptions { data_in: Some(&frame), ctx_in: Some(&context), repeat, ..TestRunOptions::default() };
     let result = match case.hook {
         Hook::Xdp => <&Xdp>::try_from(program)?.test_run(options)?,
         Hook::Tc => <&SchedClassifier>::try_from(program)?.test_run(options)?,
@@ -452,9 +352,9 @@ fn time(rig: &mut Rig, case: &Case, name: &str) -> Result<f64> {
 }
 
 /// The packets did what the figure's name says.
-fn check(rig: &mut Rig, case: &Case) -> Result<()> {
+fn check(rig: &mut Rig, case: &Case, runs: u32) -> Result<()> {
     let stats = rig.service_stats(1)?;
-    let expected = u64::from(RUNS + case.warm_ups()) * u64::from(case.repeat());
+    let expected = u64::from(runs) * u64::from(case.repeat) + u64::from(case.warm_up());
     let counted = match case.subject {
         Subject::Forward => stats.packets_in,
         Subject::Reply => stats.packets_out,

@@ -140,16 +140,27 @@ fn print(figures: &[Figure]) {
             |value: Option<f64>, digits: usize| value.map_or("-".to_owned(), |value| format!("{value:.digits$}"));
         let (ratio, hits, lookups) =
             (or_none(figure.ratio, 2), or_none(figure.hit_rate, 3), or_none(figure.lookups, 3));
+        let [min, median, p99, baseline] = [figure.min, figure.median, figure.p99, figure.baseline].map(number);
         println!(
-            "{:<62} {:>8.1} {:>8.1} {:>8.1} {:>8.1} {:>4} {ratio:>5} {hits:>6} {lookups:>7}  {}",
-            figure.name, figure.min, figure.median, figure.p99, figure.baseline, figure.runs, figure.unit
+            "{:<62} {min:>8} {median:>8} {p99:>8} {baseline:>8} {:>4} {ratio:>5} {hits:>6} {lookups:>7}  {}",
+            figure.name, figure.runs, figure.unit
         );
     }
+}
+
+/// CPU seconds per request are millionths.
+fn number(value: f64) -> String {
+    if value != 0.0 && value.abs() < 0.01 { format!("{value:.2e}") } else { format!("{value:.1}") }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn small_figures_are_printed_with_their_digits() {
+        assert_eq!([0.0, 21.04, 5.25e-6].map(number), ["0.0", "21.0", "5.25e-6"]);
+    }
 
     #[test]
     fn a_figure_holds_the_order_statistics_of_its_runs_less_the_baseline() {

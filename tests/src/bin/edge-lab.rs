@@ -85,7 +85,7 @@ enum Command {
         /// Prefixes of that table.
         #[arg(long, default_value_t = 1_000_000, requires = "bgp")]
         routes: u32,
-        /// Of the dataplane's, those whose name contains this.
+        /// Of the dataplane's, those whose name contains one of these words.
         #[arg(long, default_value = "", conflicts_with = "e2e")]
         only: String,
         /// Write the figures to this file too.

@@ -226,8 +226,10 @@ fn entry(
     let stamped = |wanted: u64, found: u64| {
         (wanted == times.coarse || wanted == times.precise) && (times.coarse..=times.after).contains(&found)
     };
-    // A slot of the cache knows its last packet in ticks.
-    let in_tick = (times.coarse >> TICK_SHIFT..=times.after >> TICK_SHIFT).contains(&(found.last_seen >> TICK_SHIFT));
+    // A slot of the cache knows its last packet in ticks, by a clock that is set to four of the kernel's ticks.
+    let off = 4 * edge_ctl::datapath::sys::tick_ns();
+    let (from, to) = (times.coarse.saturating_sub(off) >> TICK_SHIFT, times.after.saturating_add(off) >> TICK_SHIFT);
+    let in_tick = (from..=to).contains(&(found.last_seen >> TICK_SHIFT));
     let by_slot = table == Table::Established && in_tick && stamped(wanted.last_seen, times.after);
     if by_slot || stamped(wanted.last_seen, found.last_seen) {
         wanted.last_seen = found.last_seen;
