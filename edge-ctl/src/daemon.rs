@@ -32,10 +32,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use edge_common::midflow::QUIET_SECONDS;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::{mpsc, oneshot, watch},
-    task::JoinHandle,
+    task::{JoinHandle, JoinSet},
     time::{MissedTickBehavior, interval, sleep_until},
 };
 use tracing::{error, info, warn};
@@ -62,7 +63,11 @@ use crate::{
         valid::Config,
     },
     datapath::{
-        kernel_view::KernelView, loader::Datapath, next_hops::NextHops, program_log::ProgramLog, sweep::Sweeper,
+        kernel_view::KernelView,
+        loader::{Datapath, ProgramLoaded},
+        next_hops::NextHops,
+        program_log::ProgramLog,
+        sweep::Sweeper,
     },
     desired::{self, DesiredState},
     fib::{FibEvent, FibHandle},
@@ -136,6 +141,10 @@ struct Shared {
     /// Source ranges given at run time.
     acl: Acl,
     swept: Swept,
+    /// How often another edge of this group was lost.
+    edges_lost: u64,
+    /// True until what follows from the first attempt to attach is published.
+    starting: bool,
     datapath: Datapath,
 }
 
@@ -185,6 +194,10 @@ struct Daemon {
     held: BTreeSet<IpAddr>,
     route_generation: Throttle,
     next_walk: Instant,
+    /// Programs that the kernel verifies.
+    loading: JoinSet<ProgramLoaded>,
+    /// True until the first attempt to attach has come to its end.
+    starting: bool,
 }
 
 impl Daemon {
@@ -204,14 +217,10 @@ impl Daemon {
         self.fixed_pools();
         self.learn_snat_sources(self.world.backend_addresses()).await;
         self.hold_addresses().await;
-        // The kernel takes seconds to verify a program that is new to it: the reconciler writes the maps meanwhile. Not
-        // those that are still filled from maps of an earlier layout: what it removes there would come back.
-        if !lock(&self.shared).datapath.is_migrating() {
-            self.publish();
-        }
-        self.attach();
+        // The kernel takes seconds to verify a program that is new to it: the reconciler writes the maps meanwhile.
         self.publish();
-        tokio::spawn(start::announce_readiness(inbox.status.clone()));
+        self.attach();
+        self.end_start(&inbox.status);
         let speaks = self.bgp.is_some();
         loop {
             let (bump_at, share_at) = (self.route_generation.due(), self.next_share);
@@ -241,6 +250,7 @@ impl Daemon {
                 () = sleep_until(back_at.unwrap_or_else(Instant::now).into()), if back_at.is_some() => {
                     self.roll_back_in_time().await;
                 }
+                Some(loaded) = self.loading.join_next() => self.on_loaded(loaded, &inbox.status),
                 _ = housekeeping.tick() => self.housekeeping().await,
                 _ = sweep.tick() => self.sweep(),
                 _ = ends.tick(), if self.flow_ends.is_busy() => self.flow_ends.step(&self.recorder),
@@ -290,11 +300,31 @@ impl Daemon {
                 }
             }
             BgpEvent::PeerUp { address } => info!(peer = %address, "BGP session established"),
-            BgpEvent::PeerDown { address, reason } => warn!(peer = %address, %reason, "BGP session lost"),
+            BgpEvent::PeerDown { address, reason, peer_edge } => {
+                warn!(peer = %address, %reason, "BGP session lost");
+                if peer_edge {
+                    self.peer_edge_lost(address);
+                }
+            }
             BgpEvent::Converged => {
                 self.world.converged();
                 self.settle_routes().await;
             }
+        }
+    }
+
+    /// Flows of another edge come here now, or to a third one: nobody is told yet that their flow is not known.
+    fn peer_edge_lost(&mut self, peer: IpAddr) {
+        let mut shared = lock(&self.shared);
+        shared.edges_lost += 1;
+        match shared.datapath.begin_quiet() {
+            Ok(()) => info!(
+                %peer,
+                seconds = QUIET_SECONDS,
+                "another edge is lost: unknown connections are not reset for a while, since their packets may yet find the \
+                 edge that knows them"
+            ),
+            Err(error) => warn!(%peer, %error, "unknown connections may be reset although another edge is lost"),
         }
     }
 
@@ -387,7 +417,12 @@ impl Daemon {
     /// As [`Daemon::publish`], where nothing has changed but what concerns these services.
     fn publish_of(&mut self, services: Option<&BTreeSet<String>>) {
         let mut shared = lock(&self.shared);
-        let ready = shared.datapath.is_ready();
+        // Maps that are still filled from maps of an earlier layout are left alone: what is removed there would come back.
+        if self.starting && shared.datapath.is_migrating() {
+            return;
+        }
+        // An interface that comes by a reload and waits for its program takes no VIP away.
+        let ready = shared.datapath.is_ready() || self.world.datapath_ready && shared.datapath.only_waits();
         let services = services.filter(|_| ready == self.world.datapath_ready);
         self.world.datapath_ready = ready;
         let mut desired = self.world.desired_of(&self.config, services);

@@ -104,6 +104,21 @@ fn a_pod_that_answers_no_syn_is_ejected_by_what_clients_see_and_comes_back() -> 
     daemon.stop()
 }
 
+/// That flows of this pod have ended and no others. Those that have wait in vain, so all are asked at once.
+fn only_flows_of_others_live(flows: &mut [Echo], pod: usize) -> Result<()> {
+    let ended = format!("ingress-{pod}");
+    let alive: Vec<(String, bool)> = thread::scope(|scope| {
+        let asked: Vec<_> =
+            flows.iter_mut().map(|flow| scope.spawn(|| (flow.pod.clone(), flow.exchange().is_ok()))).collect();
+        asked.into_iter().filter_map(|asked| asked.join().ok()).collect()
+    });
+    ensure!(alive.len() == flows.len(), "a thread panicked");
+    for (of, alive) in alive {
+        ensure!(alive == (of != ended), "a flow of {of} is alive: {alive}");
+    }
+    Ok(())
+}
+
 #[test]
 fn a_backend_at_its_run_time_limit_is_full_and_flows_end_on_order_and_when_their_backend_goes_down() -> Result<()> {
     needs_namespaces!(
@@ -134,10 +149,7 @@ fn a_backend_at_its_run_time_limit_is_full_and_flows_end_on_order_and_when_their
     let meant = on_pod(&flows, pod) + on_pod(&others, pod);
     let killed = lab.edge_ctl(&["flow", "kill", "plain", "--backend", &backend(pod)])?;
     ensure!(killed[0]["flows"] == meant || killed["flows"] == meant, "{meant} flows are with pod {pod}: {killed}");
-    for flow in &mut flows {
-        let alive = flow.exchange().is_ok();
-        ensure!(alive == (flow.pod != format!("ingress-{pod}")), "a flow of {} is alive: {alive}", flow.pod);
-    }
+    only_flows_of_others_live(&mut flows, pod)?;
     let left = (flows.len() + others.len() - meant) as u64;
     wait_for("the flows to be counted", SOON, || {
         let rows = lab.edge_ctl(&["flow", "count", "plain"])?;
@@ -155,10 +167,7 @@ fn a_backend_at_its_run_time_limit_is_full_and_flows_end_on_order_and_when_their
         ensure!(rows[0]["active"] == (24 - on_pod(&flows, 3)) as u64, "{rows}");
         Ok(true)
     })?;
-    for flow in &mut flows {
-        let alive = flow.exchange().is_ok();
-        ensure!(alive == (flow.pod != "ingress-3"), "a flow of {} is alive: {alive}", flow.pod);
-    }
+    only_flows_of_others_live(&mut flows, 3)?;
     daemon.stop()
 }
 

@@ -58,15 +58,25 @@ fn fault(lab: &Lab, server: &str, fault: Option<Fault>) -> Result<()> {
     })
 }
 
+/// Waits for what the service's row says, the name asked again as soon as the question before is answered.
+fn wait_asking(lab: &Lab, what: &str, mut holds: impl FnMut(&Value) -> Result<bool>) -> Result<Value> {
+    let (mut last, mut told) = (Value::Null, None);
+    wait_for(what, SOON, || {
+        last = row(lab, SERVICE_NAME)?;
+        let requests = number(&last, "requests")?;
+        if told != Some(requests) {
+            lab.edge_ctl(&["dns", "refresh", SERVICE_NAME])?;
+            told = Some(requests);
+        }
+        holds(&last)
+    })?;
+    Ok(last)
+}
+
 /// Waits until the daemon has asked `more` times since now.
 fn asked(lab: &Lab, more: u64) -> Result<Value> {
     let before = number(&row(lab, SERVICE_NAME)?, "requests")?;
-    let mut last = Value::Null;
-    wait_for("the daemon to ask", SOON, || {
-        last = row(lab, SERVICE_NAME)?;
-        Ok(number(&last, "requests")? >= before + more)
-    })?;
-    Ok(last)
+    wait_asking(lab, "the daemon to ask", |row| Ok(number(row, "requests")? >= before + more))
 }
 
 /// What a fault must show: a state, and part of the error, the held change or a refused address.
@@ -180,9 +190,7 @@ fn no_fault_of_dns_changes_the_pool_resets_a_connection_or_fails_a_connect() -> 
 /// One fault on both servers: what must be shown, and that the pool stays.
 fn judge(lab: &Lab, (what, kind, state, words): Case, changes: u64) -> Result<()> {
     fault(lab, "*", Some(kind))?;
-    let mut last = Value::Null;
-    wait_for("the state of the fault", SOON, || {
-        last = row(lab, SERVICE_NAME)?;
+    wait_asking(lab, "the state of the fault", |last| {
         let text = format!("{} {} {}", last["error"], last["held"], last["refused"]);
         ensure!(last["state"] == state && text.contains(words), "{last}");
         Ok(true)
@@ -200,8 +208,7 @@ fn judge(lab: &Lab, (what, kind, state, words): Case, changes: u64) -> Result<()
     }
     println!("{what}: {state}, error {}, held {}, refused {}", last["error"], last["held"], last["refused"]);
     fault(lab, "*", None)?;
-    wait_for("the right answer again", SOON, || {
-        let last = row(lab, SERVICE_NAME)?;
+    wait_asking(lab, "the right answer again", |last| {
         ensure!(
             last["state"] == "fresh" && last["held"].is_null() && last["refused"] == Value::Array(vec![]),
             "{last}"
@@ -223,7 +230,7 @@ fn one_good_server_of_two_is_enough_and_dns_servers_tells_which_fails() -> Resul
             // Followed through the other server.
             for replicas in [3, 2] {
                 lab.scale(replicas)?;
-                wait_for("the pool to follow", SOON, || Ok(addresses(&row(&lab, SERVICE_NAME)?) == pods(replicas)))
+                wait_asking(&lab, "the pool to follow", |row| Ok(addresses(row) == pods(replicas)))
                     .with_context(|| format!("{kind:?} at {bad}"))?;
             }
             ensure!(row(&lab, SERVICE_NAME)?["state"] == "fresh", "{kind:?} at {bad}");

@@ -205,6 +205,12 @@ fn started(lab: &Lab) -> Result<(EdgeDaemon, Pods<'_>)> {
         pods.start(pod)?;
     }
     let daemon = lab.start_edge(&configuration(lab))?;
+    // Checks go out while the kernel still verifies the program.
+    wait_for("the program to be attached", SOON, || {
+        let status = edge_tests::lab::edge::one(lab.edge_ctl(&["status"])?)?;
+        ensure!(status["attached"].as_u64() > Some(0), "{status}");
+        Ok(true)
+    })?;
     wait_for("every backend to have been checked", SOON, || {
         let rows = lab.edge_ctl(&["health", "list"])?;
         let rows = rows.as_array().context("health list is no array")?;

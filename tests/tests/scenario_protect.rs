@@ -1,7 +1,7 @@
 //! Who may use a service, with real clients: at run time, by configuration, over a restart; and the MSS that both ends
 //! agree on.
 
-use std::time::Duration;
+use std::{net::TcpStream, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use edge_tests::{
@@ -11,6 +11,7 @@ use edge_tests::{
         exec::{run, wait_for},
     },
     needs_namespaces,
+    skip::full,
 };
 use serde_json::Value;
 
@@ -31,6 +32,11 @@ fn gets_in(lab: &Lab, host: &str) -> bool {
     lab.open(host, vip(vip::ECHO)).is_ok()
 }
 
+/// Whether the first SYN and a second one after a second stay without an answer; who is let in has one at once.
+fn is_kept_out(lab: &Lab, host: &str) -> Result<bool> {
+    lab.within(host, || Ok(TcpStream::connect_timeout(&vip(vip::ECHO), Duration::from_millis(1500)).is_err()))
+}
+
 #[test]
 fn a_source_denied_at_run_time_stays_out_over_a_restart_until_its_time_is_over() -> Result<()> {
     needs_namespaces!("a_source_denied_at_run_time_stays_out_over_a_restart_until_its_time_is_over");
@@ -40,7 +46,7 @@ fn a_source_denied_at_run_time_stays_out_over_a_restart_until_its_time_is_over()
     let answer = lab.edge_ctl(&["acl", "add", SERVICE, "172.16.1.50", "--deny", "--for", "40s"])?;
     ensure!(answer[0]["prefix"] == CLIENT && answer[0]["action"] == "deny", "{answer}");
     wait_for("the denial to be in the map", Duration::from_secs(5), || Ok(!ranges_in_kernel(&lab)?.is_empty()))?;
-    ensure!(!gets_in(&lab, "client"), "denied, and yet in");
+    ensure!(is_kept_out(&lab, "client")?, "denied, and yet in");
     ensure!(gets_in(&lab, "client2"), "somebody else was refused");
     before.exchange().context("the flow that was there before")?;
     let row = ranges(&lab)?.pop().context("no range is listed")?;
@@ -48,11 +54,15 @@ fn a_source_denied_at_run_time_stays_out_over_a_restart_until_its_time_is_over()
     ensure!(row["source"] == "runtime" && row["expires"].as_u64() <= Some(40), "{row}");
 
     daemon.kill()?;
-    ensure!(!gets_in(&lab, "client"), "in while the daemon is dead");
+    ensure!(is_kept_out(&lab, "client")?, "in while the daemon is dead");
     daemon.start(&lab)?;
     daemon.wait_ready(&lab, 3, Duration::from_secs(30))?;
     let row = ranges(&lab)?.pop().context("the restart forgot the range")?;
     ensure!(row["expires"].as_u64() < Some(40), "a restart makes nothing last longer: {row}");
+    if !full() {
+        // What is left of the forty seconds is waited for with full counts; the order that replaces it ends alike.
+        lab.edge_ctl(&["acl", "add", SERVICE, "172.16.1.50", "--deny", "--for", "3s"])?;
+    }
     wait_for("the denial to be over", Duration::from_secs(45), || Ok(ranges_in_kernel(&lab)?.is_empty()))?;
     ensure!(gets_in(&lab, "client") && ranges(&lab)?.is_empty(), "it did not end by itself");
 
@@ -89,7 +99,7 @@ fn only_configured_sources_get_in_and_both_ends_use_the_configured_mss_on_tc_too
             // Sockets leave their checksums to the card again, so that the program meets partial ones.
             run(lab.command("client2", "ethtool")?.args(["-K", "eth0", "tx", "on"]))?;
         }
-        ensure!(!gets_in(&lab, "client"), "{hook}: a source in no range got in");
+        ensure!(is_kept_out(&lab, "client")?, "{hook}: a source in no range got in");
         let mut echo = lab.open("client2", vip(vip::ECHO)).with_context(|| format!("{hook}: an allowed source"))?;
         echo.exchange()?;
         let sockets = run(lab.command("client2", "ss")?.args(["-tinH", "state", "established"]))?;

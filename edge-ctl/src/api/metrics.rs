@@ -253,6 +253,10 @@ static METRICS: &[Metric] = &[
         let samples = s.status.iter().flat_map(both);
         samples.map(|(result, count)| (vec![("result", result.to_owned())], count)).collect()
     }),
+    gauge("midflow_quiet_seconds", "Seconds for which clients of unknown connections are still told nothing", |s| {
+        s.status(|row| row.quiet)
+    }),
+    counter("peer_edges_lost", "Sessions lost with other edges of this group", |s| s.status(|row| row.edges_lost)),
     counter("events_lost", "Records that the events ring buffer had no room for", |s| s.status(|row| row.events_lost)),
     counter("backend_packets", "Packets; `in` is from clients", |s| {
         directed(s.backends.iter().map(|row| (backend_labels(row), row.packets_in, row.packets_out)))

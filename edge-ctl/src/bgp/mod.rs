@@ -69,6 +69,8 @@ pub enum BgpEvent {
         address: IpAddr,
         /// In words.
         reason: String,
+        /// The peer is another edge of this group.
+        peer_edge: bool,
     },
     /// Once: every configured peer is established and has sent its table, or [`CONVERGENCE_TIMEOUT`] passed.
     Converged,

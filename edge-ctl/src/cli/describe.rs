@@ -60,6 +60,7 @@ pub(super) fn status(row: &Value) -> String {
             ("Map writes", text(row, "map_writes")),
             ("Access log", format!("{} lines written, {} lost", text(row, "access_written"), text(row, "access_lost"))),
             ("Events", format!("{} lost", text(row, "events_lost"))),
+            ("Unknown flows", unknown_flows(row)),
         ],
     );
     if !problems.is_empty() {
@@ -69,6 +70,15 @@ pub(super) fn status(row: &Value) -> String {
         }
     }
     out
+}
+
+/// What becomes of packets in the middle of a connection that nobody knows here.
+fn unknown_flows(row: &Value) -> String {
+    match (row["quiet"].as_u64().unwrap_or(0), row["edges_lost"].as_u64().unwrap_or(0)) {
+        (0, _) => "answered with a RST".to_owned(),
+        (left, 0) => format!("silent for {left} s more, since the program was attached"),
+        (left, _) => format!("silent for {left} s more, since another edge was lost or the program attached"),
+    }
 }
 
 /// Everything about one service: `ServiceDetail` as JSON.
@@ -414,5 +424,13 @@ B>  10.96.0.0/12 [20] via 172.16.1.80, ens33
     fn the_status_tells_what_records_were_lost() {
         let text = status(&json!({"state": "ok", "access_written": 12, "access_lost": 3, "events_lost": 4}));
         assert!(text.contains("12 lines written, 3 lost") && text.contains("4 lost\n"), "{text}");
+    }
+
+    #[test]
+    fn the_status_tells_for_how_long_unknown_connections_are_told_nothing() {
+        let text = |quiet: u64, lost: u64| status(&json!({"state": "ok", "quiet": quiet, "edges_lost": lost}));
+        assert!(text(0, 2).contains("answered with a RST\n"));
+        assert!(text(12, 0).contains("silent for 12 s more, since the program was attached\n"));
+        assert!(text(12, 1).contains("silent for 12 s more, since another edge was lost"));
     }
 }

@@ -311,8 +311,8 @@ fn two_services_on_one_listen_address_are_refused_with_both_lines() {
 fn peers_inherit_from_their_group_and_override_it() {
     let text = format!(
         "{BASE}[bgp.group.tor]\nremote_asn = 65001\nimport = []\nexport = [\"172.16.9.0/24 le 32\"]\nport = 1179\n\
-         timers = {{ keepalive = \"3s\", hold = \"9s\" }}\nebgp_multihop = 2\npassive = true\n\
-         [[bgp.peer]]\naddress = \"192.0.2.1\"\ngroup = \"tor\"\npassive = false\nimport = [\"10.0.0.0/8 ge 24\"]\n\
+         timers = {{ keepalive = \"3s\", hold = \"9s\" }}\nebgp_multihop = 2\npassive = true\npeer_edge = true\n\
+         [[bgp.peer]]\naddress = \"192.0.2.1\"\ngroup = \"tor\"\npassive = false\npeer_edge = false\nimport = [\"10.0.0.0/8 ge 24\"]\n\
          timers = {{ hold = \"30s\" }}\n[[bgp.peer]]\naddress = \"2001:db8::1\"\ngroup = \"tor\"\n"
     );
     let peers = ok(&text).bgp.unwrap().peers;
@@ -323,6 +323,7 @@ fn peers_inherit_from_their_group_and_override_it() {
     let second = &peers[&"2001:db8::1".parse::<IpAddr>().unwrap()];
     assert_eq!((second.keepalive.as_secs(), second.hold.as_secs(), second.passive), (3, 9, true));
     assert_eq!(second.import, Some(vec![]));
+    assert!(!first.peer_edge && second.peer_edge);
 }
 
 #[test]

@@ -169,6 +169,8 @@ pub struct Peer {
     pub group: Option<String>,
     /// Wait for its connection, never connect.
     pub passive: bool,
+    /// It is another edge of this group: when it is lost, its flows come here.
+    pub peer_edge: bool,
     /// Local address of the session; `None`: the kernel's choice.
     pub local_address: Option<IpAddr>,
     /// Keepalive interval we propose.

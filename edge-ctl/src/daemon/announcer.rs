@@ -1,6 +1,6 @@
 //! The reconciler's way to BGP: it decides synchronously, the speaker is told in order by a task of its own.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
 use tokio::sync::mpsc;
@@ -72,9 +72,14 @@ const LOOK: std::time::Duration = std::time::Duration::from_millis(50);
 /// else an earlier life had announced. Where that never comes, the speaker's own restart timer says so.
 pub(super) async fn end_restart(bgp: BgpHandle, shared: super::SharedState) {
     loop {
-        let wanted: std::collections::BTreeSet<IpNet> =
-            super::lock(&shared).desired.announcements.keys().copied().collect();
-        if wanted.is_subset(&bgp.originated().await) {
+        // Nothing is desired while the program that has yet to be attached is verified.
+        let wanted: Option<BTreeSet<IpNet>> = {
+            let shared = super::lock(&shared);
+            (!shared.starting).then(|| shared.desired.announcements.keys().copied().collect())
+        };
+        if let Some(wanted) = wanted
+            && wanted.is_subset(&bgp.originated().await)
+        {
             return bgp.restarted().await;
         }
         tokio::time::sleep(LOOK).await;

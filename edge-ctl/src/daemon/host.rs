@@ -3,13 +3,20 @@
 
 use std::{collections::BTreeSet, net::IpAddr};
 
-use tracing::{error, warn};
+use tokio::{
+    sync::watch,
+    task::{JoinError, JoinSet},
+};
+use tracing::{error, info, warn};
 
-use super::{Daemon, acl, addresses, lock};
+use super::{Daemon, acl, addresses, lock, start};
 use crate::{
     config::valid::Config,
+    datapath::loader::{Datapath, ProgramLoaded},
     fib::sysctl::{self, SysctlProblem},
     model::{HostFault, Mode},
+    notify,
+    reconcile::actor::ReconcilerStatus,
 };
 
 impl Daemon {
@@ -55,16 +62,45 @@ impl Daemon {
     }
 
     /// Attaches where the program is missing; failures are logged once and shown in the status until they pass.
-    pub(super) fn attach(&self) {
+    pub(super) fn attach(&mut self) {
         let mut shared = lock(&self.shared);
         let before: BTreeSet<String> = shared.problems.iter().cloned().collect();
-        for (interface, error) in shared.datapath.attach_missing() {
+        for (interface, error) in shared.datapath.attach_loaded() {
             let text = format!("{interface}: {error}");
             if !before.contains(&text) {
                 error!(interface, %error, "the program is not attached; trying again");
                 shared.problems.push(text);
             }
         }
+        load_beside(&mut self.loading, &shared.datapath);
+    }
+
+    /// A program is loaded, or could not be: attaches, unless another is on its way.
+    pub(super) fn on_loaded(
+        &mut self,
+        loaded: Result<ProgramLoaded, JoinError>,
+        status: &watch::Receiver<ReconcilerStatus>,
+    ) {
+        match loaded {
+            Ok(loaded) => lock(&self.shared).datapath.loaded(loaded),
+            Err(error) => error!(%error, "loading a program ended early, which is a defect; trying again"),
+        }
+        if self.loading.is_empty() {
+            self.attach();
+            self.end_start(status);
+            self.publish();
+        }
+    }
+
+    /// Once, when the first attempt to attach has come to its end: what follows from it is published, and readiness told.
+    pub(super) fn end_start(&mut self, status: &watch::Receiver<ReconcilerStatus>) {
+        if !self.starting || !self.loading.is_empty() {
+            return;
+        }
+        self.starting = false;
+        self.publish();
+        lock(&self.shared).starting = false;
+        tokio::spawn(start::announce_readiness(status.clone()));
     }
 
     pub(super) async fn housekeeping(&mut self) {
@@ -74,7 +110,8 @@ impl Daemon {
         let ready = {
             let mut shared = lock(&self.shared);
             let before: BTreeSet<String> = shared.problems.iter().cloned().collect();
-            let failures = shared.datapath.attach_missing();
+            let failures = shared.datapath.attach_loaded();
+            load_beside(&mut self.loading, &shared.datapath);
             problems.extend(failures.iter().map(|(interface, error)| format!("{interface}: {error}")));
             problems.extend(shared.datapath.notes().iter().cloned());
             problems.extend(self.recorder.problem());
@@ -148,6 +185,21 @@ impl Daemon {
             Ok(neighbours) => self.fib.watch_neighbours(neighbours.into_iter().collect()).await,
             Err(error) => warn!(%error, "the next hops in use are not known"),
         }
+    }
+}
+
+/// Has the programs that interfaces wait for loaded beside the loop, which goes on meanwhile: the kernel takes seconds to
+/// verify them.
+fn load_beside(loading: &mut JoinSet<ProgramLoaded>, datapath: &Datapath) {
+    if !loading.is_empty() {
+        return;
+    }
+    for load in datapath.loads() {
+        loading.spawn_blocking(|| load.run());
+    }
+    if !loading.is_empty() {
+        info!("the kernel verifies the program");
+        notify::status("attaching: the kernel verifies the program");
     }
 }
 

@@ -14,6 +14,7 @@ use edge_common::{
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{mpsc, watch},
+    task::JoinSet,
 };
 use tracing::{info, warn};
 
@@ -167,6 +168,8 @@ async fn start(file: &Path, config: Config, texts: Texts, commits: Commits) -> R
         prefixes: 0,
         acl,
         swept: Swept::default(),
+        edges_lost: 0,
+        starting: true,
         datapath,
     }));
     let (requests, request_inbox) = mpsc::channel(4);
@@ -209,6 +212,8 @@ async fn start(file: &Path, config: Config, texts: Texts, commits: Commits) -> R
         kernel,
         route_generation: Throttle::new(ROUTE_GENERATION_PAUSE),
         next_walk: Instant::now(),
+        loading: JoinSet::new(),
+        starting: true,
     };
     let inbox = Inbox {
         bgp: bgp_inbox,

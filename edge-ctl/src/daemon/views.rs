@@ -352,6 +352,8 @@ impl DaemonViews {
         };
         let shared = lock(&self.shared);
         let mut problems = shared.problems.clone();
+        let attaching = |name: &str| format!("{name}: attaching; the kernel verifies the program");
+        problems.extend(shared.datapath.waiting().map(attaching));
         problems.extend(reconciler.error.clone());
         problems.extend(reconciler.problems.clone());
         problems.extend(shared.swept.problems().iter().cloned());
@@ -387,6 +389,8 @@ impl DaemonViews {
             access_written: access.written,
             access_lost: access.lost,
             events_lost,
+            quiet: shared.datapath.quiet_left().map_err(|error| ViewError::Internal(error.to_string()))?,
+            edges_lost: shared.edges_lost,
             actions: reconciler.actions,
         })
     }

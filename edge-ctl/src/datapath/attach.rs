@@ -138,7 +138,8 @@ pub fn tc_hook() -> AttachedHook {
 
 /// Attaches to an interface, or adopts what is there.
 ///
-/// `program` loads or adopts the pinned XDP (`true`) or TC program of this object.
+/// `program` loads or adopts the pinned XDP (`true`) or TC program of this object; where it fails before anything of ours
+/// runs on the interface, nothing has been changed.
 ///
 /// # Errors
 /// A foreign XDP program, or no hook that works; names both.
@@ -151,9 +152,18 @@ pub fn attach(
     let traits = Traits { veth: interface.veth, strips_tags: sys::strips_vlan_tags(&interface.name).unwrap_or(false) };
     let (wanted, limit) = candidates(hook, traits, tc_hook())
         .map_err(|reason| LoadError::Hook { interface: interface.name.clone(), reason: reason.to_owned() })?;
-    let kept = keep_or_remove(pins, interface, &wanted);
-    if let Some((hook, target)) = kept {
+    let links = links(pins, interface);
+    let kept =
+        links.iter().find(|(hook, target)| target.ifindex == interface.ifindex && wanted.contains(hook)).copied();
+    refuse_foreign(pins, interface, hook)?;
+    // Before anything is taken off the interface: verifying a program takes seconds.
+    if let Some(hook) = kept.map(|(hook, _)| hook).or(wanted.first().copied()) {
         program(hook.is_xdp())?;
+    }
+    for (hook, _) in links.iter().filter(|(hook, _)| kept.is_none_or(|(kept, _)| kept != *hook)) {
+        detach_pin(&pins.link(&interface.name, hook.is_xdp()));
+    }
+    if let Some((hook, target)) = kept {
         let id = program_id(pins, hook.is_xdp())?;
         let reason = (wanted.first() != Some(&hook)).then_some("the better hook was refused when it was attached");
         let how = if target.program == id {
@@ -165,12 +175,8 @@ pub fn attach(
         let reason = reason.or(limit).map(str::to_owned);
         return Ok(Attachment { ifindex: interface.ifindex, hook, how, reason, program: id, link: Some(target.id) });
     }
-    // Whatever of ours was there is detached by now; what is left is somebody else's.
-    let ours = pins.link(&interface.name, true).exists();
-    if let (Some((id, _)), false, false) = (interface_xdp(interface), ours, hook == Hook::Tc) {
-        let program = program_name(id);
-        return Err(LoadError::ForeignXdp { interface: interface.name.clone(), program, id });
-    }
+    // Whatever of ours was there is detached by now.
+    refuse_foreign(pins, interface, hook)?;
     let mut refusals: Vec<String> = limit.map(str::to_owned).into_iter().collect();
     for hook in wanted {
         program(hook.is_xdp())?;
@@ -190,6 +196,16 @@ pub fn attach(
     Err(LoadError::Hook { interface: interface.name.clone(), reason: refusals.join("; ") })
 }
 
+/// Fails where somebody else's XDP program is in the way.
+fn refuse_foreign(pins: &Pins, interface: &Interface, hook: Hook) -> Result<(), LoadError> {
+    if hook == Hook::Tc || pins.link(&interface.name, true).exists() {
+        return Ok(());
+    }
+    interface_xdp(interface).map_or(Ok(()), |(id, _)| {
+        Err(LoadError::ForeignXdp { interface: interface.name.clone(), program: program_name(id), id })
+    })
+}
+
 /// The XDP program on the interface now: what was detached a moment ago no longer counts.
 fn interface_xdp(interface: &Interface) -> Option<(u32, bool)> {
     interface.xdp?;
@@ -197,25 +213,19 @@ fn interface_xdp(interface: &Interface) -> Option<(u32, bool)> {
     now.into_iter().find(|candidate| candidate.ifindex == interface.ifindex)?.xdp
 }
 
-/// The link of this interface that may stay. Links on another interface (the name was given to a new one), on a hook
-/// that is no longer wanted, or beside a better one are detached: never two on one interface.
-fn keep_or_remove(pins: &Pins, interface: &Interface, wanted: &[AttachedHook]) -> Option<(AttachedHook, LinkTarget)> {
-    let mut kept: Option<(AttachedHook, LinkTarget)> = None;
-    for xdp in [true, false] {
-        let pin = pins.link(&interface.name, xdp);
-        let Ok(target) = sys::link_target(&pin) else { continue };
+/// The pinned links under this interface's name, XDP first. Those on another interface (the name was given to a new one), on
+/// a hook that is no longer wanted, or beside a better one must go: never two on one interface.
+fn links(pins: &Pins, interface: &Interface) -> Vec<(AttachedHook, LinkTarget)> {
+    let link = |xdp| {
+        let target = sys::link_target(&pins.link(&interface.name, xdp)).ok()?;
         let hook = match (target.xdp, interface.xdp) {
             (true, Some((_, true))) => AttachedHook::XdpGeneric,
             (true, _) => AttachedHook::XdpNative,
             (false, _) => AttachedHook::Tcx,
         };
-        if target.ifindex == interface.ifindex && wanted.contains(&hook) && kept.is_none() {
-            kept = Some((hook, target));
-        } else {
-            detach_pin(&pin);
-        }
-    }
-    kept
+        Some((hook, target))
+    };
+    [true, false].into_iter().filter_map(link).collect()
 }
 
 /// Detaches a pinned link and removes the pin. A link whose interface is gone has nothing left to detach.

@@ -16,6 +16,7 @@ use edge_common::{
     maps::{Control, PortSet, name},
 };
 
+pub use self::links::{ProgramLoad, ProgramLoaded};
 use self::make::{create_maps, object_error, parse, size_notes};
 use super::{
     attach::{self, AttachedHook, Attachment},
@@ -91,6 +92,18 @@ pub enum LoadError {
         /// What each hook answered.
         reason: String,
     },
+    /// The program is not loaded yet.
+    #[error("the kernel has yet to verify the {} program", if *xdp { "XDP" } else { "TC" })]
+    NotLoaded {
+        /// Which program.
+        xdp: bool,
+    },
+    /// The program could not be loaded.
+    #[error("{reason}")]
+    Refused {
+        /// Why.
+        reason: String,
+    },
     /// The object, a map or a program.
     #[error("{what}: {reason}")]
     Object {
@@ -132,6 +145,10 @@ pub struct Datapath {
     /// For each configured interface the one that the program runs on for it.
     bases: BTreeMap<String, String>,
     failures: BTreeMap<String, String>,
+    /// Interfaces whose program (`true`: XDP) has yet to be loaded.
+    waiting: BTreeMap<String, bool>,
+    /// Why a program could not be loaded, until that has been told.
+    refused: BTreeMap<bool, String>,
     control: Array<MapData, Control>,
     interfaces: HashMap<MapData, u32, u32>,
     ports: Array<MapData, PortSet>,
@@ -168,6 +185,8 @@ impl Datapath {
             attachments: BTreeMap::new(),
             bases: BTreeMap::new(),
             failures: BTreeMap::new(),
+            waiting: BTreeMap::new(),
+            refused: BTreeMap::new(),
             writes: created,
         };
         datapath.write_seed()?;
@@ -264,6 +283,28 @@ impl Datapath {
         self.control.set(0, control, 0).map_err(|error| object_error("writing the control map", &error))?;
         self.writes += 1;
         Ok(control.route_generation)
+    }
+
+    /// From now on clients of unknown connections are told nothing for a while: another edge was lost.
+    ///
+    /// # Errors
+    /// Where the map cannot be written.
+    pub fn begin_quiet(&mut self) -> Result<(), LoadError> {
+        self.quiet
+            .begin(monotonic_ns())
+            .map_err(|error| object_error("writing the time until which nobody is told", &error))?;
+        self.writes += 1;
+        Ok(())
+    }
+
+    /// Seconds for which clients of unknown connections are still told nothing.
+    ///
+    /// # Errors
+    /// Where the map cannot be read.
+    pub fn quiet_left(&self) -> Result<u64, LoadError> {
+        self.quiet
+            .left(monotonic_ns())
+            .map_err(|error| object_error("reading the time until which nobody is told", &error))
     }
 
     /// Splits the flow cache anew where other CPUs receive packets than have a part of it; those that have one then.

@@ -6,7 +6,13 @@
 //! did not get that far, or of programs whose maps are gone. Those are set aside rather than removed, since a link may run
 //! the entry program that uses them until it is switched over. What was set aside ends with the pins of earlier versions.
 
-use std::{fs, io};
+use std::{
+    collections::BTreeSet,
+    fs, io,
+    num::NonZero,
+    sync::{Mutex, PoisonError},
+    thread,
+};
 
 use aya::{
     Ebpf,
@@ -31,14 +37,18 @@ pub const fn entry(xdp: bool) -> &'static str {
     if xdp { XDP_PROGRAM } else { TC_PROGRAM }
 }
 
-/// Loads every stage of a hook and puts it into its slot. Whoever keeps the object keeps the slots filled; so does a pin.
+/// Loads a hook's stages, and its entry program where `whole`, and puts each stage into its slot. Whoever keeps the object
+/// keeps the slots filled; so does a pin.
 ///
 /// # Errors
 /// Where the object lacks a stage or the map, or the kernel refuses one.
-pub fn fill(ebpf: &mut Ebpf, xdp: bool) -> Result<(), LoadError> {
-    for (slot, stage) in ALL {
-        let name = format!("{}_{stage}", entry(xdp));
-        let program = load(ebpf, &name)?;
+pub fn fill(ebpf: &mut Ebpf, xdp: bool, whole: bool) -> Result<(), LoadError> {
+    let stages: Vec<(u32, String)> =
+        ALL.iter().map(|(slot, stage)| (*slot, format!("{}_{stage}", entry(xdp)))).collect();
+    let own = whole.then(|| entry(xdp).to_owned());
+    load_all(ebpf, &stages.iter().map(|(_, name)| name.clone()).chain(own).collect())?;
+    for (slot, name) in stages {
+        let program = loaded(ebpf, &name)?;
         let what = format!("putting {name} into {}", map(xdp));
         let refused = |error: &dyn std::error::Error| LoadError::Object { what: what.clone(), reason: chain(error) };
         let slots = ebpf.map_mut(map(xdp)).ok_or_else(|| LoadError::Object {
@@ -46,9 +56,36 @@ pub fn fill(ebpf: &mut Ebpf, xdp: bool) -> Result<(), LoadError> {
             reason: "the eBPF object does not have the map".to_owned(),
         })?;
         let mut slots = ProgramArray::try_from(slots).map_err(|error| refused(&error))?;
-        slots.set(*slot, &program, 0).map_err(|error| refused(&error))?;
+        slots.set(slot, &program, 0).map_err(|error| refused(&error))?;
     }
     Ok(())
+}
+
+/// Programs verified at a time, at most: more CPUs are of no use, since the longest takes a good part of the whole.
+const VERIFIED_AT_A_TIME: usize = 4;
+
+/// Loads these programs, each CPU one at a time: the kernel verifies those of privileged processes without a lock.
+fn load_all(ebpf: &mut Ebpf, names: &BTreeSet<String>) -> Result<(), LoadError> {
+    if let Some(name) = names.iter().find(|name| ebpf.program(name).is_none()) {
+        return Err(refusal(name, "the eBPF object does not have it".to_owned()));
+    }
+    let cpus = thread::available_parallelism().map_or(1, NonZero::get);
+    let waiting = Mutex::new(ebpf.programs_mut().filter(|(name, _)| names.contains(*name)));
+    let next = || waiting.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let work = || {
+        while let Some((name, program)) = next() {
+            verify(name, program)?;
+        }
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let others: Vec<_> = (1..cpus.min(VERIFIED_AT_A_TIME)).map(|_| scope.spawn(work)).collect();
+        let mut result = work();
+        for other in others {
+            result = result.and(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        }
+        result
+    })
 }
 
 /// Loads a program by its name in the object.
@@ -56,16 +93,29 @@ pub fn fill(ebpf: &mut Ebpf, xdp: bool) -> Result<(), LoadError> {
 /// # Errors
 /// Where the object lacks it, or the kernel refuses it.
 pub fn load(ebpf: &mut Ebpf, name: &str) -> Result<ProgramFd, LoadError> {
-    let object = |reason: String| LoadError::Object { what: format!("loading the program {name}"), reason };
-    let program = ebpf.program_mut(name).ok_or_else(|| object("the eBPF object does not have it".to_owned()))?;
+    let program = ebpf.program_mut(name);
+    verify(name, program.ok_or_else(|| refusal(name, "the eBPF object does not have it".to_owned()))?)?;
+    loaded(ebpf, name)
+}
+
+fn refusal(name: &str, reason: String) -> LoadError {
+    LoadError::Object { what: format!("loading the program {name}"), reason }
+}
+
+fn verify(name: &str, program: &mut Program) -> Result<(), LoadError> {
     match program {
         Program::Xdp(program) => retry_interrupted(|| program.load(), load_interrupted),
         Program::SchedClassifier(program) => retry_interrupted(|| program.load(), load_interrupted),
-        _ => return Err(object("it has another program type".to_owned())),
+        _ => return Err(refusal(name, "it has another program type".to_owned())),
     }
-    .map_err(|error| object(chain(&error)))?;
-    let fd = program.fd().map_err(|error| object(chain(&error)))?;
-    fd.try_clone().map_err(|error| object(error.to_string()))
+    .map_err(|error| refusal(name, chain(&error)))
+}
+
+/// The descriptor of a loaded program.
+fn loaded(ebpf: &Ebpf, name: &str) -> Result<ProgramFd, LoadError> {
+    let program = ebpf.program(name).ok_or_else(|| refusal(name, "the eBPF object does not have it".to_owned()))?;
+    let fd = program.fd().map_err(|error| refusal(name, chain(&error)))?;
+    fd.try_clone().map_err(|error| refusal(name, error.to_string()))
 }
 
 /// Sets the slots and the entry program of this object aside, whichever of them are pinned.

@@ -715,6 +715,12 @@ pub struct StatusRow {
     /// Records that the events ring buffer had no room for, since the maps exist.
     #[serde(default)]
     pub events_lost: u64,
+    /// Seconds for which clients of unknown connections are still told nothing; 0: they are told by a RST.
+    #[serde(default)]
+    pub quiet: u64,
+    /// Losses of other edges of this group since start.
+    #[serde(default)]
+    pub edges_lost: u64,
     /// Actions of the reconciler since start, by kind.
     pub actions: std::collections::BTreeMap<String, u64>,
 }

@@ -76,6 +76,7 @@ pub fn peer(address: &str, remote_asn: u32) -> valid::Peer {
         local_address: None,
         keepalive: Duration::from_secs(30),
         hold: Duration::from_secs(90),
+        peer_edge: false,
         ebgp_multihop: 1,
         session: Default::default(),
         import: None,

@@ -91,6 +91,7 @@ impl Node {
             local_address: None,
             keepalive: Duration::from_secs(HOLD / 3),
             hold: Duration::from_secs(HOLD),
+            peer_edge: false,
             ebgp_multihop: 1,
             session,
             import: None,

@@ -169,7 +169,7 @@ fn measure(case: &Case, cpus: &[u32], runs: u32) -> Result<Figure> {
     fill(&mut rig, case)?;
     // An established IPv4 packet leaves from the entry program; loading stages takes seconds.
     if case.subject == Subject::NewFlow || case.family == Family::V6 {
-        stages::fill(&mut rig.ebpf, case.hook == Hook::Xdp)?;
+        stages::fill(&mut rig.ebpf, case.hook == Hook::Xdp, false)?;
     }
     let programs = case.programs();
     for program in programs {

@@ -807,8 +807,7 @@ pub fn map_cache(ebpf: &Ebpf) -> Result<FlowCache> {
 /// # Errors
 /// What the verifier says.
 pub fn load(ebpf: &mut Ebpf, hook: Hook) -> Result<()> {
-    stages::fill(ebpf, hook == Hook::Xdp)?;
-    load_program(ebpf, stages::entry(hook == Hook::Xdp))
+    Ok(stages::fill(ebpf, hook == Hook::Xdp, true)?)
 }
 
 /// Loads a program by name.

@@ -73,6 +73,7 @@ pub fn ip_batch(namespace: Option<&str>, lines: &[String]) -> Result<()> {
 pub fn wait_for(what: &str, limit: Duration, mut condition: impl FnMut() -> Result<bool>) -> Result<Duration> {
     let start = Instant::now();
     loop {
+        let asked = Instant::now();
         let last = match condition() {
             Ok(true) => return Ok(start.elapsed()),
             Ok(false) => "the condition is false".to_owned(),
@@ -81,7 +82,8 @@ pub fn wait_for(what: &str, limit: Duration, mut condition: impl FnMut() -> Resu
         if start.elapsed() > limit {
             bail!("waited {} s for {what}: {last}", limit.as_secs_f64());
         }
-        thread::sleep(Duration::from_millis(10));
+        // Asking takes half of a core at most: what is waited for may want the other half.
+        thread::sleep(asked.elapsed().clamp(Duration::from_millis(10), Duration::from_millis(50)));
     }
 }
 

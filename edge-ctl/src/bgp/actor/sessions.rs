@@ -118,13 +118,14 @@ impl Actor {
         let settings = peer.config.session.graceful_restart.as_ref();
         let kept = peer.helper.lost(&session.negotiated, settings, keep, now);
         let away = peer.helper.is_away();
+        let peer_edge = peer.config.peer_edge;
         tracing::warn!(peer = %address, %reason, kept = away, "BGP session down");
         if away {
             self.helped(address, kept);
         } else {
             self.rib.peer_down(address);
         }
-        self.pending.push_back(BgpEvent::PeerDown { address, reason });
+        self.pending.push_back(BgpEvent::PeerDown { address, reason, peer_edge });
     }
 
     /// Carries out what graceful restart decided about a peer's routes.

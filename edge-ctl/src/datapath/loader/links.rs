@@ -7,24 +7,59 @@ use edge_common::maps::{OwnAddresses, Port, interface_flag, name};
 
 use super::{
     Datapath, LoadError,
-    make::{load_program, object_error, program_tag},
+    make::{is_loaded, load_program, object_error, program_tag},
 };
 use crate::{
     datapath::{
         attach::{self, AttachedHook, Attachment, How},
         interfaces::{self, Interface},
-        migrate, own_addresses, pins,
-        sys::monotonic_ns,
+        migrate, own_addresses,
+        pins::{self, Pins},
         vlans,
     },
     model::view::XdpRow,
 };
 
+/// A program that has yet to be verified by the kernel.
+pub struct ProgramLoad {
+    pins: Pins,
+    object: &'static [u8],
+    xdp: bool,
+}
+
+/// What became of a [`ProgramLoad`].
+pub struct ProgramLoaded {
+    xdp: bool,
+    result: Result<u64, LoadError>,
+}
+
+impl ProgramLoad {
+    /// Loads and pins it, with its stages; takes seconds. Nothing runs it yet.
+    pub fn run(self) -> ProgramLoaded {
+        ProgramLoaded { xdp: self.xdp, result: load_program(&self.pins, self.object, self.xdp) }
+    }
+}
+
 impl Datapath {
+    /// As [`Datapath::attach_loaded`], with the programs that are missing loaded meanwhile, which takes seconds each.
+    pub fn attach_missing(&mut self) -> Vec<(String, LoadError)> {
+        loop {
+            let failed = self.attach_loaded();
+            let loads = self.loads();
+            if loads.is_empty() {
+                return failed;
+            }
+            for load in loads {
+                let done = load.run();
+                self.loaded(done);
+            }
+        }
+    }
+
     /// Attaches to every configured interface that does not have the program yet, adopts the others, and detaches from
     /// interfaces that are no longer configured. To be called at start, when a link comes or goes, and on reload.
-    /// Returns what failed, by interface.
-    pub fn attach_missing(&mut self) -> Vec<(String, LoadError)> {
+    /// Returns what failed, by interface. What waits for a program is left as it is: [`Datapath::loads`].
+    pub fn attach_loaded(&mut self) -> Vec<(String, LoadError)> {
         let known = match interfaces::list() {
             Ok(known) => known,
             Err(error) => {
@@ -35,11 +70,16 @@ impl Datapath {
         self.bases = vlans::bases(&self.edge.interfaces, &known);
         self.detach_unconfigured();
         let mut failed = Vec::new();
+        let refused = std::mem::take(&mut self.refused);
+        self.waiting.clear();
         for interface in self.bases.values().cloned().collect::<BTreeSet<_>>() {
-            match self.attach_one(&interface, &known) {
+            match self.attach_one(&interface, &known, &refused) {
                 Ok(attachment) => {
                     self.failures.remove(&interface);
                     self.attachments.insert(interface, attachment);
+                }
+                Err(LoadError::NotLoaded { xdp }) => {
+                    self.waiting.insert(interface, xdp);
                 }
                 Err(error) => {
                     self.attachments.remove(&interface);
@@ -51,7 +91,7 @@ impl Datapath {
         if let Err(error) = self.sync_maps(&known) {
             failed.push((String::new(), error));
         }
-        if failed.is_empty() {
+        if failed.is_empty() && self.waiting.is_empty() {
             match migrate::catch_up(&self.pins) {
                 Ok(added) => {
                     self.writes += added;
@@ -64,7 +104,33 @@ impl Datapath {
         failed
     }
 
-    fn attach_one(&mut self, name: &str, known: &[Interface]) -> Result<Attachment, LoadError> {
+    /// The programs that interfaces wait for, to be loaded where it holds nothing up, and handed to [`Datapath::loaded`].
+    pub fn loads(&self) -> Vec<ProgramLoad> {
+        let programs: BTreeSet<bool> = self.waiting.values().copied().collect();
+        programs.into_iter().map(|xdp| ProgramLoad { pins: self.pins.clone(), object: self.object, xdp }).collect()
+    }
+
+    /// Takes note of a load, before the next [`Datapath::attach_loaded`].
+    pub fn loaded(&mut self, done: ProgramLoaded) {
+        match done.result {
+            Ok(loads) => self.writes += loads,
+            Err(error) => {
+                self.refused.insert(done.xdp, error.to_string());
+            }
+        }
+    }
+
+    /// Interfaces that wait for their program.
+    pub fn waiting(&self) -> impl Iterator<Item = &str> {
+        self.waiting.keys().map(String::as_str)
+    }
+
+    fn attach_one(
+        &mut self,
+        name: &str,
+        known: &[Interface],
+        refused: &BTreeMap<bool, String>,
+    ) -> Result<Attachment, LoadError> {
         let interface = known.iter().find(|interface| interface.name == name);
         let interface = interface.ok_or_else(|| LoadError::NoInterface { name: name.to_owned() })?;
         if let Some(above) = interfaces::seen_twice(interface, &self.bases(), known) {
@@ -88,10 +154,10 @@ impl Datapath {
             });
         }
         let before = self.attachments.get(name).cloned();
-        let (pins, object, mut loads) = (self.pins.clone(), self.object, 0);
-        let program = |xdp| {
-            loads += load_program(&pins, object, xdp)?;
-            Ok(())
+        let program = |xdp| match refused.get(&xdp) {
+            Some(reason) => Err(LoadError::Refused { reason: reason.clone() }),
+            None if is_loaded(&self.pins, xdp) => Ok(()),
+            None => Err(LoadError::NotLoaded { xdp }),
         };
         // A clsact filter cannot be seen through a pin, so what this process attached is remembered.
         if let Some(before) =
@@ -100,10 +166,9 @@ impl Datapath {
             return Ok(before);
         }
         let attachment = attach::attach(&self.pins, self.edge.hook, interface, program)?;
-        self.writes += loads + u64::from(attachment.how != How::Adopted);
+        self.writes += u64::from(attachment.how != How::Adopted);
         if attachment.how == How::Attached {
-            self.quiet.begin(monotonic_ns()).map_err(|error| object_error("writing the time of attaching", &error))?;
-            self.writes += 1;
+            self.begin_quiet()?;
         }
         // Finding again what this process attached does not change how it came there, nor why on that hook.
         let same =
@@ -132,12 +197,19 @@ impl Datapath {
             self.writes += 1;
         }
         self.failures.retain(|interface, _| bases.contains(interface));
+        self.waiting.retain(|interface, _| bases.contains(interface));
     }
 
     /// True while the program is attached to every configured interface.
     pub fn is_ready(&self) -> bool {
         self.failures.is_empty()
             && self.edge.interfaces.iter().all(|name| self.attachments.contains_key(self.base(name)))
+    }
+
+    /// True where nothing but programs that are being verified is in the way of [`Datapath::is_ready`].
+    pub fn only_waits(&self) -> bool {
+        let has = |base: &str| self.attachments.contains_key(base) || self.waiting.contains_key(base);
+        self.failures.is_empty() && self.edge.interfaces.iter().all(|name| has(self.base(name)))
     }
 
     fn base<'a>(&'a self, name: &'a str) -> &'a str {
@@ -155,6 +227,8 @@ impl Datapath {
             let parts: Vec<String> = vlan(name).into_iter().chain(reason.cloned()).collect();
             (!parts.is_empty()).then(|| parts.join("; "))
         };
+        let waits = |name: &str| self.waiting.contains_key(self.base(name));
+        let verified = "the kernel verifies the program".to_owned();
         let row = |name: &String| match (self.attachments.get(self.base(name)), self.failures.get(self.base(name))) {
             (Some(attachment), _) => XdpRow {
                 interface: name.clone(),
@@ -169,8 +243,8 @@ impl Datapath {
             (None, failure) => XdpRow {
                 interface: name.clone(),
                 hook: "-".to_owned(),
-                state: "missing".to_owned(),
-                reason: reason(name, failure),
+                state: if waits(name) { "attaching" } else { "missing" }.to_owned(),
+                reason: reason(name, failure.or(waits(name).then_some(&verified))),
                 ..XdpRow::default()
             },
         };

@@ -96,18 +96,22 @@ fn loader(pins: &Pins, tables: &Tables) -> EbpfLoader<'static> {
     loader
 }
 
+/// True where this object's stages and entry program of a hook are pinned.
+pub(super) fn is_loaded(pins: &Pins, xdp: bool) -> bool {
+    pins.program(stages::entry(xdp)).exists() && pins.stages(stages::map(xdp)).exists()
+}
+
 /// Loads and pins a hook's stages and entry program unless this object's are pinned; the number of loads.
 pub(super) fn load_program(pins: &Pins, object: &[u8], xdp: bool) -> Result<u64, LoadError> {
     let (pin, slots) = (pins.program(stages::entry(xdp)), pins.stages(stages::map(xdp)));
-    if pin.exists() && slots.exists() {
+    if is_loaded(pins, xdp) {
         return Ok(0);
     }
     stages::set_aside(pins, xdp).map_err(|source| LoadError::Folder { path: slots.clone(), source })?;
     // One object for all of a hook's programs: they share its maps that are not pinned. The sizes given here are those of
     // maps that are, and not looked at.
     let mut ebpf = load_object(loader(pins, &Tables::default()).map_pin_path(stages::map(xdp), slots), object)?;
-    stages::fill(&mut ebpf, xdp)?;
-    stages::load(&mut ebpf, stages::entry(xdp))?;
+    stages::fill(&mut ebpf, xdp, true)?;
     let program = ebpf.program_mut(stages::entry(xdp)).ok_or_else(|| LoadError::Object {
         what: format!("pinning {}", pin.display()),
         reason: "the eBPF object does not have the program".to_owned(),
