@@ -1,9 +1,10 @@
 //! Constant load: connections that arrive steadily, live for a while, and end by themselves; what became of each.
 
 use std::{
+    collections::BTreeSet,
     net::SocketAddr,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     thread::{self, JoinHandle},
@@ -45,6 +46,7 @@ pub struct Outcome {
 #[derive(Debug)]
 pub struct Load {
     stop: Arc<AtomicBool>,
+    reached: Arc<Mutex<BTreeSet<String>>>,
     workers: Vec<JoinHandle<Result<Outcome>>>,
 }
 
@@ -52,14 +54,19 @@ impl Load {
     /// Starts `workers` clients in a host, each of which opens connection after connection to `server` and exchanges
     /// `lines` lines on each.
     pub fn start(lab: &Lab, host: &str, server: SocketAddr, workers: usize, lines: u32) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
+        let (stop, reached) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(BTreeSet::new())));
         let namespace = lab.namespace(host);
         let worker = |_| {
-            let (stop, namespace) = (Arc::clone(&stop), namespace.clone());
-            thread::spawn(move || netns::within(&namespace, || Ok(work(server, lines, &stop))))
+            let (stop, reached, namespace) = (Arc::clone(&stop), Arc::clone(&reached), namespace.clone());
+            thread::spawn(move || netns::within(&namespace, || Ok(work(server, lines, &stop, &reached))))
         };
         let workers = (0..workers).map(worker).collect();
-        Self { stop, workers }
+        Self { stop, reached, workers }
+    }
+
+    /// Whether a connection has come to this pod since the start.
+    pub fn has_reached(&self, pod: &str) -> bool {
+        self.reached.lock().unwrap_or_else(PoisonError::into_inner).contains(pod)
     }
 
     /// Ends it, and tells what became of all connections since the start.
@@ -81,12 +88,13 @@ impl Load {
     }
 }
 
-fn work(server: SocketAddr, lines: u32, stop: &AtomicBool) -> Outcome {
+fn work(server: SocketAddr, lines: u32, stop: &AtomicBool, reached: &Mutex<BTreeSet<String>>) -> Outcome {
     let mut outcome = Outcome::default();
     while !stop.load(Ordering::Relaxed) {
         let at = Instant::now();
         match Echo::open(server) {
             Ok(mut echo) => {
+                reached.lock().unwrap_or_else(PoisonError::into_inner).insert(echo.pod.clone());
                 outcome.arrivals.push(Arrival { at, pod: echo.pod.clone() });
                 if let Err(error) = talk(&mut echo, lines, &mut outcome) {
                     outcome.broken.push(format!("{error:#}"));

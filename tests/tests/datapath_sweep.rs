@@ -1,6 +1,6 @@
 //! The sweep over pinned maps, as the daemon runs it: exact counts of active connections, and the ports it finds in use.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::Path};
+use std::{collections::BTreeMap, net::SocketAddr, path::Path, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use edge_common::{
@@ -17,15 +17,18 @@ use edge_ctl::{
 };
 use edge_tests::{
     datapath::{
+        cpu,
         frame::{Frame, flag},
         namespace::{Folder, in_namespace},
         rig::{Action, CLIENT, Entry, HOOKS, Hook, Key, Rig, Settings, VIP, key, load, pod, snat_of, wire},
     },
+    lab::exec::wait_for,
     model::dice::Dice,
 };
 
 const SEED: u64 = 0x0dd5_0ace;
 const SECOND: u64 = 1_000_000_000;
+const PATIENCE: Duration = Duration::from_secs(20);
 
 fn client(port: u16) -> SocketAddr {
     SocketAddr::new(CLIENT.into(), port)
@@ -202,6 +205,37 @@ fn the_sweep_tells_which_ports_are_in_use_and_what_the_tables_hold() -> Result<(
             (name::HALF_OPEN_V6, 0),
         ];
         ensure!(entries == expected, "{entries:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_flow_that_the_sweep_has_ended_is_gone_for_the_next_packet_on_every_cpu_although_its_slots_are_warm() -> Result<()>
+{
+    let settings = Settings { timeouts: (1, 30, 60), ..Settings::default() };
+    each_hook(&settings, |rig, _, datapath| {
+        rig.service(1, 8443, TCP, mode::FULL_NAT, 1, 443)?;
+        let mut sweeper = datapath.sweeper()?;
+        let cpus = cpu::allowed()?;
+        let hits = |rig: &Rig| rig.cache.cpus().iter().map(|cpu| cpu.hits).sum::<u64>();
+        for (port, next) in (40_000..).zip(&cpus) {
+            let flow = establish(rig, port)?;
+            for cpu in cpus.iter().cycle().take(3 * cpus.len()) {
+                cpu::on(*cpu, || send(rig, port, flag::ACK, 1001))?;
+                cpu::on(*cpu, || reply(rig, &flow, flag::ACK, 1001))?;
+            }
+            let before = hits(rig);
+            cpu::on(*next, || send(rig, port, flag::ACK, 1001))?;
+            cpu::on(*next, || reply(rig, &flow, flag::ACK, 1001))?;
+            ensure!(hits(rig) == before + 2, "its slots are not warm: {:?}", rig.cache.cpus());
+            wait_for("the sweep to end the idle flow", PATIENCE, || Ok(sweep(&mut sweeper)?.0 > 0))?;
+            let before = hits(rig);
+            cpu::on(*next, || send(rig, port, flag::ACK, 1001))?;
+            let answered = cpu::on(*next, || reply(rig, &flow, flag::ACK, 1001))?;
+            ensure!(answered == Action::Pass, "a reply of a flow that is gone: {answered:?}");
+            ensure!(hits(rig) == before, "a slot served a flow that the sweep had ended");
+            ensure!(rig.flow(name::ESTABLISHED, &forward_key(port)).is_none(), "there again");
+        }
         Ok(())
     })
 }

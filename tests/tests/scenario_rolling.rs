@@ -41,12 +41,15 @@ struct Step {
 
 /// A new pod becomes ready and enters DNS; the old one leaves DNS at once, serves what it has and whoever still comes,
 /// and ends when nobody is left, which is what the grace period is for.
-fn replace(lab: &mut Lab, published: &mut BTreeSet<usize>, old: usize, new: usize) -> Result<Step> {
+fn replace(lab: &mut Lab, loads: [&Load; 2], published: &mut BTreeSet<usize>, old: usize, new: usize) -> Result<Step> {
     lab.start_pod(new)?;
     published.insert(new);
     let added = Instant::now();
     lab.publish_pods(published.iter().copied())?;
     wait_for("the new pod to be in use", SOON, || Ok(states(lab, new)?.iter().all(|state| state == "up")))?;
+    wait_for("connections of both modes to come to the new pod", SOON, || {
+        Ok(loads.iter().all(|load| load.has_reached(&ingress(new).name)))
+    })?;
     published.remove(&old);
     let removed = Instant::now();
     lab.publish_pods(published.iter().copied())?;
@@ -124,7 +127,8 @@ fn all_ten_pods_are_replaced_one_by_one_and_no_connection_fails_or_is_reset() ->
     let mut published: BTreeSet<usize> = (1..=PODS).collect();
     let mut steps = Vec::new();
     for pod in 1..=PODS {
-        let step = replace(&mut lab, &mut published, pod, PODS + pod).with_context(|| format!("step {pod}"))?;
+        let step = replace(&mut lab, [&full_nat, &dnat], &mut published, pod, PODS + pod)
+            .with_context(|| format!("step {pod}"))?;
         steps.push(step);
     }
     let (full_nat, dnat, control) = (full_nat.stop()?, dnat.stop()?, control.stop()?);
