@@ -104,15 +104,17 @@ pub fn run(routes: u32) -> Result<Vec<Figure>> {
     let wire = Wire::new()?;
     bench.try_part("edge", |bench| bench.wire(&wire));
     bench.try_part("edge", |bench| bench.peers(&wire));
+    // The nodes before hold their addresses until their sessions have ended.
+    let wire = Wire::new()?;
     bench.try_part("edge", |bench| bench.loaded(&wire));
     let silence = std::mem::take(&mut bench.silence);
-    bench.figures.push(Figure::net("bgp/longest-silence/edge".to_owned(), "s", silence, 0.0));
+    bench.figures.push(Figure::net("bgp/longest-silence/edge".to_owned(), "ns", silence, 0.0));
     Ok(bench.figures)
 }
 
 struct Bench {
     figures: Vec<Figure>,
-    /// Longest time without a message of ours on each session with a hold time of 3 s, seconds.
+    /// Longest time without a message of ours on each session with a hold time of 3 s, nanoseconds.
     silence: Vec<f64>,
 }
 
@@ -126,22 +128,21 @@ impl Bench {
 
     fn add(&mut self, name: &str, who: Kind, unit: &'static str, runs: Vec<f64>) {
         let figure = Figure::net(format!("bgp/{name}/{}", who.name()), unit, runs, 0.0);
-        println!("  {} {:.3} {unit}", figure.name, figure.median);
+        println!("  {} {:.0} {unit}", figure.name, figure.median);
         self.figures.push(figure);
     }
 
     /// Percentiles of single measurements, each as a figure of its own.
     fn percentiles(&mut self, name: &str, who: Kind, nanoseconds: Vec<f64>) {
-        let milliseconds = nanoseconds.into_iter().map(|value| value / 1e6).collect();
-        let all = Figure::net(String::new(), "ms", milliseconds, 0.0);
-        self.add(&format!("{name}-p50"), who, "ms", vec![all.median]);
-        self.add(&format!("{name}-p99"), who, "ms", vec![all.p99]);
+        let all = Figure::net(String::new(), "ns", nanoseconds, 0.0);
+        self.add(&format!("{name}-p50"), who, "ns", vec![all.median]);
+        self.add(&format!("{name}-p99"), who, "ns", vec![all.p99]);
     }
 
     /// A session with us has the shortest hold time there is; what came of that is remembered.
     fn held(&mut self, session: &Session) -> Result<()> {
         ensure!(!session.seen.ended.load(Ordering::Relaxed), "the session with a hold time of {HOLD} s was lost");
-        self.silence.push(session.seen.silence.load(Ordering::Relaxed) as f64 / 1e6);
+        self.silence.push(session.seen.silence.load(Ordering::Relaxed) as f64 * 1e3);
         Ok(())
     }
 
@@ -158,14 +159,14 @@ impl Bench {
             session.send(table)?;
             let pause = if quick { 5 } else { 100 };
             until(start, pause, || running.received() == Some(u64::from(routes)))?;
-            times.push(start.elapsed().as_secs_f64());
+            times.push(start.elapsed().as_nanos() as f64);
             memory.push(running.resident()?);
             if kind == Kind::Edge {
                 self.held(&session)?;
             }
         }
-        self.add(&format!("intake-{label}"), kind, "s", times);
-        self.add(&format!("rss-{label}"), kind, "MB", memory);
+        self.add(&format!("intake-{label}"), kind, "ns", times);
+        self.add(&format!("rss-{label}"), kind, "bytes", memory);
         Ok(())
     }
 
@@ -177,7 +178,7 @@ impl Bench {
             let start = Instant::now();
             session.send(table)?;
             until(start, 50, || kernel::count().is_ok_and(|now| now >= before + u64::from(routes)))?;
-            self.add(&format!("fib-{label}"), kind, "s", vec![start.elapsed().as_secs_f64()]);
+            self.add(&format!("fib-{label}"), kind, "ns", vec![start.elapsed().as_nanos() as f64]);
             Ok(())
         })?;
         if kind == Kind::Edge {
@@ -222,9 +223,9 @@ impl Bench {
         let running = speaker::edge_alone(&wire.speaker.0, &speaker::bgp_section("", &many()))?;
         let wanted = u64::from(NODES);
         until(start, 2, || nodes.established.load(Ordering::Relaxed) == wanted && running.sessions() == wanted)?;
-        self.add("500-peers-established", Kind::Edge, "s", vec![start.elapsed().as_secs_f64()]);
+        self.add("500-peers-established", Kind::Edge, "ns", vec![start.elapsed().as_nanos() as f64]);
         until(start, 10, || running.received() == Some(wanted * 4))?;
-        self.add("500-peers-rss", Kind::Edge, "MB", vec![running.resident()?]);
+        self.add("500-peers-rss", Kind::Edge, "bytes", vec![running.resident()?]);
         Ok(())
     }
 

@@ -118,13 +118,13 @@ impl Running {
         self.told.0.load(Ordering::Relaxed)
     }
 
-    /// Megabytes that the process that speaks BGP holds.
+    /// Bytes that the process that speaks BGP holds.
     pub fn resident(&self) -> Result<f64> {
         let pid = self.children.last().context("no process")?.id();
         let text = fs::read_to_string(format!("/proc/{pid}/status"))?;
         let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
         let kilobytes: f64 = line.trim().trim_end_matches(" kB").parse()?;
-        Ok(kilobytes / 1024.0)
+        Ok(kilobytes * 1024.0)
     }
 
     pub fn folder(&self) -> &Path {
