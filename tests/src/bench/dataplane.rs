@@ -315,6 +315,10 @@ fn write_scripts(rig: &mut Rig, case: &Case, pick: Pick) -> Result<()> {
         (Subject::Reply, _, IpAddr::V4(backend)) => u32::from(backend),
         (Subject::Reply, _, IpAddr::V6(backend)) => u128::from(backend) as u32,
         (Subject::NewFlow | Subject::BareNewFlow, IpAddr::V4(_), _) => u32::from(Ipv4Addr::new(101, 0, 0, 0)),
+        // Beyond the clients of established flows: a SYN of theirs would begin nothing.
+        (Subject::NewFlow | Subject::BareNewFlow, IpAddr::V6(client), _) => {
+            (u128::from(client) as u32).wrapping_add(1 << 16)
+        }
         (_, IpAddr::V4(client), _) => u32::from(client),
         (_, IpAddr::V6(client), _) => u128::from(client) as u32,
     };
