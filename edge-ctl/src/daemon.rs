@@ -130,7 +130,7 @@ struct Shared {
     /// The configuration in force and when it came into force.
     config: (Config, Instant),
     /// The newest desired state.
-    desired: DesiredState,
+    desired: Arc<DesiredState>,
     /// Host settings that keep packets from being forwarded, and other findings.
     problems: Vec<String>,
     /// Backends that an administrator drains and that have no flow left.
@@ -174,7 +174,7 @@ struct Daemon {
     config: Config,
     world: World,
     shared: SharedState,
-    desired: watch::Sender<Option<DesiredState>>,
+    desired: watch::Sender<Option<Arc<DesiredState>>>,
     next_hops: NextHops,
     sweeper: Sweeper,
     slow_start: SlowStart,
@@ -396,14 +396,18 @@ impl Daemon {
 
     /// Many services may ask for one name: all that has come by now makes one new state.
     async fn on_pools(&mut self, first: PoolSnapshot, more: &mut mpsc::Receiver<PoolSnapshot>) {
-        let mut sources = BTreeSet::from([first.source.clone()]);
-        self.world.hear_pool(&self.config, first);
-        while let Ok(pool) = more.try_recv() {
+        let (mut sources, mut fresh, mut next) = (BTreeSet::new(), BTreeSet::new(), Some(first));
+        while let Some(pool) = next {
+            let known = |address: &IpAddr| self.world.snat_sources.contains_key(address);
+            fresh.extend(pool.members.iter().map(|member| member.address.ip()).filter(|address| !known(address)));
             sources.insert(pool.source.clone());
             self.world.hear_pool(&self.config, pool);
+            next = more.try_recv().ok();
         }
-        // Addresses that are learnt here are those of members that have come with these pools.
-        self.learn_new_snat_sources().await;
+        if self.world.has_many_sources() {
+            self.world.forget_sources();
+        }
+        self.learn_snat_sources(fresh).await;
         let services = self.config.services.values().filter(|service| sources.contains(&service.backends));
         let services = services.map(|service| service.name.clone()).collect();
         self.publish_of(Some(&services));
@@ -423,7 +427,7 @@ impl Daemon {
         }
         // An interface that comes by a reload and waits for its program takes no VIP away.
         let ready = shared.datapath.is_ready() || self.world.datapath_ready && shared.datapath.only_waits();
-        let services = services.filter(|_| ready == self.world.datapath_ready);
+        let services = self.world.concerned(services.filter(|_| ready == self.world.datapath_ready));
         self.world.datapath_ready = ready;
         let mut desired = self.world.desired_of(&self.config, services);
         shared.acl.overlay(&mut desired, acl::now());
@@ -431,14 +435,15 @@ impl Daemon {
         let next_share = self.slow_start.apply(now, self.world.adopted(), &mut desired);
         let next_announcement = self.damping.apply(now, &self.config, self.world.adopted(), &mut desired);
         self.next_share = next_share.into_iter().chain(next_announcement).min();
+        let desired = Arc::new(desired);
         self.desired.send_if_modified(|published| {
             let changed = published.as_ref() != Some(&desired);
             if changed {
-                *published = Some(desired.clone());
+                *published = Some(Arc::clone(&desired));
             }
             changed
         });
-        self.health.retarget(desired::targets(&self.config, &desired));
+        self.health.retarget(desired::targets(&self.config, &desired, services), services);
         self.flow_ends.look(&self.config, &desired);
         shared.downtimes.look(Instant::now(), &desired);
         shared.desired = desired;
@@ -517,7 +522,7 @@ impl Daemon {
         }
         self.config = new;
         self.recorder.reload(&self.config.access_log);
-        let current = lock(&self.shared).desired.clone();
+        let current = Arc::clone(&lock(&self.shared).desired);
         self.world.reconfigure(&self.config, &current);
         let guard = dns_guard(&self.config, self.fib.own_addresses().await);
         self.dns.reconfigure(dns_sources(&self.config), guard);

@@ -251,24 +251,39 @@ pub fn rebuild(
     before: &DesiredState,
     services: Option<&BTreeSet<String>>,
 ) -> DesiredState {
-    let mut state = DesiredState { record_ends: config.access_log.is_some(), ..DesiredState::default() };
-    for service in config.services.values() {
-        let is_concerned = services.is_none_or(|services| services.contains(&service.name));
-        for frontend in &service.listen {
-            let known = before.frontends.get(frontend);
-            let desired = match known {
-                Some(known) if !is_concerned => Arc::clone(known),
-                _ => {
-                    let built = build_frontend(config, inputs, service, frontend);
-                    known.filter(|known| ***known == built).map_or_else(|| Arc::new(built), Arc::clone)
-                }
-            };
-            state.addresses.insert(frontend.address.ip());
-            state.frontends.insert(*frontend, desired);
+    let Some(services) = services else {
+        let mut state = DesiredState { record_ends: config.access_log.is_some(), ..DesiredState::default() };
+        for service in config.services.values() {
+            rebuild_service(config, inputs, before, service, &mut state);
         }
+        state.announcements = announcements(config, &state.frontends);
+        return state;
+    };
+    let mut state = before.clone();
+    let concerned = services.iter().filter_map(|name| config.services.get(name));
+    for service in concerned.clone() {
+        rebuild_service(config, inputs, before, service, &mut state);
     }
-    state.announcements = announcements(config, &state.frontends);
+    if concerned.into_iter().any(|service| service.announce.is_some()) {
+        state.announcements = announcements(config, &state.frontends);
+    }
     state
+}
+
+/// Builds a service's frontends into `state`; those that come out as they were are shared with `before`.
+fn rebuild_service(
+    config: &Config,
+    inputs: &Inputs<'_>,
+    before: &DesiredState,
+    service: &Service,
+    state: &mut DesiredState,
+) {
+    for frontend in &service.listen {
+        let built = build_frontend(config, inputs, service, frontend);
+        let known = before.frontends.get(frontend).filter(|known| ***known == built);
+        state.addresses.insert(frontend.address.ip());
+        state.frontends.insert(*frontend, known.map_or_else(|| Arc::new(built), Arc::clone));
+    }
 }
 
 /// What is announced of these frontends. Several services may share a VIP, or an aggregate: it is announced while any of
@@ -354,14 +369,16 @@ fn ignore_health_in_panic(
     (pool, Some((healthy, total)))
 }
 
-/// Who is to be checked, and how: every member of a pool whose service has `health`.
-pub fn targets(config: &Config, state: &DesiredState) -> Targets {
+/// Who is to be checked, and how: every member of a pool whose service has `health`; of these services alone, where they
+/// are named.
+pub fn targets(config: &Config, state: &DesiredState, services: Option<&BTreeSet<String>>) -> Targets {
     let mut targets = Targets::new();
-    for frontend in state.frontends.values() {
-        let Some(service) = config.services.get(&frontend.service) else { continue };
+    let wanted = |name: &String| services.is_none_or(|services| services.contains(name));
+    for service in config.services.values().filter(|service| wanted(&service.name)) {
         let Some(health) = &service.health else { continue };
         let health = Arc::new(health.clone());
-        for backend in frontend.pool.iter().flatten() {
+        let frontends = service.listen.iter().filter_map(|frontend| state.frontends.get(frontend));
+        for backend in frontends.flat_map(|frontend| frontend.pool.iter().flatten()) {
             let target = Target {
                 health: Arc::clone(&health),
                 source: service.snat.addresses.first().copied().or(backend.snat_address),
@@ -594,7 +611,11 @@ mod tests {
         }
 
         fn build(&self) -> DesiredState {
-            build(
+            self.rebuild(&DesiredState::default(), None)
+        }
+
+        fn rebuild(&self, before: &DesiredState, services: Option<&BTreeSet<String>>) -> DesiredState {
+            rebuild(
                 &self.config,
                 &Inputs {
                     pools: &self.pools,
@@ -611,6 +632,8 @@ mod tests {
                     verdicts: &self.verdicts,
                     orders: &self.orders,
                 },
+                before,
+                services,
             )
         }
 
@@ -665,6 +688,29 @@ mod tests {
         assert_eq!(verdicts(&state), [("10.1.0.4:443".to_owned(), Some(Exclusion::NoRoute))]);
         assert_eq!(only(&state).announced.to_string(), "no: 0 of 1 backends eligible");
         assert!(state.announcements.is_empty());
+    }
+
+    #[test]
+    fn only_the_services_that_are_named_are_built_anew_and_only_what_changed_is_not_shared() {
+        let mut world = World::new();
+        for number in 0_u8..100 {
+            let mut service = world.config.services["ingress"].clone();
+            service.name = format!("s{number}");
+            service.listen = vec![format!("172.16.1.88:{}/tcp", 9000 + u16::from(number)).parse().unwrap()];
+            service.backends = BackendSource::Static(vec![StaticBackend::new("10.1.0.4:443".parse().unwrap())]);
+            world.config.services.insert(service.name.clone(), service);
+        }
+        world.route("10.1.0.0/24", &["172.16.1.80"]);
+        let before = world.build();
+        // News about all of them, so that a look at one that is not named would show.
+        let down = crate::model::AdminOrder { state: AdminState::Down, ..crate::model::AdminOrder::default() };
+        world.orders = (0..100).map(|number| ((format!("s{number}"), "10.1.0.4:443".parse().unwrap()), down)).collect();
+        let named = BTreeSet::from(["s7".to_owned(), "ingress".to_owned(), "gone".to_owned()]);
+        let after = world.rebuild(&before, Some(&named));
+        let changed = after.frontends.iter().filter(|(key, frontend)| !Arc::ptr_eq(frontend, &before.frontends[key]));
+        let changed: Vec<_> = changed.map(|(_, frontend)| frontend.service.as_str()).collect();
+        assert_eq!(changed, ["s7"], "ingress has no order, the others were not looked at");
+        assert_eq!(world.rebuild(&after, None), world.build());
     }
 
     #[test]
@@ -842,12 +888,12 @@ mod tests {
         let mut world = checked(0, false);
         world.route("10.1.0.0/16", &[]);
         world.route("10.1.0.0/24", &["172.16.1.80"]);
-        let found = targets(&world.config, &world.build());
+        let found = targets(&world.config, &world.build(), None);
         let rows: Vec<_> = found.values().map(|target| (target.reachable, target.source)).collect();
         let host = Some("172.16.1.88".parse().unwrap());
         assert_eq!(rows, [(true, host), (false, host)]);
         world.config.services.get_mut("ingress").unwrap().health = None;
-        assert!(targets(&world.config, &world.build()).is_empty());
+        assert!(targets(&world.config, &world.build(), None).is_empty());
     }
 
     #[test]

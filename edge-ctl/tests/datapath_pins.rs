@@ -14,7 +14,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     process::Command,
-    sync::{LazyLock, Mutex},
+    sync::{Arc, LazyLock, Mutex},
 };
 
 use aya::{
@@ -44,7 +44,7 @@ use edge_ctl::{
     },
     reconcile::{
         actor::{Intervals, Reconciler},
-        ports::{AnnouncementPort, DatapathPort, PortError},
+        ports::{AnnouncementPort, DatapathPort, NumberSets, PortError},
     },
 };
 use ipnet::IpNet;
@@ -550,7 +550,7 @@ impl AnnouncementPort for Announcements {
     }
 }
 
-fn desired(backends: &[&str]) -> DesiredState {
+fn desired(backends: &[&str]) -> Arc<DesiredState> {
     let address: IpAddr = "172.16.1.88".parse().unwrap();
     let frontend = Frontend { address: SocketAddr::new(address, 8443), protocol: Protocol::Tcp };
     let backend = |text: &&str| DesiredBackend {
@@ -577,12 +577,12 @@ fn desired(backends: &[&str]) -> DesiredState {
         pool: Some(backends.iter().map(backend).collect()),
         announced: Announced::Yes,
     };
-    DesiredState {
+    Arc::new(DesiredState {
         frontends: BTreeMap::from([(frontend, service.into())]),
         announcements: BTreeMap::from([(address.into(), PathAttributes::default())]),
         addresses: [address].into(),
         ..DesiredState::default()
-    }
+    })
 }
 
 fn fill(members: &[PoolMember], _: TableShape) -> Vec<u16> {
@@ -619,7 +619,7 @@ fn what_the_reconciler_wrote_is_found_again_by_the_next_one_which_writes_nothing
         let services = view.service_rows().unwrap();
         assert_eq!((services[0].name.as_str(), services[0].backends.as_str()), ("ingress-https", "2/2"));
         assert_eq!(services[0].vip, "172.16.1.88:8443");
-        let backends: Vec<_> = view.backend_rows().unwrap().into_iter().map(|row| (row.backend, row.state)).collect();
+        let backends: Vec<_> = view.backend_rows().unwrap().into_iter().map(|(_, row)| (row.backend, row.state)).collect();
         assert_eq!(backends, [("10.1.0.4:443".into(), "up".into()), ("10.1.1.5:443".into(), "up".into())]);
         for map in name::ALL {
             view.dump(map, 5).unwrap();
@@ -716,7 +716,8 @@ fn the_sweep_ends_flows_whose_both_halves_are_idle_and_keeps_active_exact() {
         assert!(kept.iter().all(|(flow, _)| established.get(&flow.key, 0).is_ok()));
         assert_eq!(established.iter().count(), 4);
         // 110 opened, 3 closed, 100 expired leaves 7; two were seen, and nothing moved: the counters are set right.
-        let counts = datapath.port().unwrap().flow_counts().unwrap();
+        let of = NumberSets { services: [1].into(), backends: [1].into() };
+        let counts = datapath.port().unwrap().flow_counts(&of).unwrap();
         assert_eq!((counts.services[&1], counts.backends[&1]), (2, 2));
         let view = datapath.view().unwrap();
         assert_eq!(view.service_rows().unwrap()[0].active, 2);

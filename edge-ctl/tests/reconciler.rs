@@ -9,19 +9,22 @@
 use std::{
     collections::BTreeMap,
     net::{IpAddr, SocketAddr},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
 use edge_ctl::{
     datapath::fake::FakeDatapath,
-    desired::{Announced, DesiredBackend, DesiredFrontend, DesiredState, Timeouts},
+    desired::{Announced, DesiredBackend, DesiredFrontend, DesiredState, Exclusion, Timeouts},
     model::{
         Balance, Frontend, Mode, PathAttributes, PoolMember, Protection, Protocol, Selection, Snat, TableShape, Tier,
     },
     reconcile::{
         actor::{Intervals, Reconciler, ReconcilerStatus},
-        ports::{Action, AnnouncementPort, DatapathPort, DatapathState, FlowCounts, PortError},
+        ports::{Action, AnnouncementPort, DatapathPort, DatapathState, FlowCounts, NumberSets, PortError},
     },
 };
 use ipnet::IpNet;
@@ -29,15 +32,26 @@ use tokio::sync::watch;
 
 /// A fake that the test can reach while the loop owns it.
 #[derive(Clone, Default)]
-struct Shared(Arc<Mutex<FakeDatapath>>);
+struct Shared(Arc<Mutex<FakeDatapath>>, Arc<Reads>);
+
+/// How often the loop has read.
+#[derive(Default)]
+struct Reads {
+    /// The whole maps.
+    snapshots: AtomicU64,
+    /// Numbers whose flows it asked for.
+    counts: AtomicU64,
+}
 
 impl DatapathPort for Shared {
     fn snapshot(&mut self) -> Result<DatapathState, PortError> {
+        self.1.snapshots.fetch_add(1, Ordering::Relaxed);
         self.0.lock().unwrap().snapshot()
     }
 
-    fn flow_counts(&mut self) -> Result<FlowCounts, PortError> {
-        self.0.lock().unwrap().flow_counts()
+    fn flow_counts(&mut self, of: &NumberSets) -> Result<FlowCounts, PortError> {
+        self.1.counts.fetch_add((of.services.len() + of.backends.len()) as u64, Ordering::Relaxed);
+        self.0.lock().unwrap().flow_counts(of)
     }
 
     fn apply(&mut self, action: &Action) -> Result<u64, PortError> {
@@ -112,7 +126,7 @@ fn quick() -> Intervals {
 struct Running {
     fake: Shared,
     bgp: Bgp,
-    desired: watch::Sender<Option<DesiredState>>,
+    desired: watch::Sender<Option<Arc<DesiredState>>>,
     status: watch::Receiver<ReconcilerStatus>,
 }
 
@@ -136,7 +150,7 @@ impl Running {
 async fn a_failing_write_shows_in_the_status_and_the_rest_follows_once_it_works_again() {
     let mut running = start(quick());
     running.fake.0.lock().unwrap().fail_after = Some(4);
-    running.desired.send_replace(Some(desired(&["10.1.0.4:443"])));
+    running.desired.send_replace(Some(desired(&["10.1.0.4:443"]).into()));
     let failed = running.until(|status| status.error.is_some()).await;
     assert!(!failed.in_sync && failed.error.unwrap().contains("told to fail"));
     assert!(running.bgp.announced().is_empty(), "nothing is announced before the maps are written");
@@ -149,12 +163,12 @@ async fn a_failing_write_shows_in_the_status_and_the_rest_follows_once_it_works_
 #[tokio::test]
 async fn a_drained_backend_is_freed_when_its_last_flow_has_ended() {
     let mut running = start(quick());
-    running.desired.send_replace(Some(desired(&["10.1.0.4:443", "10.1.1.5:443"])));
+    running.desired.send_replace(Some(desired(&["10.1.0.4:443", "10.1.1.5:443"]).into()));
     running.until(|status| status.in_sync && status.state.backends.len() == 2).await;
     running.fake.0.lock().unwrap().flows.backends.insert(1, 1);
     // An audit carries the flow count into memory before the backend goes.
     running.until(|status| status.state.backends[&1].active == 1).await;
-    running.desired.send_replace(Some(desired(&["10.1.1.5:443"])));
+    running.desired.send_replace(Some(desired(&["10.1.1.5:443"]).into()));
     let excluded = running.until(|status| !status.state.backends[&1].eligible()).await;
     let audits = excluded.audits;
     let later = running.until(|status| status.audits > audits + 2).await;
@@ -167,7 +181,7 @@ async fn a_drained_backend_is_freed_when_its_last_flow_has_ended() {
 #[tokio::test]
 async fn an_audit_finds_what_somebody_else_changed_and_repairs_it() {
     let mut running = start(quick());
-    running.desired.send_replace(Some(desired(&["10.1.0.4:443"])));
+    running.desired.send_replace(Some(desired(&["10.1.0.4:443"]).into()));
     running.until(|status| status.in_sync && status.audits > 1).await;
     running.fake.0.lock().unwrap().states.insert(1, 0);
     running.until(|status| status.audit_findings == 1).await;
@@ -179,9 +193,75 @@ async fn an_audit_finds_what_somebody_else_changed_and_repairs_it() {
 #[tokio::test]
 async fn nothing_is_written_while_nothing_changes() {
     let mut running = start(quick());
-    running.desired.send_replace(Some(desired(&["10.1.0.4:443"])));
+    running.desired.send_replace(Some(desired(&["10.1.0.4:443"]).into()));
     let first = running.until(|status| status.in_sync).await;
-    running.desired.send_replace(Some(desired(&["10.1.0.4:443"])));
+    running.desired.send_replace(Some(desired(&["10.1.0.4:443"]).into()));
     let later = running.until(|status| status.audits > first.audits + 5).await;
     assert_eq!((later.map_writes, later.audit_findings), (first.map_writes, 0));
+}
+
+/// The state with this many services, of which one has excluded this many of its backends.
+fn many(services: u16, (changed, excluded): (u16, usize)) -> DesiredState {
+    let one = desired(&["10.1.0.4:443", "10.1.0.5:443", "10.1.0.6:443", "10.1.0.7:443"]);
+    let (frontend, like) = one.frontends.first_key_value().unwrap();
+    let frontends = (0..services).map(|number| {
+        let mut service = (**like).clone();
+        service.service = format!("service-{number}");
+        let out = if number == changed { excluded } else { 0 };
+        for backend in service.pool.iter_mut().flatten().take(out) {
+            backend.excluded = Some(Exclusion::Down);
+        }
+        let address = SocketAddr::new(frontend.address.ip(), 1000 + number);
+        (Frontend { address, protocol: Protocol::Tcp }, service.into())
+    });
+    DesiredState { frontends: frontends.collect(), ..one }
+}
+
+#[tokio::test]
+async fn a_change_of_one_service_costs_its_own_plan_and_writes_however_many_others_there_are() {
+    const SERVICES: u16 = 500;
+    // No audit comes between.
+    let mut running = start(Intervals::default());
+    let mut writes = Vec::new();
+    running.desired.send_replace(Some(many(SERVICES, (0, 0)).into()));
+    let mut before = running.until(|status| status.in_sync).await;
+    assert!(before.planned >= u64::from(SERVICES));
+    let reads = |running: &Running| running.fake.1.snapshots.load(Ordering::Relaxed);
+    let at_start = reads(&running);
+    for (service, excluded) in [(7, 1), (7, 2), (7, 0), (499, 1), (499, 0)] {
+        running.desired.send_replace(Some(many(SERVICES, (service, excluded)).into()));
+        let after = running.until(|status| status.applied > before.applied).await;
+        assert_eq!(after.planned - before.planned, 1, "service {service} with {excluded} out");
+        writes.push(after.map_writes - before.map_writes);
+        let out = after.state.backends.values().filter(|slot| !slot.eligible()).count();
+        assert_eq!(out, excluded);
+        before = after;
+    }
+    assert!(writes.iter().all(|writes| *writes <= 12), "a state word for each backend, a region, an entry: {writes:?}");
+    assert_eq!(reads(&running), at_start, "nothing was read back");
+    assert_eq!(running.fake.1.counts.load(Ordering::Relaxed), 0, "who is out on order is not waited for");
+}
+
+#[tokio::test]
+async fn while_a_backend_drains_only_its_own_flows_are_counted_and_nothing_is_planned_until_the_last_has_ended() {
+    const SERVICES: u16 = 100;
+    let mut running = start(Intervals { audit: Duration::from_secs(3600), ..quick() });
+    let whole = many(SERVICES, (0, 0));
+    running.desired.send_replace(Some(whole.clone().into()));
+    running.until(|status| status.in_sync).await;
+    running.fake.0.lock().unwrap().flows.backends.insert(1, 1);
+    let mut less = whole;
+    let first = less.frontends.values_mut().next().unwrap();
+    Arc::make_mut(first).pool.as_mut().unwrap().remove(0);
+    running.desired.send_replace(Some(less.into()));
+    let reads = Arc::clone(&running.fake.1);
+    let counted = move || reads.counts.load(Ordering::Relaxed);
+    running.until(|status| !status.state.backends[&1].eligible()).await;
+    let (looked, settled) = (counted(), running.until(|_| counted() > 5).await);
+    let later = running.until(|_| counted() > looked + 10).await;
+    assert_eq!(later.planned, settled.planned, "ten looks at one backend");
+    assert!(later.state.backends.contains_key(&1));
+    running.fake.0.lock().unwrap().flows.backends.clear();
+    let status = running.until(|status| !status.state.backends.contains_key(&1)).await;
+    assert_eq!(status.actions["free-backend"], 1);
 }

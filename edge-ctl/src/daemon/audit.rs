@@ -15,7 +15,7 @@ pub(super) fn audit(shared: &SharedState, kernel: &KernelView) -> Result<Vec<Aud
     let (desired, seed) = {
         let shared = lock(shared);
         let seed = shared.datapath.seed().map_err(|error| ViewError::Internal(error.to_string()))?;
-        (shared.desired.clone(), seed)
+        (std::sync::Arc::clone(&shared.desired), seed)
     };
     let mut state = kernel.tables().state()?;
     // Only the maps are looked at.

@@ -11,6 +11,7 @@
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -27,7 +28,7 @@ pub(super) type Key = (Frontend, SocketAddr);
 pub(super) struct Downtimes {
     backends: BTreeMap<Key, Downtime>,
     /// Frontends as they were last looked at: most of them are the same from one look to the next.
-    seen: DesiredState,
+    seen: Arc<DesiredState>,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -39,7 +40,7 @@ struct Downtime {
 
 impl Downtimes {
     /// Takes in who is excluded from `now` on.
-    pub fn look(&mut self, now: Instant, state: &DesiredState) {
+    pub fn look(&mut self, now: Instant, state: &Arc<DesiredState>) {
         for (frontend, desired) in &state.frontends {
             if self.seen.frontends.get(frontend) == Some(desired) {
                 continue;
@@ -61,7 +62,7 @@ impl Downtimes {
             }
         }
         self.backends.retain(|(frontend, _), _| state.frontends.contains_key(frontend));
-        self.seen = state.clone();
+        self.seen = Arc::clone(state);
     }
 
     /// A backend's downtime until `now`.
@@ -110,7 +111,7 @@ mod tests {
         ([10, 1, 0, host], 443).into()
     }
 
-    fn state(backends: &[(u8, Option<Exclusion>)]) -> DesiredState {
+    fn state(backends: &[(u8, Option<Exclusion>)]) -> Arc<DesiredState> {
         let backend = |(host, excluded): &(u8, Option<Exclusion>)| DesiredBackend {
             address: address(*host),
             weight: 1,
@@ -135,7 +136,7 @@ mod tests {
             panic: None,
             protection: Protection::default(),
         };
-        DesiredState { frontends: BTreeMap::from([(frontend(), desired.into())]), ..DesiredState::default() }
+        DesiredState { frontends: BTreeMap::from([(frontend(), desired.into())]), ..DesiredState::default() }.into()
     }
 
     fn exclusion() -> impl Strategy<Value = Option<Exclusion>> {
@@ -178,7 +179,7 @@ mod tests {
                     prop_assert_eq!(downtimes.of(now, &(frontend(), address(host))), expected);
                 }
             }
-            downtimes.look(now, &DesiredState::default());
+            downtimes.look(now, &Arc::default());
             prop_assert!(downtimes.backends.is_empty(), "a frontend that is gone is forgotten");
         }
     }

@@ -55,8 +55,8 @@ impl Daemon {
 
     /// As [`Daemon::learn_snat_sources`], for backends about which nothing is known; forgets those that are gone.
     pub(super) async fn learn_new_snat_sources(&mut self) {
+        self.world.forget_sources();
         let mut backends = self.world.backend_addresses();
-        self.world.snat_sources.retain(|backend, _| backends.contains(backend));
         backends.retain(|backend| !self.world.snat_sources.contains_key(backend));
         self.learn_snat_sources(backends).await;
     }

@@ -18,6 +18,7 @@ use crate::{
         AdminOrder, AdminOrders, BackendVerb, HealthKey,
         query::{Answer, Query, ViewError},
     },
+    reconcile::ports::NumberSets,
     state_file::{StateFile, StateFileError},
 };
 
@@ -109,10 +110,10 @@ impl Orders {
 
 /// Flows of a backend, half-open and established; `None`: not known now.
 fn remaining(kernel: &KernelView, (service, backend): &HealthKey) -> Option<usize> {
-    let rows = kernel.backend_rows().ok()?;
+    let backends = kernel.tables().backend_numbers(service, *backend).ok()?;
+    let counts = kernel.tables().flow_counts_of(&NumberSets { backends, ..NumberSets::default() }).ok()?;
+    let established: u64 = counts.backends.values().sum();
     let address = backend.to_string();
-    let mine = rows.iter().filter(|row| row.service == *service && row.backend == address);
-    let established: u64 = mine.map(|row| row.active).sum();
     if established > 0 {
         return usize::try_from(established).ok();
     }

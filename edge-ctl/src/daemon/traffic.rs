@@ -31,7 +31,7 @@ impl Counted<'_> {
         let (tables, end) = (self.kernel.tables(), self.state.backends_end());
         let (stats, signals) = (tables.backend_stats(end)?, tables.backend_signals(end)?);
         let mut all: BTreeMap<HealthKey, PassiveCounters> = BTreeMap::new();
-        for (number, slot) in &self.state.backends {
+        for (number, slot) in self.state.backends.iter() {
             let Some(service) = self.state.services.get(&slot.entry.service) else { continue };
             let counted = all.entry((service.label.clone(), slot.address())).or_default();
             if let Some(stats) = stats.get(number) {

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -38,13 +38,15 @@ use crate::{
     },
     reconcile::{
         actor::ReconcilerStatus,
-        ports::{BackendSlot, DatapathState, PortError, service_key, socket_address},
+        ports::{BackendSlot, PortError, service_key, socket_address, wire},
     },
     sources::{dns::DnsHandle, health::HealthHandle},
 };
 
 /// Between two samples of the counters behind the rates.
 const SAMPLE: Duration = Duration::from_secs(1);
+/// Backends whose counters are read for one sample: 50,000 have their turn every 13 s.
+const BACKENDS_AT_ONCE: u32 = 4096;
 
 /// Rates of the newest sample.
 type Sampled = Arc<Mutex<Rates>>;
@@ -189,10 +191,10 @@ impl DaemonViews {
         let mut rows = self.kernel.service_rows()?;
         let (desired, age) = {
             let shared = lock(&self.shared);
-            (shared.desired.clone(), shared.started.elapsed().as_secs())
+            (Arc::clone(&shared.desired), shared.started.elapsed().as_secs())
         };
         let state = Arc::clone(&self.reconciler.borrow().state);
-        let sampled = self.sampled.lock().unwrap_or_else(PoisonError::into_inner);
+        let sampled = lock_rates(&self.sampled);
         for row in &mut rows {
             row.age = age;
             let Some(key) = frontend(&row.vip, &row.proto) else { continue };
@@ -210,52 +212,56 @@ impl DaemonViews {
     }
 
     fn backends(&self) -> Result<Vec<BackendRow>, ViewError> {
-        let mut rows = self.kernel.backend_rows()?;
+        let checked = self.health.rows().into_iter().map(|row| ((row.service.clone(), row.backend.clone()), row));
+        Ok(self.complete(self.kernel.backend_rows()?, &checked.collect()))
+    }
+
+    /// The rows of one backend, one for each listen address of its service. What it costs does not depend on how many
+    /// others there are.
+    fn backend(&self, key: &HealthKey) -> Result<Vec<BackendRow>, ViewError> {
+        let (service, address) = key;
+        let state = Arc::clone(&self.reconciler.borrow().state);
+        let (wire, port) = (wire(address.ip()), address.port().to_be());
+        let of = |slot: &BackendSlot| {
+            let is_there = slot.entry.address == wire && slot.entry.port == port;
+            is_there && state.services.get(&slot.entry.service).is_some_and(|slot| slot.label == *service)
+        };
+        let numbers = state.backends.iter().filter(|(_, slot)| of(slot)).map(|(number, _)| *number).collect();
+        let checked = self.health.row(key).map(|row| ((row.service.clone(), row.backend.clone()), row));
+        Ok(self.complete(self.kernel.backend_rows_of(&numbers)?, &checked.into_iter().collect()))
+    }
+
+    /// Rows out of the maps with what only the daemon knows.
+    fn complete(
+        &self,
+        rows: Vec<(u32, BackendRow)>,
+        checked: &BTreeMap<(String, String), HealthRow>,
+    ) -> Vec<BackendRow> {
         let (desired, drained) = {
             let shared = lock(&self.shared);
-            (shared.desired.clone(), shared.drained.clone())
+            (Arc::clone(&shared.desired), shared.drained.clone())
         };
-        let checked: BTreeMap<(String, String), HealthRow> =
-            self.health.rows().into_iter().map(|row| ((row.service.clone(), row.backend.clone()), row)).collect();
         let now = Instant::now();
-        let downtime = |key: &BackendKey| lock(&self.shared).downtimes.of(now, key).as_secs();
-        let numbers = backend_numbers(&self.reconciler.borrow().state);
-        let sampled = self.sampled.lock().unwrap_or_else(PoisonError::into_inner);
-        for row in &mut rows {
-            if let Some(number) = row_key(row).and_then(|key| numbers.get(&key)) {
-                (row.conn_s, row.rx_s, row.tx_s) = sampled.backend(*number);
-            }
-            if let Some(number) = row_key(row).and_then(|key| numbers.get(&key)) {
-                row.snat = lock(&self.shared).swept.snat(*number);
-            }
-            let Some(backend) = desired_backend(&desired, row) else { continue };
-            backend.source.clone_into(&mut row.source);
-            if let Some(node) = &backend.node {
-                row.node.clone_from(node);
-            }
-            if let Some(excluded) = &backend.excluded {
-                row.state = excluded.to_string();
-            }
+        let row = |(number, mut row): (u32, BackendRow)| {
+            (row.conn_s, row.rx_s, row.tx_s) = lock_rates(&self.sampled).backend(number);
+            row.snat = lock(&self.shared).swept.snat(number);
+            let Some(key) = row_key(&row) else { return row };
+            let Some(backend) = desired_backend(&desired, &key, &row.service) else { return row };
+            describe(&mut row, backend);
             if backend.excluded == Some(Exclusion::Draining)
                 && drained.contains(&(row.service.clone(), backend.address))
             {
                 "drained".clone_into(&mut row.state);
             }
-            row.conditions = backend.facts.conditions();
-            row.conditions.push(limit_condition(row));
-            if row.state == "up" && row.limit > 0 && row.active >= row.limit {
-                "full".clone_into(&mut row.state);
-            }
-            if let Some(key) = row_key(row) {
-                row.downtime = downtime(&key);
-            }
+            row.downtime = lock(&self.shared).downtimes.of(now, &key).as_secs();
             if let Some(checked) = checked.get(&(row.service.clone(), row.backend.clone())) {
                 (row.fails, row.unavail) = (checked.fails, checked.unavail);
                 row.ejections = checked.ejections;
                 (row.last_check, row.connect) = (checked.last_check, checked.connect);
             }
-        }
-        Ok(rows)
+            row
+        };
+        rows.into_iter().map(row).collect()
     }
 
     /// The flow tables are not walked for this: the sweep has counted them.
@@ -332,9 +338,7 @@ impl DaemonViews {
         let (reply, answer) = oneshot::channel();
         self.requests.send(Request::Order { key: key.clone(), verb, reply }).await.map_err(|_| gone())?;
         answer.await.map_err(|_| gone())??;
-        let mut rows = self.backends()?;
-        rows.retain(|row| row.service == key.0 && row.backend == key.1.to_string());
-        Ok(rows)
+        self.backend(&key)
     }
 
     async fn status(&self) -> Result<StatusRow, ViewError> {
@@ -424,10 +428,30 @@ fn frontend(vip: &str, protocol: &str) -> Option<Frontend> {
 }
 
 /// What is wanted of a row's backend; `None`: it has left the pool and only drains.
-fn desired_backend<'a>(desired: &'a DesiredState, row: &BackendRow) -> Option<&'a DesiredBackend> {
-    let (vip, backend): (SocketAddr, SocketAddr) = (row.vip.parse().ok()?, row.backend.parse().ok()?);
-    let mine = desired.frontends.iter().filter(|(key, frontend)| key.address == vip && frontend.service == row.service);
-    mine.flat_map(|(_, frontend)| frontend.pool.iter().flatten()).find(|candidate| candidate.address == backend)
+fn desired_backend<'a>(desired: &'a DesiredState, key: &BackendKey, service: &str) -> Option<&'a DesiredBackend> {
+    let frontend = desired.frontends.get(&key.0).filter(|frontend| frontend.service == service)?;
+    frontend.pool.iter().flatten().find(|candidate| candidate.address == key.1)
+}
+
+/// What a row's backend is wanted as, and how far that goes.
+fn describe(row: &mut BackendRow, backend: &DesiredBackend) {
+    backend.source.clone_into(&mut row.source);
+    if let Some(node) = &backend.node {
+        row.node.clone_from(node);
+    }
+    if let Some(excluded) = &backend.excluded {
+        row.state = excluded.to_string();
+    }
+    row.conditions = backend.facts.conditions();
+    row.conditions.push(limit_condition(row));
+    if row.state == "up" && row.limit > 0 && row.active >= row.limit {
+        "full".clone_into(&mut row.state);
+    }
+}
+
+/// A panic elsewhere must not take the views down.
+fn lock_rates(sampled: &Sampled) -> MutexGuard<'_, Rates> {
+    sampled.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What identifies a row's backend: VIP, protocol, address.
@@ -437,29 +461,25 @@ fn row_key(row: &BackendRow) -> Option<BackendKey> {
     Some((frontend(&row.vip, &row.proto)?, row.backend.parse().ok()?))
 }
 
-fn backend_numbers(state: &DatapathState) -> BTreeMap<BackendKey, u32> {
-    let key = |slot: &BackendSlot| {
-        let service = state.services.get(&slot.entry.service)?.entry;
-        let address = socket_address(service.address, service.port);
-        Some((Frontend { address, protocol: Protocol::from_number(service.protocol)? }, slot.address()))
-    };
-    state.backends.iter().filter_map(|(number, slot)| Some((key(slot)?, *number))).collect()
-}
-
-/// Keeps the rates fresh. Which numbers are in use the reconciler knows, so that only their counters are read.
+/// Keeps the rates fresh. Which numbers are in use the reconciler knows, so that only their counters are read; of many
+/// backends, some in each turn.
 async fn sample(kernel: Arc<KernelView>, reconciler: watch::Receiver<ReconcilerStatus>, sampled: Sampled) {
-    let (start, mut tick, mut failing) = (Instant::now(), interval(SAMPLE), false);
+    let (start, mut tick, mut failing, mut first) = (Instant::now(), interval(SAMPLE), false, 0_u32);
     loop {
         tick.tick().await;
         let (services, backends) = {
             let state = &reconciler.borrow().state;
             (state.services_end(), state.backends_end())
         };
+        let end = first.saturating_add(BACKENDS_AT_ONCE);
+        // Behind the last one in use there may be some that no longer are.
+        let (turn, next) = if end < backends { (first..end, end) } else { (first..u32::MAX, 0) };
         let tables = kernel.tables();
-        match (tables.service_stats(services), tables.backend_stats(backends)) {
+        let counted = tables.backend_stats_in(&(first..end.min(backends)));
+        first = next;
+        match (tables.service_stats(services), counted) {
             (Ok(services), Ok(backends)) => {
-                let mut rates = sampled.lock().unwrap_or_else(PoisonError::into_inner);
-                rates.sample(start.elapsed().as_secs_f64(), &services, &backends);
+                lock_rates(&sampled).sample(start.elapsed().as_secs_f64(), &services, (turn, &backends));
                 failing = false;
             }
             (Err(error), _) | (_, Err(error)) => {

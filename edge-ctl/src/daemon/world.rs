@@ -19,6 +19,9 @@ use crate::{
     sources::health::Verdicts,
 };
 
+/// So many sources towards backends may be known without a look at which are gone.
+const FEW_SOURCES: usize = 1024;
+
 /// Inputs of the desired state, owned.
 #[derive(Debug, Default)]
 pub struct World {
@@ -45,6 +48,8 @@ pub struct World {
     pub kernel_routes: Vec<(IpNet, Option<IpAddr>)>,
     /// Our own address towards each backend address.
     pub snat_sources: BTreeMap<IpAddr, IpAddr>,
+    /// How many of those there may be before those that are gone are looked for.
+    most_sources: usize,
     /// What checks last said.
     pub verdicts: Arc<Verdicts>,
     /// What administrators ordered.
@@ -53,6 +58,8 @@ pub struct World {
     adopted: BTreeMap<Frontend, Vec<AdoptedBackend>>,
     /// The state that was built last.
     built: DesiredState,
+    /// That state has every service of the configuration in force.
+    is_whole: bool,
 }
 
 impl World {
@@ -166,6 +173,7 @@ impl World {
             };
             self.adopted.insert(*frontend, pool.iter().map(adopt).collect());
         }
+        self.is_whole = false;
         let listens: BTreeSet<_> = config.services.values().flat_map(|service| &service.listen).collect();
         self.adopted.retain(|frontend, _| listens.contains(frontend));
     }
@@ -173,6 +181,18 @@ impl World {
     /// The pools found in the maps at start, or that served before the last reload.
     pub fn adopted(&self) -> &BTreeMap<Frontend, Vec<AdoptedBackend>> {
         &self.adopted
+    }
+
+    /// True where addresses of backends that are gone may make up half of those with a known source.
+    pub fn has_many_sources(&self) -> bool {
+        self.snat_sources.len() > self.most_sources.max(FEW_SOURCES)
+    }
+
+    /// Forgets the sources towards backends that are gone.
+    pub fn forget_sources(&mut self) {
+        let backends = self.backend_addresses();
+        self.snat_sources.retain(|backend, _| backends.contains(backend));
+        self.most_sources = self.snat_sources.len().saturating_mul(2);
     }
 
     /// Every address that is, or at start was, a backend.
@@ -218,6 +238,12 @@ impl World {
         kernel.chain(learnt).max_by_key(|(prefix, _)| prefix.prefix_len())
     }
 
+    /// The services to build anew where only these have changed; `None`: all of them.
+    pub fn concerned<'a>(&self, services: Option<&'a BTreeSet<String>>) -> Option<&'a BTreeSet<String>> {
+        // Until routes have settled the doubt that backends are given depends on more than their own services.
+        services.filter(|_| self.routes_settled && self.is_whole)
+    }
+
     /// The desired state of this world under `config`, where since the last time only what concerns these services has
     /// changed; `None`: whatever may have.
     pub fn desired_of(&mut self, config: &Config, services: Option<&BTreeSet<String>>) -> DesiredState {
@@ -230,8 +256,7 @@ impl World {
             self.covered.extend(covered);
         }
         let nodes = node_names(config);
-        // Until routes have settled the doubt that backends are given depends on more than their own services.
-        let services = services.filter(|_| self.routes_settled);
+        let services = self.concerned(services);
         let built = desired::rebuild(
             config,
             &Inputs {
@@ -253,6 +278,7 @@ impl World {
             services,
         );
         self.built = built.clone();
+        self.is_whole = true;
         built
     }
 }

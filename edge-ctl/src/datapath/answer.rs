@@ -14,7 +14,7 @@ pub fn answer_from_pins(view: &KernelView, query: &Query) -> Result<Answer, View
     let only_daemon = |what: &str| ViewError::Unavailable(format!("{what} is known to the running daemon only"));
     Ok(match query {
         Query::Services => Answer::Services(view.service_rows()?),
-        Query::Backends => Answer::Backends(view.backend_rows()?),
+        Query::Backends => Answer::Backends(view.backend_rows()?.into_iter().map(|(_, row)| row).collect()),
         Query::Flows { service, limit } => Answer::Flows(view.flow_rows(service.as_deref(), *limit)?),
         Query::Maps => Answer::Maps(view.map_rows()?),
         Query::Map { name, limit } => {

@@ -143,7 +143,7 @@ impl World {
                 }
             }
         }
-        for (key, number) in &state.backend_index {
+        for (key, number) in state.backend_index.iter() {
             if !state.backends.contains_key(number) {
                 return Err(format!("{key:?} leads to backend {number}, which is free"));
             }
@@ -256,7 +256,7 @@ proptest! {
         }
         let is_wanted = |key| ports::frontend_of(key).is_some_and(|key| third.frontends.contains_key(&key));
         prop_assert!(reached.index.keys().all(is_wanted));
-        prop_assert_eq!(reached.filter.clone(), reached.needed_filter());
+        prop_assert_eq!((*reached.filter).clone(), reached.needed_filter());
         prop_assert_eq!(&world.plan(&third, &Reserved::default()).actions, &vec![]);
     }
 
@@ -279,7 +279,7 @@ proptest! {
             }
             prop_assert_eq!(&world.plan(&second, &Reserved::default()).actions, &vec![], "after {} writes", cut);
             let reached = world.snapshot();
-            prop_assert_eq!(reached.filter.clone(), reached.needed_filter());
+            prop_assert_eq!((*reached.filter).clone(), reached.needed_filter());
         }
     }
 
@@ -317,7 +317,7 @@ proptest! {
         }
         let actual = world.snapshot();
         let mut members: BTreeMap<u32, BTreeSet<u32>> = BTreeMap::new();
-        for (number, slot) in &actual.backends {
+        for (number, slot) in actual.backends.iter() {
             members.entry(slot.entry.service).or_default().insert(*number);
         }
         let plan = narrow::narrow(&wish, &next, &actual, &members, &Reserved::default(), &fill);

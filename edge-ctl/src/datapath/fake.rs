@@ -7,7 +7,7 @@ use edge_common::maps::{BackendEntry, Chunk, ServiceEntry, ServiceKey, SourceKey
 
 use super::selection;
 use crate::reconcile::ports::{
-    Action, BackendSlot, Capacity, DatapathPort, DatapathState, FilterBits, FlowCounts, PortError, ServiceSlot,
+    Action, BackendSlot, Capacity, DatapathPort, DatapathState, FilterBits, FlowCounts, NumberSets, PortError, ServiceSlot,
 };
 
 /// See the module.
@@ -55,9 +55,9 @@ impl DatapathPort for FakeDatapath {
     fn snapshot(&mut self) -> Result<DatapathState, PortError> {
         let mut state = DatapathState {
             index: self.index.clone(),
-            backend_index: self.backend_index.clone(),
+            backend_index: self.backend_index.clone().into(),
             ranges: self.ranges.clone(),
-            filter: self.filter.clone(),
+            filter: self.filter.clone().into(),
             capacity: self.capacity,
             ..DatapathState::default()
         };
@@ -78,8 +78,11 @@ impl DatapathPort for FakeDatapath {
         Ok(state)
     }
 
-    fn flow_counts(&mut self) -> Result<FlowCounts, PortError> {
-        Ok(self.flows.clone())
+    fn flow_counts(&mut self, of: &NumberSets) -> Result<FlowCounts, PortError> {
+        let mut flows = self.flows.clone();
+        flows.services.retain(|number, _| of.services.contains(number));
+        flows.backends.retain(|number, _| of.backends.contains(number));
+        Ok(flows)
     }
 
     fn apply(&mut self, action: &Action) -> Result<u64, PortError> {

@@ -150,9 +150,9 @@ impl FlowEnder {
     }
 
     fn wanted(&self, selector: &FlowSelector, excluded: bool) -> Result<Option<Wanted>, PortError> {
-        let state = self.tables.state()?;
+        let state = self.tables.numbered()?;
         let mut wanted = Wanted { backends: BTreeSet::new(), protocol: selector.protocol.map(Protocol::number) };
-        for (number, slot) in &state.backends {
+        for (number, slot) in state.backends.iter() {
             let is_named = state.services.get(&slot.entry.service).is_some_and(|s| s.label == selector.service);
             let is_meant = is_named && selector.backend.is_none_or(|backend| backend == slot.address());
             if is_meant && excluded && slot.eligible() {

@@ -4,13 +4,17 @@
 mod flows;
 mod rates;
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::Path,
+};
 
 use edge_common::{
     address::Address,
     flow::{FlowKey, FlowKeyV4, FlowKeyV6},
     maps::{
-        AddressFilter, BackendEntry, CacheWindow, Control, Flow, FlowV4, FlowV6, NeighbourKey, NextHop, Port, PortSet,
+        AddressFilter, BackendEntry, BackendSignals, CacheWindow, Control, Flow, FlowV4, FlowV6, NeighbourKey, NextHop, Port, PortSet,
         RANGE_PREFIX, RangeSource, SERVICE_TAG, ServiceEntry, ServiceKey, ServiceStats, SourceId, SourceKey,
         SourceRange, SourceUse, balance, mode, name, range_action,
     },
@@ -33,7 +37,7 @@ use crate::{
         view::{BackendRow, MapRow, ServiceRow, XdpRow},
     },
     reconcile::{
-        ports::{PortError, Region, share_of, socket_address, tier_of, weight_of},
+        ports::{BackendSlot, PortError, Region, share_of, socket_address, tier_of, weight_of},
         protect,
     },
 };
@@ -131,51 +135,40 @@ impl KernelView {
         Ok(rows)
     }
 
-    /// One row for each backend, those that only drain included. `node` and `source` are `-`: the maps do not know them.
+    /// One row for each backend, with its number, those that only drain included. `node` and `source` are `-`: the maps do not know them.
     ///
     /// # Errors
     /// Where a map cannot be read.
-    pub fn backend_rows(&self) -> Result<Vec<BackendRow>, PortError> {
-        let state = self.tables.state()?;
+    pub fn backend_rows(&self) -> Result<Vec<(u32, BackendRow)>, PortError> {
+        let state = self.tables.numbered()?;
         let stats = self.tables.backend_stats(state.backends_end())?;
         let signals = self.tables.backend_signals(state.backends_end())?;
         let now = monotonic_ns();
-        let mut rows = Vec::new();
-        for (number, slot) in &state.backends {
-            let service = state.services.get(&slot.entry.service);
+        let row = |(number, slot): (&u32, &BackendSlot)| {
+            let service = state.services.get(&slot.entry.service).map(|service| (&service.entry, service.label.as_str()));
             let stats = stats.get(number).copied().unwrap_or_default();
             let signals = signals.get(number).copied().unwrap_or_default();
-            let vip = service.map(|service| socket_address(service.entry.address, service.entry.port).to_string());
-            rows.push(BackendRow {
-                service: service.map(|service| service.label.clone()).unwrap_or_default(),
-                backend: slot.address().to_string(),
-                proto: protocol_name(slot.entry.protocol),
-                node: "-".to_owned(),
-                state: if slot.eligible() { "up" } else { "draining" }.to_owned(),
-                w: u32::from(weight_of(slot.state)),
-                limit: slot.entry.limit.into(),
-                tier: if tier_of(slot.state) == Tier::Backup { "backup" } else { "primary" }.to_owned(),
-                share: u32::from(share_of(slot.state)),
-                active: slot.active,
-                fails: signals.unanswered + signals.refused + signals.reset_early,
-                connect: average_ms(signals.answered_us, signals.answered),
-                first_byte: average_ms(signals.first_byte_us, signals.first_bytes),
-                unanswered: signals.unanswered,
-                refused: signals.refused,
-                reset_early: signals.reset_early,
-                last_failure: (signals.last_failure != 0)
-                    .then(|| now.saturating_sub(signals.last_failure) / 1_000_000_000),
-                source: "-".to_owned(),
-                connections: stats.opened,
-                packets_in: stats.packets_in,
-                bytes_in: stats.bytes_in,
-                packets_out: stats.packets_out,
-                bytes_out: stats.bytes_out,
-                vip: vip.unwrap_or_default(),
-                ..BackendRow::default()
-            });
+            (*number, backend_row(slot, service, stats, signals, now))
+        };
+        let mut rows: Vec<(u32, BackendRow)> = state.backends.iter().map(row).collect();
+        rows.sort_by(|(_, a), (_, b)| (&a.service, &a.vip, &a.backend).cmp(&(&b.service, &b.vip, &b.backend)));
+        Ok(rows)
+    }
+
+    /// As [`KernelView::backend_rows`], of these numbers alone and in their order.
+    ///
+    /// # Errors
+    /// Where a map cannot be read.
+    pub fn backend_rows_of(&self, numbers: &BTreeSet<u32>) -> Result<Vec<(u32, BackendRow)>, PortError> {
+        let now = monotonic_ns();
+        let mut rows = Vec::new();
+        for number in numbers {
+            let Some(slot) = self.tables.backend(*number)? else { continue };
+            let service = self.tables.service(slot.entry.service)?;
+            let service = service.as_ref().map(|(entry, label)| (entry, label.as_str()));
+            let (stats, signals) = self.tables.backend_counters(*number)?;
+            rows.push((*number, backend_row(&slot, service, stats, signals, now)));
         }
-        rows.sort_by(|a, b| (&a.service, &a.vip, &a.backend).cmp(&(&b.service, &b.vip, &b.backend)));
         Ok(rows)
     }
 
@@ -184,7 +177,7 @@ impl KernelView {
     /// # Errors
     /// Where a map cannot be read.
     pub fn reasons(&self) -> Result<Vec<(String, &'static str, bool, u64)>, PortError> {
-        let services = self.tables.state()?.services;
+        let services = self.tables.numbered()?.services;
         let name = |number: &u32| services.get(number).map_or_else(|| "-".to_owned(), |slot| slot.label.clone());
         let mut rows = Vec::new();
         for ((service, number), packets) in self.tables.reasons(u32::MAX)? {
@@ -320,6 +313,43 @@ impl KernelView {
     /// Names of the pinned programs that this version would load.
     pub fn programs(&self) -> Vec<&'static str> {
         [XDP_PROGRAM, TC_PROGRAM].into_iter().filter(|program| self.pins.program(program).exists()).collect()
+    }
+}
+
+/// A backend's row, of what the maps hold about it at `now` (CLOCK_MONOTONIC, ns).
+fn backend_row(
+    slot: &BackendSlot,
+    service: Option<(&ServiceEntry, &str)>,
+    stats: ServiceStats,
+    signals: BackendSignals,
+    now: u64,
+) -> BackendRow {
+    BackendRow {
+        service: service.map(|(_, label)| label.to_owned()).unwrap_or_default(),
+        backend: slot.address().to_string(),
+        proto: protocol_name(slot.entry.protocol),
+        node: "-".to_owned(),
+        state: if slot.eligible() { "up" } else { "draining" }.to_owned(),
+        w: u32::from(weight_of(slot.state)),
+        limit: slot.entry.limit.into(),
+        tier: if tier_of(slot.state) == Tier::Backup { "backup" } else { "primary" }.to_owned(),
+        share: u32::from(share_of(slot.state)),
+        active: slot.active,
+        fails: signals.unanswered + signals.refused + signals.reset_early,
+        connect: average_ms(signals.answered_us, signals.answered),
+        first_byte: average_ms(signals.first_byte_us, signals.first_bytes),
+        unanswered: signals.unanswered,
+        refused: signals.refused,
+        reset_early: signals.reset_early,
+        last_failure: (signals.last_failure != 0).then(|| now.saturating_sub(signals.last_failure) / 1_000_000_000),
+        source: "-".to_owned(),
+        connections: stats.opened,
+        packets_in: stats.packets_in,
+        bytes_in: stats.bytes_in,
+        packets_out: stats.packets_out,
+        bytes_out: stats.bytes_out,
+        vip: service.map(|(entry, _)| socket_address(entry.address, entry.port).to_string()).unwrap_or_default(),
+        ..BackendRow::default()
     }
 }
 

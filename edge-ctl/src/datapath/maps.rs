@@ -15,7 +15,7 @@ use super::{
     selection,
     tables::{Tables, label_bytes},
 };
-use crate::reconcile::ports::{Action, DatapathPort, DatapathState, FilterBits, FlowCounts, PortError};
+use crate::reconcile::ports::{Action, DatapathPort, DatapathState, FilterBits, FlowCounts, NumberSets, PortError};
 
 /// The maps that the reconciler writes. One owner: nothing else writes them.
 pub struct Maps {
@@ -128,8 +128,8 @@ impl DatapathPort for Maps {
         self.tables.state()
     }
 
-    fn flow_counts(&mut self) -> Result<FlowCounts, PortError> {
-        self.tables.flow_counts()
+    fn flow_counts(&mut self, of: &NumberSets) -> Result<FlowCounts, PortError> {
+        self.tables.flow_counts_of(of)
     }
 
     fn apply(&mut self, action: &Action) -> Result<u64, PortError> {

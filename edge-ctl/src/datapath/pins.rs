@@ -380,7 +380,24 @@ impl Reader {
     /// # Errors
     /// Those of the kernel.
     pub fn for_first(&self, count: usize, mut visit: impl FnMut(&[u8], &[u8])) -> Result<(), PortError> {
-        let (mut cursor, mut left) = (sys::Cursor::default(), count);
+        self.read(sys::Cursor::default(), count, &mut visit)
+    }
+
+    /// The `count` elements of an array from number `first` on, through `visit`.
+    ///
+    /// # Errors
+    /// Those of the kernel.
+    pub fn for_range(&self, first: u32, count: usize, mut visit: impl FnMut(&[u8], &[u8])) -> Result<(), PortError> {
+        self.read(first.checked_sub(1).map_or_else(sys::Cursor::default, sys::Cursor::after), count, &mut visit)
+    }
+
+    fn read(
+        &self,
+        mut cursor: sys::Cursor,
+        count: usize,
+        visit: &mut dyn FnMut(&[u8], &[u8]),
+    ) -> Result<(), PortError> {
+        let mut left = count;
         while left > 0 && !cursor.is_finished() {
             for (key, value) in self.page(&mut cursor, left.min(PAGE))?.iter(self.shape).take(left) {
                 visit(key, value);

@@ -222,6 +222,14 @@ impl Default for Cursor {
 }
 
 impl Cursor {
+    /// The position after an array's element of this number: reading goes on with the next one.
+    pub fn after(number: u32) -> Self {
+        let mut position = number.to_ne_bytes().to_vec();
+        // As long as what the kernel writes there.
+        position.resize(8, 0);
+        Self { position: Some(position), ..Self::default() }
+    }
+
     /// True once the last page was read.
     pub fn is_finished(&self) -> bool {
         self.finished

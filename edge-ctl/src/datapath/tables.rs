@@ -1,12 +1,12 @@
 //! The pinned maps, read and decoded. Shared by the reconciler's port, the sweep and every view, so that all of them mean
 //! the same by a number.
 
-use std::collections::BTreeMap;
+use std::{collections::{BTreeMap, BTreeSet}, net::SocketAddr, ops::Range, sync::Arc};
 
 use edge_common::{
     filter,
     maps::{
-        BackendEntry, BackendSignals, Chunk, Control, PortSet, ServiceEntry, ServiceStats, SourceKey, SourceRange, name,
+        BackendEntry, BackendSignals, Chunk, Control, Label, PortSet, ServiceEntry, ServiceStats, SourceKey, SourceRange, name,
     },
     verdict::REASONS,
 };
@@ -17,8 +17,12 @@ use super::{
     sys::{Cursor, from_bytes, to_bytes},
 };
 use crate::reconcile::ports::{
-    BackendSlot, Capacity, DatapathState, FilterBits, FlowCounts, PortError, Region, ServiceSlot,
+    BackendSlot, Capacity, DatapathState, FilterBits, FlowCounts, NumberSets, PortError, Region, ServiceSlot,
+    socket_address,
 };
+
+/// Chunks of the selection map read in one call: most regions whole.
+const CHUNKS_AHEAD: usize = 40;
 
 /// Every map, open for reading.
 #[derive(Debug)]
@@ -55,31 +59,36 @@ impl Tables {
     /// # Errors
     /// Where a map cannot be read.
     pub fn state(&self) -> Result<DatapathState, PortError> {
-        let counts = self.flow_counts()?;
-        let labels = self.labels()?;
-        let states = self.array::<u32>(name::BACKEND_STATE)?;
-        let mut state = DatapathState { filter: self.filter()?, ..DatapathState::default() };
-        for (number, entry) in self.array::<ServiceEntry>(name::SERVICES)? {
-            if entry.protocol != 0 {
-                let label = labels.get(&number).cloned().unwrap_or_default();
-                let active = counts.services.get(&number).copied().unwrap_or(0);
-                state.services.insert(number, ServiceSlot { entry, label, active });
-            }
-        }
-        for (number, entry) in self.array::<BackendEntry>(name::BACKENDS)? {
-            if entry.protocol != 0 {
-                let active = counts.backends.get(&number).copied().unwrap_or(0);
-                let word = states.get(&number).copied().unwrap_or(0);
-                state.backends.insert(number, BackendSlot { entry, state: word, active });
-            }
-        }
-        state.index = self.hash(name::SERVICE_INDEX)?;
+        let mut state = self.numbered()?;
+        state.filter = self.filter()?.into();
         state.ranges = self.ranges()?.into_iter().map(|(key, range)| (key, range.action)).collect();
-        state.backend_index = self.hash(name::BACKEND_INDEX)?;
+        state.backend_index = Arc::new(self.hash(name::BACKEND_INDEX)?);
         for slot in state.services.values().filter(|slot| slot.entry.selection != 0) {
             if let Some(region) = self.region(slot.entry.selection)? {
                 state.regions.insert(slot.entry.selection, region.into());
             }
+        }
+        Ok(state)
+    }
+
+    /// As [`Tables::state`], but only what the index leads to, what has a number, and sizes.
+    ///
+    /// # Errors
+    /// Where a map cannot be read.
+    pub fn numbered(&self) -> Result<DatapathState, PortError> {
+        let counts = self.flow_counts()?;
+        let labels = self.labels()?;
+        let mut states = self.array::<u32>(name::BACKEND_STATE)?;
+        states.retain(|_, word| *word != 0);
+        let mut state = DatapathState { index: self.hash(name::SERVICE_INDEX)?, ..DatapathState::default() };
+        let active = |counts: &BTreeMap<u32, u64>, number: &u32| counts.get(number).copied().unwrap_or(0);
+        for (number, entry) in self.services()? {
+            let label = labels.get(&number).cloned().unwrap_or_default();
+            state.services.insert(number, ServiceSlot { entry, label, active: active(&counts.services, &number) });
+        }
+        for (number, entry) in self.backends()? {
+            let word = states.get(&number).copied().unwrap_or(0);
+            state.backends.insert(number, BackendSlot { entry, state: word, active: active(&counts.backends, &number) });
         }
         state.capacity = Capacity {
             services: self.capacity(name::SERVICES)?,
@@ -174,6 +183,14 @@ impl Tables {
         self.stats(name::BACKEND_STATS, end)
     }
 
+    /// As [`Tables::backend_stats`], of the numbers in this range.
+    ///
+    /// # Errors
+    /// Where the map cannot be read.
+    pub fn backend_stats_in(&self, range: &Range<u32>) -> Result<BTreeMap<u32, ServiceStats>, PortError> {
+        self.stats_in(name::BACKEND_STATS, range)
+    }
+
     /// Signals of the backends with a number below `end`, by number, summed over CPUs.
     ///
     /// # Errors
@@ -213,17 +230,90 @@ impl Tables {
     /// Where a map cannot be read.
     pub fn flow_counts(&self) -> Result<FlowCounts, PortError> {
         let active = |stats: BTreeMap<u32, ServiceStats>, expired: BTreeMap<u32, u64>| {
-            let active = |number: &u32, stats: &ServiceStats| {
-                let gone = stats.closed.saturating_add(expired.get(number).copied().unwrap_or(0));
-                stats.opened.saturating_sub(gone)
-            };
-            stats.iter().map(|(number, stats)| (*number, active(number, stats))).collect()
+            let of = |number: &u32, stats| active(stats, expired.get(number).copied().unwrap_or(0));
+            stats.iter().map(|(number, stats)| (*number, of(number, stats))).collect()
         };
         let (services, backends) = self.numbers()?;
         Ok(FlowCounts {
             services: active(self.service_stats(services)?, self.first(name::SERVICE_EXPIRED, services)?),
             backends: active(self.backend_stats(backends)?, self.first(name::BACKEND_EXPIRED, backends)?),
         })
+    }
+
+    /// As [`Tables::flow_counts`], of these numbers alone.
+    ///
+    /// # Errors
+    /// Where a map cannot be read.
+    pub fn flow_counts_of(&self, of: &NumberSets) -> Result<FlowCounts, PortError> {
+        let read = |numbers: &BTreeSet<u32>, stats: &str, expired: &str| -> Result<BTreeMap<u32, u64>, PortError> {
+            let one = |number: &u32| {
+                let gone = self.lookup::<u32, u64>(expired, number)?.unwrap_or(0);
+                Ok((*number, active(&self.stats_of(stats, *number)?, gone)))
+            };
+            numbers.iter().map(one).collect()
+        };
+        Ok(FlowCounts {
+            services: read(&of.services, name::SERVICE_STATS, name::SERVICE_EXPIRED)?,
+            backends: read(&of.backends, name::BACKEND_STATS, name::BACKEND_EXPIRED)?,
+        })
+    }
+
+    /// The counters of one number, summed over CPUs.
+    fn stats_of(&self, map: &str, number: u32) -> Result<ServiceStats, PortError> {
+        let reader = self.reader(map)?;
+        let bytes = reader.get(&number.to_ne_bytes())?.unwrap_or_default();
+        Ok(per_cpu::<ServiceStats>(&bytes, reader.cpus).fold(ServiceStats::default(), add))
+    }
+
+    /// One backend as the reconciler knows it; `None` where the number is free.
+    ///
+    /// # Errors
+    /// Where a map cannot be read.
+    pub fn backend(&self, number: u32) -> Result<Option<BackendSlot>, PortError> {
+        let entry = self.lookup::<u32, BackendEntry>(name::BACKENDS, &number)?;
+        let Some(entry) = entry.filter(|entry| entry.protocol != 0) else { return Ok(None) };
+        let state = self.lookup::<u32, u32>(name::BACKEND_STATE, &number)?.unwrap_or(0);
+        let counts = self.flow_counts_of(&NumberSets { backends: [number].into(), ..NumberSets::default() })?;
+        Ok(Some(BackendSlot { entry, state, active: counts.backends.get(&number).copied().unwrap_or(0) }))
+    }
+
+    /// The numbers of a service's backend, one for each of its listen addresses.
+    ///
+    /// # Errors
+    /// Where a map cannot be read.
+    pub fn backend_numbers(&self, service: &str, backend: SocketAddr) -> Result<BTreeSet<u32>, PortError> {
+        let labels = self.labels()?;
+        let mut numbers = BTreeSet::new();
+        self.reader(name::BACKENDS)?.for_each(|key, value| {
+            let (Some(number), Some(entry)) = (from_bytes::<u32>(key), from_bytes::<BackendEntry>(value)) else { return };
+            let is_it = entry.protocol != 0 && socket_address(entry.address, entry.port) == backend;
+            if is_it && labels.get(&entry.service).is_some_and(|label| label == service) {
+                numbers.insert(number);
+            }
+        })?;
+        Ok(numbers)
+    }
+
+    /// One service as the reconciler knows it, but for its flows; `None` where the number is free.
+    ///
+    /// # Errors
+    /// Where a map cannot be read.
+    pub fn service(&self, number: u32) -> Result<Option<(ServiceEntry, String)>, PortError> {
+        let entry = self.lookup::<u32, ServiceEntry>(name::SERVICES, &number)?;
+        let Some(entry) = entry.filter(|entry| entry.protocol != 0) else { return Ok(None) };
+        let label = self.lookup::<u32, Label>(name::SERVICE_LABELS, &number)?;
+        Ok(Some((entry, label.map(|label| label_text(&label.0)).unwrap_or_default())))
+    }
+
+    /// Counters and signals of one backend, summed over CPUs.
+    ///
+    /// # Errors
+    /// Where a map cannot be read.
+    pub fn backend_counters(&self, number: u32) -> Result<(ServiceStats, BackendSignals), PortError> {
+        let reader = self.reader(name::BACKEND_SIGNALS)?;
+        let bytes = reader.get(&number.to_ne_bytes())?.unwrap_or_default();
+        let signals = per_cpu::<BackendSignals>(&bytes, reader.cpus).fold(BackendSignals::default(), BackendSignals::plus);
+        Ok((self.stats_of(name::BACKEND_STATS, number)?, signals))
     }
 
     /// Counts a map's entries page by page.
@@ -241,9 +331,13 @@ impl Tables {
     }
 
     fn stats(&self, map: &str, end: u32) -> Result<BTreeMap<u32, ServiceStats>, PortError> {
+        self.stats_in(map, &(0..end))
+    }
+
+    fn stats_in(&self, map: &str, range: &Range<u32>) -> Result<BTreeMap<u32, ServiceStats>, PortError> {
         let reader = self.reader(map)?;
         let mut all = BTreeMap::new();
-        reader.for_first(length(end), |key, value| {
+        reader.for_range(range.start, range.len(), |key, value| {
             let Some(number) = from_bytes::<u32>(key) else { return };
             let sum = per_cpu::<ServiceStats>(value, reader.cpus).fold(ServiceStats::default(), add);
             if sum != ServiceStats::default() {
@@ -305,13 +399,19 @@ impl Tables {
 
     fn region(&self, first_chunk: u32) -> Result<Option<Region>, PortError> {
         let reader = self.reader(name::SELECTION)?;
-        let mut failure = None;
-        let region = selection::decode(first_chunk, |number| match reader.get(&number.to_ne_bytes()) {
-            Ok(bytes) => bytes.and_then(|bytes| from_bytes::<Chunk>(&bytes)),
-            Err(error) => {
-                failure = Some(error);
-                None
+        let (mut failure, mut ahead) = (None, BTreeMap::new());
+        let region = selection::decode(first_chunk, |number| {
+            if !ahead.contains_key(&number) {
+                // A region's chunks follow each other.
+                ahead.clear();
+                let read = reader.for_range(number, CHUNKS_AHEAD, |key, value| {
+                    if let (Some(key), Some(chunk)) = (from_bytes::<u32>(key), from_bytes::<Chunk>(value)) {
+                        ahead.insert(key, chunk);
+                    }
+                });
+                failure = failure.take().or(read.err());
             }
+            ahead.get(&number).copied()
         });
         failure.map_or(Ok(region), Err)
     }
@@ -323,6 +423,11 @@ impl Tables {
     pub fn lookup<K: aya::Pod, V: aya::Pod>(&self, map: &str, key: &K) -> Result<Option<V>, PortError> {
         Ok(self.reader(map)?.get(&to_bytes(key))?.and_then(|bytes| from_bytes(&bytes)))
     }
+}
+
+/// Flows that are open: opened less closed less expired.
+fn active(stats: &ServiceStats, expired: u64) -> u64 {
+    stats.opened.saturating_sub(stats.closed.saturating_add(expired))
 }
 
 fn length(end: u32) -> usize {

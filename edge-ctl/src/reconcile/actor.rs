@@ -17,7 +17,9 @@ use super::{
     diff::{Plan, Reserved, diff},
     memo::Memo,
     narrow,
-    ports::{Action, AnnouncementPort, DatapathPort, DatapathState, FlowCounts, PortError},
+    ports::{
+        Action, AnnouncementPort, BackendSlot, DatapathPort, DatapathState, FlowCounts, NumberSets, PortError, service_key,
+    },
 };
 use crate::{
     desired::{AdoptedBackend, DesiredState, Timeouts},
@@ -56,6 +58,8 @@ impl Default for Intervals {
 pub struct ReconcilerStatus {
     /// Desired states applied in full.
     pub applied: u64,
+    /// Listen addresses that plans were made for since start: a change counts those that it concerns.
+    pub planned: u64,
     /// Map writes since start.
     pub map_writes: u64,
     /// Actions since start, by kind.
@@ -86,9 +90,11 @@ pub struct Reconciler<D, A> {
     /// The maps as last read and written; `None`: to be read again.
     memory: Option<DatapathState>,
     /// What `memory` holds, where it holds all of it; `None`: not known.
-    reached: Option<DesiredState>,
+    reached: Option<Arc<DesiredState>>,
     /// Backend numbers by service number, of `memory` as of the last round over all services.
     members: BTreeMap<u32, BTreeSet<u32>>,
+    /// Those of `memory` that nobody wants any more and that are freed once nothing uses them, as of the same round.
+    leaving: NumberSets,
     retired: Vec<(Instant, (u32, u32))>,
     resting_backends: BTreeMap<u32, Instant>,
     resting_services: BTreeMap<u32, Instant>,
@@ -111,6 +117,7 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
             memory: None,
             reached: None,
             members: BTreeMap::new(),
+            leaving: NumberSets::default(),
             retired: Vec::new(),
             resting_backends: BTreeMap::new(),
             resting_services: BTreeMap::new(),
@@ -135,7 +142,7 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
     /// Returning leaves the datapath as it is.
     pub async fn run(
         mut self,
-        mut desired: watch::Receiver<Option<DesiredState>>,
+        mut desired: watch::Receiver<Option<Arc<DesiredState>>>,
         status: watch::Sender<ReconcilerStatus>,
     ) {
         let mut audit = time::interval(self.intervals.audit);
@@ -147,7 +154,7 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
                 self.round(newest);
                 status.send_replace(self.status.clone());
             }
-            let pause = self.pause(newest.as_ref());
+            let pause = self.pause(newest.as_deref());
             tokio::select! {
                 changed = desired.changed() => {
                     if changed.is_err() {
@@ -161,7 +168,7 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
     }
 
     /// One round: plan from memory, and write. Errors end up in the status.
-    pub fn round(&mut self, desired: &DesiredState) {
+    pub fn round(&mut self, desired: &Arc<DesiredState>) {
         match self.try_round(desired) {
             Ok(()) => {
                 self.status.error = None;
@@ -185,7 +192,7 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
         &self.status
     }
 
-    fn try_round(&mut self, desired: &DesiredState) -> Result<(), PortError> {
+    fn try_round(&mut self, desired: &Arc<DesiredState>) -> Result<(), PortError> {
         let mut memory = match self.memory.take() {
             Some(memory) => memory,
             None => self.datapath.snapshot()?,
@@ -215,6 +222,7 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
             warn!(%problem, "part of the configuration has no datapath");
         }
         self.status.problems = plan.problems;
+        self.status.planned += plan.frontends as u64;
         for action in &plan.actions {
             self.step(action, &mut memory)?;
         }
@@ -227,11 +235,12 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
         self.status.applied += 1;
         if !is_narrow {
             self.members.clear();
-            for (number, slot) in &memory.backends {
+            for (number, slot) in memory.backends.iter() {
                 self.members.entry(slot.entry.service).or_default().insert(*number);
             }
+            self.leaving = leaving(desired, &memory);
         }
-        self.reached = Some(desired.clone());
+        self.reached = Some(Arc::clone(desired));
         self.memory = Some(memory);
         Ok(())
     }
@@ -250,9 +259,10 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
         self.fill.begin();
         let whole = |memory: &_| diff(desired, memory, &reserved, &|members, shape| self.fill.table(members, shape));
         let mut plan = whole(memory);
-        if plan.actions.iter().any(|action| matches!(action, Action::FreeBackend { .. } | Action::FreeService { .. })) {
-            let counts = self.datapath.flow_counts()?;
-            refresh_counts(&counts, memory);
+        let freed = freed(&plan);
+        if !freed.is_empty() {
+            let counts = self.datapath.flow_counts(&freed)?;
+            refresh_counts(&freed, &counts, memory);
             plan = whole(memory);
         }
         self.fill.end();
@@ -320,21 +330,32 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
         if desired.is_some() && self.status.error.is_some() {
             return self.intervals.retry;
         }
-        let drains = self.memory.as_ref().is_some_and(|memory| {
-            let live: BTreeSet<u32> = memory.index.values().copied().collect();
-            memory.backends.values().any(|slot| !slot.eligible()) || memory.services.keys().any(|n| !live.contains(n))
-        });
+        let drains = self.memory.is_some() && !self.leaving.is_empty();
         if drains { self.intervals.drain } else { self.intervals.audit }
     }
 
+    /// What has drained is freed by a look at everything, which is worth its price only then.
     fn look_at_drains(&mut self) {
         let Some(memory) = &mut self.memory else { return };
-        match self.datapath.flow_counts() {
-            Ok(counts) => refresh_counts(&counts, memory),
+        if self.leaving.is_empty() {
+            return;
+        }
+        match self.datapath.flow_counts(&self.leaving) {
+            Ok(counts) => refresh_counts(&self.leaving, &counts, memory),
             Err(error) => warn!(%error, "flow counters could not be read"),
         }
-        // What has drained is freed by a look at everything.
-        self.reached = None;
+        let rests = |since: Option<&Instant>| since.is_some_and(|since| since.elapsed() < self.intervals.number_rest);
+        let is_idle = |number: &u32| memory.backends.get(number).is_some_and(|slot| slot.active == 0);
+        let has_members = |number: &u32| self.members.get(number).is_some_and(|members| !members.is_empty());
+        let is_over = |number: &u32| {
+            let is_idle = memory.services.get(number).is_some_and(|slot| slot.active == 0);
+            is_idle && !has_members(number) && !rests(self.resting_services.get(number))
+        };
+        let mut backends = self.leaving.backends.iter();
+        let backend = backends.any(|number| is_idle(number) && !rests(self.resting_backends.get(number)));
+        if backend || self.leaving.services.iter().any(is_over) {
+            self.reached = None;
+        }
     }
 
     /// Reads the maps back. What differs is logged; the round that follows repairs it.
@@ -359,13 +380,49 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
     }
 }
 
-/// Brings the counts of flows up to date; nothing may be freed on older ones.
-fn refresh_counts(counts: &FlowCounts, memory: &mut DatapathState) {
-    for (number, slot) in &mut memory.services {
-        slot.active = counts.services.get(number).copied().unwrap_or(0);
+/// What nobody wants any more: services that no frontend leads to, backends that are in no pool and get no new flows.
+fn leaving(desired: &DesiredState, memory: &DatapathState) -> NumberSets {
+    let indexed: BTreeSet<u32> = memory.index.values().copied().collect();
+    let number = |frontend: &Frontend| memory.index.get(&service_key(frontend.address, frontend.protocol)).copied();
+    let pools: BTreeMap<u32, _> =
+        desired.frontends.iter().filter_map(|(key, wanted)| Some((number(key)?, wanted.pool.as_deref()))).collect();
+    let stays = |slot: &BackendSlot| match pools.get(&slot.entry.service) {
+        Some(Some(pool)) => pool.iter().any(|backend| backend.address == slot.address()),
+        // Nothing is known of its pool.
+        Some(None) => true,
+        None => false,
+    };
+    let gone = memory.backends.iter().filter(|(_, slot)| !slot.eligible() && !stays(slot));
+    NumberSets {
+        services: memory.services.keys().filter(|number| !indexed.contains(number)).copied().collect(),
+        backends: gone.map(|(number, _)| *number).collect(),
     }
-    for (number, slot) in &mut memory.backends {
-        slot.active = counts.backends.get(number).copied().unwrap_or(0);
+}
+
+/// The numbers that a plan frees.
+fn freed(plan: &Plan) -> NumberSets {
+    let mut freed = NumberSets::default();
+    for action in &plan.actions {
+        match action {
+            Action::FreeBackend { number } => drop(freed.backends.insert(*number)),
+            Action::FreeService { number } => drop(freed.services.insert(*number)),
+            _ => {}
+        }
+    }
+    freed
+}
+
+/// Brings the counts of flows of these numbers up to date; nothing may be freed on older ones.
+fn refresh_counts(of: &NumberSets, counts: &FlowCounts, memory: &mut DatapathState) {
+    for number in &of.services {
+        if let Some(slot) = memory.services.get_mut(number) {
+            slot.active = counts.services.get(number).copied().unwrap_or(0);
+        }
+    }
+    for number in &of.backends {
+        if let Some(slot) = memory.backends.get_mut(number) {
+            slot.active = counts.backends.get(number).copied().unwrap_or(0);
+        }
     }
 }
 

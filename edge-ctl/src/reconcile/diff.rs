@@ -72,6 +72,8 @@ pub struct Plan {
     pub retired: Vec<(u32, u32)>,
     /// What cannot be done, for users: full maps, addresses without a datapath.
     pub problems: Vec<String>,
+    /// Frontends that it was made for.
+    pub frontends: usize,
 }
 
 /// What all edges of a group call a backend, for the table: its address and port, never an edge's own number for it.
@@ -90,13 +92,13 @@ pub fn diff(desired: &DesiredState, actual: &DatapathState, reserved: &Reserved,
         reserved,
         fill,
         state: actual.clone(),
-        plan: Plan::default(),
+        plan: Plan { frontends: desired.frontends.len(), ..Plan::default() },
         members: BTreeMap::new(),
         services: BTreeMap::new(),
         wanted: Rc::default(),
         failed: BTreeSet::new(),
     };
-    for (number, slot) in &actual.backends {
+    for (number, slot) in actual.backends.iter() {
         planner.members.entry(slot.entry.service).or_default().insert(*number);
     }
     planner.withdraw();
@@ -253,7 +255,7 @@ impl<'a> Planner<'a> {
         let (wanted, kept) = (self.wanted(), self.kept());
         let served: BTreeSet<u32> = self.services.values().copied().collect();
         let mut excluded = Vec::new();
-        for (number, slot) in &self.state.backends {
+        for (number, slot) in self.state.backends.iter() {
             let entry = &slot.entry;
             let eligible = wanted.get(&(entry.service, slot.address(), entry.protocol)).is_some_and(|b| b.eligible());
             let in_scope = scope == Scope::All || served.contains(&entry.service);
@@ -268,7 +270,7 @@ impl<'a> Planner<'a> {
 
     fn add_backends(&mut self) {
         let mut known = BTreeMap::new();
-        for (number, slot) in &self.state.backends {
+        for (number, slot) in self.state.backends.iter() {
             known.insert((slot.entry.service, slot.address(), slot.entry.protocol), *number);
         }
         let mut taken: BTreeSet<u32> = self.state.backends.keys().copied().collect();
@@ -295,7 +297,7 @@ impl<'a> Planner<'a> {
         let mut planned = self.state.services.clone();
         for (frontend, service, number) in self.served() {
             let entry = self.service_entry(frontend, service, 0);
-            planned.entry(number).or_default().entry = entry;
+            planned.change(number, |slot| slot.entry = entry);
         }
         // Bits for what is there before and after: entries may still change in between.
         let needed = needed_filter(&planned, &self.state.backends).union(&self.state.needed_filter());
@@ -303,7 +305,7 @@ impl<'a> Planner<'a> {
     }
 
     fn set_filter(&mut self, bits: FilterBits) {
-        if bits != self.state.filter {
+        if bits != *self.state.filter {
             self.step(Action::SetFilter { bits });
         }
     }
@@ -335,7 +337,7 @@ impl<'a> Planner<'a> {
     fn set_states(&mut self) {
         let wanted = self.wanted();
         let mut changes = Vec::new();
-        for (number, slot) in &self.state.backends {
+        for (number, slot) in self.state.backends.iter() {
             let backend = wanted.get(&(slot.entry.service, slot.address(), slot.entry.protocol));
             let Some(backend) = backend.filter(|backend| backend.eligible()) else { continue };
             let state = state_word(backend.weight, backend.share, backend.tier);
@@ -421,7 +423,7 @@ impl<'a> Planner<'a> {
         let (wanted, kept) = (self.wanted(), self.kept());
         let referenced: BTreeSet<u32> = self.state.regions.values().flat_map(|region| region.numbers()).collect();
         let mut idle = Vec::new();
-        for (number, slot) in &self.state.backends {
+        for (number, slot) in self.state.backends.iter() {
             let is_wanted = wanted.contains_key(&(slot.entry.service, slot.address(), slot.entry.protocol));
             let in_use = slot.active > 0 || referenced.contains(number) || self.reserved.backends.contains(number);
             if !is_wanted && !in_use && !kept.contains(&slot.entry.service) {

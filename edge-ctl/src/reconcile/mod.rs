@@ -5,5 +5,6 @@ pub mod actor;
 pub mod diff;
 mod memo;
 pub mod narrow;
+pub mod pages;
 pub mod ports;
 pub mod protect;

@@ -8,6 +8,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
+    sync::Arc,
 };
 
 use edge_common::maps::{ServiceKey, backend_state};
@@ -102,7 +103,7 @@ pub fn narrow(
             let entry = &slot.entry;
             let key = ServiceKey { address: entry.address, port: entry.port, protocol: entry.protocol, _pad: 0 };
             if let Some(leads) = actual.backend_index.get(&key) {
-                part.backend_index.insert(key, *leads);
+                Arc::make_mut(&mut part.backend_index).insert(key, *leads);
             }
             part.backends.insert(*backend, slot);
         }
@@ -110,7 +111,7 @@ pub fn narrow(
         part.ranges.extend(own.map(|(key, action)| (*key, *action)));
     }
     // Bits of other services would look superfluous.
-    part.filter = part.needed_filter();
+    part.filter = part.needed_filter().into();
     let mut reserved = reserved.clone();
     let others = actual.regions.iter().filter(|(first, _)| !part.regions.contains_key(first));
     reserved.regions.extend(others.map(|(first, region)| (*first, region.chunks())));

@@ -16,6 +16,7 @@ use edge_common::{
 };
 use ipnet::IpNet;
 
+use super::pages::Pages;
 use crate::{
     desired::AdoptedBackend,
     model::{Frontend, PathAttributes, Protocol, Tier},
@@ -27,17 +28,17 @@ pub struct DatapathState {
     /// Frontend to service number.
     pub index: BTreeMap<ServiceKey, u32>,
     /// Services by number, those that only drain included.
-    pub services: BTreeMap<u32, ServiceSlot>,
+    pub services: Pages<ServiceSlot>,
     /// Backends by number, those that only drain included.
-    pub backends: BTreeMap<u32, BackendSlot>,
+    pub backends: Pages<BackendSlot>,
     /// A dnat backend's address to its number.
-    pub backend_index: BTreeMap<ServiceKey, u32>,
+    pub backend_index: Arc<BTreeMap<ServiceKey, u32>>,
     /// Selection regions that a service refers to, by first chunk.
     pub regions: BTreeMap<u32, Arc<Region>>,
     /// Source ranges: `range_action` numbers.
     pub ranges: BTreeMap<SourceKey, u32>,
     /// The address prefilter.
-    pub filter: FilterBits,
+    pub filter: Arc<FilterBits>,
     /// VIP prefixes that BGP was told to announce.
     pub announced: BTreeMap<IpNet, PathAttributes>,
     /// How much the maps can hold.
@@ -320,28 +321,26 @@ impl DatapathState {
             Action::Withdraw { prefix } => drop(self.announced.remove(prefix)),
             Action::RemoveIndex { key } => drop(self.index.remove(key)),
             Action::SetBackendState { number, state } => {
-                self.backends.entry(*number).or_default().state = *state;
+                self.backends.change(*number, |slot| slot.state = *state);
             }
-            Action::PutBackend { number, entry, fresh } => {
-                let slot = self.backends.entry(*number).or_default();
+            Action::PutBackend { number, entry, fresh } => self.backends.change(*number, |slot| {
                 slot.entry = *entry;
-                if *fresh {
-                    slot.active = 0;
-                }
-            }
-            Action::SetFilter { bits } => self.filter = bits.clone(),
-            Action::PutBackendIndex { key, number } => drop(self.backend_index.insert(*key, *number)),
-            Action::RemoveBackendIndex { key } => drop(self.backend_index.remove(key)),
+                slot.active = if *fresh { 0 } else { slot.active };
+            }),
+            Action::SetFilter { bits } => self.filter = Arc::new(bits.clone()),
+            Action::PutBackendIndex { key, number } => drop(Arc::make_mut(&mut self.backend_index).insert(*key, *number)),
+            Action::RemoveBackendIndex { key } => drop(Arc::make_mut(&mut self.backend_index).remove(key)),
             Action::WriteRegion { first_chunk, region } => drop(self.regions.insert(*first_chunk, Arc::clone(region))),
             Action::PutRange { key, action } => drop(self.ranges.insert(*key, *action)),
             Action::RemoveRange { key } => drop(self.ranges.remove(key)),
-            Action::PutLabel { number, label } => self.services.entry(*number).or_default().label = label.clone(),
+            Action::PutLabel { number, label } => {
+                self.services.change(*number, |slot| slot.label.clone_from(label));
+            }
             Action::PutService { number, entry, fresh } => {
-                let slot = self.services.entry(*number).or_default();
-                let before = std::mem::replace(&mut slot.entry, *entry).selection;
-                if *fresh {
-                    slot.active = 0;
-                }
+                let before = self.services.change(*number, |slot| {
+                    slot.active = if *fresh { 0 } else { slot.active };
+                    std::mem::replace(&mut slot.entry, *entry).selection
+                });
                 if before != entry.selection {
                     self.regions.remove(&before);
                 }
@@ -401,7 +400,7 @@ impl DatapathState {
 }
 
 /// The filter bits that these services and backends need.
-pub fn needed_filter(services: &BTreeMap<u32, ServiceSlot>, backends: &BTreeMap<u32, BackendSlot>) -> FilterBits {
+pub fn needed_filter(services: &Pages<ServiceSlot>, backends: &Pages<BackendSlot>) -> FilterBits {
     let mut bits = FilterBits::default();
     for slot in services.values() {
         bits.destinations.insert(filter_bit(&slot.entry.address));
@@ -428,6 +427,22 @@ pub struct FlowCounts {
     pub services: BTreeMap<u32, u64>,
     /// By backend number.
     pub backends: BTreeMap<u32, u64>,
+}
+
+/// Numbers of services and of backends.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NumberSets {
+    /// Of services.
+    pub services: BTreeSet<u32>,
+    /// Of backends.
+    pub backends: BTreeSet<u32>,
+}
+
+impl NumberSets {
+    /// True where there is none.
+    pub fn is_empty(&self) -> bool {
+        self.services.is_empty() && self.backends.is_empty()
+    }
 }
 
 /// A port could not do what it was asked.
@@ -461,11 +476,11 @@ pub trait DatapathPort: Send {
     /// Where a map cannot be read.
     fn snapshot(&mut self) -> Result<DatapathState, PortError>;
 
-    /// Reads how many flows use each service and backend number; 0 may be left out.
+    /// Reads how many flows use each of these numbers; 0 may be left out.
     ///
     /// # Errors
     /// Where a map cannot be read.
-    fn flow_counts(&mut self) -> Result<FlowCounts, PortError>;
+    fn flow_counts(&mut self, of: &NumberSets) -> Result<FlowCounts, PortError>;
 
     /// Carries out one action other than `Announce` and `Withdraw`; returns the number of map writes.
     ///

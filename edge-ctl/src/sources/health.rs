@@ -8,7 +8,7 @@ pub mod probe;
 pub mod state;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fs,
     hash::{BuildHasher, RandomState},
     panic::AssertUnwindSafe,
@@ -131,12 +131,20 @@ pub fn spawn() -> HealthHandle {
 }
 
 impl HealthHandle {
-    /// Checks these from now on.
-    pub fn retarget(&self, targets: Targets) {
+    /// Checks these from now on, in place of all others, or of the others of these services, where they are named.
+    pub fn retarget(&self, targets: Targets, services: Option<&BTreeSet<String>>) {
         self.targets.send_if_modified(|current| {
-            let changed = **current != targets;
+            let changed = match services {
+                None => **current != targets,
+                Some(services) => !services.iter().flat_map(|name| book::of_service(current, name)).eq(&targets),
+            };
             if changed {
-                *current = Arc::new(targets);
+                let mut all = targets;
+                if let Some(services) = services {
+                    let others = current.iter().filter(|((name, _), _)| !services.contains(name));
+                    all.extend(others.map(|(key, target)| (key.clone(), target.clone())));
+                }
+                *current = Arc::new(all);
             }
             changed
         });
@@ -150,6 +158,11 @@ impl HealthHandle {
     /// One row for each target.
     pub fn rows(&self) -> Vec<HealthRow> {
         self.shared.state().0.rows(self.shared.now())
+    }
+
+    /// The row of one target.
+    pub fn row(&self, key: &HealthKey) -> Option<HealthRow> {
+        self.shared.state().0.row_of(self.shared.now(), key)
     }
 
     /// State changes, newest first.

@@ -57,7 +57,7 @@ fn measure() -> Result<Vec<Figure>> {
     let (mut late, mut cpu, mut sockets) = (Vec::new(), Vec::new(), Vec::new());
     runtime.block_on(async {
         let handle = health::spawn();
-        handle.retarget(targets());
+        handle.retarget(targets(), None);
         // The first checks of all of them, and a second for the runtime to settle.
         tokio::time::sleep(INTERVAL * 3).await;
         for _ in 0..rounds {

@@ -29,8 +29,9 @@ impl KernelView {
     /// # Errors
     /// Where a map cannot be read.
     pub fn flow_rows(&self, service: Option<&str>, limit: usize) -> Result<Vec<FlowRow>, PortError> {
-        let services = self.tables.state()?.services;
-        let labels: BTreeMap<u32, String> = services.into_iter().map(|(number, slot)| (number, slot.label)).collect();
+        let mut labels = self.tables.labels()?;
+        let services = self.tables.services()?;
+        labels.retain(|number, _| services.contains_key(number));
         let now = monotonic_ns();
         let mut rows = Vec::new();
         let wanted = Wanted { labels: &labels, service, limit, now };

@@ -40,6 +40,12 @@ pub type Targets = BTreeMap<HealthKey, Target>;
 /// What checks say, for every target.
 pub type Verdicts = BTreeMap<HealthKey, Verdict>;
 
+/// Those of one service.
+pub fn of_service<'a>(targets: &'a Targets, service: &'a str) -> impl Iterator<Item = (&'a HealthKey, &'a Target)> {
+    let first = (service.to_owned(), SocketAddr::from(([0, 0, 0, 0], 0)));
+    targets.range(first..).take_while(move |((name, _), _)| name == service)
+}
+
 /// A check to be made now.
 #[derive(Clone, Debug)]
 pub struct Order {
@@ -108,7 +114,7 @@ impl Book {
             }
             stays
         });
-        self.passive.retain(|service, _| targets.keys().any(|(name, _)| name == service));
+        self.passive.retain(|service, _| of_service(targets, service).next().is_some());
         let mut first = Vec::new();
         for (key, target) in targets {
             if let Some((number, entry)) = numbers.get(key).and_then(|number| Some((number, entries.get_mut(number)?)))
@@ -231,6 +237,12 @@ impl Book {
     pub fn rows(&self, now: Duration) -> Vec<HealthRow> {
         let entries = self.numbers.values().filter_map(|number| self.entries.get(number));
         entries.map(|entry| self.row(now, entry)).collect()
+    }
+
+    /// The row of one target.
+    pub fn row_of(&self, now: Duration, key: &HealthKey) -> Option<HealthRow> {
+        let entry = self.numbers.get(key).and_then(|number| self.entries.get(number));
+        entry.map(|entry| self.row(now, entry))
     }
 
     fn row(&self, now: Duration, entry: &Entry) -> HealthRow {
