@@ -86,6 +86,8 @@ use crate::{
 
 /// How often host settings are looked at again, neighbours re-read and failed attachments retried.
 const HOUSEKEEPING: Duration = Duration::from_secs(2);
+/// How often freed memory is given back to the system; after each audit, which holds the maps twice.
+const TRIM: Duration = Duration::from_secs(15);
 /// Entries looked at in one step of the sweep: the default table in 16 s.
 const SWEEP_BUDGET: usize = 8192;
 /// Between two steps of the sweep over established flows.
@@ -93,6 +95,11 @@ const SWEEP_STEP: Duration = Duration::from_millis(250);
 /// Between two walks over the table: even an empty table has half a million buckets to look into,
 /// and no timeout is shorter than minutes.
 const SWEEP_WALK: Duration = Duration::from_secs(4);
+/// How long an empty table is left alone after a walk, in times of what the walk took: with many backends their counters are
+/// most of it.
+const WALK_REST: u32 = 500;
+/// Longest that it is.
+const LONGEST_REST: Duration = Duration::from_secs(30);
 /// Between two orders to all flows to look their routes up again, however much routes flap.
 const ROUTE_GENERATION_PAUSE: Duration = Duration::from_millis(100);
 /// Route changes told to the kernel between two looks at other events.
@@ -194,6 +201,10 @@ struct Daemon {
     held: BTreeSet<IpAddr>,
     route_generation: Throttle,
     next_walk: Instant,
+    /// When freed memory is given back to the system.
+    next_trim: Instant,
+    /// What the walk has taken so far.
+    walk_took: Duration,
     /// Programs that the kernel verifies.
     loading: JoinSet<ProgramLoaded>,
     /// True until the first attempt to attach has come to its end.
@@ -493,15 +504,27 @@ impl Daemon {
         if now < self.next_walk {
             return;
         }
-        match self.sweeper.step(SWEEP_BUDGET) {
+        let step = self.sweeper.step(SWEEP_BUDGET);
+        self.walk_took += now.elapsed();
+        match step {
             Ok(report) if report.finished => {
-                self.next_walk = now + SWEEP_WALK;
                 self.look_at_pass(now);
+                self.next_walk = now + self.rest();
             }
             Ok(_) => {}
             Err(error) => warn!(%error, "idle flows could not be swept"),
         }
         self.recorder.ended(self.sweeper.take_ended());
+    }
+
+    /// Until the next walk: longer where there was little to see and it still took its time.
+    fn rest(&mut self) -> Duration {
+        let took = std::mem::take(&mut self.walk_took);
+        let flows: u64 = self.sweeper.last_pass().map_or(0, |pass| pass.entries.values().sum());
+        if flows >= SWEEP_BUDGET as u64 {
+            return SWEEP_WALK;
+        }
+        took.saturating_mul(WALK_REST).clamp(SWEEP_WALK, LONGEST_REST)
     }
 
     fn look_at_pass(&self, now: Instant) {

@@ -619,7 +619,8 @@ fn what_the_reconciler_wrote_is_found_again_by_the_next_one_which_writes_nothing
         let services = view.service_rows().unwrap();
         assert_eq!((services[0].name.as_str(), services[0].backends.as_str()), ("ingress-https", "2/2"));
         assert_eq!(services[0].vip, "172.16.1.88:8443");
-        let backends: Vec<_> = view.backend_rows().unwrap().into_iter().map(|(_, row)| (row.backend, row.state)).collect();
+        let backends: Vec<_> =
+            view.backend_rows().unwrap().into_iter().map(|(_, row)| (row.backend, row.state)).collect();
         assert_eq!(backends, [("10.1.0.4:443".into(), "up".into()), ("10.1.1.5:443".into(), "up".into())]);
         for map in name::ALL {
             view.dump(map, 5).unwrap();

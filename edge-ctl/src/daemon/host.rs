@@ -1,7 +1,7 @@
 //! The host under the daemon: its settings and addresses, the kernel's own routes, neighbours, and where the program is
 //! attached. Looked at again in regular intervals, since nobody tells when somebody else changes them.
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::{collections::BTreeSet, net::IpAddr, time::Instant};
 
 use tokio::{
     sync::watch,
@@ -9,10 +9,13 @@ use tokio::{
 };
 use tracing::{error, info, warn};
 
-use super::{Daemon, acl, addresses, lock, start};
+use super::{Daemon, TRIM, acl, addresses, lock, start};
 use crate::{
     config::valid::Config,
-    datapath::loader::{Datapath, ProgramLoaded},
+    datapath::{
+        loader::{Datapath, ProgramLoaded},
+        sys,
+    },
     fib::sysctl::{self, SysctlProblem},
     model::{HostFault, Mode},
     notify,
@@ -147,6 +150,11 @@ impl Daemon {
         self.watch_neighbours().await;
         self.look_at_drains();
         self.program_log.drain();
+        let now = Instant::now();
+        if now >= self.next_trim {
+            self.next_trim = now + TRIM;
+            tokio::task::spawn_blocking(sys::trim_heap);
+        }
     }
 
     /// VIPs that no interface of this host has are held on `lo`, so that the kernel answers ping and closed ports. To be

@@ -4,7 +4,7 @@ use std::{
     collections::BTreeSet,
     path::Path,
     sync::{Arc, Mutex},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use edge_common::{
@@ -42,7 +42,6 @@ use crate::{
     bgp::{BgpError, Speaker},
     config::{self, ConfigError, valid::Config},
     datapath::{
-        events::EventsReader,
         loader::{Datapath, LoadError},
         next_hops::NextHops,
         object::EBPF_OBJECT,
@@ -155,7 +154,7 @@ async fn start(file: &Path, config: Config, texts: Texts, commits: Commits) -> R
     let (next_hops, sweeper) = (NextHops::open(datapath.pins())?, datapath.sweeper()?);
     let program_log = datapath.program_log()?;
     let flow_ends = FlowEnds::new(datapath.flow_ender()?);
-    let recorder = Recorder::start(EventsReader::open(datapath.pins())?, config.access_log.clone())?;
+    let recorder = Recorder::start(datapath.events()?, config.access_log.clone())?;
     let shared = Arc::new(Mutex::new(Shared {
         file: file.to_owned(),
         texts,
@@ -212,6 +211,8 @@ async fn start(file: &Path, config: Config, texts: Texts, commits: Commits) -> R
         kernel,
         route_generation: Throttle::new(ROUTE_GENERATION_PAUSE),
         next_walk: Instant::now(),
+        next_trim: Instant::now(),
+        walk_took: Duration::ZERO,
         loading: JoinSet::new(),
         starting: true,
     };

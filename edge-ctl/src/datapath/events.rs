@@ -6,6 +6,7 @@ use std::{
     io,
     net::{IpAddr, Ipv6Addr, SocketAddr},
     os::fd::AsRawFd as _,
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -54,7 +55,7 @@ impl Event {
 pub struct EventsReader {
     ring: RingBuf<MapData>,
     tables: Tables,
-    cache: FlowCache,
+    cache: Arc<FlowCache>,
 }
 
 impl EventsReader {
@@ -62,8 +63,8 @@ impl EventsReader {
     ///
     /// # Errors
     /// Where one is missing.
-    pub fn open(pins: &Pins) -> Result<Self, PortError> {
-        Ok(Self { ring: open(pins, name::EVENTS)?, tables: Tables::open(pins)?, cache: FlowCache::read(pins)? })
+    pub fn open(pins: &Pins, cache: Arc<FlowCache>) -> Result<Self, PortError> {
+        Ok(Self { ring: open(pins, name::EVENTS)?, tables: Tables::open(pins)?, cache })
     }
 
     /// Waits until there is a record, or until `timeout` has passed.

@@ -7,7 +7,8 @@ use edge_common::maps::{BackendEntry, Chunk, ServiceEntry, ServiceKey, SourceKey
 
 use super::selection;
 use crate::reconcile::ports::{
-    Action, BackendSlot, Capacity, DatapathPort, DatapathState, FilterBits, FlowCounts, NumberSets, PortError, ServiceSlot,
+    Action, BackendSlot, Capacity, DatapathPort, DatapathState, FilterBits, FlowCounts, NumberSets, PortError,
+    ServiceSlot,
 };
 
 /// See the module.

@@ -4,7 +4,10 @@
 //! expired. Nothing is sent. A TCP connection's next packet finds no flow and goes to the stack, which holds the VIP and
 //! answers with RST (RFC 9293 section 3.10.7.1); a datagram starts a new flow. The tables are walked in bounded steps.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use aya::maps::{Array, HashMap, MapData};
 use edge_common::{
@@ -64,7 +67,7 @@ pub struct FlowEnder {
     half_open: HashMap<MapData, FlowKeyV4, FlowV4>,
     service_expired: Array<MapData, u64>,
     backend_expired: Array<MapData, u64>,
-    cache: FlowCache,
+    cache: Arc<FlowCache>,
     ended: Vec<FlowEnd>,
 }
 
@@ -73,14 +76,14 @@ impl FlowEnder {
     ///
     /// # Errors
     /// Where one is missing.
-    pub fn open(pins: &Pins) -> Result<Self, PortError> {
+    pub fn open(pins: &Pins, cache: Arc<FlowCache>) -> Result<Self, PortError> {
         Ok(Self {
             tables: Tables::open(pins)?,
             established: open(pins, name::ESTABLISHED)?,
             half_open: open(pins, name::HALF_OPEN)?,
             service_expired: open(pins, name::SERVICE_EXPIRED)?,
             backend_expired: open(pins, name::BACKEND_EXPIRED)?,
-            cache: FlowCache::open(pins)?,
+            cache,
             ended: Vec::new(),
         })
     }
@@ -126,7 +129,7 @@ impl FlowEnder {
             }
             let mut record = FlowEnd::default();
             let (map, cache) =
-                if counts { (&mut self.established, Some(&self.cache)) } else { (&mut self.half_open, None) };
+                if counts { (&mut self.established, Some(&*self.cache)) } else { (&mut self.half_open, None) };
             if end(map, cache, &flow, |_| true, &mut record)? != Ended::Flow {
                 continue;
             }

@@ -8,15 +8,16 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     path::Path,
+    sync::Arc,
 };
 
 use edge_common::{
     address::Address,
     flow::{FlowKey, FlowKeyV4, FlowKeyV6},
     maps::{
-        AddressFilter, BackendEntry, BackendSignals, CacheWindow, Control, Flow, FlowV4, FlowV6, NeighbourKey, NextHop, Port, PortSet,
-        RANGE_PREFIX, RangeSource, SERVICE_TAG, ServiceEntry, ServiceKey, ServiceStats, SourceId, SourceKey,
-        SourceRange, SourceUse, balance, mode, name, range_action,
+        AddressFilter, BackendEntry, BackendSignals, CacheWindow, Control, Flow, FlowV4, FlowV6, NeighbourKey, NextHop,
+        Port, PortSet, RANGE_PREFIX, RangeSource, SERVICE_TAG, ServiceEntry, ServiceKey, ServiceStats, SourceId,
+        SourceKey, SourceRange, SourceUse, balance, mode, name, range_action,
     },
     verdict::{REASONS, Reason},
 };
@@ -54,7 +55,7 @@ pub struct Counted(pub Option<(u64, u64)>);
 pub struct KernelView {
     pins: Pins,
     tables: Tables,
-    cache: FlowCache,
+    cache: Arc<FlowCache>,
 }
 
 impl KernelView {
@@ -78,12 +79,17 @@ impl KernelView {
         Self::from_pins(pins)
     }
 
-    /// Opens these pins.
+    fn from_pins(pins: Pins) -> Result<Self, PortError> {
+        let cache = Arc::new(FlowCache::read(&pins)?);
+        Self::with_cache(pins, cache)
+    }
+
+    /// Opens these pins, with a flow cache that is mapped already.
     ///
     /// # Errors
     /// Where one is missing or may not be read.
-    pub fn from_pins(pins: Pins) -> Result<Self, PortError> {
-        Ok(Self { tables: Tables::open(&pins)?, cache: FlowCache::read(&pins)?, pins })
+    pub fn with_cache(pins: Pins, cache: Arc<FlowCache>) -> Result<Self, PortError> {
+        Ok(Self { tables: Tables::open(&pins)?, cache, pins })
     }
 
     /// The maps.
@@ -145,7 +151,8 @@ impl KernelView {
         let signals = self.tables.backend_signals(state.backends_end())?;
         let now = monotonic_ns();
         let row = |(number, slot): (&u32, &BackendSlot)| {
-            let service = state.services.get(&slot.entry.service).map(|service| (&service.entry, service.label.as_str()));
+            let service =
+                state.services.get(&slot.entry.service).map(|service| (&service.entry, service.label.as_str()));
             let stats = stats.get(number).copied().unwrap_or_default();
             let signals = signals.get(number).copied().unwrap_or_default();
             (*number, backend_row(slot, service, stats, signals, now))

@@ -8,6 +8,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
     path::PathBuf,
+    sync::Arc,
 };
 
 use aya::maps::{Array, HashMap, MapData};
@@ -22,6 +23,7 @@ use super::{
     attach::{self, AttachedHook, Attachment},
     cache::FlowCache,
     cache_split::Receivers,
+    events::EventsReader,
     flow_ends::FlowEnder,
     host, interfaces,
     kernel_view::KernelView,
@@ -152,7 +154,8 @@ pub struct Datapath {
     control: Array<MapData, Control>,
     interfaces: HashMap<MapData, u32, u32>,
     ports: Array<MapData, PortSet>,
-    cache: FlowCache,
+    /// Mapped once for everybody: each mapping is counted as this process's memory again.
+    cache: Arc<FlowCache>,
     receivers: Receivers,
     quiet: Quiet,
     notes: Vec<String>,
@@ -177,7 +180,7 @@ impl Datapath {
             control: pins::open(&pins, name::CONTROL)?,
             interfaces: pins::open(&pins, name::INTERFACES)?,
             ports: pins::open(&pins, name::SNAT_PORTS)?,
-            cache: FlowCache::open(&pins)?,
+            cache: Arc::new(FlowCache::open(&pins)?),
             receivers: Receivers::default(),
             quiet: Quiet::new(pins::open(&pins, name::ANSWERS_FROM)?),
             notes,
@@ -225,7 +228,15 @@ impl Datapath {
     /// # Errors
     /// Where a map cannot be opened.
     pub fn flow_ender(&self) -> Result<FlowEnder, PortError> {
-        FlowEnder::open(&self.pins)
+        FlowEnder::open(&self.pins, Arc::clone(&self.cache))
+    }
+
+    /// What the program reports.
+    ///
+    /// # Errors
+    /// Where a map cannot be opened.
+    pub fn events(&self) -> Result<EventsReader, PortError> {
+        EventsReader::open(&self.pins, Arc::clone(&self.cache))
     }
 
     /// The sweep over established flows.
@@ -233,7 +244,7 @@ impl Datapath {
     /// # Errors
     /// Where a map cannot be opened.
     pub fn sweeper(&self) -> Result<Sweeper, PortError> {
-        Sweeper::open(&self.pins)
+        Sweeper::open(&self.pins, Arc::clone(&self.cache))
     }
 
     /// What the program logs.
@@ -251,7 +262,7 @@ impl Datapath {
     /// # Errors
     /// Where a map cannot be opened.
     pub fn view(&self) -> Result<KernelView, PortError> {
-        KernelView::from_pins(self.pins.clone())
+        KernelView::with_cache(self.pins.clone(), Arc::clone(&self.cache))
     }
 
     /// True while maps of an earlier layout are in use, whose entries follow once the program has been swapped.

@@ -142,8 +142,12 @@ impl Census {
         }
         let (services, backends) = (tables.services()?, tables.backends()?);
         let permitted = tables.snat_ports()?;
-        let allowed: BTreeMap<u32, u32> =
-            services.iter().map(|(number, service)| (*number, allowed(service, &permitted))).collect();
+        // Most services have the same range.
+        let mut by_range = BTreeMap::new();
+        let mut allowed = |service: &ServiceEntry| {
+            let range = (service.snat_port_min, service.snat_port_max);
+            *by_range.entry(range).or_insert_with(|| allowed(service, &permitted))
+        };
         let mut found = Vec::new();
         for (number, backend) in &backends {
             let Some(service) = services.get(&backend.service).filter(|service| service.mode == mode::FULL_NAT) else {
@@ -158,7 +162,7 @@ impl Census {
                     backend: *number,
                     address,
                     used: u32::try_from(used).unwrap_or(u32::MAX),
-                    allowed: allowed.get(&backend.service).copied().unwrap_or(0),
+                    allowed: allowed(service),
                 });
             }
         }

@@ -8,7 +8,10 @@
 //!
 //! On its way the walk counts what each flow table holds, and the SNAT ports in use ([`super::snat`]).
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use aya::maps::{Array, HashMap, MapData, MapError};
 use edge_common::{
@@ -66,7 +69,7 @@ pub struct Sweeper {
     v6: FlowTable<Wide>,
     service_expired: Array<MapData, u64>,
     backend_expired: Array<MapData, u64>,
-    cache: FlowCache,
+    cache: Arc<FlowCache>,
     walk: Walk,
     /// Where the established tables of this walk have been read, and the others have not.
     waiting: bool,
@@ -129,7 +132,7 @@ impl Sweeper {
     ///
     /// # Errors
     /// Where one is missing.
-    pub fn open(pins: &Pins) -> Result<Self, PortError> {
+    pub fn open(pins: &Pins, cache: Arc<FlowCache>) -> Result<Self, PortError> {
         let tables = Tables::open(pins)?;
         Ok(Self {
             v4: FlowTable::open(pins, &tables, name::ESTABLISHED)?,
@@ -137,7 +140,7 @@ impl Sweeper {
             tables,
             service_expired: open(pins, name::SERVICE_EXPIRED)?,
             backend_expired: open(pins, name::BACKEND_EXPIRED)?,
-            cache: FlowCache::open(pins)?,
+            cache,
             walk: Walk::default(),
             waiting: false,
             last: None,

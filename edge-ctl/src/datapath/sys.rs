@@ -418,6 +418,16 @@ pub fn strips_vlan_tags(interface: &str) -> Option<bool> {
     (result == 0).then_some(value[1] & RX_VLAN != 0)
 }
 
+/// Gives memory that was freed back to the system: what was needed once, to read a configuration or to show a table, would
+/// else be held for ever.
+pub fn trim_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes an integer only, and locks what it looks at.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// CLOCK_MONOTONIC, ns: the clock of every time in a flow entry.
 pub fn monotonic_ns() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };

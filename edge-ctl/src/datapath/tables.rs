@@ -1,12 +1,18 @@
 //! The pinned maps, read and decoded. Shared by the reconciler's port, the sweep and every view, so that all of them mean
 //! the same by a number.
 
-use std::{collections::{BTreeMap, BTreeSet}, net::SocketAddr, ops::Range, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    ops::Range,
+    sync::Arc,
+};
 
 use edge_common::{
     filter,
     maps::{
-        BackendEntry, BackendSignals, Chunk, Control, Label, PortSet, ServiceEntry, ServiceStats, SourceKey, SourceRange, name,
+        BackendEntry, BackendSignals, Chunk, Control, Label, PortSet, ServiceEntry, ServiceStats, SourceKey,
+        SourceRange, name,
     },
     verdict::REASONS,
 };
@@ -88,7 +94,9 @@ impl Tables {
         }
         for (number, entry) in self.backends()? {
             let word = states.get(&number).copied().unwrap_or(0);
-            state.backends.insert(number, BackendSlot { entry, state: word, active: active(&counts.backends, &number) });
+            state
+                .backends
+                .insert(number, BackendSlot { entry, state: word, active: active(&counts.backends, &number) });
         }
         state.capacity = Capacity {
             services: self.capacity(name::SERVICES)?,
@@ -285,7 +293,9 @@ impl Tables {
         let labels = self.labels()?;
         let mut numbers = BTreeSet::new();
         self.reader(name::BACKENDS)?.for_each(|key, value| {
-            let (Some(number), Some(entry)) = (from_bytes::<u32>(key), from_bytes::<BackendEntry>(value)) else { return };
+            let (Some(number), Some(entry)) = (from_bytes::<u32>(key), from_bytes::<BackendEntry>(value)) else {
+                return;
+            };
             let is_it = entry.protocol != 0 && socket_address(entry.address, entry.port) == backend;
             if is_it && labels.get(&entry.service).is_some_and(|label| label == service) {
                 numbers.insert(number);
@@ -312,7 +322,8 @@ impl Tables {
     pub fn backend_counters(&self, number: u32) -> Result<(ServiceStats, BackendSignals), PortError> {
         let reader = self.reader(name::BACKEND_SIGNALS)?;
         let bytes = reader.get(&number.to_ne_bytes())?.unwrap_or_default();
-        let signals = per_cpu::<BackendSignals>(&bytes, reader.cpus).fold(BackendSignals::default(), BackendSignals::plus);
+        let signals =
+            per_cpu::<BackendSignals>(&bytes, reader.cpus).fold(BackendSignals::default(), BackendSignals::plus);
         Ok((self.stats_of(name::BACKEND_STATS, number)?, signals))
     }
 

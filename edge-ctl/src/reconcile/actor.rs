@@ -18,7 +18,8 @@ use super::{
     memo::Memo,
     narrow,
     ports::{
-        Action, AnnouncementPort, BackendSlot, DatapathPort, DatapathState, FlowCounts, NumberSets, PortError, service_key,
+        Action, AnnouncementPort, BackendSlot, DatapathPort, DatapathState, FlowCounts, NumberSets, PortError,
+        service_key,
     },
 };
 use crate::{

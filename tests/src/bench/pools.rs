@@ -77,15 +77,16 @@ pub fn run() -> Result<Vec<Figure>> {
     prepare(&namespace.0)?;
     let folder = Path::new("/dev/shm").join(&namespace.0);
     let pin_folder = Path::new("/sys/fs/bpf").join(&namespace.0);
-    let mut starts = Vec::new();
+    let (mut starts, mut readies) = (Vec::new(), Vec::new());
     let mut daemon = None;
     for _ in 0..if full() { 5 } else { 3 } {
         // From nothing: no maps, no program.
         drop(daemon.take());
         fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
         fs::create_dir_all(&pin_folder).with_context(|| format!("make {}", pin_folder.display()))?;
-        let (started, took) = start(&namespace.0, &folder, &pin_folder)?;
+        let (started, took, ready) = start(&namespace.0, &folder, &pin_folder)?;
         starts.push(took.as_nanos() as f64);
+        readies.push(ready.as_nanos() as f64);
         daemon = Some(started);
     }
     let daemon = daemon.context("no start")?;
@@ -100,13 +101,15 @@ pub fn run() -> Result<Vec<Figure>> {
     );
     let (excluded, changed) = changes(&folder, &tables, &state)?;
     drop(state);
-    let (memory, cpu) = at_rest(&daemon)?;
+    let (memory, with_maps, cpu) = at_rest(&daemon)?;
     let name = |what: &str| format!("pools/1000x50/{what}");
     Ok(vec![
         Figure::net(name("start-to-maps"), "ns", starts, 0.0),
+        Figure::net(name("start-to-ready"), "ns", readies, 0.0),
         Figure::net(name("exclude-to-map-p99"), "ns", excluded, 0.0),
         Figure::net(name("change-to-map-p99"), "ns", changed, 0.0),
         Figure::net(name("rss"), "bytes", memory, 0.0),
+        Figure::net(name("rss-with-flow-cache"), "bytes", with_maps, 0.0),
         Figure::net(name("idle-cpu"), "cpu", cpu, 0.0),
     ])
 }
@@ -159,8 +162,9 @@ fn configuration(folder: &Path, pins: &Path) -> String {
     text
 }
 
-/// Starts the daemon; how long it took until it said that it is ready, which it does when all maps are written.
-fn start(namespace: &str, folder: &Path, pins: &Path) -> Result<(Daemon, Duration)> {
+/// Starts the daemon; how long it took until all maps were written, which is so when the last frontend is in the index, and
+/// until it said that it is ready, which takes the kernel's verification of the program too.
+fn start(namespace: &str, folder: &Path, pins: &Path) -> Result<(Daemon, Duration, Duration)> {
     let file = folder.join("edge.toml");
     fs::write(&file, configuration(folder, pins)).context("write the configuration")?;
     let notify = folder.join("notify");
@@ -174,13 +178,22 @@ fn start(namespace: &str, folder: &Path, pins: &Path) -> Result<(Daemon, Duratio
     let begun = Instant::now();
     let child = command.spawn().context("start edge-ctl")?;
     let daemon = Daemon { child, folder: folder.to_owned(), pins: pins.to_owned() };
+    // The pins are there before anything is in the maps.
+    let written = loop {
+        ensure!(begun.elapsed() < LONGEST, "the maps were not written in {LONGEST:?}");
+        let tables = Pins::new(pins, EBPF_OBJECT).and_then(|pins| Tables::open(&pins));
+        if tables.is_ok_and(|tables| tables.count(name::SERVICE_INDEX).is_ok_and(|found| found == SERVICES as u64)) {
+            break begun.elapsed();
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
     let mut message = [0; 256];
     loop {
         let length = manager.recv(&mut message).with_context(|| {
             format!("the daemon did not become ready: {}", fs::read_to_string(folder.join("log")).unwrap_or_default())
         })?;
         if String::from_utf8_lossy(&message[..length]).lines().any(|line| line == "READY=1") {
-            return Ok((daemon, begun.elapsed()));
+            return Ok((daemon, written, begun.elapsed()));
         }
     }
 }
@@ -270,24 +283,37 @@ impl Connection {
     }
 }
 
-/// Memory in bytes and CPU time as a share of one core, in windows that hold an audit each.
-fn at_rest(daemon: &Daemon) -> Result<(Vec<f64>, Vec<f64>)> {
-    let (mut memory, mut cpu) = (Vec::new(), Vec::new());
+/// Memory in bytes, the process's own and with the flow cache, and CPU time as a share of one core, in windows that hold an
+/// audit each.
+fn at_rest(daemon: &Daemon) -> Result<(Vec<f64>, Vec<f64>, Vec<f64>)> {
+    let (mut memory, mut with_maps, mut cpu) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..if full() { 6 } else { 3 } {
         let (used, begun) = (cpu_seconds(daemon.child.id())?, Instant::now());
         // The daemon audits every 30 s.
         std::thread::sleep(Duration::from_secs(31));
         cpu.push((cpu_seconds(daemon.child.id())? - used) / begun.elapsed().as_secs_f64());
-        memory.push(resident(daemon.child.id())?);
+        let (all, maps) = resident(daemon.child.id())?;
+        memory.push(all - maps);
+        with_maps.push(all);
     }
-    Ok((memory, cpu))
+    Ok((memory, with_maps, cpu))
 }
 
-fn resident(pid: u32) -> Result<f64> {
-    let text = fs::read_to_string(format!("/proc/{pid}/status")).context("read the daemon's status")?;
-    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
-    let kilobytes: f64 = line.trim().trim_end_matches(" kB").parse().context("read VmRSS")?;
-    Ok(kilobytes * 1024.0)
+/// Resident memory in bytes: all of it, and what of it are maps of the kernel's that the process only looks into. The flow
+/// cache is one: it is as large as `tables` says whether a daemon runs or not.
+fn resident(pid: u32) -> Result<(f64, f64)> {
+    let text = fs::read_to_string(format!("/proc/{pid}/smaps")).context("read the daemon's memory")?;
+    let (mut all, mut maps, mut is_map) = (0.0, 0.0, false);
+    for line in text.lines() {
+        if let Some(size) = line.strip_prefix("Rss:") {
+            let kilobytes: f64 = size.trim().trim_end_matches(" kB").parse().context("read a mapping's Rss")?;
+            all += kilobytes * 1024.0;
+            maps += if is_map { kilobytes * 1024.0 } else { 0.0 };
+        } else if line.split_whitespace().next().is_some_and(|word| word.contains('-')) {
+            is_map = line.ends_with("anon_inode:bpf-map");
+        }
+    }
+    Ok((all, maps))
 }
 
 fn cpu_seconds(pid: u32) -> Result<f64> {

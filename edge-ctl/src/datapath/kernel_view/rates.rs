@@ -96,7 +96,11 @@ mod tests {
         rates.sample(1.0, none, (10..20, &totals(13, 5)));
         rates.sample(2.0, none, (0..10, &totals(3, 30)));
         rates.sample(3.0, none, (10..20, &totals(13, 5)));
-        assert_eq!((rates.backend(3).0, rates.backend(13).0), (10.0, 0.0), "20 connections in the 2 s between its turns");
+        assert_eq!(
+            (rates.backend(3).0, rates.backend(13).0),
+            (10.0, 0.0),
+            "20 connections in the 2 s between its turns"
+        );
         rates.sample(4.0, none, (0..10, none));
         assert_eq!(rates.backend(3).0, 0.0, "its number is free");
     }
