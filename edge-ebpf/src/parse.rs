@@ -2,6 +2,7 @@
 
 use edge_common::{
     address::Wide,
+    checksum,
     conntrack::Segment,
     flow::{FlowKey, TCP},
 };
@@ -102,6 +103,13 @@ impl<A: Family> Parsed<A> {
     #[inline(always)]
     pub fn has_payload(&self) -> bool {
         self.total_len > u32::from(self.header_len) + u32::from(self.l4_len)
+    }
+
+    /// The sum of its pseudo-header (RFC 9293, section 3.1; RFC 8200, section 8.1), as it came.
+    #[inline(always)]
+    pub fn pseudo_header(&self) -> u16 {
+        let len = self.total_len - u32::from(self.header_len);
+        checksum::pseudo_header(self.key.src, self.key.dst, self.key.protocol, len as u16)
     }
 
     /// What it says to connection tracking.
