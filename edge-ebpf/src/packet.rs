@@ -126,6 +126,9 @@ pub trait Packet {
         len <= self.frame_len()
     }
 
+    /// True where [`Packet::header`] reads the first `len` bytes (or all, where there are fewer).
+    fn has_in_place(&self, len: usize) -> bool;
+
     /// Makes the first `len` bytes (or all, where there are fewer) readable by [`Packet::header`].
     fn pull(&mut self, len: usize);
 

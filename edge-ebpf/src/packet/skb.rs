@@ -103,12 +103,19 @@ impl Packet for SkbPacket {
     }
 
     #[inline(always)]
-    fn pull(&mut self, len: usize) {
+    fn has_in_place(&self, len: usize) -> bool {
         let whole = self.frame_len();
         let len = if len < whole { len } else { whole };
         // SAFETY: as in `ingress`.
         let linear = unsafe { (*self.ctx).data_end as usize - (*self.ctx).data as usize };
-        if linear < len {
+        linear >= len
+    }
+
+    #[inline(always)]
+    fn pull(&mut self, len: usize) {
+        if !self.has_in_place(len) {
+            let whole = self.frame_len();
+            let len = if len < whole { len } else { whole };
             // SAFETY: valid context. A failure leaves the packet as it was, and `header` then finds it too short.
             unsafe { generated::bpf_skb_pull_data(self.ctx, len as u32) };
         }

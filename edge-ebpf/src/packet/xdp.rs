@@ -118,6 +118,11 @@ impl Packet for XdpPacket {
     }
 
     #[inline(always)]
+    fn has_in_place(&self, _len: usize) -> bool {
+        true
+    }
+
+    #[inline(always)]
     fn pull(&mut self, _len: usize) {}
 
     #[inline(always)]
