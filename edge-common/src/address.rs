@@ -27,6 +27,9 @@ pub trait Address: Copy + Eq + Default + Debug + 'static {
     /// New minus old as a ones'-complement sum, unfolded: at most sixteen 16-bit words.
     fn difference(old: Self, new: Self) -> u32;
 
+    /// Its 16-bit words as a ones'-complement sum, unfolded: at most eight.
+    fn sum(self) -> u32;
+
     /// The prefilter's bit for it, see [`filter`].
     fn filter_bit(self) -> u32;
 
@@ -75,6 +78,11 @@ impl Address for u32 {
     #[inline(always)]
     fn difference(old: Self, new: Self) -> u32 {
         checksum::difference(old, new)
+    }
+
+    #[inline(always)]
+    fn sum(self) -> u32 {
+        (self & 0xffff) + (self >> 16)
     }
 
     #[inline(always)]
@@ -147,6 +155,11 @@ impl Address for Wide {
             + checksum::difference(old[1], new[1])
             + checksum::difference(old[2], new[2])
             + checksum::difference(old[3], new[3])
+    }
+
+    #[inline(always)]
+    fn sum(self) -> u32 {
+        self[0].sum() + self[1].sum() + self[2].sum() + self[3].sum()
     }
 
     #[inline(always)]

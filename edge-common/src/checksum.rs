@@ -8,6 +8,9 @@ use crate::address::Address;
 /// What a TTL decrement adds to the IPv4 header's sum: minus one in the high byte of its word.
 pub const TTL_DECREMENT: u16 = !u16::from_ne_bytes([1, 0]);
 
+/// What a hop limit decrement adds to the sum of an IPv6 packet: minus one in the low byte of its word.
+pub const HOP_LIMIT_DECREMENT: u16 = !u16::from_ne_bytes([0, 1]);
+
 /// Folds carries until 16 bits are left.
 #[inline(always)]
 pub const fn fold(sum: u32) -> u16 {
@@ -37,6 +40,19 @@ pub fn address_delta<A: Address>(old_src: A, old_dst: A, new_src: A, new_dst: A)
 #[inline(always)]
 pub const fn port_delta(old_src: u16, old_dst: u16, new_src: u16, new_dst: u16) -> u16 {
     fold(!old_src as u32 + !old_dst as u32 + new_src as u32 + new_dst as u32)
+}
+
+/// The sum of a pseudo-header, folded. Addresses as loaded from the packet, `len` of the layer-4 header and what it carries in host
+/// order.
+#[inline(always)]
+pub fn pseudo_header<A: Address>(src: A, dst: A, protocol: u8, len: u16) -> u16 {
+    fold(src.sum() + dst.sum() + u32::from(u16::from(protocol).to_be()) + u32::from(len.to_be()))
+}
+
+/// True where two sums are the same number: all ones are another zero.
+#[inline(always)]
+pub const fn is_same_sum(a: u16, b: u16) -> bool {
+    matches!(add(a, !b), 0 | 0xffff)
 }
 
 /// The checksum field after a change of `delta`: `~(~check + delta)`.
@@ -127,6 +143,21 @@ mod tests {
             };
             prop_assume!(sum(ttl - 1) != 0xffff);
             prop_assert_eq!(apply(sum(ttl), TTL_DECREMENT), sum(ttl - 1));
+        }
+
+        #[test]
+        fn a_pseudo_header_sums_to_what_finishes_an_empty_segment(
+            src in any::<u32>(), dst in any::<u32>(), protocol in 1u8.., len in any::<u16>(),
+        ) {
+            let [src_words, dst_words] = [src, dst].map(halves);
+            let words = [src_words, dst_words, [u16::from(protocol).to_be(), len.to_be()]];
+            prop_assert!(is_same_sum(pseudo_header(src, dst, protocol, len), !full(words.as_flattened())));
+        }
+
+        #[test]
+        fn sums_are_the_same_where_they_leave_the_same_remainder(a in any::<u16>(), b in any::<u16>()) {
+            prop_assert_eq!(is_same_sum(a, b), a % 0xffff == b % 0xffff);
+            prop_assert!(is_same_sum(a, a) && is_same_sum(0, 0xffff) && is_same_sum(0xffff, 0));
         }
 
         #[test]

@@ -128,6 +128,7 @@ impl Family for Wide {
         set_word::<{ 2 * ipv6_field::DST + 4 }, _>(ip, dst[1]);
         set_word::<{ 2 * ipv6_field::DST + 8 }, _>(ip, dst[2]);
         set_word::<{ 2 * ipv6_field::DST + 12 }, _>(ip, dst[3]);
+        packet.add_to_sum(checksum::HOP_LIMIT_DECREMENT);
         true
     }
 }

@@ -5,7 +5,6 @@
 mod pieces;
 
 use edge_common::{
-    checksum::{self, add},
     conntrack::{due, ticks},
     flow::FlowKey,
     fragment::LIFETIME,
@@ -107,7 +106,7 @@ pub fn follow<A: Family, P: Packet>(packet: &mut P, piece: &Piece, parsed: &mut 
     }
     if A::V6 {
         // No checksum of its own makes up for the addresses in what the NIC may have summed up.
-        packet.add_to_sum(add(flow.address_delta, checksum::TTL_DECREMENT));
+        packet.add_to_sum(flow.address_delta);
     }
     flow.last_seen = maps::now();
     count_packet(flow, parsed);

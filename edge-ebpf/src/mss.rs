@@ -52,7 +52,14 @@ pub fn clamp<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, service: 
     let delta = checksum::add(!u16::from_ne_bytes(old), u16::from_ne_bytes(new));
     // A field at an odd offset has its bytes in two words of the sum, the other way round.
     let delta = if at & 1 == 0 { delta } else { delta.swap_bytes() };
-    packet.fix_l4(L4Fix { offset: parsed.l4() + CHECK, addresses: 0, ports: delta, udp: false, v6: A::V6 });
+    packet.fix_l4(L4Fix {
+        offset: parsed.l4() + CHECK,
+        addresses: 0,
+        ports: delta,
+        pseudo_header: parsed.pseudo_header(),
+        udp: false,
+        v6: A::V6,
+    });
 }
 
 /// The place of the MSS among the options.

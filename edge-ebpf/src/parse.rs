@@ -2,10 +2,16 @@
 
 use edge_common::{
     address::Wide,
+    checksum,
     conntrack::Segment,
-    flow::{FlowKey, TCP},
+    flow::{FlowKey, TCP, UDP},
 };
-use network_types::{eth::EthHdr, ip::Ipv4Hdr, tcp::TcpHdr, udp::UdpHdr};
+use network_types::{
+    eth::{EthHdr, EtherType},
+    ip::Ipv4Hdr,
+    tcp::TcpHdr,
+    udp::UdpHdr,
+};
 
 use crate::{
     family::Family,
@@ -13,7 +19,7 @@ use crate::{
 };
 
 /// Bytes that may hold headers: Ethernet, IPv4 with all options, TCP without.
-pub const HEADERS: usize = EthHdr::LEN + 60 + TcpHdr::LEN;
+const HEADERS: usize = EthHdr::LEN + 60 + TcpHdr::LEN;
 /// Offset of the IP header.
 pub const IP: usize = EthHdr::LEN;
 
@@ -104,12 +110,59 @@ impl<A: Family> Parsed<A> {
         self.total_len > u32::from(self.header_len) + u32::from(self.l4_len)
     }
 
+    /// The sum of its pseudo-header (RFC 9293, section 3.1; RFC 8200, section 8.1), as it came.
+    #[inline(always)]
+    pub fn pseudo_header(&self) -> u16 {
+        let len = self.total_len - u32::from(self.header_len);
+        checksum::pseudo_header(self.key.src, self.key.dst, self.key.protocol, len as u16)
+    }
+
     /// What it says to connection tracking.
     #[inline(always)]
     pub fn segment(&self) -> Segment {
         Segment { protocol: self.key.protocol, flags: self.flags, seq: self.seq, ack: self.ack }
     }
 }
+
+/// Brings headers to where they can be read. Of most packets they are there; where only the data of a packet lies elsewhere, none of
+/// that is brought with them, which would cost a memory block and a copy.
+#[inline(always)]
+pub fn fetch<P: Packet>(packet: &mut P) {
+    if !packet.has_in_place(HEADERS) {
+        let len = headers_len(packet);
+        packet.pull(len as usize);
+    }
+}
+
+/// Bytes up to the end of the headers, as far as what is in place tells; at most [`HEADERS`].
+#[inline(never)]
+fn headers_len<P: Packet>(packet: &mut P) -> u32 {
+    let upper = |protocol: u8| match protocol {
+        TCP => TcpHdr::LEN as u32,
+        UDP => UdpHdr::LEN as u32,
+        // Extension headers and what is not ours look for themselves.
+        _ => 0,
+    };
+    match ether_type(packet) {
+        Some(kind) if kind == u16::from(EtherType::Ipv4) => {
+            let Some(ip) = packet.header_anew::<[u8; Ipv4Hdr::LEN]>(IP) else {
+                return HEADERS as u32;
+            };
+            IP as u32 + u32::from((ip[0] & 0xf) << 2) + upper(ip[PROTOCOL])
+        }
+        Some(kind) if kind == u16::from(EtherType::Ipv6) => {
+            let Some(ip) = packet.header_anew::<[u8; IPV6_LEN as usize]>(IP) else {
+                return HEADERS as u32;
+            };
+            IP as u32 + u32::from(IPV6_LEN) + upper(ip[NEXT_HEADER])
+        }
+        _ => HEADERS as u32,
+    }
+}
+
+/// Bytes of the IPv4 header's protocol and the IPv6 header's next header.
+const PROTOCOL: usize = 9;
+const NEXT_HEADER: usize = 6;
 
 /// The Ethernet header's type, as loaded from the packet; `None` for a frame cut short.
 #[inline(always)]

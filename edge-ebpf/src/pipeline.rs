@@ -46,7 +46,7 @@ pub fn run<P: Packet>(packet: &mut P) -> Verdict {
         // No such stage: tagged frames are the stack's.
         return Verdict::PASS;
     }
-    packet.pull(parse::HEADERS);
+    parse::fetch(packet);
     match parse::ether_type(packet) {
         Some(kind) if kind == u16::from(EtherType::Ipv4) => ipv4(packet),
         Some(kind) if kind == u16::from(EtherType::Ipv6) => ipv6_by_slot(packet),
@@ -61,13 +61,13 @@ pub fn run<P: Packet>(packet: &mut P) -> Verdict {
 /// The stage of a frame with VLAN tags: without them it is as any other.
 #[inline(always)]
 pub fn vlan<P: Packet>(packet: &mut P) -> Verdict {
-    packet.pull(parse::HEADERS + tags::LEN);
+    packet.pull(parse::IP + tags::LEN);
     match tags::take(packet) {
         tags::NONE => return Verdict::PASS,
         tags::TAKEN => {}
         _ => return Verdict::DROP,
     }
-    packet.pull(parse::HEADERS);
+    parse::fetch(packet);
     match parse::ether_type(packet) {
         Some(kind) if kind == u16::from(EtherType::Ipv4) => ipv4(packet),
         Some(kind) if kind == u16::from(EtherType::Ipv6) => {
@@ -144,7 +144,7 @@ pub fn untagged_ipv6<P: Packet>(packet: &mut P) -> Verdict {
 
 #[inline(always)]
 fn ipv6_asking<P: Packet, const SLOTS: bool>(packet: &mut P) -> Verdict {
-    packet.pull(parse::HEADERS);
+    parse::fetch(packet);
     let Some(mut ip) = parse::ipv6(packet) else {
         return Verdict::PASS;
     };

@@ -64,5 +64,5 @@ pub fn apply<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &im
     let tcp = parsed.key.protocol == TCP;
     let offset = l4 + if tcp { TCP_CHECK } else { UDP_CHECK };
     let (addresses, ports) = flow.deltas();
-    packet.fix_l4(L4Fix { offset, addresses, ports, udp: !tcp, v6: A::V6 })
+    packet.fix_l4(L4Fix { offset, addresses, ports, pseudo_header: parsed.pseudo_header(), udp: !tcp, v6: A::V6 })
 }

@@ -184,7 +184,7 @@ impl Message for Wide {
 
     #[inline(always)]
     fn icmp<P: Packet>(packet: &mut P) -> Option<Ip<Self>> {
-        packet.pull(parse::HEADERS);
+        parse::fetch(packet);
         let mut ip = parse::ipv6(packet)?;
         let upper = if ip.protocol == ICMPV6 { Upper::Header } else { extensions::skip(packet, &mut ip) };
         (upper == Upper::Header && ip.protocol == ICMPV6).then_some(ip)

@@ -101,6 +101,12 @@ impl Live {
             sysctl(&format!("ipv4/conf/{interface}/accept_local"), "1")?;
             sysctl(&format!("ipv4/conf/{interface}/rp_filter"), "0")?;
         }
+        if hook == Hook::Tc {
+            // What the program left of an unfinished checksum is finished as it leaves, so that its receiver looks at it.
+            for interface in ["uplink", "pods"] {
+                run("ethtool", &format!("-K {interface} tx off"))?;
+            }
+        }
         let mut live = Self { client: Host::new()?, pod: Host::new()?, _awake: Vec::new() };
         let ends = [
             (&live.client, "uplink-peer", (CLIENT, CLIENT6), CLIENT_MAC, (VIP, VIP6)),

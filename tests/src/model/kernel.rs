@@ -26,6 +26,8 @@ const UPDATE: libc::c_long = 2;
 const DELETE: libc::c_long = 3;
 const NEXT_KEY: libc::c_long = 4;
 const TEST_RUN: libc::c_long = 10;
+/// `BPF_F_TEST_SKB_CHECKSUM_COMPLETE`.
+const SUMMED: u32 = 1 << 2;
 /// Longest frame that is run.
 pub const LONGEST: usize = 2048;
 
@@ -221,6 +223,19 @@ impl Kernel {
     /// # Errors
     /// Where it refuses for another reason, or the program answers what no entry point may.
     pub fn run(&mut self, frame: &[u8], ingress: u32, gso_size: u32) -> Result<Option<(Action, &[u8])>> {
+        self.run_with(frame, ingress, gso_size, 0)
+    }
+
+    /// Runs a frame that the NIC has summed up (CHECKSUM_COMPLETE), at TC. The kernel sums it up again when the program is done,
+    /// and refuses with EBADMSG where its sum is another one; EINVAL: it cannot do that (before 6.17).
+    ///
+    /// # Errors
+    /// As [`Kernel::run`].
+    pub fn run_summed(&mut self, frame: &[u8], ingress: u32) -> Result<(Action, &[u8])> {
+        self.run_with(frame, ingress, 0, SUMMED)?.context("the kernel does not run so short a frame")
+    }
+
+    fn run_with(&mut self, frame: &[u8], ingress: u32, gso_size: u32, flags: u32) -> Result<Option<(Action, &[u8])>> {
         let context = match self.hook {
             Hook::Xdp => xdp_context(frame.len() as u32, ingress),
             Hook::Tc if gso_size == 0 => skb_context(ingress, 0, 0),
@@ -235,6 +250,7 @@ impl Kernel {
             repeat: 1,
             context_size_in: context.len() as u32,
             context_in: context.as_ptr() as u64,
+            flags,
             ..TestRun::default()
         };
         match bpf(TEST_RUN, &mut attribute) {

@@ -121,7 +121,6 @@ pub(super) fn to_wire(session: &Session, daemon: &Running, samples: usize) -> Re
         ensure!(begun.elapsed() < PATIENCE, "the VIP is not announced");
         thread::sleep(Duration::from_millis(20));
     }
-    thread::sleep(Duration::from_millis(500));
     let mut connection = Connection::open(&daemon.folder().join("edge.sock"))?;
     let mut all = Vec::new();
     for _ in 0..samples {
@@ -136,7 +135,6 @@ pub(super) fn to_wire(session: &Session, daemon: &Running, samples: usize) -> Re
                 all.push(begun.elapsed().as_nanos() as f64);
             }
             connection.answered()?;
-            thread::sleep(Duration::from_millis(5));
         }
     }
     Ok(all)

@@ -104,7 +104,9 @@ pub fn run(routes: u32) -> Result<Vec<Figure>> {
     let wire = Wire::new()?;
     bench.try_part("edge", |bench| bench.wire(&wire));
     bench.try_part("edge", |bench| bench.peers(&wire));
-    // The nodes before hold their addresses until their sessions have ended.
+    // The nodes before hold their addresses until their sessions have ended, and the namespaces have the same names.
+    drop(wire);
+    thread::sleep(SETTLING);
     let wire = Wire::new()?;
     bench.try_part("edge", |bench| bench.loaded(&wire));
     let silence = std::mem::take(&mut bench.silence);
@@ -191,8 +193,11 @@ impl Bench {
     fn withdrawals(&mut self, wire: &Wire, kind: Kind) -> Result<()> {
         let running = with_fib(wire, kind, "")?;
         let session = wire.play(if kind == Kind::Edge { HOLD } else { 0 })?;
-        session.send(&player::table(BESIDE))?;
-        thread::sleep(Duration::from_secs(2));
+        netns::within(&wire.speaker.0, || {
+            let wanted = kernel::count()? + u64::from(BESIDE);
+            session.send(&player::table(BESIDE))?;
+            until(Instant::now(), 20, || kernel::count().is_ok_and(|now| now >= wanted))
+        })?;
         let samples = match kind {
             _ if full() => 2000,
             Kind::Edge | Kind::Bird => 500,
@@ -237,7 +242,9 @@ impl Bench {
         let session = wire.play(HOLD)?;
         until(start, 20, || nodes.established.load(Ordering::Relaxed) == u64::from(NODES))?;
         nodes.busy.store(true, Ordering::Relaxed);
-        thread::sleep(Duration::from_secs(2));
+        // Each node has begun.
+        let wanted = nodes.updates.load(Ordering::Relaxed) + 2 * u64::from(NODES);
+        until(start, 20, || nodes.updates.load(Ordering::Relaxed) >= wanted)?;
         let (before, begun) = (nodes.updates.load(Ordering::Relaxed), Instant::now());
         let all = latency::to_kernel(&session, watch(wire)?, if full() { 2000 } else { 500 })?;
         let rate = (nodes.updates.load(Ordering::Relaxed) - before) as f64 / begun.elapsed().as_secs_f64();

@@ -94,7 +94,7 @@ pub(super) fn table(routes: u32) -> Vec<u8> {
 /// What the player has seen of a speaker.
 #[derive(Debug, Default)]
 pub(super) struct Seen {
-    /// UPDATEs.
+    /// UPDATEs that announce or withdraw something.
     pub updates: AtomicU64,
     /// Longest time without a message, microseconds.
     pub silence: AtomicU64,
@@ -192,12 +192,13 @@ fn read(stream: &mut impl Read) -> Result<(u8, Vec<u8>)> {
 
 fn watch(mut stream: TcpStream, seen: &Seen) {
     let mut last = Instant::now();
-    while let Ok((kind, _)) = read(&mut stream) {
+    while let Ok((kind, body)) = read(&mut stream) {
         let silence = u64::try_from(last.elapsed().as_micros()).unwrap_or(u64::MAX);
         seen.silence.fetch_max(silence, Ordering::Relaxed);
         last = Instant::now();
         match kind {
-            UPDATE => drop(seen.updates.fetch_add(1, Ordering::Release)),
+            // One that says nothing ends the initial table (RFC 4724, section 2).
+            UPDATE if body.iter().any(|octet| *octet != 0) => drop(seen.updates.fetch_add(1, Ordering::Release)),
             NOTIFICATION => break,
             _ => {}
         }
