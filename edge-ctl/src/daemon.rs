@@ -465,8 +465,9 @@ impl Daemon {
         let (service, backend) = key;
         let known = {
             let shared = lock(&self.shared);
-            let mut mine = shared.desired.frontends.values().filter(|frontend| frontend.service == *service);
-            mine.any(|frontend| frontend.pool.iter().flatten().any(|one| one.address == *backend))
+            let listens = self.config.services.get(service).into_iter().flat_map(|service| &service.listen);
+            let mut pools = listens.filter_map(|frontend| shared.desired.frontends.get(frontend)?.pool.as_ref());
+            pools.any(|pool| pool.iter().any(|one| one.address == *backend))
         };
         if !known && !self.orders.all().contains_key(key) {
             let help = "`edge-ctl backend list` names them";

@@ -97,6 +97,22 @@ pub struct DesiredState {
     pub record_ends: bool,
 }
 
+impl DesiredState {
+    /// True where both have the same frontends, whatever these are like.
+    pub fn has_frontends_of(&self, other: &Self) -> bool {
+        self.frontends.len() == other.frontends.len() && self.frontends.keys().eq(other.frontends.keys())
+    }
+
+    /// The frontends that are new or not as they were in `before`. Those that are shared cost one comparison of pointers.
+    pub fn changed_since<'a>(&'a self, before: &Self) -> Vec<(&'a Frontend, &'a Arc<DesiredFrontend>)> {
+        if self.has_frontends_of(before) {
+            let pairs = self.frontends.iter().zip(before.frontends.values());
+            return pairs.filter(|((_, new), old)| new != old).map(|(frontend, _)| frontend).collect();
+        }
+        self.frontends.iter().filter(|(key, new)| before.frontends.get(key) != Some(*new)).collect()
+    }
+}
+
 /// One listen address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DesiredFrontend {

@@ -36,11 +36,10 @@ impl Damping {
         self.good_since.retain(|frontend, _| known(frontend));
         self.seen.retain(known);
         let mut next: Option<Instant> = None;
-        for (frontend, desired) in &mut state.frontends {
-            let Some(announce) = config.services.get(&desired.service).and_then(|service| service.announce.as_ref())
-            else {
-                continue;
-            };
+        let announced = config.services.values().filter_map(|service| Some((service, service.announce.as_ref()?)));
+        for (frontend, announce) in announced.flat_map(|(service, how)| service.listen.iter().map(move |on| (on, how)))
+        {
+            let Some(desired) = state.frontends.get_mut(frontend) else { continue };
             let is_first = self.seen.insert(*frontend);
             match desired.announced {
                 Announced::Yes => {

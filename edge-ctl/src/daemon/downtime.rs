@@ -41,10 +41,8 @@ struct Downtime {
 impl Downtimes {
     /// Takes in who is excluded from `now` on.
     pub fn look(&mut self, now: Instant, state: &Arc<DesiredState>) {
-        for (frontend, desired) in &state.frontends {
-            if self.seen.frontends.get(frontend) == Some(desired) {
-                continue;
-            }
+        let seen = Arc::clone(&self.seen);
+        for (frontend, desired) in state.changed_since(&seen) {
             let pool = desired.pool.iter().flatten();
             let down: BTreeMap<SocketAddr, bool> = pool.map(|b| (b.address, counts(b.excluded))).collect();
             let known = self.backends.range((*frontend, least())..).take_while(|((of, _), _)| of == frontend);
@@ -61,7 +59,9 @@ impl Downtimes {
                 }
             }
         }
-        self.backends.retain(|(frontend, _), _| state.frontends.contains_key(frontend));
+        if !state.has_frontends_of(&seen) {
+            self.backends.retain(|(frontend, _), _| state.frontends.contains_key(frontend));
+        }
         self.seen = Arc::clone(state);
     }
 

@@ -120,15 +120,15 @@ impl FlowEnds {
 /// Who is down where that ends flows, and of which protocol only.
 fn down(config: &Config, desired: &DesiredState) -> BTreeMap<HealthKey, Option<Protocol>> {
     let mut down = BTreeMap::new();
-    for frontend in desired.frontends.values() {
-        let on_down = config.services.get(&frontend.service).map_or(OnDown::Keep, |service| service.on_down);
-        let protocol = match on_down {
+    for service in config.services.values() {
+        let protocol = match service.on_down {
             OnDown::Keep => continue,
             OnDown::Reset => None,
             OnDown::Reselect => Some(Protocol::Udp),
         };
-        for backend in frontend.pool.iter().flatten().filter(|backend| ends_flows(backend.excluded)) {
-            down.insert((frontend.service.clone(), backend.address), protocol);
+        let pools = service.listen.iter().filter_map(|frontend| desired.frontends.get(frontend)?.pool.as_ref());
+        for backend in pools.flatten().filter(|backend| ends_flows(backend.excluded)) {
+            down.insert((service.name.clone(), backend.address), protocol);
         }
     }
     down

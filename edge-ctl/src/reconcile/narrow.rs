@@ -27,20 +27,8 @@ fn changed<'a>(before: &DesiredState, after: &'a DesiredState) -> Option<Vec<(&'
     let same_around = before.announcements == after.announcements
         && before.addresses == after.addresses
         && before.record_ends == after.record_ends
-        && before.frontends.len() == after.frontends.len();
-    if !same_around {
-        return None;
-    }
-    let mut found = Vec::new();
-    for ((old_key, old), (key, new)) in before.frontends.iter().zip(&after.frontends) {
-        if old_key != key {
-            return None;
-        }
-        if old != new {
-            found.push((key, new.as_ref()));
-        }
-    }
-    Some(found)
+        && after.has_frontends_of(before);
+    same_around.then(|| after.changed_since(before).into_iter().map(|(key, new)| (key, new.as_ref())).collect())
 }
 
 /// The first writes of a change: each backend that is not eligible any more is excluded, by one write, before anything

@@ -329,9 +329,11 @@ impl DatapathState {
             }),
             Action::SetFilter { bits } => self.filter = Arc::new(bits.clone()),
             Action::PutBackendIndex { key, number } => {
-                drop(Arc::make_mut(&mut self.backend_index).insert(*key, *number))
+                Arc::make_mut(&mut self.backend_index).insert(*key, *number);
             }
-            Action::RemoveBackendIndex { key } => drop(Arc::make_mut(&mut self.backend_index).remove(key)),
+            Action::RemoveBackendIndex { key } => {
+                Arc::make_mut(&mut self.backend_index).remove(key);
+            }
             Action::WriteRegion { first_chunk, region } => drop(self.regions.insert(*first_chunk, Arc::clone(region))),
             Action::PutRange { key, action } => drop(self.ranges.insert(*key, *action)),
             Action::RemoveRange { key } => drop(self.ranges.remove(key)),
