@@ -48,6 +48,14 @@ impl Kind {
         }
     }
 
+    /// Why it brings no routes into the kernel's table, if it does not.
+    pub const fn cannot_fill_kernel(self) -> Option<&'static str> {
+        match self {
+            Self::Gobgp => Some("Debian's gobgpd ends with a panic in its client of Debian's zebra (FRR 8.4)"),
+            Self::Edge | Self::Bird | Self::Frr => None,
+        }
+    }
+
     /// Why it cannot be measured here, if it cannot.
     pub fn missing(self) -> Option<String> {
         let (name, package) = match self {
@@ -250,7 +258,7 @@ pub(super) fn other(kind: Kind, namespace: &str, fib: bool) -> Result<Running> {
         Kind::Edge => bail!("edge is not another"),
         Kind::Bird => bird(&mut running, fib)?,
         Kind::Frr => frr(&mut running, fib)?,
-        Kind::Gobgp => gobgp(&mut running, fib)?,
+        Kind::Gobgp => gobgp(&mut running)?,
     }
     Ok(running)
 }
@@ -311,41 +319,17 @@ fn frr(running: &mut Running, fib: bool) -> Result<()> {
     Ok(())
 }
 
-/// GoBGP has no table of its own in the kernel: FRR's zebra fills it.
-fn gobgp(running: &mut Running, fib: bool) -> Result<()> {
+/// GoBGP fills no table of the kernel's by itself ([`Kind::cannot_fill_kernel`]).
+fn gobgp(running: &mut Running) -> Result<()> {
     let folder = running.folder.clone();
-    let mut text = format!(
+    let text = format!(
         "[global.config]\nas = {SPEAKER_ASN}\nrouter-id = \"{SPEAKER}\"\n[[neighbors]]\n[neighbors.config]\n\
          neighbor-address = \"{PLAYER}\"\npeer-as = {PLAYER_ASN}\n[neighbors.transport.config]\npassive-mode = true\n"
     );
-    if fib {
-        zebra(running)?;
-        let api = folder.join("zserv.api");
-        text += &format!(
-            "[zebra.config]\nenabled = true\nurl = \"unix:{}\"\nversion = 6\nsoftware-name = \"frr8.1\"\n",
-            api.display()
-        );
-    }
     let file = folder.join("gobgpd.toml");
     fs::write(&file, text)?;
     let mut command = Command::new(program("gobgpd", "gobgpd")?);
     start(running, command.arg("-f").arg(&file).args(["--pprof-disable"]), "log")
-}
-
-fn zebra(running: &mut Running) -> Result<()> {
-    let folder = running.folder.clone();
-    ensure!(Command::new("chown").arg("frr:frr").arg(&folder).status()?.success(), "chown failed");
-    let file = folder.join("zebra.conf");
-    fs::write(&file, "hostname bench\n")?;
-    let mut command = Command::new(program("zebra", "frr")?);
-    command.arg("-f").arg(&file).arg("-i").arg(folder.join("zebra.pid")).arg("--vty_socket").arg(&folder);
-    start(running, command.args(["-A", "127.0.0.1", "-P", "0"]).arg("-z").arg(folder.join("zserv.api")), "zebra.log")?;
-    let end = Instant::now() + Duration::from_secs(10);
-    while !folder.join("zserv.api").exists() {
-        ensure!(Instant::now() < end, "zebra does not start");
-        thread::sleep(Duration::from_millis(50));
-    }
-    Ok(())
 }
 
 fn fresh_folder(namespace: &str) -> Result<PathBuf> {
