@@ -72,3 +72,9 @@ fn a_new_flow_costs_little_more_than_its_lookups_and_inserts() -> Result<()> {
     let [bare, flow] = measured(["xdp/bare-new-flow/1-flow", "xdp/full-nat/v4/new-flow/1-flow"])?;
     at_most(1.6, &flow, &bare)
 }
+
+#[test]
+fn at_tc_a_packet_costs_less_than_twice_what_it_costs_at_xdp() -> Result<()> {
+    let [xdp, tc] = measured([SERVED, "tc/full-nat/v4/established-forward/1-flow"])?;
+    at_most(1.8, &tc, &xdp)
+}
