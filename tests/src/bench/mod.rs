@@ -6,7 +6,7 @@ pub mod e2e;
 pub mod health;
 pub mod pools;
 
-use std::{fs, path::Path, process::Command};
+use std::{fs, os::unix::net::UnixDatagram, path::Path, process::Command, time::Duration};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -29,6 +29,30 @@ pub enum What {
     Pools,
     /// A table of so many prefixes by BGP.
     Bgp(u32),
+}
+
+/// Longest that a daemon may take to become ready.
+const READY_WITHIN: Duration = Duration::from_secs(60);
+
+/// A socket for what a daemon tells its service manager.
+fn service_manager(path: &Path) -> Result<UnixDatagram> {
+    let manager =
+        UnixDatagram::bind(path).with_context(|| format!("listen as the service manager at {}", path.display()))?;
+    manager.set_read_timeout(Some(READY_WITHIN))?;
+    Ok(manager)
+}
+
+/// Waits until the daemon says that it is ready: its program is attached and the maps hold what they should.
+fn await_ready(manager: &UnixDatagram, log: &Path) -> Result<()> {
+    let mut message = [0; 256];
+    loop {
+        let length = manager.recv(&mut message).with_context(|| {
+            format!("the daemon did not become ready: {}", fs::read_to_string(log).unwrap_or_default())
+        })?;
+        if String::from_utf8_lossy(&message[..length]).lines().any(|line| line == "READY=1") {
+            return Ok(());
+        }
+    }
 }
 
 /// One measured figure.

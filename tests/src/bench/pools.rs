@@ -6,7 +6,7 @@ use std::{
     fs,
     io::{BufRead, BufReader, Read, Write},
     net::{Ipv4Addr, SocketAddr},
-    os::unix::net::{UnixDatagram, UnixStream},
+    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
@@ -25,7 +25,7 @@ use edge_ctl::{
     reconcile::ports::DatapathState,
 };
 
-use super::{Figure, Namespace, TICKS};
+use super::{Figure, Namespace, TICKS, await_ready, service_manager};
 use crate::{
     lab::{
         exec::{ip_batch, product},
@@ -168,8 +168,7 @@ fn start(namespace: &str, folder: &Path, pins: &Path) -> Result<(Daemon, Duratio
     let file = folder.join("edge.toml");
     fs::write(&file, configuration(folder, pins)).context("write the configuration")?;
     let notify = folder.join("notify");
-    let manager = UnixDatagram::bind(&notify).context("listen as the service manager")?;
-    manager.set_read_timeout(Some(LONGEST))?;
+    let manager = service_manager(&notify)?;
     let log = fs::File::create(folder.join("log")).context("make the log")?;
     let mut command = Command::new(product("edge-ctl", "EDGE_CTL")?);
     command.arg("run").arg("-c").arg(&file).env("NOTIFY_SOCKET", &notify).stdin(Stdio::null());
@@ -187,15 +186,8 @@ fn start(namespace: &str, folder: &Path, pins: &Path) -> Result<(Daemon, Duratio
         }
         std::thread::sleep(Duration::from_millis(5));
     };
-    let mut message = [0; 256];
-    loop {
-        let length = manager.recv(&mut message).with_context(|| {
-            format!("the daemon did not become ready: {}", fs::read_to_string(folder.join("log")).unwrap_or_default())
-        })?;
-        if String::from_utf8_lossy(&message[..length]).lines().any(|line| line == "READY=1") {
-            return Ok((daemon, written, begun.elapsed()));
-        }
-    }
+    await_ready(&manager, &folder.join("log"))?;
+    Ok((daemon, written, begun.elapsed()))
 }
 
 /// Takes backends out and in again, one here, one there: how long until the map says so, and until the service has

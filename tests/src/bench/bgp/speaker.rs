@@ -20,7 +20,10 @@ use edge_ctl::{
 };
 use tokio::sync::mpsc;
 
-use super::{PLAYER, PLAYER_ASN, SPEAKER, SPEAKER_ASN};
+use super::{
+    super::{await_ready, service_manager},
+    PLAYER, PLAYER_ASN, SPEAKER, SPEAKER_ASN,
+};
 use crate::lab::{
     exec::{product, program},
     netns,
@@ -233,20 +236,14 @@ pub(super) fn edge_daemon(namespace: &str, bgp: &str, services: &str) -> Result<
     fs::write(&file, format!("{rest}{services}{bgp}"))?;
     let mut command = Command::new(product("edge-ctl", "EDGE_CTL")?);
     command.arg("run").arg("-c").arg(&file).stdout(fs::File::create(folder.join("out"))?);
-    let mut child = spawn(namespace, &mut command, &folder.join("log"))?;
-    // Until it speaks: the socket is there with the API.
-    let end = Instant::now() + Duration::from_secs(30);
-    while !folder.join("edge.sock").exists() {
-        let ended = child.try_wait()?;
-        if ended.is_some() || Instant::now() > end {
-            let log = fs::read_to_string(folder.join("log")).unwrap_or_default();
-            let _ = child.kill();
-            bail!("the daemon did not start: {ended:?} {log}");
-        }
-        thread::sleep(Duration::from_millis(20));
-    }
+    let notify = folder.join("notify");
+    let manager = service_manager(&notify)?;
+    let child = spawn(namespace, command.env("NOTIFY_SOCKET", &notify), &folder.join("log"))?;
     let (told, namespace) = (Arc::default(), namespace.to_owned());
-    Ok(Running { kind: Kind::Edge, children: vec![child], folder, namespace, pins: Some(pins), told })
+    let running = Running { kind: Kind::Edge, children: vec![child], folder, namespace, pins: Some(pins), told };
+    // The kernel verifies the program on every CPU before that, which is no time to measure in.
+    await_ready(&manager, &running.folder.join("log"))?;
+    Ok(running)
 }
 
 /// Starts somebody else's speaker, with the kernel's table to fill or without.
