@@ -365,6 +365,43 @@ fn a_port_is_refused_beside_the_bridge_it_belongs_to_and_let_go_where_it_was_att
 }
 
 #[test]
+fn a_vlan_device_is_served_on_the_bond_or_link_below_it_and_its_row_says_so() {
+    in_namespaces("VLAN devices and bonds", |folder| {
+        let can =
+            |arguments: &str| Command::new("ip").args(arguments.split_whitespace()).output().unwrap().status.success();
+        if !can("link add link in name in.100 type vlan id 100") || !can("link add bond0 type bond mode active-backup")
+        {
+            println!("SKIPPED VLAN devices and bonds: the kernel has none (8021q, bonding)");
+            return;
+        }
+        ip("link set out down");
+        ip("link set out master bond0");
+        ip("link set bond0 up");
+        ip("link add link bond0 name bond0.7 type vlan proto 802.1ad id 7");
+        let mut datapath = open(&edge(folder, Hook::Auto, &["in.100", "bond0.7", "bond0", "out"]));
+        let failed = datapath.attach_missing();
+        assert!(matches!(&failed[..], [(name, LoadError::Hook { .. })] if name == "out"), "{failed:?}");
+        assert!(failed[0].1.to_string().contains("it is a port of bond0"), "{}", failed[0].1);
+        let [tagged, on_bond, bond, _] = &choices(&datapath)[..] else { panic!("four interfaces") };
+        let tc = attach::tc_hook().name();
+        assert_eq!([&tagged.0, &on_bond.0, &bond.0], [tc; 3]);
+        assert!(tagged.1.starts_with("VLAN 100: the program runs on in; veth: "), "{}", tagged.1);
+        assert!(on_bond.1.starts_with("802.1ad VLAN 7: the program runs on bond0; veth: "), "{}", on_bond.1);
+        assert!(bond.1.starts_with("veth: "), "a bond is what its ports are: {}", bond.1);
+
+        let mut datapath = open(&edge(folder, Hook::XdpNative, &["in.100", "bond0.7"]));
+        attach_all(&mut datapath);
+        assert_eq!(
+            choices(&datapath),
+            [
+                row("xdp-native", "VLAN 100: the program runs on in"),
+                row("xdp-native", "802.1ad VLAN 7: the program runs on bond0")
+            ]
+        );
+    });
+}
+
+#[test]
 fn a_changed_hook_moves_the_program_and_never_leaves_both() {
     in_namespaces("hook change", |folder| {
         let mut edge = edge(folder, Hook::XdpNative, &["in"]);

@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use anyhow::{Context, Result, ensure};
 use edge_common::{
     flow::{TCP, UDP},
-    maps::{BackendEntry, OwnAddresses, Port, ServiceKey, mode, name},
+    maps::{OwnAddresses, Port, mode, name},
 };
 use edge_tests::datapath::{
     frame::{Frame, flag},
@@ -139,7 +139,7 @@ fn services(rig: &mut Rig) -> Result<()> {
         let base = if family == Family::V6 { V6 } else { 0 };
         for (_, number, port, protocol, mode, backend_port) in SERVICES {
             let backends = rig.service(base + number, port, protocol, mode, 1, backend_port)?;
-            move_to_rack(rig, backends[0], family, mode)?;
+            rig.move_backend(backends[0], family.of(RACK_POD.0, RACK_POD.1), mode)?;
         }
     }
     Ok(())
@@ -156,19 +156,6 @@ fn stand_in(device: &str, address: [u8; 6], addresses: [IpAddr; 2]) -> Result<()
 fn neighbour(device: &str, (v4, v6): (Ipv4Addr, Ipv6Addr), address: [u8; 6]) -> Result<()> {
     for neighbour in [IpAddr::from(v4), IpAddr::from(v6)] {
         ip(&format!("neigh replace {neighbour} lladdr {} dev {device} nud permanent", mac(address)))?;
-    }
-    Ok(())
-}
-
-fn move_to_rack(rig: &mut Rig, number: u32, family: Family, mode: u8) -> Result<()> {
-    let address = family.of(RACK_POD.0, RACK_POD.1);
-    let mut backend: BackendEntry = rig.array(name::BACKENDS)?.get(&number, 0)?;
-    backend.address = wire(address);
-    rig.array(name::BACKENDS)?.set(number, backend, 0)?;
-    if mode == mode::DNAT {
-        let index = ServiceKey { address: backend.address, port: backend.port, protocol: backend.protocol, _pad: 0 };
-        rig.hash(name::BACKEND_INDEX)?.insert(index, number, 0)?;
-        rig.filter_source(address)?;
     }
     Ok(())
 }

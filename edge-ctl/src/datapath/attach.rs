@@ -91,7 +91,7 @@ pub struct Attachment {
 /// What of an interface decides about its hook.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Traits {
-    /// It is a veth.
+    /// It is a veth, or a bond of such.
     pub veth: bool,
     /// Its driver takes VLAN tags off before XDP sees the frame, which would then look untagged.
     pub strips_tags: bool,
@@ -138,6 +138,7 @@ pub fn tc_hook() -> AttachedHook {
 
 /// Attaches to an interface, or adopts what is there.
 ///
+/// `known` are all interfaces of the host: a bond's ports decide about its hook.
 /// `program` loads or adopts the pinned XDP (`true`) or TC program of this object; where it fails before anything of ours
 /// runs on the interface, nothing has been changed.
 ///
@@ -147,9 +148,10 @@ pub fn attach(
     pins: &Pins,
     hook: Hook,
     interface: &Interface,
+    known: &[Interface],
     mut program: impl FnMut(bool) -> Result<(), LoadError>,
 ) -> Result<Attachment, LoadError> {
-    let traits = Traits { veth: interface.veth, strips_tags: sys::strips_vlan_tags(&interface.name).unwrap_or(false) };
+    let traits = traits(interface, known, |name| sys::strips_vlan_tags(name).unwrap_or(false));
     let (wanted, limit) = candidates(hook, traits, tc_hook())
         .map_err(|reason| LoadError::Hook { interface: interface.name.clone(), reason: reason.to_owned() })?;
     let links = links(pins, interface);
@@ -194,6 +196,18 @@ pub fn attach(
         }
     }
     Err(LoadError::Hook { interface: interface.name.clone(), reason: refusals.join("; ") })
+}
+
+/// What decides about the hook of an interface; of a bond its ports do, whose drivers run its native XDP programs.
+fn traits(interface: &Interface, known: &[Interface], strips_tags: impl Fn(&str) -> bool) -> Traits {
+    let own = |interface: &Interface| Traits { veth: interface.veth, strips_tags: strips_tags(&interface.name) };
+    if !interface.bond {
+        return own(interface);
+    }
+    let ports: Vec<Traits> = known.iter().filter(|port| port.controller == Some(interface.ifindex)).map(own).collect();
+    // A veth leaves tags in the frames, whatever it says.
+    let blind = ports.iter().any(|port| port.strips_tags && !port.veth);
+    Traits { veth: !blind && ports.iter().any(|port| port.veth), strips_tags: blind }
 }
 
 /// Fails where somebody else's XDP program is in the way.
@@ -382,5 +396,29 @@ mod tests {
             assert!(candidates(hook, nic, tc).unwrap_err().contains("rxvlan off"));
         }
         assert_eq!(candidates(Hook::Tc, nic, tc).unwrap().0, [tc]);
+    }
+    #[test]
+    fn a_bond_s_ports_decide_for_it_whatever_it_says_of_itself() {
+        let bond = Interface { name: "bond0".to_owned(), ifindex: 2, bond: true, ..Interface::default() };
+        let port = |name: &str, ifindex: u32, veth: bool| Interface {
+            name: name.to_owned(),
+            ifindex,
+            veth,
+            controller: Some(2),
+            ..Interface::default()
+        };
+        let of = |ports: &[Interface], stripping: &str| {
+            traits(&bond, &[&[bond.clone()], ports].concat(), |name| name == stripping)
+        };
+        let nics = [port("eth0", 3, false), port("eth1", 4, false)];
+        assert_eq!(of(&nics, "bond0"), Traits::default());
+        assert_eq!(of(&nics, "eth1"), Traits { veth: false, strips_tags: true });
+        let elsewhere = Interface { controller: Some(9), ..port("eth1", 4, false) };
+        assert_eq!(of(&[port("eth0", 3, false), elsewhere], "eth1"), Traits::default());
+        assert_eq!(of(&[port("veth0", 3, true)], "veth0"), Traits { veth: true, strips_tags: false });
+        assert_eq!(
+            of(&[port("veth0", 3, true), port("eth1", 4, false)], "eth1"),
+            Traits { veth: false, strips_tags: true }
+        );
     }
 }

@@ -49,9 +49,14 @@ pub fn list() -> io::Result<Vec<Interface>> {
     request.finalize();
     let mut bytes = vec![0; request.buffer_len()];
     request.serialize(&mut bytes);
+    read(&exchange(protocols::NETLINK_ROUTE, &bytes)?)
+}
+
+/// The interfaces that the kernel's answer tells of.
+fn read(messages: &[Vec<u8>]) -> io::Result<Vec<Interface>> {
     let mut interfaces = Vec::new();
-    for message in exchange(protocols::NETLINK_ROUTE, &bytes)? {
-        let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&message).map_err(io::Error::other)?;
+    for message in messages {
+        let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(message).map_err(io::Error::other)?;
         if let NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link)) = message.payload {
             interfaces.extend(interface(&link));
         }
@@ -253,7 +258,10 @@ pub(super) fn exchange(protocol: isize, request: &[u8]) -> io::Result<Vec<Vec<u8
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
+    use crate::datapath::vlans;
 
     fn interface(name: &str, ifindex: u32, controller: Option<u32>) -> Interface {
         Interface { name: name.to_owned(), ifindex, mtu: 1500, controller, ..Interface::default() }
@@ -279,5 +287,44 @@ mod tests {
         assert_eq!(above.map(|above| above.name.as_str()), Some("br0"));
         assert_eq!(seen_twice(&known[1], &configured(&["port", "eth0"]), &known), None);
         assert_eq!(seen_twice(&known[0], &configured(&["port", "br0"]), &known), None);
+    }
+    /// What Linux 6.1 said of the interfaces that `tests/fixtures/netlink/README.md` lists.
+    fn recorded() -> Vec<Interface> {
+        let text = include_str!("../../tests/fixtures/netlink/links.hex");
+        let byte = |line: &str, at: usize| u8::from_str_radix(&line[at..at + 2], 16).expect("a byte");
+        let message = |line: &str| (0..line.len()).step_by(2).map(|at| byte(line, at)).collect();
+        read(&text.lines().map(message).collect::<Vec<_>>()).expect("messages of the kernel")
+    }
+
+    #[test]
+    fn vlans_of_both_kinds_bonds_and_their_ports_are_read_out_of_what_the_kernel_said() {
+        let known = recorded();
+        let named = |name: &str| known.iter().find(|interface| interface.name == name).expect("recorded");
+        let below = |name: &str, protocol: u16, id: u16| Some((named(name).ifindex, tag(protocol, id)));
+        assert_eq!(named("eth0.100").vlan, below("eth0", CUSTOMER_TAG, 100));
+        assert_eq!(named("eth0.9").vlan, below("eth0", SERVICE_TAG, 9));
+        assert_eq!(named("eth0.9.6").vlan, below("eth0.9", CUSTOMER_TAG, 6));
+        assert_eq!(named("bond0.7").vlan, below("bond0", CUSTOMER_TAG, 7));
+        let of = |is: &dyn Fn(&Interface) -> bool| {
+            known.iter().filter(|interface| is(interface)).map(|interface| interface.name.as_str()).collect::<Vec<_>>()
+        };
+        assert_eq!(of(&|interface| interface.bond), ["bond0"]);
+        assert_eq!(of(&|interface| interface.controller == Some(named("bond0").ifindex)), ["eth1", "eth2"]);
+        // A veth too has an interface "below" it, its peer, which is no VLAN's.
+        assert_eq!(of(&|interface| interface.vlan.is_some() && interface.veth), [""; 0]);
+        assert_eq!(of(&|interface| interface.veth).len(), 6);
+        assert_eq!((named("eth0").mtu, named("eth0").xdp), (1500, None));
+    }
+
+    #[test]
+    fn the_program_runs_below_the_vlans_and_bonds_that_the_kernel_told_of() {
+        let known = recorded();
+        let configured = ["eth0.100", "eth0.9.6", "bond0.7", "bond0"].map(str::to_owned);
+        let bases = ["eth0", "eth0", "bond0", "bond0"].map(str::to_owned);
+        let expected: BTreeMap<_, _> = configured.iter().cloned().zip(bases).collect();
+        assert_eq!(vlans::bases(&configured, &known), expected);
+        let port = known.iter().find(|interface| interface.name == "eth1").expect("recorded");
+        let above = seen_twice(port, &["eth1".to_owned(), "bond0".to_owned()], &known);
+        assert_eq!(above.map(|above| above.name.as_str()), Some("bond0"));
     }
 }

@@ -44,6 +44,11 @@ impl Host {
         Ok(Self { jobs: Some(jobs), thread: Some(thread), id })
     }
 
+    /// The thread, by which `ip` names its namespace.
+    pub fn id(&self) -> i32 {
+        self.id
+    }
+
     /// Runs `job` in the host's namespace; threads it starts stay there.
     ///
     /// # Errors

@@ -1,42 +1,41 @@
 //! The object loaded, its maps filled, packets run through it.
 
-use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    os::fd::AsFd as _,
-};
+mod flows;
+mod places;
 
-use anyhow::{Context, Result, anyhow, bail};
+use std::{net::IpAddr, os::fd::AsFd as _};
+
+use anyhow::{Context, Result, bail};
 use aya::{
     Ebpf, EbpfLoader, Pod, TestRun, TestRunOptions,
     maps::{Array, HashMap, Map, MapData, PerCpuArray},
     programs::{SchedClassifier, Xdp},
 };
 use edge_common::{
-    address::{Address, Wide, filter_bit, unmapped},
+    address::filter_bit,
     filter,
-    flow::{FlowKey, FlowKeyV4},
     maglev::{self, Candidate},
     maps::{
-        self, AddressFilter, BackendEntry, CHUNK_BYTES, Chunk, Control, Flow, FlowV4, OwnAddresses, PortSet,
-        ServiceEntry, ServiceKey, ServiceStats, backend_state, interface_flag, mode, name,
+        self, AddressFilter, BackendEntry, CHUNK_BYTES, Chunk, Control, OwnAddresses, PortSet, ServiceEntry,
+        ServiceKey, ServiceStats, backend_state, interface_flag, mode, name,
     },
     verdict::{REASONS, Reason},
 };
-use edge_ctl::{
-    datapath::{
-        cache::FlowCache,
-        object::{EBPF_OBJECT, for_this_kernel},
-        pins::Pins,
-        stages,
-    },
-    reconcile::ports::{socket_address, wire as wide},
+use edge_ctl::datapath::{
+    cache::FlowCache,
+    object::{EBPF_OBJECT, for_this_kernel},
+    pins::Pins,
+    stages,
 };
 
-use super::{
-    namespace::{ifindex, sysctl},
-    pool::Loaded,
+pub use flows::{Entry, Key, ipv4, key, snat_of, v6_table};
+pub(crate) use places::links;
+pub use places::{
+    CLIENT, CLIENT_MAC, CLIENT6, FAMILIES, Family, OWN, OWN6, POD, PODS, PODS_MAC, SNAT, SNAT6, UPLINK_MAC, VIP, VIP6,
+    mac, pod, pod_mac, pod6, wire,
 };
-use crate::lab::exec::ip_batch;
+
+use super::{namespace::ifindex, pool::Loaded};
 
 /// Where the pipeline runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,70 +48,6 @@ pub enum Hook {
 
 /// Both, for tests that go over them.
 pub const HOOKS: [Hook; 2] = [Hook::Xdp, Hook::Tc];
-
-/// Which IP the packets of a test are.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Family {
-    /// IPv4.
-    #[default]
-    V4,
-    /// IPv6.
-    V6,
-}
-
-/// Both, for tests that go over them.
-pub const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
-
-impl Family {
-    /// The address of this family.
-    pub fn of(self, v4: Ipv4Addr, v6: Ipv6Addr) -> IpAddr {
-        match self {
-            Self::V4 => v4.into(),
-            Self::V6 => v6.into(),
-        }
-    }
-
-    /// [`VIP`] or [`VIP6`].
-    pub fn vip(self) -> IpAddr {
-        self.of(VIP, VIP6)
-    }
-
-    /// [`SNAT`] or [`SNAT6`].
-    pub fn snat(self) -> IpAddr {
-        self.of(SNAT, SNAT6)
-    }
-
-    /// [`CLIENT`] or [`CLIENT6`].
-    pub fn client(self) -> IpAddr {
-        self.of(CLIENT, CLIENT6)
-    }
-
-    /// [`OWN`] or [`OWN6`].
-    pub fn own(self) -> [IpAddr; 2] {
-        [0, 1].map(|n: usize| self.of(OWN[n], OWN6[n]))
-    }
-
-    /// The address of pod `n`.
-    pub fn pod(self, n: u8) -> IpAddr {
-        self.of(pod(n), pod6(n))
-    }
-
-    /// Bytes of a plain IP header.
-    pub fn header_len(self) -> usize {
-        match self {
-            Self::V4 => 20,
-            Self::V6 => 40,
-        }
-    }
-
-    /// The layer-4 protocol of ICMP in this family.
-    pub fn icmp(self) -> u8 {
-        match self {
-            Self::V4 => 1,
-            Self::V6 => 58,
-        }
-    }
-}
 
 /// What the program said.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -134,150 +69,6 @@ pub struct Outcome {
     pub action: Action,
     /// The whole frame.
     pub frame: Vec<u8>,
-}
-
-/// The edge's address towards clients, and its VIP.
-pub const VIP: Ipv4Addr = Ipv4Addr::new(172, 16, 1, 88);
-/// The edge's address towards pods: what full-nat uses as source.
-pub const SNAT: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 1);
-/// What the edge signs its ICMP messages with: towards clients, and towards pods.
-pub const OWN: [Ipv4Addr; 2] = [Ipv4Addr::new(172, 16, 1, 2), Ipv4Addr::new(10, 1, 0, 2)];
-/// The IPv6 twins of [`OWN`].
-pub const OWN6: [Ipv6Addr; 2] =
-    [Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 2), Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0, 2)];
-/// A client on the edge's own network.
-pub const CLIENT: Ipv4Addr = Ipv4Addr::new(172, 16, 1, 10);
-/// The IPv6 twin of [`VIP`].
-pub const VIP6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 0x88);
-/// The IPv6 twin of [`SNAT`].
-pub const SNAT6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0, 1);
-/// The IPv6 twin of [`CLIENT`].
-pub const CLIENT6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0xa, 0xb, 0xc, 0x10);
-/// The client's MAC.
-pub const CLIENT_MAC: [u8; 6] = [2, 0, 0, 0, 1, 10];
-/// The first pod; pod `n` has the address after the pod before it.
-pub const POD: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 4);
-/// Permanent neighbours that pods have.
-pub const PODS: u8 = 16;
-/// The edge's MAC on `uplink`.
-pub const UPLINK_MAC: [u8; 6] = [2, 0, 0, 0, 9, 1];
-/// The edge's MAC on `pods`.
-pub const PODS_MAC: [u8; 6] = [2, 0, 0, 0, 9, 2];
-
-/// The address of pod `n`.
-pub fn pod(n: u8) -> Ipv4Addr {
-    Ipv4Addr::new(10, 1, 0, 4 + n)
-}
-
-/// The IPv6 address of pod `n`.
-pub fn pod6(n: u8) -> Ipv6Addr {
-    Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0xfe, 0xed, 0, 4 + u16::from(n))
-}
-
-/// The MAC of pod `n`.
-pub fn pod_mac(n: u8) -> [u8; 6] {
-    [2, 0, 0, 0, 2, 4 + n]
-}
-
-/// An address as maps hold it.
-pub fn wire(address: impl Into<IpAddr>) -> Wide {
-    wide(address.into())
-}
-
-/// A flow key of either family, with addresses as maps hold them: [`Rig`] finds the table by them.
-pub type Key = FlowKey<Wide>;
-/// A flow entry of either family, as [`Key`].
-pub type Entry = Flow<Wide>;
-
-/// A flow key.
-pub fn key(src: impl Into<SocketAddr>, dst: impl Into<SocketAddr>, protocol: u8) -> Key {
-    let (src, dst) = (src.into(), dst.into());
-    FlowKey::new(wire(src.ip()), wire(dst.ip()), src.port().to_be(), dst.port().to_be(), protocol)
-}
-
-/// The address of an IPv4 endpoint, for tests of that family.
-///
-/// # Panics
-/// Where it is an IPv6 one.
-pub fn ipv4(endpoint: SocketAddr) -> Ipv4Addr {
-    match endpoint.ip() {
-        IpAddr::V4(address) => address,
-        IpAddr::V6(address) => unreachable!("{address} is not IPv4"),
-    }
-}
-
-/// The source that a forward entry gives its packets.
-pub fn snat_of(forward: &Entry) -> SocketAddr {
-    socket_address(forward.new_src, forward.new_src_port)
-}
-
-/// The IPv4 form of a key; `None` for an IPv6 one.
-fn narrow_key(key: &Key) -> Option<FlowKeyV4> {
-    let (src, dst) = (unmapped(&key.src)?, unmapped(&key.dst)?);
-    Some(FlowKey::new(src, dst, key.src_port, key.dst_port, key.protocol))
-}
-
-fn wide_key(key: &FlowKeyV4) -> Key {
-    FlowKey::new(key.src.wide(), key.dst.wide(), key.src_port, key.dst_port, key.protocol)
-}
-
-/// An entry with its addresses in another form.
-fn convert<A: Address, B: Address>(flow: &Flow<A>, address: impl Fn(A) -> B) -> Flow<B> {
-    let Flow {
-        key,
-        new_src,
-        new_dst,
-        new_src_port,
-        new_dst_port,
-        address_delta,
-        port_delta,
-        next_hop,
-        route_generation,
-        service,
-        backend,
-        sequence,
-        state,
-        direction,
-        flags,
-        ack_floor,
-        touch_due,
-        answered_after,
-        first_byte_after,
-        created,
-        last_seen,
-        packets,
-        bytes,
-    } = *flow;
-    Flow {
-        key: FlowKey::new(address(key.src), address(key.dst), key.src_port, key.dst_port, key.protocol),
-        new_src: address(new_src),
-        new_dst: address(new_dst),
-        new_src_port,
-        new_dst_port,
-        address_delta,
-        port_delta,
-        next_hop,
-        route_generation,
-        service,
-        backend,
-        sequence,
-        state,
-        direction,
-        flags,
-        ack_floor,
-        touch_due,
-        answered_after,
-        first_byte_after,
-        created,
-        last_seen,
-        packets,
-        bytes,
-    }
-}
-
-/// The name of a flow table's IPv6 twin.
-pub fn v6_table(table: &str) -> String {
-    format!("{table}_V6")
 }
 
 /// Seconds and sizes that a test may choose.
@@ -441,6 +232,22 @@ impl Rig {
         Ok(self.array(name::ADDRESS_FILTER)?.set(0, filter, 0)?)
     }
 
+    /// Gives a backend another address.
+    ///
+    /// # Errors
+    /// Where a map write fails.
+    pub fn move_backend(&mut self, number: u32, address: IpAddr, mode: u8) -> Result<()> {
+        let mut backend: BackendEntry = self.array(name::BACKENDS)?.get(&number, 0)?;
+        backend.address = wire(address);
+        self.array(name::BACKENDS)?.set(number, backend, 0)?;
+        if mode == mode::DNAT {
+            let key = ServiceKey { address: backend.address, port: backend.port, protocol: backend.protocol, _pad: 0 };
+            self.hash(name::BACKEND_INDEX)?.insert(key, number, 0)?;
+            self.filter_source(address)?;
+        }
+        Ok(())
+    }
+
     /// Has the services that follow be of another family.
     pub fn set_family(&mut self, family: Family) {
         self.settings.family = family;
@@ -586,97 +393,6 @@ impl Rig {
         Ok(Outcome { action, frame: out[..result.data_size_out as usize].to_vec() })
     }
 
-    /// The entry of `key` in a flow table, with what the cache knows of it.
-    pub fn flow(&mut self, table: &str, key: &Key) -> Option<Entry> {
-        let established = table == name::ESTABLISHED;
-        match narrow_key(key) {
-            Some(key) => {
-                let mut flow = self.hash::<FlowKeyV4, FlowV4>(table).ok()?.get(&key, 0).ok()?;
-                if established {
-                    self.cache.tell(&mut flow);
-                }
-                Some(convert(&flow, Address::wide))
-            }
-            None => {
-                let mut flow = self.hash(&v6_table(table)).ok()?.get(key, 0).ok()?;
-                if established {
-                    self.cache.tell(&mut flow);
-                }
-                Some(flow)
-            }
-        }
-    }
-
-    /// What whoever changes an established entry owes the cache.
-    fn changed(&self, table: &str, key: &Key) {
-        if table != name::ESTABLISHED {
-            return;
-        }
-        match narrow_key(key) {
-            Some(key) => {
-                self.cache.forget(&key);
-                self.cache.changed(&key);
-            }
-            None => {
-                self.cache.forget(key);
-                self.cache.changed(key);
-            }
-        }
-    }
-
-    /// Adds an entry to a flow table, or replaces it.
-    ///
-    /// # Errors
-    /// Where the write fails.
-    pub fn put_flow(&mut self, table: &str, flow: &Entry) -> Result<()> {
-        match narrow_key(&flow.key) {
-            Some(key) => {
-                let flow = convert(flow, |address| <u32 as Address>::narrow(&address));
-                self.hash(table)?.insert(key, flow, 0)?;
-            }
-            None => self.hash(&v6_table(table))?.insert(flow.key, *flow, 0)?,
-        }
-        self.changed(table, &flow.key);
-        Ok(())
-    }
-
-    /// Takes an entry out of a flow table.
-    ///
-    /// # Errors
-    /// Where there is none.
-    pub fn remove_flow(&mut self, table: &str, key: &Key) -> Result<()> {
-        match narrow_key(key) {
-            Some(key) => self.hash::<FlowKeyV4, FlowV4>(table)?.remove(&key)?,
-            None => self.hash::<Key, Entry>(&v6_table(table))?.remove(key)?,
-        }
-        self.changed(table, key);
-        Ok(())
-    }
-
-    /// Every entry of a flow table, of both families.
-    ///
-    /// # Errors
-    /// Where a map cannot be read.
-    pub fn flows(&mut self, table: &str) -> Result<Vec<Entry>> {
-        let map: HashMap<_, FlowKeyV4, FlowV4> = self.hash(table)?;
-        let mut keys: Vec<Key> = map.keys().map(|key| Ok(wide_key(&key?))).collect::<Result<_>>()?;
-        let map: HashMap<_, Key, Entry> = self.hash(&v6_table(table))?;
-        for key in map.keys() {
-            keys.push(key?);
-        }
-        Ok(keys.iter().filter_map(|key| self.flow(table, key)).collect())
-    }
-
-    /// Changes an entry of a flow table in place.
-    ///
-    /// # Errors
-    /// Where there is none, or the write fails.
-    pub fn change_flow(&mut self, table: &str, key: &Key, change: impl FnOnce(&mut Entry)) -> Result<()> {
-        let mut flow = self.flow(table, key).ok_or_else(|| anyhow!("no flow {key:?} in {table}"))?;
-        change(&mut flow);
-        self.put_flow(table, &flow)
-    }
-
     /// The sum over CPUs of a service's counters.
     ///
     /// # Errors
@@ -817,35 +533,6 @@ pub fn load(ebpf: &mut Ebpf, hook: Hook) -> Result<()> {
 pub fn load_program(ebpf: &mut Ebpf, name: &str) -> Result<()> {
     stages::load(ebpf, name)?;
     Ok(())
-}
-
-/// A MAC as `ip` writes it.
-pub fn mac(mac: [u8; 6]) -> String {
-    mac.map(|byte| format!("{byte:02x}")).join(":")
-}
-
-fn links() -> Result<()> {
-    let mut lines = vec![
-        "link add uplink type veth peer name uplink-peer".to_owned(),
-        "link add pods type veth peer name pods-peer".to_owned(),
-    ];
-    for (name, address, mac_address) in [("uplink", VIP, UPLINK_MAC), ("pods", SNAT, PODS_MAC)] {
-        lines.push(format!("link set {name} address {} up", mac(mac_address)));
-        lines.push(format!("link set {name}-peer up"));
-        lines.push(format!("address add {address}/24 dev {name}"));
-    }
-    for (name, address) in [("uplink", VIP6), ("pods", SNAT6)] {
-        lines.push(format!("address add {address}/64 dev {name} nodad"));
-    }
-    let clients = [IpAddr::from(CLIENT), CLIENT6.into()].map(|address| (address, CLIENT_MAC, "uplink"));
-    let pods =
-        (0..PODS).flat_map(|n| [IpAddr::from(pod(n)), pod6(n).into()].map(|address| (address, pod_mac(n), "pods")));
-    for (address, neighbour, device) in clients.into_iter().chain(pods) {
-        lines.push(format!("neigh replace {address} lladdr {} dev {device} nud permanent", mac(neighbour)));
-    }
-    sysctl("ipv4/ip_forward", "1")?;
-    sysctl("ipv6/conf/all/forwarding", "1")?;
-    ip_batch(None, &lines)
 }
 
 /// `struct xdp_md`: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.

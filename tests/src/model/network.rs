@@ -1,13 +1,20 @@
 //! The routes and neighbours of the world: a base that every world starts from, and the few things that change in it.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::{
+    net::{Ipv4Addr, Ipv6Addr},
+    process::Command,
+};
 
 use anyhow::Result;
+use edge_ctl::reconcile::ports::socket_address;
 
 use super::state::Route;
-use crate::datapath::{
-    namespace::{ifindex, ip, sysctl},
-    rig::{CLIENT, CLIENT_MAC, PODS_MAC, UPLINK_MAC, mac, pod, pod_mac, wire},
+use crate::{
+    datapath::{
+        namespace::{ifindex, ip, sysctl},
+        rig::{CLIENT, CLIENT_MAC, PODS_MAC, UPLINK_MAC, mac, pod, pod_mac, wire},
+    },
+    lab::exec::run,
 };
 
 /// A host behind a gateway on `uplink`.
@@ -136,6 +143,29 @@ impl Network {
         Ok(())
     }
 
+    /// Next hops that the kernel should know and does not: where there are any, a difference between program and model says
+    /// nothing about the program. All of them are permanent, which no shortage of the host-wide neighbour table takes away.
+    ///
+    /// # Errors
+    /// Where `ip` fails.
+    pub fn lost(&self) -> Result<Vec<String>> {
+        let mut known = String::new();
+        for family in ["-4", "-6"] {
+            known += &run(Command::new("ip").args([family, "neigh", "show", "nud", "permanent"]))?;
+        }
+        let expected = self.routes().into_iter().filter_map(|(_, _, route)| match route {
+            Route::Neighbour { address, dst_mac, .. } => {
+                let address = socket_address(address, 0).ip();
+                Some((format!("{address} "), format!("lladdr {} ", mac(dst_mac))))
+            }
+            _ => None,
+        });
+        let is_lost = |(address, lladdr): &(String, String)| {
+            !known.lines().any(|line| line.starts_with(address) && line.contains(lladdr))
+        };
+        Ok(expected.filter(is_lost).map(|(address, lladdr)| address + &lladdr).collect())
+    }
+
     /// The routes that the kernel has, as its lookup answers them.
     pub fn routes(&self) -> Vec<(u32, u8, Route)> {
         let by = |ifindex, address: Ipv4Addr, dst_mac, src_mac, mtu| Route::Neighbour {
@@ -181,5 +211,31 @@ impl Network {
         let moving = if self.shape.moved { uplink(GATEWAY, GATEWAY_MAC, 1500) } else { pods(pod(1), pod_mac(1), 1500) };
         routes.push((MOVING_POD, 32, moving));
         routes.into_iter().map(|(network, len, route)| (u32::from(network), len, route)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        datapath::{namespace::in_namespace, rig::links},
+        skip,
+    };
+
+    #[test]
+    fn a_next_hop_that_the_kernel_has_forgotten_is_told() -> Result<()> {
+        if let Some(why) = skip::namespaces_missing() {
+            skip::skipped("a_next_hop_that_the_kernel_has_forgotten_is_told", why);
+            return Ok(());
+        }
+        in_namespace(|| {
+            links()?;
+            let mut network = Network::new()?;
+            network.become_(Shape { mac: 0, mtu: 700, moved: true })?;
+            assert_eq!(network.lost()?, [""; 0]);
+            ip(&format!("neigh del {NEAR} dev uplink"))?;
+            assert_eq!(network.lost()?, [format!("{NEAR} lladdr {} ", mac(NEAR_MAC))]);
+            Ok(())
+        })
     }
 }

@@ -283,6 +283,10 @@ impl Bench {
 
     /// Locates a difference, leaves out the steps it does not need, and fails with what remains.
     fn explain(&mut self, run: u64, seed: u64, steps: &[u64], first: &Difference) -> Result<()> {
+        let lost = match self.network.lost()? {
+            lost if lost.is_empty() => String::new(),
+            lost => format!("the kernel has lost neighbours that the model counts on: {}\n", lost.join(", ")),
+        };
         let deadline = Instant::now() + PATIENCE;
         let (mut kept, mut last) = (steps[..=first.step].to_vec(), first.what.clone());
         let mut repeats = false;
@@ -307,7 +311,7 @@ impl Bench {
         }
         let history = if repeats { self.history(seed, &kept)? } else { "does not repeat by itself".to_owned() };
         bail!(
-            "the program and the model differ ({:?}): seed {run:#x}, world {seed:#x}, step {}\nfirst seen: {}\n\n\
+            "{lost}the program and the model differ ({:?}): seed {run:#x}, world {seed:#x}, step {}\nfirst seen: {}\n\n\
              smallest sequence found, {} steps:\n{history}\nthere: {last}",
             self.kernel.hook,
             first.step,

@@ -165,7 +165,7 @@ impl Datapath {
         {
             return Ok(before);
         }
-        let attachment = attach::attach(&self.pins, self.edge.hook, interface, program)?;
+        let attachment = attach::attach(&self.pins, self.edge.hook, interface, known, program)?;
         self.writes += u64::from(attachment.how != How::Adopted);
         if attachment.how == How::Attached {
             self.begin_quiet()?;
