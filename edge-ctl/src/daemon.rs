@@ -36,7 +36,7 @@ use edge_common::midflow::QUIET_SECONDS;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::{mpsc, oneshot, watch},
-    task::{JoinHandle, JoinSet},
+    task::JoinSet,
     time::{MissedTickBehavior, interval, sleep_until},
 };
 use tracing::{error, info, warn};
@@ -72,7 +72,7 @@ use crate::{
     desired::{self, DesiredState},
     fib::{FibEvent, FibHandle},
     model::{
-        BackendSource, BackendVerb, FlowSelector, HealthKey, PoolSnapshot, Resolver,
+        BackendSource, BackendVerb, FlowSelector, HealthKey, PoolSnapshot, Resolver, RouteUpdate,
         query::{ConfigChange, Query, ReloadRow, ViewError},
     },
     notify,
@@ -172,8 +172,16 @@ struct Inbox {
     /// SIGHUP, caught from before the start: it must never end the daemon.
     hangup: Signal,
     /// Ends only when the loop has, or by a panic.
-    reconciler: JoinHandle<()>,
+    reconciler: oneshot::Receiver<()>,
     status: watch::Receiver<ReconcilerStatus>,
+}
+
+/// What the kernel is being told.
+struct Installing {
+    /// Route changes; none: it has all.
+    changes: Vec<RouteUpdate>,
+    /// Done when it has them.
+    done: oneshot::Receiver<()>,
 }
 
 /// The loop's state.
@@ -205,6 +213,7 @@ struct Daemon {
     next_trim: Instant,
     /// What the walk has taken so far.
     walk_took: Duration,
+    installing: Installing,
     /// Programs that the kernel verifies.
     loading: JoinSet<ProgramLoaded>,
     /// True until the first attempt to attach has come to its end.
@@ -254,6 +263,7 @@ impl Daemon {
                     }
                 }
                 () = std::future::ready(()), if self.world.has_changes() => self.install_routes().await,
+                _ = &mut self.installing.done, if !self.installing.changes.is_empty() => self.on_installed().await,
                 () = sleep_until(bump_at.unwrap_or_else(Instant::now).into()), if bump_at.is_some() => {
                     self.bump_route_generation();
                 }
@@ -339,16 +349,22 @@ impl Daemon {
         }
     }
 
-    /// Tells the kernel some of the route changes that wait.
+    /// Begins to tell the kernel some of the route changes that wait.
     async fn install_routes(&mut self) {
         let changes = self.world.next_changes(ROUTE_CHUNK);
-        self.fib.apply(changes.clone()).await;
+        self.installing = Installing { changes: changes.clone(), done: self.fib.begin_apply(changes).await };
+    }
+
+    /// The kernel has what it was told.
+    async fn on_installed(&mut self) {
+        let changes = std::mem::take(&mut self.installing.changes);
         let moved = self.world.in_kernel(&changes);
         lock(&self.shared).prefixes = self.world.learnt().len();
         if !moved.is_empty() {
             self.route_generation.ask(Instant::now());
+            let services = self.world.services_at(&moved);
             self.learn_snat_sources(moved).await;
-            self.publish();
+            self.publish_of(Some(&services));
         }
         let appeared = changes.iter().filter(|change| !change.next_hops.is_empty());
         let appeared: Vec<_> = appeared.map(|change| change.prefix).collect();

@@ -36,23 +36,16 @@ impl Daemon {
 
     /// Asks the kernel which of our addresses it would use towards these backends, and has the way to new ones resolved.
     pub(super) async fn learn_snat_sources(&mut self, backends: BTreeSet<IpAddr>) {
-        for group in self.world.by_route(backends) {
-            // Where the kernel says the same of both ends of what one route covers, it says so of all between.
-            let ends = match (group.first(), group.last()) {
-                (Some(first), Some(last)) => (self.fib.source_for(*first).await, self.fib.source_for(*last).await),
-                _ => continue,
-            };
-            for backend in &group {
-                let source = if ends.0 == ends.1 { ends.0 } else { self.fib.source_for(*backend).await };
-                let Some(source) = source else { continue };
-                if self.world.snat_sources.insert(*backend, source).is_none() && !self.world.is_behind_gateway(*backend)
-                {
-                    self.fib.resolve(*backend).await;
-                }
+        let groups = self.world.by_route(backends);
+        let mut unresolved: Vec<IpAddr> = groups.iter().filter_map(|group| group.first().copied()).collect();
+        for (backend, source) in self.fib.sources_for(groups).await {
+            let is_new = self.world.snat_sources.insert(backend, source).is_none();
+            if is_new && !self.world.is_behind_gateway(backend) {
+                unresolved.push(backend);
             }
-            if let Some(first) = group.first() {
-                self.fib.resolve(*first).await;
-            }
+        }
+        if !unresolved.is_empty() {
+            self.fib.resolve(unresolved).await;
         }
     }
 

@@ -13,13 +13,13 @@ use edge_common::{
 };
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::{mpsc, watch},
+    sync::{mpsc, oneshot, watch},
     task::JoinSet,
 };
 use tracing::{info, warn};
 
 use super::{
-    Daemon, Inbox, Orders, ROUTE_GENERATION_PAUSE, Shared,
+    Daemon, Inbox, Installing, Orders, ROUTE_GENERATION_PAUSE, Shared,
     acl::{self, Acl},
     announcer::Announcer,
     bgp_orders::BgpOrders,
@@ -183,11 +183,11 @@ async fn start(file: &Path, config: Config, texts: Texts, commits: Commits) -> R
     let verdicts = health.verdicts();
     let counters = Arc::new(lock(&shared).datapath.view()?);
     tokio::spawn(traffic::watch(Arc::clone(&shared), counters, reconciler_status.clone(), health.clone()));
-    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let (stop, stopped) = oneshot::channel::<()>();
     let server = tokio::spawn(api::serve_bound(bound, Arc::new(views), async move {
         let _ = stopped.await;
     }));
-    let reconciler = tokio::spawn(reconciler.run(desired_inbox, status));
+    let reconciler = reconcile(reconciler.run(desired_inbox, status))?;
     let daemon = Daemon {
         config,
         world,
@@ -213,6 +213,7 @@ async fn start(file: &Path, config: Config, texts: Texts, commits: Commits) -> R
         next_walk: Instant::now(),
         next_trim: Instant::now(),
         walk_took: Duration::ZERO,
+        installing: Installing { changes: Vec::new(), done: oneshot::channel().1 },
         loading: JoinSet::new(),
         starting: true,
     };
@@ -232,6 +233,18 @@ async fn start(file: &Path, config: Config, texts: Texts, commits: Commits) -> R
         warn!(%error, "the API stopped badly");
     }
     Ok(result?)
+}
+
+/// Runs the reconciler on a thread of its own: reading and writing maps, and filling tables, would keep sessions and the
+/// kernel's routes waiting on a thread that they share. What is returned is done when the thread has ended.
+fn reconcile(run: impl Future<Output = ()> + Send + 'static) -> std::io::Result<oneshot::Receiver<()>> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
+    let (running, ended) = oneshot::channel();
+    std::thread::Builder::new().name("reconciler".to_owned()).spawn(move || {
+        runtime.block_on(run);
+        drop(running);
+    })?;
+    Ok(ended)
 }
 
 /// What the maps still serve is what discovery starts from.

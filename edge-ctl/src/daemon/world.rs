@@ -34,6 +34,8 @@ pub struct World {
     with_stale: Option<RouteSet>,
     /// Route changes that the kernel has yet to be told.
     waiting: BTreeMap<IpNet, RouteUpdate>,
+    /// True while it is being told of some.
+    telling: bool,
     converged: bool,
     routes_settled: bool,
     /// Backends that a route or prefix covered at some time since the start, kept until routes have settled.
@@ -100,20 +102,26 @@ impl World {
         {
             changes.push(update);
         }
+        self.telling = !changes.is_empty();
         changes
     }
 
-    /// True while the kernel has not been told everything.
+    /// True while the kernel is to be told of changes, and is not being told of others.
     pub fn has_changes(&self) -> bool {
-        !self.waiting.is_empty()
+        !self.waiting.is_empty() && !self.telling
     }
 
-    /// The kernel has these: from now on they count. Returns the backends to which the way has changed. After a restart
-    /// peers send again what the kernel still has, which changes nothing.
+    /// The kernel has these: from now on they count, but for those about which something newer has been heard. Returns the
+    /// backends to which the way has changed. After a restart peers send again what the kernel still has, which changes
+    /// nothing.
     pub fn in_kernel(&mut self, changes: &[RouteUpdate]) -> BTreeSet<IpAddr> {
+        self.telling = false;
         let backends = self.backend_addresses();
         let mut moved = BTreeSet::new();
         for change in changes {
+            if self.waiting.contains_key(&change.prefix) {
+                continue;
+            }
             // A withdrawal has counted since it was heard, but only now is the kernel's route gone.
             if self.take_over(change) || change.next_hops.is_empty() {
                 moved.extend(behind(&backends, &change.prefix));
@@ -136,7 +144,7 @@ impl World {
     /// Once, when BGP has converged and the kernel has its routes: from now on only learnt routes count. Returns the
     /// backends to which the way has changed by that.
     pub fn settle(&mut self) -> Option<BTreeSet<IpAddr>> {
-        if !self.converged || self.routes_settled || self.has_changes() {
+        if !self.converged || self.routes_settled || self.telling || !self.waiting.is_empty() {
             return None;
         }
         let mut moved = BTreeSet::new();
@@ -432,6 +440,25 @@ mod tests {
         }
         assert_eq!(world.next_changes(10), [update("10.1.0.0/24", &[]), update("10.1.1.0/24", &["172.16.1.81"])]);
         assert!(!world.has_changes());
+    }
+
+    #[test]
+    fn a_route_that_is_lost_while_the_kernel_is_told_of_it_never_counts() {
+        let config = config(CONFIG);
+        let mut world = world(&[], &[]);
+        world.converged();
+        world.settle();
+        world.hear_pool(&config, pool(&config, &["10.1.0.1:443"]));
+        world.hear(vec![update("10.1.0.0/24", &["172.16.1.80"])]);
+        let coming = world.next_changes(10);
+        world.hear(vec![update("10.1.0.0/24", &[])]);
+        assert!(!world.has_changes(), "one after the other, or the kernel would keep it");
+        assert!(world.in_kernel(&coming).is_empty());
+        assert_eq!(eligible(&world.desired(&config)), [""; 0]);
+        let going = world.next_changes(10);
+        assert_eq!(going, [update("10.1.0.0/24", &[])]);
+        assert_eq!(world.in_kernel(&going), BTreeSet::from([ip("10.1.0.1")]));
+        assert_eq!(eligible(&world.desired(&config)), [""; 0]);
     }
 
     #[test]

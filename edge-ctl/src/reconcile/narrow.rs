@@ -32,12 +32,14 @@ fn changed<'a>(before: &DesiredState, after: &'a DesiredState) -> Option<Vec<(&'
 }
 
 /// The first writes of a change: each backend that is not eligible any more is excluded, by one write, before anything
-/// else is looked at.
+/// else is looked at, whatever else changes with it (the last one takes its VIP's route along).
 pub fn exclusions(before: &DesiredState, after: &DesiredState, actual: &DatapathState) -> Vec<Action> {
-    let Some(changed) = changed(before, after) else { return Vec::new() };
     let mut actions = Vec::new();
-    for (frontend, desired) in changed {
+    for (frontend, desired) in &after.frontends {
         let Some(pool) = &desired.pool else { continue };
+        if before.frontends.get(frontend).is_none_or(|known| known == desired) {
+            continue;
+        }
         let eligible: BTreeSet<_> = pool.iter().filter(|backend| backend.eligible()).map(|b| b.address).collect();
         for number in numbers(actual, frontend) {
             let Some(slot) = actual.backends.get(&number) else { continue };
