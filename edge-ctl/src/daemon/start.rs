@@ -4,7 +4,7 @@ use std::{
     collections::BTreeSet,
     path::Path,
     sync::{Arc, Mutex},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use edge_common::{
@@ -27,10 +27,10 @@ use super::{
     damping::Damping,
     dns_guard, dns_sources,
     downtime::Downtimes,
-    flow_ends::FlowEnds,
     host, lock,
     recorder::Recorder,
     slow_start::SlowStart,
+    sweep::{Sweep, Tools},
     swept::Swept,
     throttle::Throttle,
     traffic,
@@ -45,6 +45,7 @@ use crate::{
         loader::{Datapath, LoadError},
         next_hops::NextHops,
         object::EBPF_OBJECT,
+        tables::Tables,
     },
     desired::AdoptedBackend,
     fib::{self, FibError, FibOptions},
@@ -151,9 +152,9 @@ async fn start(file: &Path, config: Config, texts: Texts, commits: Commits) -> R
     let health = health::spawn();
     let (desired, desired_inbox) = watch::channel(None);
     let (status, reconciler_status) = watch::channel(ReconcilerStatus::default());
-    let (next_hops, sweeper) = (NextHops::open(datapath.pins())?, datapath.sweeper()?);
+    let next_hops = NextHops::open(datapath.pins())?;
+    let (sweeper, ender, tables) = (datapath.sweeper()?, datapath.flow_ender()?, Tables::open(datapath.pins())?);
     let program_log = datapath.program_log()?;
-    let flow_ends = FlowEnds::new(datapath.flow_ender()?);
     let recorder = Recorder::start(datapath.events()?, config.access_log.clone())?;
     let shared = Arc::new(Mutex::new(Shared {
         file: file.to_owned(),
@@ -188,19 +189,20 @@ async fn start(file: &Path, config: Config, texts: Texts, commits: Commits) -> R
         let _ = stopped.await;
     }));
     let reconciler = reconcile(reconciler.run(desired_inbox, status))?;
+    let tools = Tools { sweeper, ender, tables, ended: recorder.inlet(), shared: Arc::clone(&shared) };
+    let (sweep, sweep_ended) = Sweep::start(tools)?;
     let daemon = Daemon {
         config,
         world,
         shared,
         desired,
         next_hops,
-        sweeper,
+        sweep,
         slow_start: SlowStart::default(),
         damping: Damping::default(),
         next_share: None,
         program_log,
         recorder,
-        flow_ends,
         commits,
         held: fib.status().await.held,
         fib,
@@ -210,9 +212,7 @@ async fn start(file: &Path, config: Config, texts: Texts, commits: Commits) -> R
         orders,
         kernel,
         route_generation: Throttle::new(ROUTE_GENERATION_PAUSE),
-        next_walk: Instant::now(),
         next_trim: Instant::now(),
-        walk_took: Duration::ZERO,
         installing: Installing { changes: Vec::new(), done: oneshot::channel().1 },
         loading: JoinSet::new(),
         starting: true,
@@ -225,6 +225,7 @@ async fn start(file: &Path, config: Config, texts: Texts, commits: Commits) -> R
         verdicts,
         hangup,
         reconciler,
+        sweep: sweep_ended,
         status: reconciler_status,
     };
     let result = daemon.run(inbox).await;

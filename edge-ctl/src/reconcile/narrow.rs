@@ -35,11 +35,8 @@ fn changed<'a>(before: &DesiredState, after: &'a DesiredState) -> Option<Vec<(&'
 /// else is looked at, whatever else changes with it (the last one takes its VIP's route along).
 pub fn exclusions(before: &DesiredState, after: &DesiredState, actual: &DatapathState) -> Vec<Action> {
     let mut actions = Vec::new();
-    for (frontend, desired) in &after.frontends {
-        let Some(pool) = &desired.pool else { continue };
-        if before.frontends.get(frontend).is_none_or(|known| known == desired) {
-            continue;
-        }
+    for (frontend, desired) in after.changed_since(before) {
+        let Some(pool) = desired.pool.as_ref().filter(|_| before.frontends.contains_key(frontend)) else { continue };
         let eligible: BTreeSet<_> = pool.iter().filter(|backend| backend.eligible()).map(|b| b.address).collect();
         for number in numbers(actual, frontend) {
             let Some(slot) = actual.backends.get(&number) else { continue };
