@@ -272,6 +272,7 @@ impl Daemon {
     }
 
     async fn on_request(&mut self, request: Request) {
+        let _t = Timed("on_request", Instant::now());
         // Whoever asked may have gone.
         match request {
             Request::Order { key, verb, reply } => drop(reply.send(self.order(&key, verb))),
@@ -290,6 +291,7 @@ impl Daemon {
     }
 
     async fn on_bgp(&mut self, event: BgpEvent) {
+        let _t = Timed("on_bgp", Instant::now());
         match event {
             BgpEvent::Routes(updates) => {
                 // Backends behind a lost route stop being eligible before anything else happens.
@@ -330,12 +332,14 @@ impl Daemon {
 
     /// Begins to tell the kernel some of the route changes that wait.
     async fn install_routes(&mut self) {
+        let _t = Timed("install_routes", Instant::now());
         let changes = self.world.next_changes(ROUTE_CHUNK);
         self.installing = Installing { changes: changes.clone(), done: self.fib.begin_apply(changes).await };
     }
 
     /// The kernel has what it was told.
     async fn on_installed(&mut self) {
+        let _t = Timed("on_installed", Instant::now());
         let changes = std::mem::take(&mut self.installing.changes);
         let moved = self.world.in_kernel(&changes);
         lock(&self.shared).prefixes = self.world.learnt().len();
@@ -368,6 +372,7 @@ impl Daemon {
     }
 
     async fn on_fib(&mut self, event: FibEvent) {
+        let _t = Timed("on_fib", Instant::now());
         match event {
             FibEvent::NeighbourChanged { ifindex, address, mac: Some(mac) } => {
                 match self.next_hops.set_mac(ifindex, address, mac) {
@@ -402,6 +407,7 @@ impl Daemon {
 
     /// Many services may ask for one name: all that has come by now makes one new state.
     async fn on_pools(&mut self, first: PoolSnapshot, more: &mut mpsc::Receiver<PoolSnapshot>) {
+        let _t = Timed("on_pools", Instant::now());
         let (mut sources, mut fresh, mut next) = (BTreeSet::new(), BTreeSet::new(), Some(first));
         while let Some(pool) = next {
             let known = |address: &IpAddr| self.world.snat_sources.contains_key(address);
@@ -426,6 +432,7 @@ impl Daemon {
 
     /// As [`Daemon::publish`], where nothing has changed but what concerns these services.
     fn publish_of(&mut self, services: Option<&BTreeSet<String>>) {
+        let _t = Timed("publish_of", Instant::now());
         let mut shared = lock(&self.shared);
         // Maps that are still filled from maps of an earlier layout are left alone: what is removed there would come back.
         if self.starting && shared.datapath.is_migrating() {
@@ -481,6 +488,7 @@ impl Daemon {
     }
 
     fn bump_route_generation(&mut self) {
+        let _t = Timed("bump_route_generation", Instant::now());
         self.route_generation.done(Instant::now());
         if let Err(error) = lock(&self.shared).datapath.bump_route_generation() {
             warn!(%error, "flows could not be told to look their routes up again");
@@ -555,3 +563,6 @@ fn dns_sources(config: &Config) -> Vec<(BackendSource, Resolver)> {
 fn dns_guard(config: &Config, own: BTreeSet<IpAddr>) -> dns::Guard {
     dns::Guard { pod_networks: config.edge.pod_networks.clone(), vips: addresses(config), own }
 }
+
+pub struct Timed(pub &'static str, pub Instant);
+impl Drop for Timed { fn drop(&mut self) { let e = self.1.elapsed(); if e.as_micros() > 300 { eprintln!("TIMED {} {} us", self.0, e.as_micros()); } } }

@@ -36,6 +36,7 @@ impl Daemon {
 
     /// Asks the kernel which of our addresses it would use towards these backends, and has the way to new ones resolved.
     pub(super) async fn learn_snat_sources(&mut self, backends: BTreeSet<IpAddr>) {
+        let _t = super::Timed("learn_snat_sources", Instant::now());
         let groups = self.world.by_route(backends);
         let mut unresolved: Vec<IpAddr> = groups.iter().filter_map(|group| group.first().copied()).collect();
         for (backend, source) in self.fib.sources_for(groups).await {
@@ -100,6 +101,7 @@ impl Daemon {
     }
 
     pub(super) async fn housekeeping(&mut self) {
+        let _t = super::Timed("housekeeping", Instant::now());
         let settings = self::problems(&self.config);
         let mut problems: Vec<String> = settings.iter().map(ToString::to_string).collect();
         let broken = faults(&settings);

@@ -6,6 +6,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -23,7 +24,7 @@ use super::{
     },
 };
 use crate::{
-    desired::{AdoptedBackend, DesiredState, Timeouts},
+    desired::{AdoptedBackend, DesiredFrontend, DesiredState, Timeouts},
     model::{Frontend, PoolMember, Protocol, TableShape},
 };
 
@@ -170,6 +171,7 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
 
     /// One round: plan from memory, and write. Errors end up in the status.
     pub fn round(&mut self, desired: &Arc<DesiredState>) {
+        let _t = Timed("round", Instant::now());
         match self.try_round(desired) {
             Ok(()) => {
                 self.status.error = None;
@@ -208,13 +210,12 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
             steps += 1;
         }
         let reserved = self.reserved(Instant::now());
-        // BGP may have forgotten what it was told.
-        let is_told = memory.announced == desired.announcements && self.status.problems.is_empty();
-        let narrow = reached.filter(|_| is_told).and_then(|reached| {
+        let reached = reached.filter(|_| self.status.problems.is_empty());
+        let narrow = reached.as_ref().and_then(|reached| {
             let fill = |members: &[PoolMember], shape| self.fill.table(members, shape);
-            narrow::narrow(&reached, desired, &memory, &self.members, &reserved, &fill)
+            narrow::narrow(reached, desired, &memory, &self.members, &reserved, &fill)
         });
-        let is_narrow = narrow.is_some();
+        let changed = narrow.as_ref().and(reached).map(|reached| desired.changed_since(&reached));
         let plan = match narrow {
             Some(plan) => plan,
             None => self.whole_plan(desired, &mut memory, reserved)?,
@@ -234,12 +235,15 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
             info!(actions = steps, "datapath brought to the desired state");
         }
         self.status.applied += 1;
-        if !is_narrow {
-            self.members.clear();
-            for (number, slot) in memory.backends.iter() {
-                self.members.entry(slot.entry.service).or_default().insert(*number);
+        match changed {
+            Some(changed) => changed.into_iter().for_each(|(frontend, wanted)| self.recount(frontend, wanted, &memory)),
+            None => {
+                self.members.clear();
+                for (number, slot) in memory.backends.iter() {
+                    self.members.entry(slot.entry.service).or_default().insert(*number);
+                }
+                self.leaving = leaving(desired, &memory);
             }
-            self.leaving = leaving(desired, &memory);
         }
         self.reached = Some(Arc::clone(desired));
         self.memory = Some(memory);
@@ -270,6 +274,21 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
         Ok(plan)
     }
 
+    /// Who leaves a frontend whose members have changed.
+    fn recount(&mut self, frontend: &Frontend, wanted: &DesiredFrontend, memory: &DatapathState) {
+        let number = memory.index.get(&service_key(frontend.address, frontend.protocol));
+        let Some(members) = number.and_then(|number| self.members.get(number)) else { return };
+        let stays: BTreeSet<SocketAddr> = wanted.pool.iter().flatten().map(|backend| backend.address).collect();
+        for number in members {
+            let slot = memory.backends.get(number);
+            if slot.is_some_and(|slot| !slot.eligible() && !stays.contains(&slot.address())) {
+                self.leaving.backends.insert(*number);
+            } else {
+                self.leaving.backends.remove(number);
+            }
+        }
+    }
+
     fn step(&mut self, action: &Action, memory: &mut DatapathState) -> Result<(), PortError> {
         self.carry_out(action)?;
         self.note(action, memory);
@@ -288,10 +307,13 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
         Ok(())
     }
 
-    /// Remembers since when a number gets no new flows.
+    /// Remembers since when a number gets no new flows, and whose it is.
     fn note(&mut self, action: &Action, before: &DatapathState) {
         let now = Instant::now();
         match action {
+            Action::PutBackend { number, entry, .. } => {
+                self.members.entry(entry.service).or_default().insert(*number);
+            }
             Action::SetBackendState { number, state } => {
                 if state & edge_common::maps::backend_state::ELIGIBLE == 0 {
                     self.resting_backends.insert(*number, now);
@@ -323,6 +345,7 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
             regions: self.retired.iter().map(|(_, region)| *region).collect(),
             backends: self.resting_backends.keys().copied().collect(),
             services: self.resting_services.keys().copied().collect(),
+            ..Reserved::default()
         }
     }
 
@@ -337,6 +360,7 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
 
     /// What has drained is freed by a look at everything, which is worth its price only then.
     fn look_at_drains(&mut self) {
+        let _t = Timed("look_at_drains", Instant::now());
         let Some(memory) = &mut self.memory else { return };
         if self.leaving.is_empty() {
             return;
@@ -361,6 +385,7 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
 
     /// Reads the maps back. What differs is logged; the round that follows repairs it.
     fn audit(&mut self) {
+        let _t = Timed("audit", Instant::now());
         self.status.audits += 1;
         let snapshot = match self.datapath.snapshot() {
             Ok(snapshot) => snapshot,
@@ -445,3 +470,6 @@ fn differences(memory: &DatapathState, snapshot: &DatapathState) -> Vec<&'static
     ];
     parts.into_iter().filter(|(_, same)| !same).map(|(name, _)| name).collect()
 }
+
+struct Timed(&'static str, Instant);
+impl Drop for Timed { fn drop(&mut self) { let e = self.1.elapsed(); if e.as_micros() > 300 { eprintln!("TIMED {} {} us", self.0, e.as_micros()); } } }
