@@ -37,7 +37,6 @@ use edge_common::midflow::QUIET_SECONDS;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::{mpsc, oneshot, watch},
-    task::JoinSet,
     time::{MissedTickBehavior, interval, sleep_until},
 };
 use tracing::{error, info, warn};
@@ -63,12 +62,7 @@ use crate::{
         diff::{self, Changes},
         valid::Config,
     },
-    datapath::{
-        kernel_view::KernelView,
-        loader::{Datapath, ProgramLoaded},
-        next_hops::NextHops,
-        program_log::ProgramLog,
-    },
+    datapath::{kernel_view::KernelView, loader::Datapath, next_hops::NextHops, program_log::ProgramLog},
     desired::{self, DesiredState},
     fib::{FibEvent, FibHandle},
     model::{
@@ -199,7 +193,7 @@ struct Daemon {
     next_trim: Instant,
     installing: Installing,
     /// Programs that the kernel verifies.
-    loading: JoinSet<ProgramLoaded>,
+    loading: host::Loading,
     /// True until the first attempt to attach has come to its end.
     starting: bool,
 }
@@ -215,7 +209,7 @@ impl Daemon {
         watchdog.set_missed_tick_behavior(MissedTickBehavior::Delay);
         self.refresh_kernel_prefixes().await;
         self.fixed_pools();
-        self.learn_snat_sources(self.world.backend_addresses()).await;
+        self.learn_snat_sources((*self.world.backend_addresses()).clone()).await;
         self.hold_addresses().await;
         // The kernel takes seconds to verify a program that is new to it: the reconciler writes the maps meanwhile.
         self.publish();
@@ -272,7 +266,6 @@ impl Daemon {
     }
 
     async fn on_request(&mut self, request: Request) {
-        let _t = Timed("on_request", Instant::now());
         // Whoever asked may have gone.
         match request {
             Request::Order { key, verb, reply } => drop(reply.send(self.order(&key, verb))),
@@ -291,7 +284,6 @@ impl Daemon {
     }
 
     async fn on_bgp(&mut self, event: BgpEvent) {
-        let _t = Timed("on_bgp", Instant::now());
         match event {
             BgpEvent::Routes(updates) => {
                 // Backends behind a lost route stop being eligible before anything else happens.
@@ -332,14 +324,12 @@ impl Daemon {
 
     /// Begins to tell the kernel some of the route changes that wait.
     async fn install_routes(&mut self) {
-        let _t = Timed("install_routes", Instant::now());
         let changes = self.world.next_changes(ROUTE_CHUNK);
         self.installing = Installing { changes: changes.clone(), done: self.fib.begin_apply(changes).await };
     }
 
     /// The kernel has what it was told.
     async fn on_installed(&mut self) {
-        let _t = Timed("on_installed", Instant::now());
         let changes = std::mem::take(&mut self.installing.changes);
         let moved = self.world.in_kernel(&changes);
         lock(&self.shared).prefixes = self.world.learnt().len();
@@ -372,7 +362,6 @@ impl Daemon {
     }
 
     async fn on_fib(&mut self, event: FibEvent) {
-        let _t = Timed("on_fib", Instant::now());
         match event {
             FibEvent::NeighbourChanged { ifindex, address, mac: Some(mac) } => {
                 match self.next_hops.set_mac(ifindex, address, mac) {
@@ -398,7 +387,7 @@ impl Daemon {
                 }
                 self.dns.own_addresses(&self.fib.own_addresses().await);
                 self.publish();
-                self.learn_snat_sources(self.world.backend_addresses()).await;
+                self.learn_snat_sources((*self.world.backend_addresses()).clone()).await;
                 self.publish();
             }
             FibEvent::ForeignChange { prefix } => warn!(%prefix, "somebody else changed one of our routes; repaired"),
@@ -407,7 +396,6 @@ impl Daemon {
 
     /// Many services may ask for one name: all that has come by now makes one new state.
     async fn on_pools(&mut self, first: PoolSnapshot, more: &mut mpsc::Receiver<PoolSnapshot>) {
-        let _t = Timed("on_pools", Instant::now());
         let (mut sources, mut fresh, mut next) = (BTreeSet::new(), BTreeSet::new(), Some(first));
         while let Some(pool) = next {
             let known = |address: &IpAddr| self.world.snat_sources.contains_key(address);
@@ -432,7 +420,6 @@ impl Daemon {
 
     /// As [`Daemon::publish`], where nothing has changed but what concerns these services.
     fn publish_of(&mut self, services: Option<&BTreeSet<String>>) {
-        let _t = Timed("publish_of", Instant::now());
         let mut shared = lock(&self.shared);
         // Maps that are still filled from maps of an earlier layout are left alone: what is removed there would come back.
         if self.starting && shared.datapath.is_migrating() {
@@ -488,7 +475,6 @@ impl Daemon {
     }
 
     fn bump_route_generation(&mut self) {
-        let _t = Timed("bump_route_generation", Instant::now());
         self.route_generation.done(Instant::now());
         if let Err(error) = lock(&self.shared).datapath.bump_route_generation() {
             warn!(%error, "flows could not be told to look their routes up again");
@@ -498,7 +484,7 @@ impl Daemon {
     fn fixed_pools(&mut self) {
         for service in self.config.services.values() {
             if let Some(pool) = fixed::snapshot(&service.backends, &self.config.edge.pod_networks) {
-                self.world.pools.insert(pool.source.clone(), pool);
+                self.world.set_pool(pool);
             }
         }
     }
@@ -563,6 +549,3 @@ fn dns_sources(config: &Config) -> Vec<(BackendSource, Resolver)> {
 fn dns_guard(config: &Config, own: BTreeSet<IpAddr>) -> dns::Guard {
     dns::Guard { pod_networks: config.edge.pod_networks.clone(), vips: addresses(config), own }
 }
-
-pub struct Timed(pub &'static str, pub Instant);
-impl Drop for Timed { fn drop(&mut self) { let e = self.1.elapsed(); if e.as_micros() > 300 { eprintln!("TIMED {} {} us", self.0, e.as_micros()); } } }

@@ -113,9 +113,9 @@ fn desired(backends: &[&str]) -> DesiredState {
     }
 }
 
-fn fill(members: &[PoolMember], _: TableShape) -> Vec<u16> {
+fn fill(members: &[PoolMember], _: TableShape) -> Arc<[u16]> {
     let members = u16::try_from(members.len()).unwrap();
-    if members == 0 { Vec::new() } else { (0..131).map(|slot: u16| slot % members).collect() }
+    if members == 0 { Arc::default() } else { (0..131).map(|slot: u16| slot % members).collect() }
 }
 
 fn quick() -> Intervals {

@@ -265,11 +265,11 @@ pub(super) fn table_filler(seed: [u64; 2]) -> OwnedFill {
     Box::new(move |pool, shape| match shape.balance {
         Balance::RoundRobin => {
             let weights: Vec<u32> = pool.iter().map(|member| u32::from(member.weight)).collect();
-            schedule::turns(&weights)
+            schedule::turns(&weights).into()
         }
         Balance::Maglev | Balance::LeastConnections => {
             let candidates: Vec<Candidate> = pool.iter().map(candidate).collect();
-            maglev::fill(seed, &candidates, shape.maglev_size.unwrap_or(maglev::table_len(candidates.len())))
+            maglev::fill(seed, &candidates, shape.maglev_size.unwrap_or(maglev::table_len(candidates.len()))).into()
         }
     })
 }

@@ -19,11 +19,7 @@ use super::{
     recorder::Ended,
 };
 use crate::{
-    datapath::{
-        flow_ends::FlowEnder,
-        sweep::Sweeper,
-        tables::Tables,
-    },
+    datapath::{flow_ends::FlowEnder, sweep::Sweeper, tables::Tables},
     model::FlowSelector,
 };
 

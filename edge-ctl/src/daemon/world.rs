@@ -7,7 +7,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
-    sync::Arc,
+    sync::{Arc, OnceLock},
 };
 
 use ipnet::IpNet;
@@ -26,7 +26,9 @@ const FEW_SOURCES: usize = 1024;
 #[derive(Debug, Default)]
 pub struct World {
     /// What each source last said.
-    pub pools: BTreeMap<BackendSource, PoolSnapshot>,
+    pools: BTreeMap<BackendSource, PoolSnapshot>,
+    /// Every address in these and among the adopted, found when it is asked for.
+    addresses: OnceLock<Arc<BTreeSet<IpAddr>>>,
     /// BGP's best routes as taught in this life, as far as the kernel has them.
     learnt: RouteSet,
     /// The same over the BGP routes that an earlier life left in the kernel; serves until routes have settled. `None`: it
@@ -149,7 +151,7 @@ impl World {
         }
         let mut moved = BTreeSet::new();
         if let Some(stale) = self.with_stale.take() {
-            moved = self.backend_addresses();
+            moved = (*self.backend_addresses()).clone();
             moved.retain(|backend| stale.lookup(*backend) != self.learnt.lookup(*backend));
         }
         self.routes_settled = true;
@@ -160,13 +162,20 @@ impl World {
     /// Takes over what a source says, where a service still asks it: an answer may have been under way during a reload.
     pub fn hear_pool(&mut self, config: &Config, pool: PoolSnapshot) {
         if config.services.values().any(|service| service.backends == pool.source) {
-            self.pools.insert(pool.source.clone(), pool);
+            self.set_pool(pool);
         }
+    }
+
+    /// Takes over what a source says.
+    pub fn set_pool(&mut self, pool: PoolSnapshot) {
+        self.addresses.take();
+        self.pools.insert(pool.source.clone(), pool);
     }
 
     /// Another configuration is in force. Drops the pools of sources that no service names any more, and adopts the pools
     /// that serve now (`current`): they stand in where a frontend has a source that has not answered yet.
     pub fn reconfigure(&mut self, config: &Config, current: &DesiredState) {
+        self.addresses.take();
         let used: BTreeSet<_> = config.services.values().map(|service| &service.backends).collect();
         self.pools.retain(|source, _| used.contains(source));
         for (frontend, desired) in &current.frontends {
@@ -204,10 +213,13 @@ impl World {
     }
 
     /// Every address that is, or at start was, a backend.
-    pub fn backend_addresses(&self) -> BTreeSet<IpAddr> {
-        let members = self.pools.values().flat_map(|pool| pool.members.iter().map(|member| member.address.ip()));
-        let adopted = self.adopted.values().flatten().map(|backend| backend.address.ip());
-        members.chain(adopted).collect()
+    pub fn backend_addresses(&self) -> Arc<BTreeSet<IpAddr>> {
+        let find = || {
+            let members = self.pools.values().flat_map(|pool| pool.members.iter().map(|member| member.address.ip()));
+            let adopted = self.adopted.values().flatten().map(|backend| backend.address.ip());
+            members.chain(adopted).collect::<BTreeSet<_>>().into()
+        };
+        Arc::clone(self.addresses.get_or_init(find))
     }
 
     /// The desired state of this world under `config`.
@@ -260,7 +272,7 @@ impl World {
             let backends = self.backend_addresses();
             let routes = self.with_stale.as_ref().unwrap_or(&self.learnt);
             let covered =
-                backends.into_iter().filter(|backend| desired::is_covered(routes, &kernel_prefixes, *backend));
+                backends.iter().copied().filter(|backend| desired::is_covered(routes, &kernel_prefixes, *backend));
             self.covered.extend(covered);
         }
         let nodes = node_names(config);

@@ -24,7 +24,7 @@ use crate::{
     },
 };
 
-fn fill(members: &[PoolMember], _: TableShape) -> Vec<u16> {
+fn fill(members: &[PoolMember], _: TableShape) -> Arc<[u16]> {
     let slots = members.iter().zip(0_u16..).flat_map(|(member, index)| vec![index; usize::from(member.weight)]);
     slots.cycle().take(131).collect()
 }

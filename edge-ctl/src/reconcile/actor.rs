@@ -81,7 +81,7 @@ pub struct ReconcilerStatus {
 }
 
 /// A [`Fill`] that the loop owns.
-pub type OwnedFill = Box<dyn Fn(&[PoolMember], TableShape) -> Vec<u16> + Send>;
+pub type OwnedFill = Box<dyn Fn(&[PoolMember], TableShape) -> Arc<[u16]> + Send>;
 
 /// See the module.
 pub struct Reconciler<D, A> {
@@ -171,7 +171,6 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
 
     /// One round: plan from memory, and write. Errors end up in the status.
     pub fn round(&mut self, desired: &Arc<DesiredState>) {
-        let _t = Timed("round", Instant::now());
         match self.try_round(desired) {
             Ok(()) => {
                 self.status.error = None;
@@ -360,7 +359,6 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
 
     /// What has drained is freed by a look at everything, which is worth its price only then.
     fn look_at_drains(&mut self) {
-        let _t = Timed("look_at_drains", Instant::now());
         let Some(memory) = &mut self.memory else { return };
         if self.leaving.is_empty() {
             return;
@@ -385,7 +383,6 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
 
     /// Reads the maps back. What differs is logged; the round that follows repairs it.
     fn audit(&mut self) {
-        let _t = Timed("audit", Instant::now());
         self.status.audits += 1;
         let snapshot = match self.datapath.snapshot() {
             Ok(snapshot) => snapshot,
@@ -394,14 +391,19 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
                 return;
             }
         };
-        if let Some(memory) = &self.memory {
-            let differences = differences(memory, &snapshot);
-            if !differences.is_empty() {
-                self.status.audit_findings += 1;
-                self.reached = None;
-                warn!(maps = ?differences, "the maps differ from what was written to them; repairing");
-            }
+        let Some(memory) = &mut self.memory else {
+            self.memory = Some(snapshot);
+            return;
+        };
+        let differences = differences(memory, &snapshot);
+        if differences.is_empty() {
+            // It shares its tables with the memo, and its pages with those who look at it.
+            recall_counts(&snapshot, memory);
+            return;
         }
+        self.status.audit_findings += 1;
+        self.reached = None;
+        warn!(maps = ?differences, "the maps differ from what was written to them; repairing");
         self.memory = Some(snapshot);
     }
 }
@@ -452,6 +454,18 @@ fn refresh_counts(of: &NumberSets, counts: &FlowCounts, memory: &mut DatapathSta
     }
 }
 
+/// Takes over the counts of flows of a snapshot that is the same but for them.
+fn recall_counts(snapshot: &DatapathState, memory: &mut DatapathState) {
+    let counts = |state: &DatapathState| -> Vec<u64> { state.backends.values().map(|slot| slot.active).collect() };
+    if counts(snapshot) != counts(memory) {
+        memory.backends = snapshot.backends.clone();
+    }
+    let counts = |state: &DatapathState| -> Vec<u64> { state.services.values().map(|slot| slot.active).collect() };
+    if counts(snapshot) != counts(memory) {
+        memory.services = snapshot.services.clone();
+    }
+}
+
 /// Names of the parts in which two states differ, flow counts and announcements aside.
 fn differences(memory: &DatapathState, snapshot: &DatapathState) -> Vec<&'static str> {
     let services = |state: &DatapathState| -> Vec<_> {
@@ -470,6 +484,3 @@ fn differences(memory: &DatapathState, snapshot: &DatapathState) -> Vec<&'static
     ];
     parts.into_iter().filter(|(_, same)| !same).map(|(name, _)| name).collect()
 }
-
-struct Timed(&'static str, Instant);
-impl Drop for Timed { fn drop(&mut self) { let e = self.1.elapsed(); if e.as_micros() > 300 { eprintln!("TIMED {} {} us", self.0, e.as_micros()); } } }

@@ -30,6 +30,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
     rc::Rc,
+    sync::Arc,
     time::Duration,
 };
 
@@ -39,7 +40,8 @@ use edge_common::maps::{
 
 use super::pages::Pages;
 use super::ports::{
-    Action, BackendSlot, DatapathState, FilterBits, frontend_of, needed_filter, same_family, service_key, state_word, wire,
+    Action, BackendSlot, DatapathState, FilterBits, frontend_of, needed_filter, same_family, service_key, state_word,
+    wire,
 };
 use super::protect::{protected, ranges};
 use crate::{
@@ -51,7 +53,7 @@ use crate::{
 const SNAT_PORT_MIN: u16 = 1024;
 
 /// Makes a pool's table of indices into the members, which are sorted by address; empty where there can be none.
-pub type Fill<'a> = dyn Fn(&[PoolMember], TableShape) -> Vec<u16> + 'a;
+pub type Fill<'a> = dyn Fn(&[PoolMember], TableShape) -> Arc<[u16]> + 'a;
 
 /// What must not be given out again yet, although nothing in the maps refers to it any more.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

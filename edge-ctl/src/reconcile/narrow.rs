@@ -152,7 +152,8 @@ fn is_alone(
     numbers: Option<&BTreeSet<u32>>,
 ) -> bool {
     let is_own = |number: &u32| numbers.is_some_and(|numbers| numbers.contains(number));
-    let mut leads = moved.iter().filter_map(|address| actual.backend_index.get(&service_key(*address, frontend.protocol)));
+    let mut leads =
+        moved.iter().filter_map(|address| actual.backend_index.get(&service_key(*address, frontend.protocol)));
     let others = after.frontends.iter().filter(|(key, other)| *key != frontend && other.mode == Mode::Dnat);
     let mut others = others.flat_map(|(_, other)| other.pool.iter().flatten());
     moved.is_empty() || leads.all(is_own) && !others.any(|backend| moved.contains(&backend.address))
