@@ -428,12 +428,13 @@ pub fn trim_heap() {
     }
 }
 
-/// From now on others go first: the calling thread, and those that it starts, take a tenth of a CPU that somebody else wants.
+/// From now on others go first: the calling thread, and those that it starts, take half of what others take of a CPU that both
+/// want. Less would keep a daemon waiting for its program for minutes on a busy host.
 pub fn give_way() {
     // SAFETY: takes integers only; 0 is the calling thread (Linux, setpriority(2) C library/kernel differences). Nobody is
     // refused a lower priority.
     unsafe {
-        libc::setpriority(libc::PRIO_PROCESS, 0, 10);
+        libc::setpriority(libc::PRIO_PROCESS, 0, 3);
     }
 }
 
