@@ -428,6 +428,30 @@ pub fn trim_heap() {
     }
 }
 
+/// Keeps the heap close to what is in use, for a daemon that needs several times that at its start and for audits, and keeps it
+/// for months: one arena for all threads, and large blocks straight from the system and back to it. To be called before there
+/// are threads.
+pub fn keep_heap_small() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes integers only; what the library does not know it refuses, and nothing depends on it.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        // Set once they stay as they are, where the library would else raise them with each large block that is freed.
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 128 << 10);
+    }
+}
+
+/// From now on others go first: the calling thread, and those that it starts, take half of what others take of a CPU that both
+/// want. Less would keep a daemon waiting for its program for minutes on a busy host.
+pub fn give_way() {
+    // SAFETY: takes integers only; 0 is the calling thread (Linux, setpriority(2) C library/kernel differences). Nobody is
+    // refused a lower priority.
+    unsafe {
+        libc::setpriority(libc::PRIO_PROCESS, 0, 3);
+    }
+}
+
 /// CLOCK_MONOTONIC, ns: the clock of every time in a flow entry.
 pub fn monotonic_ns() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
