@@ -407,9 +407,7 @@ mod tests {
             controller: Some(2),
             ..Interface::default()
         };
-        let of = |ports: &[Interface], stripping: &str| {
-            traits(&bond, &[&[bond.clone()], ports].concat(), |name| name == stripping)
-        };
+        let of = |ports: &[Interface], stripping: &str| traits(&bond, ports, |name| name == stripping);
         let nics = [port("eth0", 3, false), port("eth1", 4, false)];
         assert_eq!(of(&nics, "bond0"), Traits::default());
         assert_eq!(of(&nics, "eth1"), Traits { veth: false, strips_tags: true });
