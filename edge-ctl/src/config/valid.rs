@@ -185,6 +185,8 @@ pub struct Peer {
     pub import: Option<Vec<Term>>,
     /// What is announced to it; `None`: nothing to eBGP, all that is ours to iBGP.
     pub export: Option<Vec<Term>>,
+    /// Announced to it alone, whatever `export` says: networks of clients, whose replies it sends back this way.
+    pub client_networks: Vec<IpNet>,
     /// How much of it, and which paths.
     pub intake: Intake,
 }

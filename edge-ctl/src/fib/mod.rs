@@ -9,6 +9,7 @@ pub mod fake;
 mod kernel;
 mod monitor;
 mod netlink;
+mod nexthop;
 pub mod plan;
 pub mod sysctl;
 
@@ -22,11 +23,26 @@ use ipnet::IpNet;
 use tokio::sync::{mpsc, oneshot};
 
 pub use self::kernel::{Kernel, Link, LocalAddress, Neighbour, Notice, RouteTo, Snapshot};
+pub use self::nexthop::ObjectCounts;
 use crate::model::{RouteSet, RouteUpdate, view::RouteRow};
 
-/// Timings of the actor.
+/// How routes say where they lead.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum NextHops {
+    /// By next-hop objects, one for each gateway, and groups of them (Linux 5.3).
+    #[default]
+    Objects,
+    /// So too, with resilient groups: flows keep their way where others go (Linux 5.13).
+    Resilient,
+    /// Each by itself.
+    Inline,
+}
+
+/// How the actor works.
 #[derive(Clone, Debug)]
 pub struct FibOptions {
+    /// How routes say where they lead.
+    pub next_hops: NextHops,
     /// How long notifications of the kernel are gathered before its table is read again.
     pub coalesce: Duration,
     /// How often the table is compared even without a notification.
@@ -38,6 +54,7 @@ pub struct FibOptions {
 impl Default for FibOptions {
     fn default() -> Self {
         Self {
+            next_hops: NextHops::default(),
             coalesce: Duration::from_millis(20),
             repair_interval: Duration::from_secs(30),
             neighbour_interval: Duration::from_secs(10),
@@ -118,6 +135,8 @@ pub struct FibStatus {
     pub repairs: u64,
     /// BGP routes found at start and not yet confirmed.
     pub stale: usize,
+    /// Next-hop objects of ours in the kernel.
+    pub objects: ObjectCounts,
     /// Addresses held on `lo`.
     pub held: BTreeSet<IpAddr>,
 }
@@ -127,7 +146,7 @@ pub struct FibStatus {
 /// # Errors
 /// Where no netlink socket can be had or the first reading of the tables fails.
 pub async fn spawn(options: FibOptions, events: mpsc::Sender<FibEvent>) -> Result<FibHandle, FibError> {
-    let (kernel, notices) = netlink::Netlink::connect()?;
+    let (kernel, notices) = netlink::Netlink::connect(options.next_hops)?;
     spawn_on(kernel, notices, options, events).await
 }
 

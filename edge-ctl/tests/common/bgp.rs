@@ -81,6 +81,7 @@ pub fn peer(address: &str, remote_asn: u32) -> valid::Peer {
         session: Default::default(),
         import: None,
         export: None,
+        client_networks: vec![],
         intake: valid::Intake::default(),
     }
 }
