@@ -281,7 +281,7 @@ fn a_route_deleted_or_changed_by_hand_is_repaired_and_reported() {
 #[test]
 fn routes_that_name_their_gateways_come_back_after_a_flush() {
     let Some(lab) = Lab::new() else { return };
-    lab.run_with(FibOptions { next_hops: fib::NextHops::Inline, ..FibOptions::default() }, async |fib, _events| {
+    lab.run_with(FibOptions { next_hops: fib::NextHopStyle::Inline, ..FibOptions::default() }, async |fib, _events| {
         fib.apply(vec![update("10.1.0.0/24", &["172.31.0.2"]), update("10.1.1.0/24", &["172.31.0.3"])]).await;
         assert_eq!((objects(&lab).len(), fib.status().await.objects), (0, fib::ObjectCounts::default()));
         lab.edge(&["route", "flush", "proto", "bgp"]);
@@ -641,7 +641,7 @@ fn routes_and_objects_come_back_after_a_flush_of_the_objects_and_are_found_again
 #[test]
 fn a_resilient_group_keeps_the_buckets_of_the_members_that_stay() {
     let Some(lab) = Lab::new() else { return };
-    let options = FibOptions { next_hops: fib::NextHops::Resilient, ..FibOptions::default() };
+    let options = FibOptions { next_hops: fib::NextHopStyle::Resilient, ..FibOptions::default() };
     lab.run_with(options, async |fib, _events| {
         fib.apply(vec![update("10.1.0.0/24", &["172.31.0.2", "172.31.0.3", "172.31.0.4"])]).await;
         let [(group, members)] = &groups(&lab)[..] else { panic!("{:?}", objects(&lab)) };

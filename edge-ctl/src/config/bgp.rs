@@ -16,7 +16,7 @@ use super::{
     valid::{Bgp, Peer, PeerRange},
     values,
 };
-use crate::model::{Service, scope};
+use crate::model::{NextHopStyle, Service, scope};
 
 const DEFAULT_PORT: u16 = 179;
 /// RFC 4271 10 suggests 90 s, and a third of it for keepalives.
@@ -180,6 +180,9 @@ pub(super) fn bgp(root: &Section<'_>) -> Option<Bgp> {
     }
     let router_id = router_id(&section, &peers);
     let transit = section.boolean("transit").unwrap_or(false);
+    let next_hops = section
+        .parse("next_hops", "\"objects\", \"resilient\" or \"inline\"", next_hops)
+        .map(|next_hops| next_hops.value);
     let drain = section.parse("drain", values::DURATION, values::duration).map(|drain| drain.value);
     section.finish();
     Some(Bgp {
@@ -189,10 +192,20 @@ pub(super) fn bgp(root: &Section<'_>) -> Option<Bgp> {
         networks: networks.into_iter().map(|network| network.value).collect(),
         peers: peers.into_iter().map(|(address, (peer, _))| (address, peer)).collect(),
         transit,
+        next_hops: next_hops.unwrap_or_default(),
         drain,
         guard: Guard::default(),
         ranges: by_length(ranges),
     })
+}
+
+fn next_hops(text: &str) -> Result<NextHopStyle, String> {
+    match text {
+        "objects" => Ok(NextHopStyle::Objects),
+        "resilient" => Ok(NextHopStyle::Resilient),
+        "inline" => Ok(NextHopStyle::Inline),
+        _ => Err(String::new()),
+    }
 }
 
 /// With what no import may bring in unasked: pods are routed, our own addresses are not.

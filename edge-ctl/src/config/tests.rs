@@ -2,7 +2,7 @@ use std::{net::IpAddr, time::Duration};
 
 use super::*;
 use crate::model::{
-    BackendSource, Balance, Lifetimes, Mode, RecordType, Selection, StaticBackend, Tier,
+    BackendSource, Balance, Lifetimes, Mode, NextHopStyle, RecordType, Selection, StaticBackend, Tier,
     access::{Format, Target},
 };
 
@@ -363,6 +363,23 @@ fn faults_of_peers_are_found() {
         "{faults:?}"
     );
     ok(&with("address = \"172.16.1.80\"\nremote_asn = 1\ntimers = { hold = \"0s\" }"));
+}
+
+#[test]
+fn routes_name_objects_unless_the_configuration_says_otherwise_which_waits_for_a_restart() {
+    let style = |config: &Config| config.bgp.as_ref().unwrap().next_hops;
+    let with = |line: &str| BASE.replace("[bgp]\n", &format!("[bgp]\n{line}\n"));
+    assert!(with("next_hops").contains("next_hops"), "{BASE}");
+    let plain = ok(BASE);
+    assert_eq!(style(&plain), NextHopStyle::Objects);
+    for (word, expected) in [("resilient", NextHopStyle::Resilient), ("inline", NextHopStyle::Inline)] {
+        let other = ok(&with(&format!("next_hops = \"{word}\"")));
+        assert_eq!(style(&other), expected);
+        assert_eq!(diff::changes(&plain, &other).needs_restart, ["[bgp] next_hops"]);
+        assert_eq!(style(&diff::until_restart(&plain, other)), NextHopStyle::Objects);
+    }
+    let faults = faults(&with("next_hops = \"groups\""));
+    assert!(faults[0].contains("\"objects\", \"resilient\" or \"inline\""), "{faults:?}");
 }
 
 #[test]

@@ -18,7 +18,7 @@ use rtnetlink::{
 use socket2::SockRef;
 
 use super::{
-    FibError, NextHops, ObjectCounts,
+    FibError, NextHopStyle, ObjectCounts,
     netlink::route_message,
     nexthop::{Kind, Object, Objects, Request, wire},
     plan::RouteChange,
@@ -43,7 +43,7 @@ pub(super) struct Batches {
 }
 
 impl Batches {
-    pub(super) fn open(next_hops: NextHops) -> std::io::Result<Self> {
+    pub(super) fn open(next_hops: NextHopStyle) -> std::io::Result<Self> {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
         let port = socket.bind_auto()?.port_number();
         socket.connect(&SocketAddr::new(0, 0))?;

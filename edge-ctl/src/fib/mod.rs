@@ -24,25 +24,14 @@ use tokio::sync::{mpsc, oneshot};
 
 pub use self::kernel::{Kernel, Link, LocalAddress, Neighbour, Notice, RouteTo, Snapshot};
 pub use self::nexthop::ObjectCounts;
+pub use crate::model::NextHopStyle;
 use crate::model::{RouteSet, RouteUpdate, view::RouteRow};
-
-/// How routes say where they lead.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum NextHops {
-    /// By next-hop objects, one for each gateway, and groups of them (Linux 5.3).
-    #[default]
-    Objects,
-    /// So too, with resilient groups: flows keep their way where others go (Linux 5.13).
-    Resilient,
-    /// Each by itself.
-    Inline,
-}
 
 /// How the actor works.
 #[derive(Clone, Debug)]
 pub struct FibOptions {
     /// How routes say where they lead.
-    pub next_hops: NextHops,
+    pub next_hops: NextHopStyle,
     /// How long notifications of the kernel are gathered before its table is read again.
     pub coalesce: Duration,
     /// How often the table is compared even without a notification.
@@ -54,7 +43,7 @@ pub struct FibOptions {
 impl Default for FibOptions {
     fn default() -> Self {
         Self {
-            next_hops: NextHops::default(),
+            next_hops: NextHopStyle::default(),
             coalesce: Duration::from_millis(20),
             repair_interval: Duration::from_secs(30),
             neighbour_interval: Duration::from_secs(10),

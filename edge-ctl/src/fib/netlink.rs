@@ -27,7 +27,7 @@ use rtnetlink::{
 use tokio::sync::mpsc;
 
 use super::{
-    FibError, Kernel, Link, LocalAddress, Neighbour, NextHops, Notice, ObjectCounts, RouteTo, Snapshot,
+    FibError, Kernel, Link, LocalAddress, Neighbour, NextHopStyle, Notice, ObjectCounts, RouteTo, Snapshot,
     batch::Batches,
     monitor, nexthop,
     plan::{KernelRoute, NextHop, PROTOCOL_BGP, RouteChange, Table},
@@ -46,7 +46,7 @@ pub(super) struct Netlink {
 impl Netlink {
     /// Opens one socket for requests, one for route changes and one for notifications, so that a flood of the last loses
     /// no answer.
-    pub(super) fn connect(next_hops: NextHops) -> Result<(Self, mpsc::UnboundedReceiver<Notice>), FibError> {
+    pub(super) fn connect(next_hops: NextHopStyle) -> Result<(Self, mpsc::UnboundedReceiver<Notice>), FibError> {
         let failed = |error: std::io::Error| FibError::Socket(error.to_string());
         let (mut connection, handle, _) = rtnetlink::new_connection().map_err(failed)?;
         let port = {

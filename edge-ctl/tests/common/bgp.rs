@@ -96,6 +96,7 @@ pub fn config(peers: impl IntoIterator<Item = valid::Peer>) -> valid::Bgp {
         peers: peers.into_iter().map(|peer| (peer.address, peer)).collect(),
         ranges: vec![],
         transit: false,
+        next_hops: Default::default(),
         drain: None,
         guard: valid::Guard::default(),
     }

@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use ipnet::IpNet;
 
 use super::{
-    NextHops,
+    NextHopStyle,
     plan::{NextHop, RouteChange},
 };
 
@@ -88,7 +88,7 @@ pub struct ObjectCounts {
 #[derive(Debug)]
 pub(super) struct Objects {
     /// `None`: the kernel has none of them.
-    kind: Option<NextHops>,
+    kind: Option<NextHopStyle>,
     hops: BTreeMap<NextHop, u32>,
     groups: BTreeMap<Vec<u32>, u32>,
     /// Groups that belong to one prefix, with their members.
@@ -99,9 +99,9 @@ pub(super) struct Objects {
 }
 
 impl Objects {
-    pub fn new(kind: NextHops) -> Self {
+    pub fn new(kind: NextHopStyle) -> Self {
         Self {
-            kind: Some(kind).filter(|kind| *kind != NextHops::Inline),
+            kind: Some(kind).filter(|kind| *kind != NextHopStyle::Inline),
             hops: BTreeMap::new(),
             groups: BTreeMap::new(),
             resilient: BTreeMap::new(),
@@ -112,12 +112,12 @@ impl Objects {
 
     /// From now on routes name their gateways themselves.
     pub fn give_up(&mut self) {
-        *self = Self::new(NextHops::Inline);
+        *self = Self::new(NextHopStyle::Inline);
     }
 
     /// From now on groups are plain.
     pub fn no_resilience(&mut self) {
-        self.kind = self.kind.map(|_| NextHops::Objects);
+        self.kind = self.kind.map(|_| NextHopStyle::Objects);
         self.resilient.clear();
     }
 
@@ -137,7 +137,7 @@ impl Objects {
         let used: BTreeSet<u32> =
             all.iter().filter(|object| in_use(object)).flat_map(members).chain(named.clone()).collect();
         let (ours, others): (Vec<&Object>, Vec<&Object>) = all.iter().partition(|object| object.ours);
-        let kind = self.kind.unwrap_or(NextHops::Inline);
+        let kind = self.kind.unwrap_or(NextHopStyle::Inline);
         let next = self.next;
         *self = Self { next, ..Self::new(kind) };
         self.taken = others.iter().map(|object| object.id).collect();
@@ -197,7 +197,7 @@ impl Objects {
         match members.as_slice() {
             [only] if !self.resilient.contains_key(&prefix) => Some(*only),
             [] => None,
-            _ if kind == NextHops::Resilient => self.resilient_group(prefix, members, requests),
+            _ if kind == NextHopStyle::Resilient => self.resilient_group(prefix, members, requests),
             _ => self.group(members, requests),
         }
     }
@@ -302,7 +302,7 @@ mod tests {
 
     #[test]
     fn every_gateway_and_every_set_of_them_is_made_once_and_before_the_routes_that_name_it() {
-        let mut objects = Objects::new(NextHops::Objects);
+        let mut objects = Objects::new(NextHopStyle::Objects);
         let delete = RouteChange::Delete { prefix: prefix(9), metric: METRIC };
         let changes = [route(1, &[80]), route(2, &[80]), route(3, &[80, 81]), route(4, &[81, 80]), delete];
         let (requests, taken) = objects.requests(&changes, 128);
@@ -323,7 +323,7 @@ mod tests {
 
     #[test]
     fn a_resilient_group_is_one_prefixs_and_changes_in_place() {
-        let mut objects = Objects::new(NextHops::Resilient);
+        let mut objects = Objects::new(NextHopStyle::Resilient);
         let group =
             |members: &[u32]| Kind::Group { members: members.iter().map(|n| FIRST + n).collect(), resilient: true };
         let both = [route(1, &[80, 81]), route(2, &[80, 81])];
@@ -338,7 +338,7 @@ mod tests {
 
     #[test]
     fn what_was_read_is_used_again_what_nothing_uses_goes_and_what_is_not_ours_stays() {
-        let mut objects = Objects::new(NextHops::Objects);
+        let mut objects = Objects::new(NextHopStyle::Objects);
         let bgp = |number: u32, kind| Object::new(FIRST + number, PROTOCOL_BGP, kind);
         let group =
             |members: &[u32]| Kind::Group { members: members.iter().map(|n| FIRST + n).collect(), resilient: false };
@@ -369,8 +369,8 @@ mod tests {
     #[test]
     fn without_objects_routes_name_their_gateways_themselves() {
         let changes = [route(1, &[80, 81])];
-        for mut objects in [Objects::new(NextHops::Inline), {
-            let mut objects = Objects::new(NextHops::Objects);
+        for mut objects in [Objects::new(NextHopStyle::Inline), {
+            let mut objects = Objects::new(NextHopStyle::Objects);
             objects.give_up();
             objects
         }] {
