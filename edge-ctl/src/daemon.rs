@@ -18,6 +18,7 @@ mod orders;
 mod recorder;
 mod slow_start;
 mod start;
+mod sweep;
 mod swept;
 mod throttle;
 mod traffic;
@@ -36,7 +37,6 @@ use edge_common::midflow::QUIET_SECONDS;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::{mpsc, oneshot, watch},
-    task::{JoinHandle, JoinSet},
     time::{MissedTickBehavior, interval, sleep_until},
 };
 use tracing::{error, info, warn};
@@ -48,10 +48,10 @@ use self::{
     commit::{Commits, Texts},
     damping::Damping,
     downtime::Downtimes,
-    flow_ends::FlowEnds,
     orders::Orders,
     recorder::Recorder,
     slow_start::SlowStart,
+    sweep::Sweep,
     swept::Swept,
     throttle::Throttle,
     world::World,
@@ -62,17 +62,11 @@ use crate::{
         diff::{self, Changes},
         valid::Config,
     },
-    datapath::{
-        kernel_view::KernelView,
-        loader::{Datapath, ProgramLoaded},
-        next_hops::NextHops,
-        program_log::ProgramLog,
-        sweep::Sweeper,
-    },
+    datapath::{kernel_view::KernelView, loader::Datapath, next_hops::NextHops, program_log::ProgramLog},
     desired::{self, DesiredState},
     fib::{FibEvent, FibHandle},
     model::{
-        BackendSource, BackendVerb, FlowSelector, HealthKey, PoolSnapshot, Resolver,
+        BackendSource, BackendVerb, FlowSelector, HealthKey, PoolSnapshot, Resolver, RouteUpdate,
         query::{ConfigChange, Query, ReloadRow, ViewError},
     },
     notify,
@@ -88,25 +82,10 @@ use crate::{
 const HOUSEKEEPING: Duration = Duration::from_secs(2);
 /// How often freed memory is given back to the system; after each audit, which holds the maps twice.
 const TRIM: Duration = Duration::from_secs(15);
-/// Entries looked at in one step of the sweep: the default table in 16 s.
-const SWEEP_BUDGET: usize = 8192;
-/// Between two steps of the sweep over established flows.
-const SWEEP_STEP: Duration = Duration::from_millis(250);
-/// Between two walks over the table: even an empty table has half a million buckets to look into,
-/// and no timeout is shorter than minutes.
-const SWEEP_WALK: Duration = Duration::from_secs(4);
-/// How long an empty table is left alone after a walk, in times of what the walk took: with many backends their counters are
-/// most of it.
-const WALK_REST: u32 = 500;
-/// Longest that it is.
-const LONGEST_REST: Duration = Duration::from_secs(30);
 /// Between two orders to all flows to look their routes up again, however much routes flap.
 const ROUTE_GENERATION_PAUSE: Duration = Duration::from_millis(100);
 /// Route changes told to the kernel between two looks at other events.
 const ROUTE_CHUNK: usize = 512;
-/// Between two steps of ending flows on order: the default tables in less than a second.
-const END_STEP: Duration = Duration::from_millis(5);
-
 /// What the views may ask of the loop.
 enum Request {
     /// Read the configuration again and apply it.
@@ -172,8 +151,18 @@ struct Inbox {
     /// SIGHUP, caught from before the start: it must never end the daemon.
     hangup: Signal,
     /// Ends only when the loop has, or by a panic.
-    reconciler: JoinHandle<()>,
+    reconciler: oneshot::Receiver<()>,
+    /// Likewise.
+    sweep: oneshot::Receiver<()>,
     status: watch::Receiver<ReconcilerStatus>,
+}
+
+/// What the kernel is being told.
+struct Installing {
+    /// Route changes; none: it has all.
+    changes: Vec<RouteUpdate>,
+    /// Done when it has them.
+    done: oneshot::Receiver<()>,
 }
 
 /// The loop's state.
@@ -183,13 +172,13 @@ struct Daemon {
     shared: SharedState,
     desired: watch::Sender<Option<Arc<DesiredState>>>,
     next_hops: NextHops,
-    sweeper: Sweeper,
+    /// Before the recorder, which writes what it ends.
+    sweep: Sweep,
     slow_start: SlowStart,
     damping: Damping,
     next_share: Option<Instant>,
     program_log: ProgramLog,
     recorder: Recorder,
-    flow_ends: FlowEnds,
     commits: Commits,
     fib: FibHandle,
     bgp: Option<BgpHandle>,
@@ -200,13 +189,11 @@ struct Daemon {
     /// Addresses that the host holds on our account, in this life or from an earlier one.
     held: BTreeSet<IpAddr>,
     route_generation: Throttle,
-    next_walk: Instant,
     /// When freed memory is given back to the system.
     next_trim: Instant,
-    /// What the walk has taken so far.
-    walk_took: Duration,
+    installing: Installing,
     /// Programs that the kernel verifies.
-    loading: JoinSet<ProgramLoaded>,
+    loading: host::Loading,
     /// True until the first attempt to attach has come to its end.
     starting: bool,
 }
@@ -218,15 +205,11 @@ impl Daemon {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut housekeeping = interval(HOUSEKEEPING);
         housekeeping.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut sweep = interval(SWEEP_STEP);
-        sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut ends = interval(END_STEP);
-        ends.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut watchdog = interval(notify::watchdog_interval().unwrap_or(HOUSEKEEPING));
         watchdog.set_missed_tick_behavior(MissedTickBehavior::Delay);
         self.refresh_kernel_prefixes().await;
         self.fixed_pools();
-        self.learn_snat_sources(self.world.backend_addresses()).await;
+        self.learn_snat_sources((*self.world.backend_addresses()).clone()).await;
         self.hold_addresses().await;
         // The kernel takes seconds to verify a program that is new to it: the reconciler writes the maps meanwhile.
         self.publish();
@@ -254,6 +237,7 @@ impl Daemon {
                     }
                 }
                 () = std::future::ready(()), if self.world.has_changes() => self.install_routes().await,
+                _ = &mut self.installing.done, if !self.installing.changes.is_empty() => self.on_installed().await,
                 () = sleep_until(bump_at.unwrap_or_else(Instant::now).into()), if bump_at.is_some() => {
                     self.bump_route_generation();
                 }
@@ -263,10 +247,9 @@ impl Daemon {
                 }
                 Some(loaded) = self.loading.join_next() => self.on_loaded(loaded, &inbox.status),
                 _ = housekeeping.tick() => self.housekeeping().await,
-                _ = sweep.tick() => self.sweep(),
-                _ = ends.tick(), if self.flow_ends.is_busy() => self.flow_ends.step(&self.recorder),
                 _ = watchdog.tick() => notify::alive(),
                 _ = &mut inbox.reconciler => return Err(ended("the datapath")),
+                _ = &mut inbox.sweep => return Err(ended("idle flows")),
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
             }
@@ -288,7 +271,7 @@ impl Daemon {
             Request::Order { key, verb, reply } => drop(reply.send(self.order(&key, verb))),
             Request::Reload(reply) => drop(reply.send(self.reload().await)),
             Request::Change(change, reply) => drop(reply.send(self.change_config(change).await)),
-            Request::KillFlows(selector, reply) => self.flow_ends.kill(selector, reply),
+            Request::KillFlows(selector, reply) => self.sweep.kill(selector, reply),
             Request::Acl(change, reply) => drop(reply.send(self.change_acl(&change))),
         }
     }
@@ -339,16 +322,22 @@ impl Daemon {
         }
     }
 
-    /// Tells the kernel some of the route changes that wait.
+    /// Begins to tell the kernel some of the route changes that wait.
     async fn install_routes(&mut self) {
         let changes = self.world.next_changes(ROUTE_CHUNK);
-        self.fib.apply(changes.clone()).await;
+        self.installing = Installing { changes: changes.clone(), done: self.fib.begin_apply(changes).await };
+    }
+
+    /// The kernel has what it was told.
+    async fn on_installed(&mut self) {
+        let changes = std::mem::take(&mut self.installing.changes);
         let moved = self.world.in_kernel(&changes);
         lock(&self.shared).prefixes = self.world.learnt().len();
         if !moved.is_empty() {
             self.route_generation.ask(Instant::now());
+            let services = self.world.services_at(&moved);
             self.learn_snat_sources(moved).await;
-            self.publish();
+            self.publish_of(Some(&services));
         }
         let appeared = changes.iter().filter(|change| !change.next_hops.is_empty());
         let appeared: Vec<_> = appeared.map(|change| change.prefix).collect();
@@ -398,7 +387,7 @@ impl Daemon {
                 }
                 self.dns.own_addresses(&self.fib.own_addresses().await);
                 self.publish();
-                self.learn_snat_sources(self.world.backend_addresses()).await;
+                self.learn_snat_sources((*self.world.backend_addresses()).clone()).await;
                 self.publish();
             }
             FibEvent::ForeignChange { prefix } => warn!(%prefix, "somebody else changed one of our routes; repaired"),
@@ -455,7 +444,7 @@ impl Daemon {
             changed
         });
         self.health.retarget(desired::targets(&self.config, &desired, services), services);
-        self.flow_ends.look(&self.config, &desired);
+        self.sweep.down(flow_ends::down(&self.config, &desired));
         shared.downtimes.look(Instant::now(), &desired);
         shared.desired = desired;
     }
@@ -495,43 +484,8 @@ impl Daemon {
     fn fixed_pools(&mut self) {
         for service in self.config.services.values() {
             if let Some(pool) = fixed::snapshot(&service.backends, &self.config.edge.pod_networks) {
-                self.world.pools.insert(pool.source.clone(), pool);
+                self.world.set_pool(pool);
             }
-        }
-    }
-
-    fn sweep(&mut self) {
-        let now = Instant::now();
-        if now < self.next_walk {
-            return;
-        }
-        let step = self.sweeper.step(SWEEP_BUDGET);
-        self.walk_took += now.elapsed();
-        match step {
-            Ok(report) if report.finished => {
-                self.look_at_pass(now);
-                self.next_walk = now + self.rest();
-            }
-            Ok(_) => {}
-            Err(error) => warn!(%error, "idle flows could not be swept"),
-        }
-        self.recorder.ended(self.sweeper.take_ended());
-    }
-
-    /// Until the next walk: longer where there was little to see and it still took its time.
-    fn rest(&mut self) -> Duration {
-        let took = std::mem::take(&mut self.walk_took);
-        let flows: u64 = self.sweeper.last_pass().map_or(0, |pass| pass.entries.values().sum());
-        if flows >= SWEEP_BUDGET as u64 {
-            return SWEEP_WALK;
-        }
-        took.saturating_mul(WALK_REST).clamp(SWEEP_WALK, LONGEST_REST)
-    }
-
-    fn look_at_pass(&self, now: Instant) {
-        let Some(pass) = self.sweeper.last_pass() else { return };
-        if let Err(error) = lock(&self.shared).swept.take(pass, self.kernel.tables(), now) {
-            warn!(%error, "the use of SNAT ports cannot be told");
         }
     }
 

@@ -585,7 +585,7 @@ fn desired(backends: &[&str]) -> Arc<DesiredState> {
     })
 }
 
-fn fill(members: &[PoolMember], _: TableShape) -> Vec<u16> {
+fn fill(members: &[PoolMember], _: TableShape) -> Arc<[u16]> {
     let members = u16::try_from(members.len()).unwrap();
     (0..1021).map(|slot: u16| slot.checked_rem(members).unwrap_or(0)).collect()
 }

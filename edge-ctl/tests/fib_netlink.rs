@@ -422,7 +422,7 @@ fn watched_neighbours_are_resolved_kept_and_reported_when_their_address_changes(
 
         // A backend behind a gateway that nobody watches.
         fib.apply(vec![update("10.1.1.0/24", &["172.31.0.3"])]).await;
-        fib.resolve(address("10.1.1.4")).await;
+        fib.resolve(vec![address("10.1.1.4")]).await;
         event(&mut events, resolved("172.31.0.3")).await;
 
         lab.edge(&["neigh", "replace", "172.31.0.3", "lladdr", "02:00:00:00:00:99", "dev", "up0"]);

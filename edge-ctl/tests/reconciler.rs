@@ -24,7 +24,9 @@ use edge_ctl::{
     },
     reconcile::{
         actor::{Intervals, Reconciler, ReconcilerStatus},
-        ports::{Action, AnnouncementPort, DatapathPort, DatapathState, FlowCounts, NumberSets, PortError},
+        ports::{
+            Action, AnnouncementPort, DatapathPort, DatapathState, FlowCounts, NumberSets, PortError, service_key,
+        },
     },
 };
 use ipnet::IpNet;
@@ -113,9 +115,9 @@ fn desired(backends: &[&str]) -> DesiredState {
     }
 }
 
-fn fill(members: &[PoolMember], _: TableShape) -> Vec<u16> {
+fn fill(members: &[PoolMember], _: TableShape) -> Arc<[u16]> {
     let members = u16::try_from(members.len()).unwrap();
-    if members == 0 { Vec::new() } else { (0..131).map(|slot: u16| slot % members).collect() }
+    if members == 0 { Arc::default() } else { (0..131).map(|slot: u16| slot % members).collect() }
 }
 
 fn quick() -> Intervals {
@@ -240,6 +242,47 @@ async fn a_change_of_one_service_costs_its_own_plan_and_writes_however_many_othe
     assert!(writes.iter().all(|writes| *writes <= 12), "a state word for each backend, a region, an entry: {writes:?}");
     assert_eq!(reads(&running), at_start, "nothing was read back");
     assert_eq!(running.fake.1.counts.load(Ordering::Relaxed), 0, "who is out on order is not waited for");
+}
+
+#[tokio::test]
+async fn members_that_come_and_go_and_a_vip_that_goes_with_the_last_one_cost_the_plan_of_their_service() {
+    const SERVICES: u16 = 500;
+    let mut running = start(Intervals::default());
+    let whole = many(SERVICES, (0, 0));
+    let vip = *whole.announcements.first_key_value().unwrap().0;
+    running.desired.send_replace(Some(whole.clone().into()));
+    let mut before = running.until(|status| status.in_sync).await;
+    let highest = *before.state.backends.last_key_value().unwrap().0;
+    let of = |state: &DesiredState| *state.frontends.keys().nth(7).unwrap();
+    let change = |change: &dyn Fn(&mut DesiredFrontend)| {
+        let mut state = whole.clone();
+        change(Arc::make_mut(state.frontends.get_mut(&of(&whole)).unwrap()));
+        state
+    };
+    let grown = change(&|service| {
+        let pool = service.pool.as_mut().unwrap();
+        let more = DesiredBackend { address: "10.1.0.8:443".parse().unwrap(), ..pool[0].clone() };
+        pool.push(more);
+    });
+    let shrunk = change(&|service| drop(service.pool.as_mut().unwrap().remove(0)));
+    let mut empty = change(&|service| service.pool = Some(Vec::new()));
+    empty.announcements.clear();
+    for (state, pool, announced) in [(&grown, 5, true), (&shrunk, 3, true), (&empty, 0, false), (&grown, 5, true)] {
+        running.desired.send_replace(Some(state.clone().into()));
+        let after = running.until(|status| status.applied > before.applied).await;
+        assert_eq!(after.planned - before.planned, 1, "{pool} members");
+        let key = service_key(of(&whole).address, Protocol::Tcp);
+        let selection = after.state.services[&after.state.index[&key]].entry.selection;
+        let serve = after.state.regions.get(&selection).map_or(0, |region| region.pool.len());
+        assert_eq!(serve, pool);
+        assert_eq!(running.bgp.0.lock().unwrap().contains_key(&vip), announced);
+        before = after;
+    }
+    assert_eq!(
+        *before.state.backends.last_key_value().unwrap().0,
+        highest + 1,
+        "the lowest free number, and its own again"
+    );
 }
 
 #[tokio::test]

@@ -87,7 +87,7 @@ fn publish(rig: &mut Rig, region: &Region) -> Result<()> {
 }
 
 fn turns(pool: &[u32], weights: &[u32]) -> Region {
-    Region { pool: pool.to_vec(), table: schedule::turns(weights), backup: None }
+    Region { pool: pool.to_vec(), table: schedule::turns(weights).into(), backup: None }
 }
 
 /// Runs `test` at both hooks, on service 1 with `pods` backends.
@@ -204,9 +204,9 @@ fn a_client_stays_with_its_backend_until_its_time_is_over_or_the_backend_is_excl
 #[test]
 fn the_backup_tier_serves_only_while_no_primary_backend_can() -> Result<()> {
     each_hook(3, |rig, backends| {
-        let backup = Region { pool: vec![backends[2]], table: vec![0; 7], backup: None };
+        let backup = Region { pool: vec![backends[2]], table: vec![0; 7].into(), backup: None };
         let region =
-            Region { pool: backends[..2].to_vec(), table: vec![0, 1, 0, 1, 0], backup: Some(Box::new(backup)) };
+            Region { pool: backends[..2].to_vec(), table: vec![0, 1, 0, 1, 0].into(), backup: Some(Box::new(backup)) };
         publish(rig, &region)?;
         for port in 40_000..40_020 {
             assert_ne!(begin(rig, port)?, backends[2]);

@@ -1,6 +1,5 @@
 //! Flows that are to be ended: those of backends that went down in a service with `on_down`, and those that an operator
-//! names. One order at a time, in bounded steps, from the daemon's loop, which also owns the sweep: both write the counts
-//! of expired flows.
+//! names. One order at a time, in bounded steps, from the thread of the sweep ([`super::sweep`]).
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -10,7 +9,7 @@ use std::{
 use tokio::sync::oneshot;
 use tracing::{info, warn};
 
-use super::recorder::Recorder;
+use super::recorder::Ended;
 use crate::{
     config::valid::Config,
     datapath::flow_ends::{FlowEnder, Progress, Walk},
@@ -25,6 +24,9 @@ use crate::{
 const BUDGET: usize = 8192;
 /// Until the maps are asked again whether they exclude a backend.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
+
+/// Backends that are down in a service that ends flows then, and of which protocol only.
+pub type Down = BTreeMap<HealthKey, Option<Protocol>>;
 
 /// Whoever asked for an order.
 pub type Reply = oneshot::Sender<Result<KilledRow, ViewError>>;
@@ -59,8 +61,7 @@ impl FlowEnds {
     }
 
     /// Orders the end of the flows of those that are down now and were not before.
-    pub fn look(&mut self, config: &Config, desired: &DesiredState) {
-        let down = down(config, desired);
+    pub fn look(&mut self, down: Down) {
         self.orders.retain(|order| order.down.as_ref().is_none_or(|key| down.contains_key(key)));
         for (key, protocol) in &down {
             if !self.down.contains(key) {
@@ -83,13 +84,13 @@ impl FlowEnds {
     }
 
     /// One bounded step of the first order. One whose backend is not excluded yet lets the others pass.
-    pub fn step(&mut self, recorder: &Recorder) {
+    pub fn step(&mut self, ended: &Ended) {
         if self.rests_until.is_some_and(|until| Instant::now() < until) {
             return;
         }
         let Some(mut order) = self.orders.pop_front() else { return };
         let progress = self.ender.step(&order.selector, order.down.is_some(), &mut order.walk, BUDGET);
-        recorder.ended(self.ender.take_ended());
+        ended.write(self.ender.take_ended());
         let FlowSelector { service, backend, .. } = &order.selector;
         match progress {
             Ok(Progress::Waits) => {
@@ -117,8 +118,8 @@ impl FlowEnds {
     }
 }
 
-/// Who is down where that ends flows, and of which protocol only.
-fn down(config: &Config, desired: &DesiredState) -> BTreeMap<HealthKey, Option<Protocol>> {
+/// Who is down where that ends flows.
+pub fn down(config: &Config, desired: &DesiredState) -> Down {
     let mut down = BTreeMap::new();
     for service in config.services.values() {
         let protocol = match service.on_down {

@@ -1,10 +1,13 @@
 //! The host under the daemon: its settings and addresses, the kernel's own routes, neighbours, and where the program is
 //! attached. Looked at again in regular intervals, since nobody tells when somebody else changes them.
 
-use std::{collections::BTreeSet, net::IpAddr, time::Instant};
+use std::{collections::BTreeSet, net::IpAddr, thread, time::Instant};
 
 use tokio::{
-    sync::watch,
+    sync::{
+        oneshot::{self, error::RecvError},
+        watch,
+    },
     task::{JoinError, JoinSet},
 };
 use tracing::{error, info, warn};
@@ -36,30 +39,23 @@ impl Daemon {
 
     /// Asks the kernel which of our addresses it would use towards these backends, and has the way to new ones resolved.
     pub(super) async fn learn_snat_sources(&mut self, backends: BTreeSet<IpAddr>) {
-        for group in self.world.by_route(backends) {
-            // Where the kernel says the same of both ends of what one route covers, it says so of all between.
-            let ends = match (group.first(), group.last()) {
-                (Some(first), Some(last)) => (self.fib.source_for(*first).await, self.fib.source_for(*last).await),
-                _ => continue,
-            };
-            for backend in &group {
-                let source = if ends.0 == ends.1 { ends.0 } else { self.fib.source_for(*backend).await };
-                let Some(source) = source else { continue };
-                if self.world.snat_sources.insert(*backend, source).is_none() && !self.world.is_behind_gateway(*backend)
-                {
-                    self.fib.resolve(*backend).await;
-                }
+        let groups = self.world.by_route(backends);
+        let mut unresolved: Vec<IpAddr> = groups.iter().filter_map(|group| group.first().copied()).collect();
+        for (backend, source) in self.fib.sources_for(groups).await {
+            let is_new = self.world.snat_sources.insert(backend, source).is_none();
+            if is_new && !self.world.is_behind_gateway(backend) {
+                unresolved.push(backend);
             }
-            if let Some(first) = group.first() {
-                self.fib.resolve(*first).await;
-            }
+        }
+        if !unresolved.is_empty() {
+            self.fib.resolve(unresolved).await;
         }
     }
 
     /// As [`Daemon::learn_snat_sources`], for backends about which nothing is known; forgets those that are gone.
     pub(super) async fn learn_new_snat_sources(&mut self) {
         self.world.forget_sources();
-        let mut backends = self.world.backend_addresses();
+        let mut backends = (*self.world.backend_addresses()).clone();
         backends.retain(|backend| !self.world.snat_sources.contains_key(backend));
         self.learn_snat_sources(backends).await;
     }
@@ -81,12 +77,12 @@ impl Daemon {
     /// A program is loaded, or could not be: attaches, unless another is on its way.
     pub(super) fn on_loaded(
         &mut self,
-        loaded: Result<ProgramLoaded, JoinError>,
+        loaded: Result<Result<ProgramLoaded, RecvError>, JoinError>,
         status: &watch::Receiver<ReconcilerStatus>,
     ) {
         match loaded {
-            Ok(loaded) => lock(&self.shared).datapath.loaded(loaded),
-            Err(error) => error!(%error, "loading a program ended early, which is a defect; trying again"),
+            Ok(Ok(loaded)) => lock(&self.shared).datapath.loaded(loaded),
+            Ok(Err(_)) | Err(_) => error!("loading a program ended early, which is a defect; trying again"),
         }
         if self.loading.is_empty() {
             self.attach();
@@ -196,14 +192,26 @@ impl Daemon {
     }
 }
 
+/// Programs that the kernel verifies, each on a thread of its own.
+pub(super) type Loading = JoinSet<Result<ProgramLoaded, RecvError>>;
+
 /// Has the programs that interfaces wait for loaded beside the loop, which goes on meanwhile: the kernel takes seconds to
-/// verify them.
-fn load_beside(loading: &mut JoinSet<ProgramLoaded>, datapath: &Datapath) {
+/// verify them, on every CPU, and lets sessions, routes and maps go first.
+fn load_beside(loading: &mut Loading, datapath: &Datapath) {
     if !loading.is_empty() {
         return;
     }
     for load in datapath.loads() {
-        loading.spawn_blocking(|| load.run());
+        let (tell, told) = oneshot::channel();
+        let verify = move || {
+            sys::give_way();
+            // Nobody waits any more where the daemon stops.
+            let _ = tell.send(load.run());
+        };
+        match thread::Builder::new().name("verify".to_owned()).spawn(verify) {
+            Ok(_) => drop(loading.spawn(told)),
+            Err(error) => error!(%error, "no thread can be had to load a program on; trying again"),
+        }
     }
     if !loading.is_empty() {
         info!("the kernel verifies the program");

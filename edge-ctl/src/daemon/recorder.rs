@@ -86,12 +86,9 @@ impl Recorder {
         }
     }
 
-    /// Has flows written that the sweep ended.
-    pub fn ended(&self, ended: Vec<FlowEnd>) {
-        let count = ended.len() as u64;
-        if count > 0 && self.orders.try_send(Order::Ended(ended)).is_err() {
-            lock(&self.told).unqueued += count;
-        }
+    /// For whoever ends flows.
+    pub fn inlet(&self) -> Ended {
+        Ended { orders: self.orders.clone(), told: self.told() }
     }
 
     /// What the views show.
@@ -102,6 +99,22 @@ impl Recorder {
     /// What is wrong with it.
     pub fn problem(&self) -> Option<String> {
         lock(&self.told).problem.clone()
+    }
+}
+
+/// Takes records of flows that the daemon ended.
+pub struct Ended {
+    orders: SyncSender<Order>,
+    told: Arc<Mutex<Told>>,
+}
+
+impl Ended {
+    /// Has them written.
+    pub fn write(&self, ended: Vec<FlowEnd>) {
+        let count = ended.len() as u64;
+        if count > 0 && self.orders.try_send(Order::Ended(ended)).is_err() {
+            lock(&self.told).unqueued += count;
+        }
     }
 }
 

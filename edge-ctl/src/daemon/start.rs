@@ -4,7 +4,7 @@ use std::{
     collections::BTreeSet,
     path::Path,
     sync::{Arc, Mutex},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use edge_common::{
@@ -13,13 +13,13 @@ use edge_common::{
 };
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::{mpsc, watch},
+    sync::{mpsc, oneshot, watch},
     task::JoinSet,
 };
 use tracing::{info, warn};
 
 use super::{
-    Daemon, Inbox, Orders, ROUTE_GENERATION_PAUSE, Shared,
+    Daemon, Inbox, Installing, Orders, ROUTE_GENERATION_PAUSE, Shared,
     acl::{self, Acl},
     announcer::Announcer,
     bgp_orders::BgpOrders,
@@ -27,10 +27,10 @@ use super::{
     damping::Damping,
     dns_guard, dns_sources,
     downtime::Downtimes,
-    flow_ends::FlowEnds,
     host, lock,
     recorder::Recorder,
     slow_start::SlowStart,
+    sweep::{Sweep, Tools},
     swept::Swept,
     throttle::Throttle,
     traffic,
@@ -45,6 +45,7 @@ use crate::{
         loader::{Datapath, LoadError},
         next_hops::NextHops,
         object::EBPF_OBJECT,
+        tables::Tables,
     },
     desired::AdoptedBackend,
     fib::{self, FibError, FibOptions},
@@ -152,9 +153,9 @@ async fn start(file: &Path, config: Config, texts: Texts, commits: Commits) -> R
     let health = health::spawn();
     let (desired, desired_inbox) = watch::channel(None);
     let (status, reconciler_status) = watch::channel(ReconcilerStatus::default());
-    let (next_hops, sweeper) = (NextHops::open(datapath.pins())?, datapath.sweeper()?);
+    let next_hops = NextHops::open(datapath.pins())?;
+    let (sweeper, ender, tables) = (datapath.sweeper()?, datapath.flow_ender()?, Tables::open(datapath.pins())?);
     let program_log = datapath.program_log()?;
-    let flow_ends = FlowEnds::new(datapath.flow_ender()?);
     let recorder = Recorder::start(datapath.events()?, config.access_log.clone())?;
     let shared = Arc::new(Mutex::new(Shared {
         file: file.to_owned(),
@@ -184,24 +185,25 @@ async fn start(file: &Path, config: Config, texts: Texts, commits: Commits) -> R
     let verdicts = health.verdicts();
     let counters = Arc::new(lock(&shared).datapath.view()?);
     tokio::spawn(traffic::watch(Arc::clone(&shared), counters, reconciler_status.clone(), health.clone()));
-    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let (stop, stopped) = oneshot::channel::<()>();
     let server = tokio::spawn(api::serve_bound(bound, Arc::new(views), async move {
         let _ = stopped.await;
     }));
-    let reconciler = tokio::spawn(reconciler.run(desired_inbox, status));
+    let reconciler = reconcile(reconciler.run(desired_inbox, status))?;
+    let tools = Tools { sweeper, ender, tables, ended: recorder.inlet(), shared: Arc::clone(&shared) };
+    let (sweep, sweep_ended) = Sweep::start(tools)?;
     let daemon = Daemon {
         config,
         world,
         shared,
         desired,
         next_hops,
-        sweeper,
+        sweep,
         slow_start: SlowStart::default(),
         damping: Damping::default(),
         next_share: None,
         program_log,
         recorder,
-        flow_ends,
         commits,
         held: fib.status().await.held,
         fib,
@@ -211,9 +213,8 @@ async fn start(file: &Path, config: Config, texts: Texts, commits: Commits) -> R
         orders,
         kernel,
         route_generation: Throttle::new(ROUTE_GENERATION_PAUSE),
-        next_walk: Instant::now(),
         next_trim: Instant::now(),
-        walk_took: Duration::ZERO,
+        installing: Installing { changes: Vec::new(), done: oneshot::channel().1 },
         loading: JoinSet::new(),
         starting: true,
     };
@@ -225,6 +226,7 @@ async fn start(file: &Path, config: Config, texts: Texts, commits: Commits) -> R
         verdicts,
         hangup,
         reconciler,
+        sweep: sweep_ended,
         status: reconciler_status,
     };
     let result = daemon.run(inbox).await;
@@ -233,6 +235,18 @@ async fn start(file: &Path, config: Config, texts: Texts, commits: Commits) -> R
         warn!(%error, "the API stopped badly");
     }
     Ok(result?)
+}
+
+/// Runs the reconciler on a thread of its own: reading and writing maps, and filling tables, would keep sessions and the
+/// kernel's routes waiting on a thread that they share. What is returned is done when the thread has ended.
+fn reconcile(run: impl Future<Output = ()> + Send + 'static) -> std::io::Result<oneshot::Receiver<()>> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
+    let (running, ended) = oneshot::channel();
+    std::thread::Builder::new().name("reconciler".to_owned()).spawn(move || {
+        runtime.block_on(run);
+        drop(running);
+    })?;
+    Ok(ended)
 }
 
 /// What the maps still serve is what discovery starts from.
@@ -252,11 +266,11 @@ pub(super) fn table_filler(seed: [u64; 2]) -> OwnedFill {
     Box::new(move |pool, shape| match shape.balance {
         Balance::RoundRobin => {
             let weights: Vec<u32> = pool.iter().map(|member| u32::from(member.weight)).collect();
-            schedule::turns(&weights)
+            schedule::turns(&weights).into()
         }
         Balance::Maglev | Balance::LeastConnections => {
             let candidates: Vec<Candidate> = pool.iter().map(candidate).collect();
-            maglev::fill(seed, &candidates, shape.maglev_size.unwrap_or(maglev::table_len(candidates.len())))
+            maglev::fill(seed, &candidates, shape.maglev_size.unwrap_or(maglev::table_len(candidates.len()))).into()
         }
     })
 }

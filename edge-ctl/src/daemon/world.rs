@@ -7,7 +7,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
-    sync::Arc,
+    sync::{Arc, OnceLock},
 };
 
 use ipnet::IpNet;
@@ -26,7 +26,9 @@ const FEW_SOURCES: usize = 1024;
 #[derive(Debug, Default)]
 pub struct World {
     /// What each source last said.
-    pub pools: BTreeMap<BackendSource, PoolSnapshot>,
+    pools: BTreeMap<BackendSource, PoolSnapshot>,
+    /// Every address in these and among the adopted, found when it is asked for.
+    addresses: OnceLock<Arc<BTreeSet<IpAddr>>>,
     /// BGP's best routes as taught in this life, as far as the kernel has them.
     learnt: RouteSet,
     /// The same over the BGP routes that an earlier life left in the kernel; serves until routes have settled. `None`: it
@@ -34,6 +36,8 @@ pub struct World {
     with_stale: Option<RouteSet>,
     /// Route changes that the kernel has yet to be told.
     waiting: BTreeMap<IpNet, RouteUpdate>,
+    /// True while it is being told of some.
+    telling: bool,
     converged: bool,
     routes_settled: bool,
     /// Backends that a route or prefix covered at some time since the start, kept until routes have settled.
@@ -100,20 +104,26 @@ impl World {
         {
             changes.push(update);
         }
+        self.telling = !changes.is_empty();
         changes
     }
 
-    /// True while the kernel has not been told everything.
+    /// True while the kernel is to be told of changes, and is not being told of others.
     pub fn has_changes(&self) -> bool {
-        !self.waiting.is_empty()
+        !self.waiting.is_empty() && !self.telling
     }
 
-    /// The kernel has these: from now on they count. Returns the backends to which the way has changed. After a restart
-    /// peers send again what the kernel still has, which changes nothing.
+    /// The kernel has these: from now on they count, but for those about which something newer has been heard. Returns the
+    /// backends to which the way has changed. After a restart peers send again what the kernel still has, which changes
+    /// nothing.
     pub fn in_kernel(&mut self, changes: &[RouteUpdate]) -> BTreeSet<IpAddr> {
+        self.telling = false;
         let backends = self.backend_addresses();
         let mut moved = BTreeSet::new();
         for change in changes {
+            if self.waiting.contains_key(&change.prefix) {
+                continue;
+            }
             // A withdrawal has counted since it was heard, but only now is the kernel's route gone.
             if self.take_over(change) || change.next_hops.is_empty() {
                 moved.extend(behind(&backends, &change.prefix));
@@ -136,12 +146,12 @@ impl World {
     /// Once, when BGP has converged and the kernel has its routes: from now on only learnt routes count. Returns the
     /// backends to which the way has changed by that.
     pub fn settle(&mut self) -> Option<BTreeSet<IpAddr>> {
-        if !self.converged || self.routes_settled || self.has_changes() {
+        if !self.converged || self.routes_settled || self.telling || !self.waiting.is_empty() {
             return None;
         }
         let mut moved = BTreeSet::new();
         if let Some(stale) = self.with_stale.take() {
-            moved = self.backend_addresses();
+            moved = (*self.backend_addresses()).clone();
             moved.retain(|backend| stale.lookup(*backend) != self.learnt.lookup(*backend));
         }
         self.routes_settled = true;
@@ -152,13 +162,20 @@ impl World {
     /// Takes over what a source says, where a service still asks it: an answer may have been under way during a reload.
     pub fn hear_pool(&mut self, config: &Config, pool: PoolSnapshot) {
         if config.services.values().any(|service| service.backends == pool.source) {
-            self.pools.insert(pool.source.clone(), pool);
+            self.set_pool(pool);
         }
+    }
+
+    /// Takes over what a source says.
+    pub fn set_pool(&mut self, pool: PoolSnapshot) {
+        self.addresses.take();
+        self.pools.insert(pool.source.clone(), pool);
     }
 
     /// Another configuration is in force. Drops the pools of sources that no service names any more, and adopts the pools
     /// that serve now (`current`): they stand in where a frontend has a source that has not answered yet.
     pub fn reconfigure(&mut self, config: &Config, current: &DesiredState) {
+        self.addresses.take();
         let used: BTreeSet<_> = config.services.values().map(|service| &service.backends).collect();
         self.pools.retain(|source, _| used.contains(source));
         for (frontend, desired) in &current.frontends {
@@ -196,10 +213,13 @@ impl World {
     }
 
     /// Every address that is, or at start was, a backend.
-    pub fn backend_addresses(&self) -> BTreeSet<IpAddr> {
-        let members = self.pools.values().flat_map(|pool| pool.members.iter().map(|member| member.address.ip()));
-        let adopted = self.adopted.values().flatten().map(|backend| backend.address.ip());
-        members.chain(adopted).collect()
+    pub fn backend_addresses(&self) -> Arc<BTreeSet<IpAddr>> {
+        let find = || {
+            let members = self.pools.values().flat_map(|pool| pool.members.iter().map(|member| member.address.ip()));
+            let adopted = self.adopted.values().flatten().map(|backend| backend.address.ip());
+            members.chain(adopted).collect::<BTreeSet<_>>().into()
+        };
+        Arc::clone(self.addresses.get_or_init(find))
     }
 
     /// The desired state of this world under `config`.
@@ -252,7 +272,7 @@ impl World {
             let backends = self.backend_addresses();
             let routes = self.with_stale.as_ref().unwrap_or(&self.learnt);
             let covered =
-                backends.into_iter().filter(|backend| desired::is_covered(routes, &kernel_prefixes, *backend));
+                backends.iter().copied().filter(|backend| desired::is_covered(routes, &kernel_prefixes, *backend));
             self.covered.extend(covered);
         }
         let nodes = node_names(config);
@@ -432,6 +452,25 @@ mod tests {
         }
         assert_eq!(world.next_changes(10), [update("10.1.0.0/24", &[]), update("10.1.1.0/24", &["172.16.1.81"])]);
         assert!(!world.has_changes());
+    }
+
+    #[test]
+    fn a_route_that_is_lost_while_the_kernel_is_told_of_it_never_counts() {
+        let config = config(CONFIG);
+        let mut world = world(&[], &[]);
+        world.converged();
+        world.settle();
+        world.hear_pool(&config, pool(&config, &["10.1.0.1:443"]));
+        world.hear(vec![update("10.1.0.0/24", &["172.16.1.80"])]);
+        let coming = world.next_changes(10);
+        world.hear(vec![update("10.1.0.0/24", &[])]);
+        assert!(!world.has_changes(), "one after the other, or the kernel would keep it");
+        assert!(world.in_kernel(&coming).is_empty());
+        assert_eq!(eligible(&world.desired(&config)), [""; 0]);
+        let going = world.next_changes(10);
+        assert_eq!(going, [update("10.1.0.0/24", &[])]);
+        assert_eq!(world.in_kernel(&going), BTreeSet::from([ip("10.1.0.1")]));
+        assert_eq!(eligible(&world.desired(&config)), [""; 0]);
     }
 
     #[test]

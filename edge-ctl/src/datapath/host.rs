@@ -11,7 +11,7 @@ use std::{
 use aya::{programs::ProgramType, util::KernelVersion};
 use edge_common::maps::PortSet;
 
-use super::loader::LoadError;
+use super::{listeners, loader::LoadError};
 use crate::config::valid::Edge;
 
 /// `BPF_FS_MAGIC` of linux/magic.h.
@@ -108,7 +108,13 @@ pub fn snat_ports() -> io::Result<PortSet> {
     let reserved = fs::read_to_string("/proc/sys/net/ipv4/ip_local_reserved_ports").unwrap_or_default();
     let mut taken = vec![parse_range(&range)];
     taken.extend(reserved.trim().split(',').map(parse_reserved));
-    for (table, state) in [("tcp", "0A"), ("tcp6", "0A"), ("udp", "07"), ("udp6", "07")] {
+    // A kernel may have been built without the diagnosis.
+    let (listening, tcp) = match listeners::tcp() {
+        Ok(ports) => (ports, &[][..]),
+        Err(_) => (Vec::new(), &[("tcp", "0A"), ("tcp6", "0A")][..]),
+    };
+    taken.extend(listening.into_iter().map(|port| Some((port, port))));
+    for (table, state) in tcp.iter().chain(&[("udp", "07"), ("udp6", "07")]) {
         let sockets = fs::read_to_string(format!("/proc/thread-self/net/{table}")).unwrap_or_default();
         taken.extend(bound_ports(&sockets, state).into_iter().map(|port| Some((port, port))));
     }

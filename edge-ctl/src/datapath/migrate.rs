@@ -99,9 +99,10 @@ fn fields(description: &Path) -> Option<BTreeMap<String, Field>> {
 /// Where a map cannot be read or written.
 pub fn fill(pins: &Pins, made: &[&str]) -> Result<Vec<String>, PortError> {
     let mut notes = Vec::new();
+    let pinned = pinned(pins)?;
     for map in made {
-        for old in earlier(pins, map).map_err(|error| PortError::new("listing pins", error))? {
-            match copy(pins, map, &old, &pins.incoming(map), true)? {
+        for old in earlier(pins, &pinned, map) {
+            match copy(pins, map, old, &pins.incoming(map), true)? {
                 Some(count) => tracing::info!(map, %old, count, "elements carried over from an earlier layout"),
                 None => notes.push(format!(
                     "{map} starts empty: the fields of {old} are not described, or meant something else"
@@ -126,12 +127,13 @@ pub fn arrive(pins: &Pins, made: &[&str]) -> io::Result<()> {
 /// Where a map cannot be read or written.
 pub fn catch_up(pins: &Pins) -> Result<u64, PortError> {
     let mut added = 0;
+    let pinned = pinned(pins)?;
     for (map, layout) in pins.layouts() {
         if layout.kind != BPF_MAP_TYPE_HASH as u32 && layout.kind != BPF_MAP_TYPE_LRU_HASH as u32 {
             continue;
         }
-        for old in earlier(pins, map).map_err(|error| PortError::new("listing pins", error))? {
-            added += copy(pins, map, &old, &pins.map(map), false)?.unwrap_or(0);
+        for old in earlier(pins, &pinned, map) {
+            added += copy(pins, map, old, &pins.map(map), false)?.unwrap_or(0);
         }
     }
     Ok(added)
@@ -139,17 +141,22 @@ pub fn catch_up(pins: &Pins) -> Result<u64, PortError> {
 
 /// True where a map has pins of another layout, or nobody can say.
 pub fn is_pending(pins: &Pins) -> bool {
-    pins.layouts().keys().any(|map| earlier(pins, map).map_or(true, |files| !files.is_empty()))
+    let Ok(pinned) = pinned(pins) else { return true };
+    pins.layouts().keys().any(|map| earlier(pins, &pinned, map).next().is_some())
 }
 
-/// Pins of this map with another layout.
-fn earlier(pins: &Pins, map: &str) -> io::Result<Vec<String>> {
+/// File names of the pinned maps.
+fn pinned(pins: &Pins) -> Result<Vec<String>, PortError> {
+    pins::files(&pins.maps()).map_err(|error| PortError::new("listing pins", error))
+}
+
+/// Those of the pins that are of this map with another layout.
+fn earlier<'a>(pins: &Pins, pinned: &'a [String], map: &str) -> impl Iterator<Item = &'a String> {
     let own = pins.map(map);
-    let is_earlier = |file: &String| {
+    pinned.iter().filter(move |file| {
         file.rsplit_once('-').is_some_and(|(name, _)| name == map)
             && own.file_name().is_some_and(|own| own != file.as_str())
-    };
-    Ok(pins::files(&pins.maps())?.into_iter().filter(is_earlier).collect())
+    })
 }
 
 /// Copies every element of an old map that the new one does not have; how many, or `None` where that cannot be done.

@@ -14,6 +14,7 @@ pub mod flow_ends;
 pub mod host;
 pub mod interfaces;
 pub mod kernel_view;
+mod listeners;
 pub mod loader;
 pub mod maps;
 pub mod migrate;

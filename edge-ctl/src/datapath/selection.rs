@@ -62,7 +62,7 @@ fn decode_tier(first_chunk: u32, read: &mut impl FnMut(u32) -> Option<Chunk>) ->
     }
     pool.truncate(header.pool_len as usize);
     table.truncate(header.table_len as usize);
-    Some((Region { pool, table, backup: None }, header.backup))
+    Some((Region { pool, table: table.into(), backup: None }, header.backup))
 }
 
 fn header(chunk: &Chunk) -> SelectionHeader {
@@ -93,7 +93,7 @@ mod tests {
     #[test]
     fn a_region_reads_back_from_its_chunks() {
         for (pool, table) in [(1, 1021), (64, 1021), (65, 16381), (300, 65537)] {
-            let backup = Region { pool: vec![7001, 7002], table: vec![1, 0, 1], backup: None };
+            let backup = Region { pool: vec![7001, 7002], table: vec![1, 0, 1].into(), backup: None };
             let region = Region {
                 pool: (1..=pool).collect(),
                 table: (0..table).map(|slot| (slot % pool) as u16).collect(),

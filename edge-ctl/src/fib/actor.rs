@@ -151,9 +151,11 @@ impl<K: Kernel> Actor<K> {
                 self.watch(neighbours).await;
                 let _ = reply.send(());
             }
-            Command::Resolve(destination, reply) => {
-                self.resolve(destination).await;
-                let _ = reply.send(());
+            Command::Sources(groups, reply) => drop(reply.send(self.sources(&groups).await)),
+            Command::Resolve(destinations) => {
+                for destination in destinations {
+                    self.resolve(destination).await;
+                }
             }
             Command::Status(reply) => {
                 self.status.stale = self.stale.len();
@@ -376,6 +378,26 @@ impl<K: Kernel> Actor<K> {
                 None
             }
         }
+    }
+
+    /// Our own address towards each destination of groups that one route covers.
+    async fn sources(&self, groups: &[Vec<IpAddr>]) -> Vec<(IpAddr, IpAddr)> {
+        let mut sources = Vec::new();
+        for group in groups {
+            let (Some(first), Some(last)) = (group.first(), group.last()) else { continue };
+            // Where the kernel says the same of both ends of what one route covers, it says so of all between.
+            let ends = (self.source(*first).await, if first == last { None } else { self.source(*last).await });
+            let all_alike = first == last || ends.0 == ends.1;
+            for destination in group {
+                let source = if all_alike { ends.0 } else { self.source(*destination).await };
+                sources.extend(source.map(|source| (*destination, source)));
+            }
+        }
+        sources
+    }
+
+    async fn source(&self, destination: IpAddr) -> Option<IpAddr> {
+        self.route_to(destination).await?.source
     }
 
     async fn resolve(&mut self, destination: IpAddr) {
@@ -729,8 +751,10 @@ mod tests {
         let Setup { kernel, fib, .. } = setup(|_| {}).await;
         fib.apply(vec![update("10.1.0.0/24", &["172.16.1.80"])]).await;
         for destination in ["10.1.0.4", "172.16.1.88", "203.0.113.1"] {
-            fib.resolve(destination.parse().unwrap()).await;
+            fib.resolve(vec![destination.parse().unwrap()]).await;
         }
+        // Answered after what was asked before.
+        fib.status().await;
         assert_eq!(kernel.probes(), [(2, "172.16.1.80".parse().unwrap(), false)]);
     }
 

@@ -130,13 +130,34 @@ pub struct FibStatus {
     pub held: BTreeSet<IpAddr>,
 }
 
-/// Connects to the kernel of the calling thread's network namespace and starts the actor on the current runtime.
+/// Connects to the kernel of the calling thread's network namespace and starts the actor on a thread of its own: a buffer of
+/// route changes keeps the caller for as long as the kernel works on it.
 ///
 /// # Errors
 /// Where no netlink socket can be had or the first reading of the tables fails.
 pub async fn spawn(options: FibOptions, events: mpsc::Sender<FibEvent>) -> Result<FibHandle, FibError> {
-    let (kernel, notices) = netlink::Netlink::connect(options.next_hops)?;
-    spawn_on(kernel, notices, options, events).await
+    let failed = |error: std::io::Error| FibError::Socket(error.to_string());
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
+    let (commands, receiver) = mpsc::channel(64);
+    let (tell, told) = oneshot::channel();
+    let run = async move {
+        let begun = async {
+            let (kernel, notices) = netlink::Netlink::connect(options.next_hops)?;
+            Ok((actor::Actor::new(kernel, options).await?, notices))
+        };
+        match begun.await {
+            Ok((actor, notices)) => {
+                // Whoever asked may have gone, and with them the last handle.
+                let _ = tell.send(Ok(()));
+                actor.run(receiver, notices, events).await;
+            }
+            Err(error) => drop(tell.send(Err(error))),
+        }
+    };
+    let thread = std::thread::Builder::new().name("fib".to_owned());
+    thread.spawn(move || runtime.block_on(run)).map_err(failed)?;
+    told.await.unwrap_or(Err(FibError::Closed))?;
+    Ok(FibHandle { commands })
 }
 
 /// As [`spawn`], over any [`Kernel`].
@@ -165,12 +186,13 @@ enum Command {
     OwnAddresses(Reply<std::collections::BTreeSet<IpAddr>>),
     Stale(Reply<RouteSet>),
     RouteTo(IpAddr, Reply<Option<RouteTo>>),
+    Sources(Vec<Vec<IpAddr>>, Reply<Vec<(IpAddr, IpAddr)>>),
     HoldVip(IpAddr, Reply<Result<(), FibError>>),
     ReleaseVip(IpAddr, Reply<Result<(), FibError>>),
     LocalAddresses(Reply<BTreeSet<IpAddr>>),
     Links(Reply<BTreeMap<u32, Link>>),
     Watch(BTreeSet<(u32, IpAddr)>, Reply<()>),
-    Resolve(IpAddr, Reply<()>),
+    Resolve(Vec<IpAddr>),
     Status(Reply<FibStatus>),
 }
 
@@ -185,6 +207,14 @@ impl FibHandle {
     /// are tried again at every comparison.
     pub async fn apply(&self, updates: Vec<RouteUpdate>) {
         self.ask(|reply| Command::Apply(updates, reply)).await.unwrap_or_default()
+    }
+
+    /// As [`FibHandle::apply`], without waiting: what is returned is done when the kernel has the changes, or was asked in vain.
+    pub async fn begin_apply(&self, updates: Vec<RouteUpdate>) -> oneshot::Receiver<()> {
+        let (reply, done) = oneshot::channel();
+        // Where the actor has ended the reply is gone too, which says so.
+        let _ = self.commands.send(Command::Apply(updates, reply)).await;
+        done
     }
 
     /// BGP has converged on `routes`: BGP routes that stood in the kernel at start and are not among them go.
@@ -215,6 +245,12 @@ impl FibHandle {
     /// The address of this host that the kernel would use towards `destination`; `None`: no route.
     pub async fn source_for(&self, destination: IpAddr) -> Option<IpAddr> {
         self.route_to(destination).await?.source
+    }
+
+    /// As [`FibHandle::source_for`] for many: each group is what one route covers, sorted. Destinations without a route are
+    /// left out.
+    pub async fn sources_for(&self, groups: Vec<Vec<IpAddr>>) -> Vec<(IpAddr, IpAddr)> {
+        self.ask(|reply| Command::Sources(groups, reply)).await.unwrap_or_default()
     }
 
     /// How the kernel would send to `destination`; `None`: no route.
@@ -254,9 +290,10 @@ impl FibHandle {
         self.ask(|reply| Command::Watch(neighbours, reply)).await.unwrap_or_default()
     }
 
-    /// Starts resolving the neighbour through which `destination` is reached; does not wait for it.
-    pub async fn resolve(&self, destination: IpAddr) {
-        self.ask(|reply| Command::Resolve(destination, reply)).await.unwrap_or_default()
+    /// Has the neighbours resolved through which `destinations` are reached; does not wait for it.
+    pub async fn resolve(&self, destinations: Vec<IpAddr>) {
+        // Where the actor has ended, its other callers say so.
+        let _ = self.commands.send(Command::Resolve(destinations)).await;
     }
 
     /// What could not be done, and counters.

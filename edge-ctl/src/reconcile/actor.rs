@@ -6,6 +6,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -23,7 +24,7 @@ use super::{
     },
 };
 use crate::{
-    desired::{AdoptedBackend, DesiredState, Timeouts},
+    desired::{AdoptedBackend, DesiredFrontend, DesiredState, Timeouts},
     model::{Frontend, PoolMember, Protocol, TableShape},
 };
 
@@ -80,7 +81,7 @@ pub struct ReconcilerStatus {
 }
 
 /// A [`Fill`] that the loop owns.
-pub type OwnedFill = Box<dyn Fn(&[PoolMember], TableShape) -> Vec<u16> + Send>;
+pub type OwnedFill = Box<dyn Fn(&[PoolMember], TableShape) -> Arc<[u16]> + Send>;
 
 /// See the module.
 pub struct Reconciler<D, A> {
@@ -208,13 +209,12 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
             steps += 1;
         }
         let reserved = self.reserved(Instant::now());
-        // BGP may have forgotten what it was told.
-        let is_told = memory.announced == desired.announcements && self.status.problems.is_empty();
-        let narrow = reached.filter(|_| is_told).and_then(|reached| {
+        let reached = reached.filter(|_| self.status.problems.is_empty());
+        let narrow = reached.as_ref().and_then(|reached| {
             let fill = |members: &[PoolMember], shape| self.fill.table(members, shape);
-            narrow::narrow(&reached, desired, &memory, &self.members, &reserved, &fill)
+            narrow::narrow(reached, desired, &memory, &self.members, &reserved, &fill)
         });
-        let is_narrow = narrow.is_some();
+        let changed = narrow.as_ref().and(reached).map(|reached| desired.changed_since(&reached));
         let plan = match narrow {
             Some(plan) => plan,
             None => self.whole_plan(desired, &mut memory, reserved)?,
@@ -234,12 +234,15 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
             info!(actions = steps, "datapath brought to the desired state");
         }
         self.status.applied += 1;
-        if !is_narrow {
-            self.members.clear();
-            for (number, slot) in memory.backends.iter() {
-                self.members.entry(slot.entry.service).or_default().insert(*number);
+        match changed {
+            Some(changed) => changed.into_iter().for_each(|(frontend, wanted)| self.recount(frontend, wanted, &memory)),
+            None => {
+                self.members.clear();
+                for (number, slot) in memory.backends.iter() {
+                    self.members.entry(slot.entry.service).or_default().insert(*number);
+                }
+                self.leaving = leaving(desired, &memory);
             }
-            self.leaving = leaving(desired, &memory);
         }
         self.reached = Some(Arc::clone(desired));
         self.memory = Some(memory);
@@ -270,6 +273,21 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
         Ok(plan)
     }
 
+    /// Who leaves a frontend whose members have changed.
+    fn recount(&mut self, frontend: &Frontend, wanted: &DesiredFrontend, memory: &DatapathState) {
+        let number = memory.index.get(&service_key(frontend.address, frontend.protocol));
+        let Some(members) = number.and_then(|number| self.members.get(number)) else { return };
+        let stays: BTreeSet<SocketAddr> = wanted.pool.iter().flatten().map(|backend| backend.address).collect();
+        for number in members {
+            let slot = memory.backends.get(number);
+            if slot.is_some_and(|slot| !slot.eligible() && !stays.contains(&slot.address())) {
+                self.leaving.backends.insert(*number);
+            } else {
+                self.leaving.backends.remove(number);
+            }
+        }
+    }
+
     fn step(&mut self, action: &Action, memory: &mut DatapathState) -> Result<(), PortError> {
         self.carry_out(action)?;
         self.note(action, memory);
@@ -288,10 +306,13 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
         Ok(())
     }
 
-    /// Remembers since when a number gets no new flows.
+    /// Remembers since when a number gets no new flows, and whose it is.
     fn note(&mut self, action: &Action, before: &DatapathState) {
         let now = Instant::now();
         match action {
+            Action::PutBackend { number, entry, .. } => {
+                self.members.entry(entry.service).or_default().insert(*number);
+            }
             Action::SetBackendState { number, state } => {
                 if state & edge_common::maps::backend_state::ELIGIBLE == 0 {
                     self.resting_backends.insert(*number, now);
@@ -323,6 +344,7 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
             regions: self.retired.iter().map(|(_, region)| *region).collect(),
             backends: self.resting_backends.keys().copied().collect(),
             services: self.resting_services.keys().copied().collect(),
+            ..Reserved::default()
         }
     }
 
@@ -369,14 +391,19 @@ impl<D: DatapathPort, A: AnnouncementPort> Reconciler<D, A> {
                 return;
             }
         };
-        if let Some(memory) = &self.memory {
-            let differences = differences(memory, &snapshot);
-            if !differences.is_empty() {
-                self.status.audit_findings += 1;
-                self.reached = None;
-                warn!(maps = ?differences, "the maps differ from what was written to them; repairing");
-            }
+        let Some(memory) = &mut self.memory else {
+            self.memory = Some(snapshot);
+            return;
+        };
+        let differences = differences(memory, &snapshot);
+        if differences.is_empty() {
+            // It shares its tables with the memo, and its pages with those who look at it.
+            recall_counts(&snapshot, memory);
+            return;
         }
+        self.status.audit_findings += 1;
+        self.reached = None;
+        warn!(maps = ?differences, "the maps differ from what was written to them; repairing");
         self.memory = Some(snapshot);
     }
 }
@@ -424,6 +451,18 @@ fn refresh_counts(of: &NumberSets, counts: &FlowCounts, memory: &mut DatapathSta
         if let Some(slot) = memory.backends.get_mut(number) {
             slot.active = counts.backends.get(number).copied().unwrap_or(0);
         }
+    }
+}
+
+/// Takes over the counts of flows of a snapshot that is the same but for them.
+fn recall_counts(snapshot: &DatapathState, memory: &mut DatapathState) {
+    let counts = |state: &DatapathState| -> Vec<u64> { state.backends.values().map(|slot| slot.active).collect() };
+    if counts(snapshot) != counts(memory) {
+        memory.backends = snapshot.backends.clone();
+    }
+    let counts = |state: &DatapathState| -> Vec<u64> { state.services.values().map(|slot| slot.active).collect() };
+    if counts(snapshot) != counts(memory) {
+        memory.services = snapshot.services.clone();
     }
 }
 

@@ -30,6 +30,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
     rc::Rc,
+    sync::Arc,
     time::Duration,
 };
 
@@ -37,8 +38,10 @@ use edge_common::maps::{
     BackendEntry, SNAT_ADDRESSES, ServiceEntry, ServiceKey, SourceKey, backend_state, balance, mode, service_flag,
 };
 
+use super::pages::Pages;
 use super::ports::{
-    Action, DatapathState, FilterBits, frontend_of, needed_filter, same_family, service_key, state_word, wire,
+    Action, BackendSlot, DatapathState, FilterBits, frontend_of, needed_filter, same_family, service_key, state_word,
+    wire,
 };
 use super::protect::{protected, ranges};
 use crate::{
@@ -50,7 +53,7 @@ use crate::{
 const SNAT_PORT_MIN: u16 = 1024;
 
 /// Makes a pool's table of indices into the members, which are sorted by address; empty where there can be none.
-pub type Fill<'a> = dyn Fn(&[PoolMember], TableShape) -> Vec<u16> + 'a;
+pub type Fill<'a> = dyn Fn(&[PoolMember], TableShape) -> Arc<[u16]> + 'a;
 
 /// What must not be given out again yet, although nothing in the maps refers to it any more.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -61,6 +64,8 @@ pub struct Reserved {
     pub backends: BTreeSet<u32>,
     /// Service numbers that half-open flows may still carry.
     pub services: BTreeSet<u32>,
+    /// Backends of services that are not looked at.
+    pub others: Pages<BackendSlot>,
 }
 
 /// The steps, and what could not be reached by any.
@@ -87,10 +92,24 @@ pub fn identity(address: SocketAddr) -> u64 {
 
 /// Decides the steps. Nothing to do is an empty list.
 pub fn diff(desired: &DesiredState, actual: &DatapathState, reserved: &Reserved, fill: &Fill<'_>) -> Plan {
+    diff_among(desired, None, actual, reserved, fill)
+}
+
+/// As [`diff`], where `desired` and `actual` are a part of all there is, `whole` are all frontends, and nothing of the others
+/// changes.
+pub(super) fn diff_among(
+    desired: &DesiredState,
+    whole: Option<&DesiredState>,
+    actual: &DatapathState,
+    reserved: &Reserved,
+    fill: &Fill<'_>,
+) -> Plan {
     let mut planner = Planner {
         desired,
+        whole,
         reserved,
         fill,
+        used: regions::used(actual, reserved),
         state: actual.clone(),
         plan: Plan { frontends: desired.frontends.len(), ..Plan::default() },
         members: BTreeMap::new(),
@@ -135,11 +154,15 @@ type Wanted<'a> = BTreeMap<(u32, SocketAddr, u8), &'a DesiredBackend>;
 
 struct Planner<'a> {
     desired: &'a DesiredState,
+    /// Where `desired` is only a part of it.
+    whole: Option<&'a DesiredState>,
     reserved: &'a Reserved,
     fill: &'a Fill<'a>,
     /// The datapath after the steps so far.
     state: DatapathState,
     plan: Plan,
+    /// Chunks that no new region may have: first one and how many.
+    used: BTreeMap<u32, u32>,
     /// Backend numbers by service number, of `state`.
     members: BTreeMap<u32, BTreeSet<u32>>,
     /// Numbers of the desired frontends that have a pool.
@@ -273,12 +296,12 @@ impl<'a> Planner<'a> {
         for (number, slot) in self.state.backends.iter() {
             known.insert((slot.entry.service, slot.address(), slot.entry.protocol), *number);
         }
-        let mut taken: BTreeSet<u32> = self.state.backends.keys().copied().collect();
-        taken.extend(&self.reserved.backends);
-        let mut free = (1..self.state.capacity.backends).filter(|number| !taken.contains(number));
+        let wanted = self.wanted();
+        let fresh = wanted.keys().filter(|key| !known.contains_key(key)).count();
+        let mut free = self.free_backends(fresh).into_iter();
         let mut overflow = 0_usize;
-        for ((service, address, protocol), backend) in self.wanted().iter() {
-            let number = known.get(&(*service, *address, *protocol)).copied();
+        for (key @ (service, _, protocol), backend) in wanted.iter() {
+            let number = known.get(key).copied();
             let before = number.and_then(|number| self.state.backends.get(&number)).map(|slot| slot.entry);
             let mut entry = backend_entry(*service, *protocol, backend, before);
             entry.limit = backend.limit.unwrap_or(0);
@@ -291,6 +314,15 @@ impl<'a> Planner<'a> {
         if overflow > 0 {
             self.plan.problems.push(format!("the backends map is full: {overflow} backends are left out"));
         }
+    }
+
+    /// The lowest `count` numbers that may be given out.
+    fn free_backends(&self, count: usize) -> Vec<u32> {
+        let is_taken = |number: &u32| {
+            let in_use = self.state.backends.contains_key(number) || self.reserved.others.contains_key(number);
+            in_use || self.reserved.backends.contains(number)
+        };
+        (1..self.state.capacity.backends).filter(|number| !is_taken(number)).take(count).collect()
     }
 
     fn add_filter_bits(&mut self) {
@@ -463,13 +495,17 @@ impl<'a> Planner<'a> {
         }
     }
 
+    /// What is needed is known only where all is looked at.
     fn trim_filter(&mut self) {
-        self.set_filter(self.state.needed_filter());
+        if self.whole.is_none() {
+            self.set_filter(self.state.needed_filter());
+        }
     }
 
     fn announce(&mut self) {
         for (prefix, attributes) in &self.desired.announcements {
-            let mut frontends = self.desired.frontends.iter().filter(|(f, _)| prefix.contains(&f.address.ip()));
+            let whole = self.whole.unwrap_or(self.desired);
+            let mut frontends = whole.frontends.iter().filter(|(f, _)| prefix.contains(&f.address.ip()));
             let ready = frontends.any(|(f, d)| d.announced == Announced::Yes && !self.failed.contains(f));
             if ready && self.state.announced.get(prefix) != Some(attributes) {
                 self.step(Action::Announce { prefix: *prefix, attributes: attributes.clone() });
@@ -535,7 +571,8 @@ const fn balance_number(balance: Balance) -> u8 {
     }
 }
 
-const fn backend_key(entry: &BackendEntry) -> ServiceKey {
+/// Under which the dnat index knows a backend.
+pub(super) const fn backend_key(entry: &BackendEntry) -> ServiceKey {
     ServiceKey { address: entry.address, port: entry.port, protocol: entry.protocol, _pad: 0 }
 }
 

@@ -1,9 +1,10 @@
 //! A change of few services among many: the same steps as [`diff`](super::diff::diff) over all of them, found without
 //! looking at the others. Pure.
 //!
-//! It holds only where the maps held the state before, and where what changed is who is eligible, and with which weight: the
-//! same frontends with the same members, the same VIPs announced. Everything else, what has to be numbered, drained, freed or
-//! filtered, concerns other services too and takes the whole diff.
+//! It holds only where the maps held the state before, and where what changed is who is in a pool, who of it is eligible, and
+//! with which weight, and which VIPs are announced: the same frontends in the same modes. Everything else, what has to be
+//! numbered anew, freed or taken out of the filter, concerns other services too and takes the whole diff; so do members of two
+//! dnat services, since the dnat index leads to one of them.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -11,33 +12,31 @@ use std::{
     sync::Arc,
 };
 
-use edge_common::maps::{ServiceKey, backend_state};
+use edge_common::maps::backend_state;
 
 use super::{
-    diff::{Fill, Plan, Reserved, diff},
+    diff::{Fill, Plan, Reserved, backend_key, diff_among},
     ports::{Action, DatapathState, service_key},
 };
 use crate::{
     desired::{DesiredFrontend, DesiredState},
-    model::Frontend,
+    model::{Frontend, Mode},
 };
 
 /// The frontends that changed, where nothing else did; `None`: the whole diff is needed.
 fn changed<'a>(before: &DesiredState, after: &'a DesiredState) -> Option<Vec<(&'a Frontend, &'a DesiredFrontend)>> {
-    let same_around = before.announcements == after.announcements
-        && before.addresses == after.addresses
+    let same_around = before.addresses == after.addresses
         && before.record_ends == after.record_ends
         && after.has_frontends_of(before);
     same_around.then(|| after.changed_since(before).into_iter().map(|(key, new)| (key, new.as_ref())).collect())
 }
 
 /// The first writes of a change: each backend that is not eligible any more is excluded, by one write, before anything
-/// else is looked at.
+/// else is looked at, whatever else changes with it (the last one takes its VIP's route along).
 pub fn exclusions(before: &DesiredState, after: &DesiredState, actual: &DatapathState) -> Vec<Action> {
-    let Some(changed) = changed(before, after) else { return Vec::new() };
     let mut actions = Vec::new();
-    for (frontend, desired) in changed {
-        let Some(pool) = &desired.pool else { continue };
+    for (frontend, desired) in after.changed_since(before) {
+        let Some(pool) = desired.pool.as_ref().filter(|_| before.frontends.contains_key(frontend)) else { continue };
         let eligible: BTreeSet<_> = pool.iter().filter(|backend| backend.eligible()).map(|b| b.address).collect();
         for number in numbers(actual, frontend) {
             let Some(slot) = actual.backends.get(&number) else { continue };
@@ -69,12 +68,22 @@ pub fn narrow(
     fill: &Fill<'_>,
 ) -> Option<Plan> {
     let changed = changed(before, after)?;
-    let mut desired =
-        DesiredState { record_ends: after.record_ends, addresses: after.addresses.clone(), ..DesiredState::default() };
-    let mut part = DatapathState { capacity: actual.capacity, ..DatapathState::default() };
+    let mut desired = DesiredState {
+        record_ends: after.record_ends,
+        addresses: after.addresses.clone(),
+        announcements: after.announcements.clone(),
+        ..DesiredState::default()
+    };
+    let mut part = DatapathState {
+        capacity: actual.capacity,
+        filter: actual.filter.clone(),
+        announced: actual.announced.clone(),
+        ..DatapathState::default()
+    };
     for (frontend, _) in changed {
         let (known, wanted) = (before.frontends.get(frontend)?, after.frontends.get(frontend)?);
-        if addresses(known) != addresses(wanted) || known.mode != wanted.mode || known.protection != wanted.protection {
+        let is_alike = known.mode == wanted.mode && known.protection == wanted.protection;
+        if !is_alike || wanted.pool.is_none() || known.pool.is_none() {
             return None;
         }
         desired.frontends.insert(*frontend, wanted.clone());
@@ -86,35 +95,66 @@ pub fn narrow(
         }
         part.index.insert(key, number);
         part.services.insert(number, slot);
-        for backend in members.get(&number)? {
+        let numbers = members.get(&number);
+        for backend in numbers.into_iter().flatten() {
             let slot = *actual.backends.get(backend)?;
-            let entry = &slot.entry;
-            let key = ServiceKey { address: entry.address, port: entry.port, protocol: entry.protocol, _pad: 0 };
-            if let Some(leads) = actual.backend_index.get(&key) {
-                Arc::make_mut(&mut part.backend_index).insert(key, *leads);
+            let key = backend_key(&slot.entry);
+            match actual.backend_index.get(&key) {
+                Some(leads) if numbers.is_some_and(|numbers| numbers.contains(leads)) => {
+                    Arc::make_mut(&mut part.backend_index).insert(key, *leads);
+                }
+                Some(_) if wanted.mode == Mode::Dnat => return None,
+                _ => {}
             }
             part.backends.insert(*backend, slot);
+        }
+        if wanted.mode == Mode::Dnat && !is_alone(frontend, &moved(known, wanted), after, actual, numbers) {
+            return None;
         }
         let own = actual.ranges.iter().filter(|(key, _)| key.source.service == number);
         part.ranges.extend(own.map(|(key, action)| (*key, *action)));
     }
-    // Bits of other services would look superfluous.
-    part.filter = part.needed_filter().into();
     let mut reserved = reserved.clone();
     let others = actual.regions.iter().filter(|(first, _)| !part.regions.contains_key(first));
     reserved.regions.extend(others.map(|(first, region)| (*first, region.chunks())));
-    let plan = diff(&desired, &part, &reserved, fill);
+    // What has left drains first; freeing it takes the whole diff.
+    reserved.backends.extend(part.backends.keys());
+    reserved.others = actual.backends.clone();
+    let plan = diff_among(&desired, Some(after), &part, &reserved, fill);
     let is_narrow = |action: &Action| match action {
-        Action::SetBackendState { .. } | Action::WriteRegion { .. } => true,
+        Action::SetBackendState { .. }
+        | Action::PutBackend { .. }
+        | Action::SetFilter { .. }
+        | Action::PutBackendIndex { .. }
+        | Action::WriteRegion { .. }
+        | Action::Withdraw { .. }
+        | Action::Announce { .. } => true,
         Action::PutService { fresh, .. } => !fresh,
-        // A limit; the number is in use already.
-        Action::PutBackend { fresh, .. } => !fresh,
         _ => false,
     };
     (plan.problems.is_empty() && plan.actions.iter().all(is_narrow)).then_some(plan)
 }
 
-/// The members of a pool, eligible or not.
-fn addresses(frontend: &DesiredFrontend) -> Option<Vec<SocketAddr>> {
-    Some(frontend.pool.as_ref()?.iter().map(|backend| backend.address).collect())
+/// Who came and who went.
+fn moved(before: &DesiredFrontend, after: &DesiredFrontend) -> BTreeSet<SocketAddr> {
+    let addresses = |of: &DesiredFrontend| -> BTreeSet<SocketAddr> {
+        of.pool.iter().flatten().map(|backend| backend.address).collect()
+    };
+    addresses(before).symmetric_difference(&addresses(after)).copied().collect()
+}
+
+/// True where no other dnat service has, or had, a backend at any of these addresses.
+fn is_alone(
+    frontend: &Frontend,
+    moved: &BTreeSet<SocketAddr>,
+    after: &DesiredState,
+    actual: &DatapathState,
+    numbers: Option<&BTreeSet<u32>>,
+) -> bool {
+    let is_own = |number: &u32| numbers.is_some_and(|numbers| numbers.contains(number));
+    let mut leads =
+        moved.iter().filter_map(|address| actual.backend_index.get(&service_key(*address, frontend.protocol)));
+    let others = after.frontends.iter().filter(|(key, other)| *key != frontend && other.mode == Mode::Dnat);
+    let mut others = others.flat_map(|(_, other)| other.pool.iter().flatten());
+    moved.is_empty() || leads.all(is_own) && !others.any(|backend| moved.contains(&backend.address))
 }

@@ -138,7 +138,7 @@ pub struct Region {
     /// Backend numbers.
     pub pool: Vec<u32>,
     /// Indices into `pool`.
-    pub table: Vec<u16>,
+    pub table: Arc<[u16]>,
     /// What serves while no backend of the pool can.
     pub backup: Option<Box<Region>>,
 }

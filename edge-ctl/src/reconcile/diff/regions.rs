@@ -1,10 +1,12 @@
 //! Selection regions: what a service's should hold, and where there is room for it.
 
-use super::Planner;
+use std::collections::BTreeMap;
+
+use super::{Planner, Reserved};
 use crate::{
     desired::DesiredFrontend,
     model::{Frontend, PoolMember, TableShape, Tier},
-    reconcile::ports::{Action, Region, share_of, tier_of, weight_of},
+    reconcile::ports::{Action, DatapathState, Region, share_of, tier_of, weight_of},
 };
 
 impl Planner<'_> {
@@ -31,6 +33,7 @@ impl Planner<'_> {
             self.fail(frontend, format!("{frontend}: the selection map is full; its pool stays as it was"));
             return None;
         };
+        self.used.insert(first_chunk, region.chunks());
         self.step(Action::WriteRegion { first_chunk, region: region.into() });
         Some(first_chunk)
     }
@@ -57,17 +60,12 @@ impl Planner<'_> {
 
     /// The first gap of `chunks` chunks.
     fn room(&self, chunks: u32) -> Option<u32> {
-        let live = self.state.regions.iter().map(|(first, region)| (*first, region.chunks()));
-        let mut used: Vec<(u32, u32)> = live.collect();
-        used.extend(&self.reserved.regions);
-        used.extend(&self.plan.retired);
-        used.sort_unstable();
         let mut first = 1_u32;
-        for (start, length) in used {
+        for (start, length) in &self.used {
             if start.saturating_sub(first) >= chunks {
                 break;
             }
-            first = first.max(start.saturating_add(length));
+            first = first.max(start.saturating_add(*length));
         }
         (first.checked_add(chunks)? <= self.state.capacity.chunks).then_some(first)
     }
@@ -77,6 +75,16 @@ impl Planner<'_> {
             self.plan.retired.push((first_chunk, region.chunks()));
         }
     }
+}
+
+/// Chunks that hold a region, or held one a moment ago. What a plan replaces stays among them until its end.
+pub(super) fn used(state: &DatapathState, reserved: &Reserved) -> BTreeMap<u32, u32> {
+    let mut used: BTreeMap<u32, u32> = state.regions.iter().map(|(first, region)| (*first, region.chunks())).collect();
+    for (first, length) in &reserved.regions {
+        let known = used.entry(*first).or_default();
+        *known = (*length).max(*known);
+    }
+    used
 }
 
 /// The members with the weights that their shares leave them: as they are while nobody starts slowly, else in the same

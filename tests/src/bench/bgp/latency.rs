@@ -93,6 +93,8 @@ pub(super) fn to_map(session: &Session, daemon: &Running, samples: usize) -> Res
     let until = |eligible: bool, begun: Instant| -> Result<f64> {
         while (states.get(&number, 0)? & backend_state::ELIGIBLE != 0) != eligible {
             ensure!(begun.elapsed() < PATIENCE, "the backend's state did not change");
+            // Whoever wakes up on this CPU, the daemon above all, goes first: else it would wait for the end of our slice.
+            thread::yield_now();
         }
         Ok(begun.elapsed().as_nanos() as f64)
     };
