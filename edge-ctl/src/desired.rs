@@ -326,7 +326,11 @@ fn build_frontend(config: &Config, inputs: &Inputs<'_>, service: &Service, front
         let allowed = members.into_iter().filter(|member| within(&config.edge.pod_networks, member.address.ip()));
         let known = inputs.adopted.get(frontend).map_or(&[][..], Vec::as_slice);
         let vip = frontend.address.ip();
-        allowed.map(|member| build_backend(inputs, service, vip, known, member, source)).collect::<Vec<_>>()
+        let mut pool: Vec<_> =
+            allowed.map(|member| build_backend(inputs, service, vip, known, member, source)).collect();
+        // It stays as long as nothing changes.
+        pool.shrink_to_fit();
+        pool
     });
     let (pool, panic) = match pool {
         Some(pool) => {

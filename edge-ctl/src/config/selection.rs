@@ -88,6 +88,7 @@ pub(super) fn fixed(source: &Section<'_>, pod_networks: &[ipnet::IpNet]) -> Vec<
             backends.push(StaticBackend { address, weight, tier });
         }
     }
+    backends.shrink_to_fit();
     backends
 }
 

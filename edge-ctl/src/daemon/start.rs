@@ -45,6 +45,7 @@ use crate::{
         loader::{Datapath, LoadError},
         next_hops::NextHops,
         object::EBPF_OBJECT,
+        sys,
         tables::Tables,
     },
     desired::AdoptedBackend,
@@ -97,6 +98,7 @@ pub enum StartError {
 /// # Errors
 /// What was wrong, where, and what to do about it; nothing has been changed then.
 pub fn run(file: &Path) -> Result<(), StartError> {
+    sys::keep_heap_small();
     let files = config::read_texts(file)?;
     let config = config::parse_texts(&files)?;
     let mut commits = Commits::load(&config.edge.state_dir)?;

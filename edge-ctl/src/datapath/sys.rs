@@ -428,6 +428,20 @@ pub fn trim_heap() {
     }
 }
 
+/// Keeps the heap close to what is in use, for a daemon that needs several times that at its start and for audits, and keeps it
+/// for months: one arena for all threads, and large blocks straight from the system and back to it. To be called before there
+/// are threads.
+pub fn keep_heap_small() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes integers only; what the library does not know it refuses, and nothing depends on it.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        // Set once they stay as they are, where the library would else raise them with each large block that is freed.
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 128 << 10);
+    }
+}
+
 /// From now on others go first: the calling thread, and those that it starts, take half of what others take of a CPU that both
 /// want. Less would keep a daemon waiting for its program for minutes on a busy host.
 pub fn give_way() {

@@ -55,7 +55,8 @@ impl Planner<'_> {
         if table.is_empty() {
             return None;
         }
-        Some(Region { pool: members.into_iter().map(|(_, _, number)| number).collect(), table, backup: None })
+        // A vector of its own size: one made of the members would keep their memory.
+        Some(Region { pool: members.iter().map(|(_, _, number)| *number).collect(), table, backup: None })
     }
 
     /// The first gap of `chunks` chunks.
