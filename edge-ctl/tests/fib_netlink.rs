@@ -616,7 +616,7 @@ fn routes_and_objects_come_back_after_a_flush_of_the_objects_and_are_found_again
         lab.edge(&["link", "set", "up0", "down"]);
         until("all to go with the link", || objects(&lab).is_empty()).await;
         lab.edge(&["link", "set", "up0", "up"]);
-        until("both routes with the link", || back()).await;
+        until("both routes with the link", back).await;
         // Left behind by an earlier life.
         fib.apply(vec![update("10.1.8.0/24", &["172.31.0.4"])]).await;
     });
