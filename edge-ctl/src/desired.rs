@@ -571,6 +571,7 @@ mod tests {
                 peers: BTreeMap::new(),
                 ranges: Vec::new(),
                 transit: false,
+                next_hops: Default::default(),
                 drain: None,
                 guard: Default::default(),
             }),

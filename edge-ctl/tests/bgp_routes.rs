@@ -272,3 +272,61 @@ fn a_planned_end_asks_for_another_way_first_then_withdraws_and_then_says_goodbye
         says("BIRD", "edge is shutting down", || birdc(&lab, NODE, "show protocols all edge")).await;
     });
 }
+
+#[test]
+fn client_networks_go_to_their_peer_alone_whatever_its_export_list_says_and_leave_with_us() {
+    let name = "client_networks_go_to_their_peer_alone_whatever_its_export_list_says_and_leave_with_us";
+    if skipped(name, "bird") {
+        return;
+    }
+    const ROUTER: &str = "10.0.0.3";
+    let mut lab = Lab::new();
+    bird(&mut lab, NODE, &session(NODE, 64513, "import all; export none;"));
+    // The router has a path to the same clients, which stays the one that we use.
+    let clients = "protocol static clients { ipv4; route 192.0.2.0/24 blackhole; }";
+    let body = clients.to_owned() + &session(ROUTER, 64514, "import all; export where source = RTS_STATIC;");
+    bird(&mut lab, ROUTER, &body);
+    lab.edge.block_on(|| async {
+        let mut node = valid::Peer { export: Some(vec![]), ..external() };
+        node.client_networks = vec![prefix("192.0.2.0/24"), prefix("0.0.0.0/0")];
+        let mut router = peer(ROUTER, 64514);
+        router.import = Some(vec![rule("192.0.2.0/24", 24, 24)]);
+        router.export = Some(vec![rule("10.9.0.0/16", 16, 32)]);
+        let mut bgp = config([node.clone(), router]);
+        bgp.networks = vec![prefix("10.9.0.0/24")];
+        bgp.transit = true;
+        let mut edge = Edge::start(bgp.clone()).await;
+        edge.until("the router's path", |edge| edge.hops("192.0.2.0/24") == [ROUTER]).await;
+        for network in ["192.0.2.0/24", "0.0.0.0/0"] {
+            let show = || birdc(&lab, NODE, &format!("show route all {network}"));
+            says("the node's BIRD", "BGP.next_hop: 10.0.0.1", show).await;
+            assert!(show().contains("BGP.as_path: 64512\n"), "as if it were ours: {}", show());
+        }
+        says("the router's BIRD", "BGP.next_hop: 10.0.0.1", || birdc(&lab, ROUTER, "show route all 10.9.0.0/24")).await;
+        assert!(birdc(&lab, ROUTER, "show route 0.0.0.0/0").contains("Network not found"));
+        assert!(birdc(&lab, NODE, "show route 10.9.0.0/24").contains("Network not found"), "its list names nothing");
+        assert_eq!(edge.hops("192.0.2.0/24"), [ROUTER], "what we tell a node is no route of ours");
+        let mut sent: Vec<(String, String)> = edge
+            .handle
+            .advertised(NODE.parse().unwrap())
+            .await
+            .into_iter()
+            .map(|row| (row.status, row.network))
+            .collect();
+        sent.sort();
+        let sent: Vec<(&str, &str)> =
+            sent.iter().map(|(status, network)| (status.as_str(), network.as_str())).collect();
+        assert_eq!(sent, [("*>", "0.0.0.0/0"), ("*>", "192.0.2.0/24"), ("r", "10.9.0.0/24")]);
+
+        node.client_networks = vec![prefix("192.0.2.0/24")];
+        bgp.peers.insert(node.address, node);
+        edge.handle.reload(bgp).await.unwrap();
+        says("the node's BIRD", "Network not found", || birdc(&lab, NODE, "show route 0.0.0.0/0")).await;
+        assert_eq!(edge.row(NODE).await.established_count, 1, "no new session");
+        let clients = || birdc(&lab, NODE, "show route all 192.0.2.0/24");
+        edge.handle.leave(Leaving::Ask).await;
+        says("the node's BIRD", "(65535,0)", clients).await;
+        edge.handle.leave(Leaving::Withdraw).await;
+        says("the node's BIRD", "Network not found", clients).await;
+    });
+}

@@ -11,6 +11,7 @@ use std::{
     path::Path,
     sync::mpsc,
     thread,
+    time::{Duration, Instant},
 };
 
 use common::bgp::{Edge, Lab, NODE, PATIENCE, config, peer};
@@ -209,7 +210,7 @@ fn a_peer_that_reads_nothing_loses_its_session_after_the_send_hold_time_though_i
         let mut wire = Wire::new(listener.accept().unwrap().0);
         wire.establish();
         // It never reads again, and its keepalives hold the session for as long as the hold time alone decides.
-        while finished.recv_timeout(std::time::Duration::from_millis(500)).is_err() {
+        while finished.recv_timeout(Duration::from_millis(500)).is_err() {
             if wire.0.write_all(&recorded(KEEPALIVE)).is_err() {
                 break;
             }
@@ -218,7 +219,7 @@ fn a_peer_that_reads_nothing_loses_its_session_after_the_send_hold_time_though_i
     let edge = || async move {
         listening.recv_timeout(PATIENCE).unwrap();
         let mut deaf = peer(NODE, 64512);
-        deaf.session.send_hold = Some(std::time::Duration::from_secs(3));
+        deaf.session.send_hold = Some(Duration::from_secs(3));
         let mut bgp = config([deaf]);
         // More than both sockets' buffers hold.
         bgp.networks = (0..1_500_000u32)
@@ -232,6 +233,60 @@ fn a_peer_that_reads_nothing_loses_its_session_after_the_send_hold_time_though_i
         assert_eq!(row.established_count, 1, "{row:#?}");
         // The script may have noticed already.
         let _ = finish.send(());
+    };
+    with_peer(script, edge, &lab);
+}
+
+/// The class of bug by which sessions flap for ever (the attribute errors of 2023 in FRR, OpenBGPD and others): whoever
+/// resets over an UPDATE gets it again on the next session.
+#[test]
+fn an_update_that_comes_again_on_every_session_makes_no_flap_loop() {
+    /// The wait after the first failure, jittered down to three quarters; it doubles from then on.
+    const FIRST_WAIT: Duration = Duration::from_millis(750);
+    let lab = Lab::new();
+    let (bound, listening) = mpsc::channel();
+    let (next, turn) = mpsc::channel();
+    let script = move || {
+        let listener = listener();
+        bound.send(()).unwrap();
+        let mut wire = Wire::new(listener.accept().unwrap().0);
+        wire.establish();
+        // ORIGIN 9 costs its routes and never the session, however often.
+        let mut damaged = recorded(ROUTES);
+        let origin = damaged.windows(3).position(|bytes| bytes == [0x40, 1, 1]).unwrap() + 3;
+        damaged[origin] = 9;
+        for _ in 0..100 {
+            wire.0.write_all(&damaged).unwrap();
+        }
+        wire.send(ROUTES);
+        turn.recv_timeout(PATIENCE).unwrap();
+        // Attributes that end behind their message leave no choice (RFC 7606 3, RFC 4271 6.3).
+        let fatal = [&[0xff; 16][..], &[0, 23, 2, 0, 0, 0xff, 0xff]].concat();
+        let mut wait = FIRST_WAIT;
+        for attempt in 0..3 {
+            wire.0.write_all(&fatal).unwrap();
+            assert_eq!(wire.notification(), (3, 1), "Malformed Attribute List");
+            drop(wire);
+            if attempt == 2 {
+                break;
+            }
+            let refused = Instant::now();
+            wire = Wire::new(listener.accept().unwrap().0);
+            assert!(refused.elapsed() > wait.mul_f64(0.9), "attempt {attempt} after {:?}", refused.elapsed());
+            wait *= 2;
+            wire.establish();
+        }
+    };
+    let edge = || async move {
+        listening.recv_timeout(PATIENCE).unwrap();
+        let mut edge = Edge::start(config([peer(NODE, 64512)])).await;
+        edge.until("the route", |edge| edge.hops("10.1.2.0/26") == [NODE]).await;
+        let row = edge.row(NODE).await;
+        assert_eq!((row.established_count, row.messages["update_treat_as_withdraw"]), (1, 100), "{row:#?}");
+        next.send(()).unwrap();
+        let row = edge.row_until(NODE, "the third reset", |row| row.failures == 3 && row.state != "Established").await;
+        assert_eq!(row.established_count, 3, "{row:#?}");
+        assert!(row.next_connect.is_some_and(|seconds| seconds >= 2), "the wait grows: {row:#?}");
     };
     with_peer(script, edge, &lab);
 }

@@ -92,13 +92,21 @@ impl Lab {
 
     /// Runs `test` inside the edge's namespace, on a thread and runtime of its own.
     fn run<F: Future<Output = ()>>(&self, test: impl FnOnce(FibHandle, mpsc::Receiver<FibEvent>) -> F + Send) {
+        self.run_with(FibOptions::default(), test);
+    }
+
+    fn run_with<F: Future<Output = ()>>(
+        &self,
+        options: FibOptions,
+        test: impl FnOnce(FibHandle, mpsc::Receiver<FibEvent>) -> F + Send,
+    ) {
         std::thread::scope(|scope| {
             let joined = scope.spawn(|| {
                 enter(&self.edge);
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
                 runtime.block_on(async {
                     let (sender, events) = mpsc::channel(256);
-                    let handle = fib::spawn(FibOptions::default(), sender).await.unwrap();
+                    let handle = fib::spawn(options, sender).await.unwrap();
                     test(handle, events).await;
                 });
             });
@@ -266,7 +274,16 @@ fn a_route_deleted_or_changed_by_hand_is_repaired_and_reported() {
         event(&mut events, |event| *event == FibEvent::ForeignChange { prefix }).await;
         assert_eq!(lab.gateways("10.1.1.0/24"), ["172.31.0.3"]);
         assert_eq!(fib.status().await.repairs, 2);
+    });
+}
 
+/// What iproute2 sends to flush a route that names an object the kernel refuses, so that such a flush leaves them alone.
+#[test]
+fn routes_that_name_their_gateways_come_back_after_a_flush() {
+    let Some(lab) = Lab::new() else { return };
+    lab.run_with(FibOptions { next_hops: fib::NextHopStyle::Inline, ..FibOptions::default() }, async |fib, _events| {
+        fib.apply(vec![update("10.1.0.0/24", &["172.31.0.2"]), update("10.1.1.0/24", &["172.31.0.3"])]).await;
+        assert_eq!((objects(&lab).len(), fib.status().await.objects), (0, fib::ObjectCounts::default()));
         lab.edge(&["route", "flush", "proto", "bgp"]);
         let both = || !lab.gateways("10.1.0.0/24").is_empty() && !lab.gateways("10.1.1.0/24").is_empty();
         until("both come back after a flush", both).await;
@@ -512,5 +529,140 @@ fn an_ipv4_route_goes_by_an_ipv6_neighbour_alone_and_beside_an_ipv4_one() {
         assert!(status.errors.is_empty() && status.route_writes == 2 && status.repairs == 0, "{status:?}");
         handle.apply(vec![update("10.1.2.0/24", &[]), update("10.1.3.0/24", &[])]).await;
         until("no routes", || shown().is_empty()).await;
+    });
+}
+
+/// `ip -j nexthop show` of ours: number, and the gateway or the members.
+fn objects(lab: &Lab) -> Vec<Value> {
+    // By number: iproute2 knows the name since 6.2.
+    lab.json(&["nexthop", "show", "proto", "186"])
+}
+
+fn gateways_of_objects(lab: &Lab) -> Vec<String> {
+    let mut gateways: Vec<String> =
+        objects(lab).iter().filter_map(|object| object["gateway"].as_str().map(str::to_owned)).collect();
+    gateways.sort();
+    gateways
+}
+
+/// Members of every group, by number.
+fn groups(lab: &Lab) -> Vec<(u64, Vec<u64>)> {
+    let group = |object: &Value| {
+        let members = object["group"].as_array()?.iter().filter_map(|member| member["id"].as_u64()).collect();
+        Some((object["id"].as_u64()?, members))
+    };
+    objects(lab).iter().filter_map(group).collect()
+}
+
+/// The number of the object that the BGP route to `prefix` names.
+fn named_by(lab: &Lab, prefix: &str) -> Option<u64> {
+    let family = if prefix.contains(':') { "-6" } else { "-4" };
+    lab.json(&[family, "route", "show", prefix, "proto", "bgp"]).first()?["nhid"].as_u64()
+}
+
+#[test]
+fn every_node_is_one_next_hop_object_that_all_its_routes_name_and_goes_with_the_last_of_them() {
+    let Some(lab) = Lab::new() else { return };
+    // Somebody else's objects, one with a gateway of ours.
+    lab.edge(&["nexthop", "add", "id", "7", "via", "172.31.0.2", "dev", "up0"]);
+    lab.edge(&["nexthop", "add", "id", "3983409152", "blackhole"]);
+    lab.run(async |fib, _events| {
+        let all = [
+            update("10.1.0.0/24", &["172.31.0.2"]),
+            update("10.1.1.0/24", &["172.31.0.2"]),
+            update("10.1.2.0/24", &["172.31.0.2", "172.31.0.3"]),
+            update("10.1.3.0/24", &["172.31.0.3", "172.31.0.2"]),
+            update("fd10::/64", &["fd31::2", "fd31::3"]),
+        ];
+        fib.apply(all.to_vec()).await;
+        assert_eq!(gateways_of_objects(&lab), ["172.31.0.2", "172.31.0.3", "fd31::2", "fd31::3"]);
+        assert_eq!((groups(&lab).len(), fib.status().await.errors.len()), (2, 0));
+        assert_eq!(fib.status().await.objects, fib::ObjectCounts { hops: 4, groups: 2 });
+        let one = named_by(&lab, "10.1.0.0/24");
+        assert!(one.is_some_and(|id| id != 7 && id != 3_983_409_152), "not another's: {one:?}");
+        assert_eq!(one, named_by(&lab, "10.1.1.0/24"));
+        assert_eq!(named_by(&lab, "10.1.2.0/24"), named_by(&lab, "10.1.3.0/24"));
+        assert_eq!(lab.gateways("10.1.2.0/24"), ["172.31.0.2", "172.31.0.3"]);
+        assert_eq!(lab.gateways("fd10::/64"), ["fd31::2", "fd31::3"]);
+        let route = fib.route_to(address("10.1.0.9")).await.unwrap();
+        assert_eq!(route.gateway, Some(address("172.31.0.2")));
+
+        fib.apply(vec![update("10.1.2.0/24", &[]), update("10.1.3.0/24", &[]), update("fd10::/64", &[])]).await;
+        // The next comparison, which somebody else's change brings about, deletes what nothing uses.
+        lab.edge(&["nexthop", "add", "id", "8", "blackhole"]);
+        until("the others to go", || gateways_of_objects(&lab) == ["172.31.0.2"] && groups(&lab).is_empty()).await;
+        assert_eq!(named_by(&lab, "10.1.0.0/24"), one);
+        for id in ["7", "8", "3983409152"] {
+            lab.edge(&["nexthop", "show", "id", id]);
+        }
+    });
+}
+
+#[test]
+fn routes_and_objects_come_back_after_a_flush_of_the_objects_and_are_found_again_after_a_restart() {
+    let Some(lab) = Lab::new() else { return };
+    let routes = [update("10.1.0.0/24", &["172.31.0.2"]), update("10.1.1.0/24", &["172.31.0.2", "172.31.0.3"])];
+    let back =
+        || named_by(&lab, "10.1.0.0/24").is_some() && lab.gateways("10.1.1.0/24") == ["172.31.0.2", "172.31.0.3"];
+    lab.run(async |fib, _events| {
+        fib.apply(routes.to_vec()).await;
+        assert!(back());
+        lab.edge(&["nexthop", "flush"]);
+        until("both routes by objects again", || back() && groups(&lab).len() == 1).await;
+        // A member that is deleted leaves its group, and the group's routes.
+        let id = named_by(&lab, "10.1.0.0/24").unwrap().to_string();
+        lab.edge(&["nexthop", "del", "id", &id]);
+        until("the member again", || back() && groups(&lab).iter().any(|(_, members)| members.len() == 2)).await;
+        lab.edge(&["link", "set", "up0", "down"]);
+        until("all to go with the link", || objects(&lab).is_empty()).await;
+        lab.edge(&["link", "set", "up0", "up"]);
+        until("both routes with the link", back).await;
+        // Left behind by an earlier life.
+        fib.apply(vec![update("10.1.8.0/24", &["172.31.0.4"])]).await;
+    });
+    let before: Vec<Option<u64>> = ["10.1.0.0/24", "10.1.1.0/24"].map(|prefix| named_by(&lab, prefix)).into();
+    lab.run(async |fib, _events| {
+        fib.apply(routes.to_vec()).await;
+        fib.apply(vec![update("10.1.2.0/24", &["172.31.0.3", "172.31.0.2"])]).await;
+        assert_eq!(fib.status().await.route_writes, 1);
+        assert_eq!(named_by(&lab, "10.1.2.0/24"), before[1], "the group that was there");
+        let mut converged = RouteSet::default();
+        for route in routes.clone() {
+            converged.apply(route);
+        }
+        fib.finish_restart(&converged).await;
+        lab.edge(&["nexthop", "add", "id", "8", "blackhole"]);
+        until("the stale node to go", || gateways_of_objects(&lab) == ["172.31.0.2", "172.31.0.3"]).await;
+        let after: Vec<Option<u64>> = ["10.1.0.0/24", "10.1.1.0/24"].map(|prefix| named_by(&lab, prefix)).into();
+        assert_eq!(after, before);
+    });
+}
+
+#[test]
+fn a_resilient_group_keeps_the_buckets_of_the_members_that_stay() {
+    let Some(lab) = Lab::new() else { return };
+    let options = FibOptions { next_hops: fib::NextHopStyle::Resilient, ..FibOptions::default() };
+    lab.run_with(options, async |fib, _events| {
+        fib.apply(vec![update("10.1.0.0/24", &["172.31.0.2", "172.31.0.3", "172.31.0.4"])]).await;
+        let [(group, members)] = &groups(&lab)[..] else { panic!("{:?}", objects(&lab)) };
+        assert_eq!((members.len(), named_by(&lab, "10.1.0.0/24")), (3, Some(*group)));
+        let buckets = || -> Vec<u64> {
+            let all = lab.json(&["nexthop", "bucket", "show", "id", &group.to_string()]);
+            all.iter().filter_map(|bucket| bucket["bucket"]["nhid"].as_u64()).collect()
+        };
+        let before = buckets();
+        assert_eq!(before.len(), 128, "{:?}", lab.json(&["nexthop", "bucket", "show"]));
+        fib.apply(vec![update("10.1.0.0/24", &["172.31.0.2", "172.31.0.4"])]).await;
+        let after = buckets();
+        assert_eq!((groups(&lab).len(), named_by(&lab, "10.1.0.0/24")), (1, Some(*group)), "the same group");
+        let gone: Vec<u64> = before.iter().filter(|member| !after.contains(member)).copied().collect();
+        assert!(!gone.is_empty() && gone.iter().all(|member| *member == gone[0]), "one member left: {gone:?}");
+        let moved = before.iter().zip(&after).filter(|(before, after)| before != after && **before != gone[0]).count();
+        assert_eq!(moved, 0, "flows by the members that stay keep their way");
+        // Down to one and up again, it still is the same group.
+        fib.apply(vec![update("10.1.0.0/24", &["172.31.0.4"])]).await;
+        assert_eq!(lab.gateways("10.1.0.0/24"), ["172.31.0.4"]);
+        fib.apply(vec![update("10.1.0.0/24", &["172.31.0.2", "172.31.0.4"])]).await;
+        assert_eq!(named_by(&lab, "10.1.0.0/24"), Some(*group));
     });
 }

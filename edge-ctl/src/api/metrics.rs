@@ -336,6 +336,12 @@ static METRICS: &[Metric] = &[
     gauge("route_missing", "Prefixes that BGP has and the kernel has not", |s| {
         vec![(Vec::new(), s.routes.iter().filter(|row| !row.installed).count() as u64)]
     }),
+    gauge("route_next_hop_objects", "Next-hop objects of ours in the kernel, by kind: gateway or group", |s| {
+        let kinds = [("gateway", s.status(|row| row.next_hops)), ("group", s.status(|row| row.next_hop_groups))];
+        let samples =
+            kinds.into_iter().flat_map(|(kind, samples)| samples.into_iter().map(move |sample| (kind, sample)));
+        samples.map(|(kind, (_, count))| (vec![("kind", kind.to_owned())], count)).collect()
+    }),
     gauge(
         "map_entries",
         "Entries in use, where they can be counted; of the flow tables as of the sweep's last walk",

@@ -27,6 +27,7 @@ pub struct Originated {
     networks: BTreeSet<IpNet>,
     announcements: BTreeMap<IpNet, PathAttributes>,
     leaving: bool,
+    ended: bool,
 }
 
 impl Originated {
@@ -55,6 +56,14 @@ impl Originated {
     pub fn clear(&mut self) {
         self.networks.clear();
         self.announcements.clear();
+        self.ended = true;
+    }
+
+    /// What a peer is told of the networks that it alone is told of; of those that are ours anyway see
+    /// [`Originated::iter`].
+    pub fn for_one<'a>(&'a self, networks: &'a [IpNet]) -> impl Iterator<Item = (IpNet, PathAttributes)> + 'a {
+        let networks = networks.iter().filter(|prefix| !self.ended && self.get(prefix).is_none());
+        networks.map(|prefix| (*prefix, self.told(PathAttributes::default())))
     }
 
     fn told(&self, mut attributes: PathAttributes) -> PathAttributes {

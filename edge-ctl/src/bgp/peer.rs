@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use ipnet::IpNet;
 use tokio::task::AbortHandle;
 
 use super::{
@@ -203,7 +204,13 @@ pub fn policy(bgp: &valid::Bgp, peer: &valid::Peer) -> Policy {
     let list = |terms: &Option<Vec<valid::Term>>| terms.clone().map(std::sync::Arc::new);
     let internal = peer.remote_asn == bgp.asn;
     let role = peer.session.role.filter(|_| !internal).map(|role| (role, peer.remote_asn));
-    Policy { internal, import: list(&peer.import), export: list(&peer.export), role }
+    Policy {
+        internal,
+        import: list(&peer.import),
+        export: list(&peer.export),
+        client_networks: peer.client_networks.iter().map(IpNet::trunc).collect(),
+        role,
+    }
 }
 
 /// What makes us refuse a path, as far as the configuration says it.

@@ -29,6 +29,8 @@ pub struct Policy {
     pub import: Option<Arc<Vec<Term>>>,
     /// Announced to it; `None`: nothing to an external peer, what we originate to an internal one.
     pub export: Option<Arc<Vec<Term>>>,
+    /// Announced to it alone, as if we originated them, whatever `export` says.
+    pub client_networks: Arc<[IpNet]>,
     /// Our role towards it, and its AS number; `None`: ONLY_TO_CUSTOMER is passed on and not looked at.
     pub role: Option<(Role, u32)>,
 }
@@ -201,6 +203,9 @@ impl Policy {
     /// # Errors
     /// Why it is not.
     pub fn export(&self, prefix: &IpNet, attributes: &Attributes, learnt: bool) -> Result<Permit<'_>, Withheld> {
+        if !learnt && self.client_networks.contains(prefix) {
+            return Ok(Permit { term: None, changes: None, exact: true });
+        }
         match &self.export {
             Some(terms) => judge(terms, prefix, attributes).map_err(|refusal| match refusal {
                 Refusal::NoMatch => Withheld::ExportList,
@@ -405,7 +410,7 @@ mod tests {
             internal: true,
             import: list(vec![rule("10.1.0.0/16", 24, 26)]),
             export: list(vec![]),
-            role: None,
+            ..Policy::default()
         };
         assert_eq!(judge(&policy, "10.1.2.0/26", "172.16.1.80"), Ok(()));
         assert_eq!(judge(&policy, "10.1.0.0/16", "172.16.1.80"), Err(Rejection::ImportList));

@@ -56,13 +56,16 @@ fn export(
     originated: &Originated,
     row: Row,
 ) -> Row {
-    let own = originated.get(&question.prefix).filter(|_| !is_given(question));
+    let alone = policy.client_networks.contains(&question.prefix);
+    let for_one = || originated.for_one(&policy.client_networks).find(|(prefix, _)| *prefix == question.prefix);
+    let own = originated.get(&question.prefix).or_else(|| Some(for_one()?.1)).filter(|_| !is_given(question));
     let given = std::sync::Arc::new(Route {
         attributes: given(question),
         next_hop: question.next_hop.unwrap_or(terms.next_hop),
     });
     let best = rib.best(&question.prefix).filter(|_| !is_given(question));
     let (source, candidate) = match (&own, best) {
+        (Some(own), _) if alone => ("client network", Candidate::Own(own)),
         (Some(own), _) => ("ours", Candidate::Own(own)),
         (None, Some(best)) => ("best path", Candidate::Learnt(best)),
         // As if an external peer had sent it.

@@ -208,11 +208,11 @@ pub fn advertised(peer: &Peer, rib: &Rib, originated: &Originated) -> Vec<BgpRou
             rows.push((prefix, row));
         }
     };
-    for (prefix, own) in originated.iter() {
+    for (prefix, own) in originated.iter().chain(originated.for_one(&peer.policy.client_networks)) {
         withhold(prefix, Candidate::Own(&own), String::new());
     }
     if session.out.terms.transit {
-        for prefix in rib.prefixes() {
+        for prefix in rib.prefixes().filter(|prefix| !peer.policy.client_networks.contains(prefix)) {
             if let Some(best) = rib.best(&prefix) {
                 withhold(prefix, Candidate::Learnt(best), format!(" (best path is from {})", best.peer));
             }

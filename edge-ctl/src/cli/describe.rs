@@ -55,6 +55,7 @@ pub(super) fn status(row: &Value) -> String {
                 "BGP peers",
                 format!("{} established, {} prefixes", of("peers_established", "peers"), text(row, "prefixes")),
             ),
+            ("Next hops", format!("{} objects, {} groups", text(row, "next_hops"), text(row, "next_hop_groups"))),
             ("Flows", format!("{} established", text(row, "flows"))),
             ("Attached", format!("{} interfaces", text(row, "attached"))),
             ("Map writes", text(row, "map_writes")),

@@ -16,7 +16,7 @@ use super::{
     valid::{Bgp, Peer, PeerRange},
     values,
 };
-use crate::model::{Service, scope};
+use crate::model::{NextHopStyle, Service, scope};
 
 const DEFAULT_PORT: u16 = 179;
 /// RFC 4271 10 suggests 90 s, and a third of it for keepalives.
@@ -39,6 +39,7 @@ struct Settings {
     session: RawSession,
     import: Option<Vec<Term>>,
     export: Option<Vec<Term>>,
+    client_networks: Option<Vec<At<IpNet>>>,
     max_prefixes: Option<MaxPrefixes>,
     add_path: Option<bool>,
 }
@@ -59,6 +60,7 @@ impl Settings {
             ebgp_multihop: section.integer("ebgp_multihop", 1..=255).and_then(|hops| u8::try_from(hops).ok()),
             import: policy::terms(section, "import"),
             export: policy::terms(section, "export"),
+            client_networks: section.list("client_networks", values::PREFIX, values::prefix),
             max_prefixes: policy::max_prefixes(section),
             add_path: section.boolean("add_path"),
         }
@@ -80,6 +82,7 @@ impl Settings {
             ebgp_multihop: self.ebgp_multihop.or(group.ebgp_multihop),
             import: self.import.or(group.import),
             export: self.export.or(group.export),
+            client_networks: self.client_networks.or(group.client_networks),
             max_prefixes: self.max_prefixes.or(group.max_prefixes),
             add_path: self.add_path.or(group.add_path),
         }
@@ -118,6 +121,7 @@ impl Settings {
             session: self.session.settle(section, internal, self.ebgp_multihop.is_some(), link_local),
             import: self.import,
             export: self.export,
+            client_networks: self.client_networks.into_iter().flatten().map(|network| network.value).collect(),
             intake: Intake { max_prefixes: self.max_prefixes, add_path: self.add_path.unwrap_or(false) },
         }
     }
@@ -176,6 +180,9 @@ pub(super) fn bgp(root: &Section<'_>) -> Option<Bgp> {
     }
     let router_id = router_id(&section, &peers);
     let transit = section.boolean("transit").unwrap_or(false);
+    let next_hops = section
+        .parse("next_hops", "\"objects\", \"resilient\" or \"inline\"", next_hops)
+        .map(|next_hops| next_hops.value);
     let drain = section.parse("drain", values::DURATION, values::duration).map(|drain| drain.value);
     section.finish();
     Some(Bgp {
@@ -185,10 +192,20 @@ pub(super) fn bgp(root: &Section<'_>) -> Option<Bgp> {
         networks: networks.into_iter().map(|network| network.value).collect(),
         peers: peers.into_iter().map(|(address, (peer, _))| (address, peer)).collect(),
         transit,
+        next_hops: next_hops.unwrap_or_default(),
         drain,
         guard: Guard::default(),
         ranges: by_length(ranges),
     })
+}
+
+fn next_hops(text: &str) -> Result<NextHopStyle, String> {
+    match text {
+        "objects" => Ok(NextHopStyle::Objects),
+        "resilient" => Ok(NextHopStyle::Resilient),
+        "inline" => Ok(NextHopStyle::Inline),
+        _ => Err(String::new()),
+    }
 }
 
 /// With what no import may bring in unasked: pods are routed, our own addresses are not.

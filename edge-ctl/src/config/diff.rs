@@ -139,6 +139,9 @@ pub fn until_restart(running: &Config, new: Config) -> Config {
     if running.bgp.is_some() != config.bgp.is_some() {
         config.bgp = running.bgp.clone();
     }
+    if let (Some(running), Some(bgp)) = (&running.bgp, &mut config.bgp) {
+        bgp.next_hops = running.next_hops;
+    }
     let edge = &running.edge;
     config.edge.pin_path.clone_from(&edge.pin_path);
     config.edge.socket.clone_from(&edge.socket);
@@ -150,6 +153,9 @@ pub fn until_restart(running: &Config, new: Config) -> Config {
 }
 
 fn bgp(old: &Bgp, new: &Bgp, changes: &mut Changes) {
+    if old.next_hops != new.next_hops {
+        changes.needs_restart.push("[bgp] next_hops".to_owned());
+    }
     for (key, differs) in [
         ("[bgp] asn", old.asn != new.asn),
         ("[bgp] router_id", old.router_id != new.router_id),

@@ -53,6 +53,14 @@ fn peer_warnings(bgp: &Bgp, peer: &Peer, pod_networks: &[IpNet], warnings: &mut 
             rule.prefix, rule.max_length
         ));
     }
+    for network in &peer.client_networks {
+        if pod_networks.iter().any(|pods| pods.contains(network)) {
+            warnings.push(format!(
+                "peer {address}: `client_networks` {network} lies inside `pod_networks`: the node would send packets to \
+                 pods this way"
+            ));
+        }
+    }
     for rule in peer.export.iter().flat_map(|terms| rules(terms)).filter(|rule| matches_no_host(rule)) {
         warnings.push(format!(
             "peer {address}: `export` \"{0}\" lets that network out and no VIP in it; meant \"{0} le {1}\"?",

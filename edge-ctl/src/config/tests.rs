@@ -2,7 +2,7 @@ use std::{net::IpAddr, time::Duration};
 
 use super::*;
 use crate::model::{
-    BackendSource, Balance, Lifetimes, Mode, RecordType, Selection, StaticBackend, Tier,
+    BackendSource, Balance, Lifetimes, Mode, NextHopStyle, RecordType, Selection, StaticBackend, Tier,
     access::{Format, Target},
 };
 
@@ -366,6 +366,46 @@ fn faults_of_peers_are_found() {
 }
 
 #[test]
+fn routes_name_objects_unless_the_configuration_says_otherwise_which_waits_for_a_restart() {
+    let style = |config: &Config| config.bgp.as_ref().unwrap().next_hops;
+    let with = |line: &str| BASE.replace("[bgp]\n", &format!("[bgp]\n{line}\n"));
+    assert!(with("next_hops").contains("next_hops"), "{BASE}");
+    let plain = ok(BASE);
+    assert_eq!(style(&plain), NextHopStyle::Objects);
+    for (word, expected) in [("resilient", NextHopStyle::Resilient), ("inline", NextHopStyle::Inline)] {
+        let other = ok(&with(&format!("next_hops = \"{word}\"")));
+        assert_eq!(style(&other), expected);
+        assert_eq!(diff::changes(&plain, &other).needs_restart, ["[bgp] next_hops"]);
+        assert_eq!(style(&diff::until_restart(&plain, other)), NextHopStyle::Objects);
+    }
+    let faults = faults(&with("next_hops = \"groups\""));
+    assert!(faults[0].contains("\"objects\", \"resilient\" or \"inline\""), "{faults:?}");
+}
+
+#[test]
+fn client_networks_of_a_peer_win_over_its_groups_and_one_inside_the_pod_networks_is_warned_of() {
+    let text = format!(
+        "{BASE}[bgp.group.nodes]\nremote_asn = 64512\nclient_networks = [\"0.0.0.0/0\", \"::/0\"]\n\
+         [[bgp.peer]]\naddress = \"172.16.1.80\"\ngroup = \"nodes\"\n\
+         [[bgp.peer]]\naddress = \"172.16.1.81\"\ngroup = \"nodes\"\nclient_networks = [\"10.1.3.0/24\"]\n"
+    );
+    let config = ok(&text);
+    let of = |address: &str| -> Vec<String> {
+        let peer = &config.bgp.as_ref().unwrap().peers[&address.parse::<IpAddr>().unwrap()];
+        peer.client_networks.iter().map(ToString::to_string).collect()
+    };
+    assert_eq!(
+        (of("172.16.1.80"), of("172.16.1.81")),
+        (vec!["0.0.0.0/0".into(), "::/0".into()], vec!["10.1.3.0/24".into()])
+    );
+    let warnings = lint::warnings(&config).join("\n");
+    assert!(warnings.contains("172.16.1.81: `client_networks` 10.1.3.0/24 lies inside `pod_networks`"), "{warnings}");
+    assert!(!warnings.contains("172.16.1.80: `client_networks`"), "{warnings}");
+    let faults = faults(&text.replace("10.1.3.0/24", "10.1.3.0/33"));
+    assert!(faults[0].contains("not a prefix"), "{faults:?}");
+}
+
+#[test]
 fn policies_are_read_term_by_term_and_their_faults_have_a_line() {
     let with = |lines: &str| format!("{BASE}[[bgp.peer]]\naddress = \"172.16.1.80\"\nremote_asn = 1\n{lines}\n");
     let text = with(
@@ -380,7 +420,7 @@ fn policies_are_read_term_by_term_and_their_faults_have_a_line() {
     assert_eq!((terms[1].set.local_pref, terms[1].set.prepend, terms[1].communities.len()), (Some(200), 3, 2));
     let limit = peer.intake.max_prefixes.unwrap();
     assert_eq!((limit.limit, limit.warning, limit.restart), (200, 100, Some(Duration::from_secs(60))));
-    assert!(peer.intake.add_path);
+    assert!(peer.intake.add_path && peer.client_networks.is_empty());
     assert!(bgp.guard.vips.contains(&"172.16.1.88".parse::<IpAddr>().unwrap()));
     for (lines, line, word) in [
         ("import = [{ prefix = [\"10.1.0.0/16\"] }]", 15, "did you mean `prefixes`?"),

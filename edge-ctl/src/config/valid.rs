@@ -10,7 +10,7 @@ use std::{
 use ipnet::IpNet;
 
 pub use super::policy::{AsPathPattern, Changes, Guard, Intake, MaxPrefixes, NextHop, Term};
-use crate::model::{Resolver, Service, access::AccessLog, bgp_session::SessionSettings};
+use crate::model::{NextHopStyle, Resolver, Service, access::AccessLog, bgp_session::SessionSettings};
 
 /// The whole configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -137,6 +137,8 @@ pub struct Bgp {
     pub peers: BTreeMap<IpAddr, Peer>,
     /// What is learnt may be announced again: between external and internal peers, never among internal ones.
     pub transit: bool,
+    /// How the kernel's routes say where they lead.
+    pub next_hops: NextHopStyle,
     /// How long a planned end waits for flows after peers were asked to look for another way; `None`: not at all.
     pub drain: Option<Duration>,
     /// What no import may bring in unasked.
@@ -185,6 +187,8 @@ pub struct Peer {
     pub import: Option<Vec<Term>>,
     /// What is announced to it; `None`: nothing to eBGP, all that is ours to iBGP.
     pub export: Option<Vec<Term>>,
+    /// Announced to it alone, whatever `export` says: networks of clients, whose replies it sends back this way.
+    pub client_networks: Vec<IpNet>,
     /// How much of it, and which paths.
     pub intake: Intake,
 }

@@ -125,7 +125,8 @@ async fn start(file: &Path, config: Config, texts: Texts, commits: Commits) -> R
     let speaker = config.bgp.as_ref().map(|settings| Speaker::bind(settings.clone(), bgp_events)).transpose()?;
     let datapath = Datapath::open(&config.edge, EBPF_OBJECT)?;
     let (fib_events, fib_inbox) = mpsc::channel(256);
-    let fib = fib::spawn(FibOptions::default(), fib_events).await?;
+    let next_hops = config.bgp.as_ref().map(|bgp| bgp.next_hops).unwrap_or_default();
+    let fib = fib::spawn(FibOptions { next_hops, ..FibOptions::default() }, fib_events).await?;
     let bgp = speaker.as_ref().map(Speaker::handle);
     let reconciler = Reconciler::new(
         datapath.port()?,

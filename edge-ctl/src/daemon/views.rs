@@ -387,6 +387,8 @@ impl DaemonViews {
             peers_established: peers.iter().filter(|row| row.state == "Established").count() as u64,
             peers: peers.len() as u64,
             prefixes: shared.prefixes as u64,
+            next_hops: fib.objects.hops as u64,
+            next_hop_groups: fib.objects.groups as u64,
             flows: services.iter().map(|row| row.active).sum(),
             attached: attached as u64,
             map_writes: reconciler.map_writes + shared.datapath.writes(),

@@ -159,6 +159,7 @@ impl<K: Kernel> Actor<K> {
             }
             Command::Status(reply) => {
                 self.status.stale = self.stale.len();
+                self.status.objects = self.kernel.objects();
                 self.status.held = self.held.clone();
                 let _ = reply.send(self.status.clone());
             }
@@ -580,7 +581,12 @@ mod tests {
 
     fn options() -> FibOptions {
         let never = Duration::from_secs(3600);
-        FibOptions { coalesce: Duration::ZERO, repair_interval: never, neighbour_interval: never }
+        FibOptions {
+            coalesce: Duration::ZERO,
+            repair_interval: never,
+            neighbour_interval: never,
+            ..FibOptions::default()
+        }
     }
 
     fn update(prefix: &str, hops: &[&str]) -> RouteUpdate {

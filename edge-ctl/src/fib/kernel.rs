@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, future::Future, net::IpAddr};
 
 use super::{
-    FibError,
+    FibError, ObjectCounts,
     plan::{RouteChange, Table},
 };
 
@@ -95,6 +95,10 @@ pub trait Kernel: Send + Sync + 'static {
     fn neighbours(&self) -> impl Future<Output = Result<Vec<Neighbour>, FibError>> + Send;
     /// Makes changes in order; one result for each.
     fn change(&self, changes: &[RouteChange]) -> impl Future<Output = Vec<Result<(), FibError>>> + Send;
+    /// How many next-hop objects of ours there are.
+    fn objects(&self) -> ObjectCounts {
+        ObjectCounts::default()
+    }
     /// Looks a destination up; `None`: no route.
     fn route_to(&self, destination: IpAddr) -> impl Future<Output = Result<Option<RouteTo>, FibError>> + Send;
     /// Adds a /32 or /128, with our mark.

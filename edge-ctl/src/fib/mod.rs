@@ -9,6 +9,7 @@ pub mod fake;
 mod kernel;
 mod monitor;
 mod netlink;
+mod nexthop;
 pub mod plan;
 pub mod sysctl;
 
@@ -22,11 +23,15 @@ use ipnet::IpNet;
 use tokio::sync::{mpsc, oneshot};
 
 pub use self::kernel::{Kernel, Link, LocalAddress, Neighbour, Notice, RouteTo, Snapshot};
+pub use self::nexthop::ObjectCounts;
+pub use crate::model::NextHopStyle;
 use crate::model::{RouteSet, RouteUpdate, view::RouteRow};
 
-/// Timings of the actor.
+/// How the actor works.
 #[derive(Clone, Debug)]
 pub struct FibOptions {
+    /// How routes say where they lead.
+    pub next_hops: NextHopStyle,
     /// How long notifications of the kernel are gathered before its table is read again.
     pub coalesce: Duration,
     /// How often the table is compared even without a notification.
@@ -38,6 +43,7 @@ pub struct FibOptions {
 impl Default for FibOptions {
     fn default() -> Self {
         Self {
+            next_hops: NextHopStyle::default(),
             coalesce: Duration::from_millis(20),
             repair_interval: Duration::from_secs(30),
             neighbour_interval: Duration::from_secs(10),
@@ -118,6 +124,8 @@ pub struct FibStatus {
     pub repairs: u64,
     /// BGP routes found at start and not yet confirmed.
     pub stale: usize,
+    /// Next-hop objects of ours in the kernel.
+    pub objects: ObjectCounts,
     /// Addresses held on `lo`.
     pub held: BTreeSet<IpAddr>,
 }
@@ -134,7 +142,7 @@ pub async fn spawn(options: FibOptions, events: mpsc::Sender<FibEvent>) -> Resul
     let (tell, told) = oneshot::channel();
     let run = async move {
         let begun = async {
-            let (kernel, notices) = netlink::Netlink::connect()?;
+            let (kernel, notices) = netlink::Netlink::connect(options.next_hops)?;
             Ok((actor::Actor::new(kernel, options).await?, notices))
         };
         match begun.await {

@@ -4,12 +4,12 @@ use futures::{Stream, StreamExt};
 use rtnetlink::{
     packet_core::{NetlinkMessage, NetlinkPayload},
     packet_route::{RouteNetlinkMessage, route::RouteType},
-    sys::{Socket, SocketAddr},
+    sys::{AsyncSocket as _, AsyncSocketExt as _, Socket, SocketAddr, TokioSocket, protocols::NETLINK_ROUTE},
 };
 use socket2::{SockFilter, SockRef};
 use tokio::sync::mpsc;
 
-use super::{Notice, netlink::neighbour};
+use super::{Notice, batch::messages, netlink::neighbour, nexthop::wire};
 
 /// Hands on what concerns us until either side ends. `own_port` is the netlink port of our requests.
 pub(super) async fn forward(
@@ -21,6 +21,41 @@ pub(super) async fn forward(
         if let Some(notice) = translate(message, own_port)
             && notices.send(notice).is_err()
         {
+            return;
+        }
+    }
+}
+
+/// A socket for notifications about next-hop objects, which rtnetlink does not know.
+///
+/// # Errors
+/// No socket, or no such group.
+pub(super) fn of_objects() -> std::io::Result<TokioSocket> {
+    let mut socket = TokioSocket::new(NETLINK_ROUTE)?;
+    socket.socket_mut().bind_auto()?;
+    // Before Linux 5.3 there is no such group, and nothing to hear of.
+    if let Err(error) = socket.socket_mut().add_membership(wire::GROUP) {
+        tracing::debug!(%error, "next-hop objects are not watched");
+    }
+    Ok(socket)
+}
+
+/// As [`forward`], for next-hop objects: who deletes one takes its routes along without a word about them.
+pub(super) async fn forward_objects(socket: TokioSocket, own_port: u32, notices: mpsc::UnboundedSender<Notice>) {
+    loop {
+        let concerns = match socket.recv_from_full().await {
+            Ok((bytes, _)) => messages(&bytes).any(|(kind, _, message)| {
+                let port =
+                    message.get(12..).and_then(|bytes| bytes.first_chunk()).map(|port| u32::from_ne_bytes(*port));
+                [wire::NEW, wire::DELETE].contains(&kind) && port != Some(own_port)
+            }),
+            Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => true,
+            Err(error) => {
+                tracing::warn!(%error, "next-hop objects are watched no longer; routes are compared periodically");
+                return;
+            }
+        };
+        if concerns && notices.send(Notice::Tables).is_err() {
             return;
         }
     }

@@ -27,9 +27,9 @@ use rtnetlink::{
 use tokio::sync::mpsc;
 
 use super::{
-    FibError, Kernel, Link, LocalAddress, Neighbour, Notice, RouteTo, Snapshot,
+    FibError, Kernel, Link, LocalAddress, Neighbour, NextHopStyle, Notice, ObjectCounts, RouteTo, Snapshot,
     batch::Batches,
-    monitor,
+    monitor, nexthop,
     plan::{KernelRoute, NextHop, PROTOCOL_BGP, RouteChange, Table},
 };
 
@@ -46,7 +46,7 @@ pub(super) struct Netlink {
 impl Netlink {
     /// Opens one socket for requests, one for route changes and one for notifications, so that a flood of the last loses
     /// no answer.
-    pub(super) fn connect() -> Result<(Self, mpsc::UnboundedReceiver<Notice>), FibError> {
+    pub(super) fn connect(next_hops: NextHopStyle) -> Result<(Self, mpsc::UnboundedReceiver<Notice>), FibError> {
         let failed = |error: std::io::Error| FibError::Socket(error.to_string());
         let (mut connection, handle, _) = rtnetlink::new_connection().map_err(failed)?;
         let port = {
@@ -61,7 +61,7 @@ impl Netlink {
             MulticastGroup::Ipv4Route,
             MulticastGroup::Ipv6Route,
         ];
-        let routes = Batches::open().map_err(failed)?;
+        let routes = Batches::open(next_hops).map_err(failed)?;
         let (mut watching, _, messages) = rtnetlink::new_multicast_connection(&groups).map_err(failed)?;
         {
             use rtnetlink::sys::AsyncSocket;
@@ -70,6 +70,8 @@ impl Netlink {
         let (notices, receiver) = mpsc::unbounded_channel();
         tokio::spawn(connection);
         tokio::spawn(watching);
+        let objects = monitor::of_objects().map_err(failed)?;
+        tokio::spawn(monitor::forward_objects(objects, routes.port, notices.clone()));
         tokio::spawn(monitor::forward(messages, port, notices));
         Ok((Self { handle, routes }, receiver))
     }
@@ -104,11 +106,25 @@ impl Netlink {
 
     async fn table(&self) -> Result<Table, FibError> {
         let mut routes = Vec::new();
+        let objects = self.routes.objects()?;
+        let (all, mut named) = (objects.as_deref().unwrap_or_default(), Vec::new());
         for message in [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()]
         {
             let messages: Vec<RouteMessage> =
                 collect("read the routes", self.handle.route().get(message).execute()).await?;
-            routes.extend(messages.iter().filter_map(kernel_route));
+            for message in &messages {
+                let Some(mut route) = kernel_route(message) else { continue };
+                let object = object_of(message);
+                // What the object stands for is said with the route, unless `net.ipv4.nexthop_compat_mode` is 0.
+                if let Some(id) = object.filter(|_| route.next_hops.is_empty()) {
+                    route.next_hops = nexthop::next_hops(all, id);
+                }
+                named.extend(object.map(|id| (route.prefix, id)));
+                routes.push(route);
+            }
+        }
+        if objects.is_some() {
+            self.routes.settle(all, &named);
         }
         Ok(Table::new(routes))
     }
@@ -137,6 +153,10 @@ impl Kernel for Netlink {
 
     async fn change(&self, changes: &[RouteChange]) -> Vec<Result<(), FibError>> {
         self.routes.change(changes)
+    }
+
+    fn objects(&self) -> ObjectCounts {
+        self.routes.counts()
     }
 
     async fn route_to(&self, destination: IpAddr) -> Result<Option<RouteTo>, FibError> {
@@ -353,6 +373,13 @@ pub(super) fn kernel_route(message: &RouteMessage) -> Option<KernelRoute> {
     }
     next_hops.sort();
     Some(KernelRoute { prefix, metric, protocol: header.protocol.into(), next_hops })
+}
+
+fn object_of(message: &RouteMessage) -> Option<u32> {
+    message.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::NhId(id) => Some(*id),
+        _ => None,
+    })
 }
 
 fn next_hop(hop: &RouteNextHop) -> NextHop {

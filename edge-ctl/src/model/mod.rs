@@ -24,7 +24,7 @@ pub use health::{
 pub use host::HostFault;
 pub use protect::{Limits, Protection, RangeAction, Rate, SourceRanges};
 pub use resolver::{Follow, ResolverPolicy};
-pub use route::{PathAttributes, RouteSet, RouteUpdate};
+pub use route::{NextHopStyle, PathAttributes, RouteSet, RouteUpdate};
 pub use selection::{MOST_CONNECTIONS, Selection, StaticBackend, TableShape, Tier};
 
 pub use service::{

@@ -31,6 +31,18 @@ pub struct PathAttributes {
     pub prepend: u8,
 }
 
+/// How routes say where they lead.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum NextHopStyle {
+    /// By next-hop objects, one for each gateway, and groups of them (Linux 5.3).
+    #[default]
+    Objects,
+    /// So too, with resilient groups: flows keep their way where others go (Linux 5.13).
+    Resilient,
+    /// Each by itself.
+    Inline,
+}
+
 /// Best routes by prefix, with longest-prefix lookup.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RouteSet {

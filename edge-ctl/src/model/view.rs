@@ -700,6 +700,12 @@ pub struct StatusRow {
     pub peers: u64,
     /// Prefixes in the Loc-RIB.
     pub prefixes: u64,
+    /// Next-hop objects of ours in the kernel: gateways.
+    #[serde(default)]
+    pub next_hops: u64,
+    /// Next-hop objects of ours in the kernel: groups of gateways.
+    #[serde(default)]
+    pub next_hop_groups: u64,
     /// Established flows.
     pub flows: u64,
     /// Interfaces where the program is attached.

@@ -81,6 +81,7 @@ pub fn peer(address: &str, remote_asn: u32) -> valid::Peer {
         session: Default::default(),
         import: None,
         export: None,
+        client_networks: vec![],
         intake: valid::Intake::default(),
     }
 }
@@ -95,6 +96,7 @@ pub fn config(peers: impl IntoIterator<Item = valid::Peer>) -> valid::Bgp {
         peers: peers.into_iter().map(|peer| (peer.address, peer)).collect(),
         ranges: vec![],
         transit: false,
+        next_hops: Default::default(),
         drain: None,
         guard: valid::Guard::default(),
     }

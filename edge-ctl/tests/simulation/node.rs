@@ -96,6 +96,7 @@ impl Node {
             session,
             import: None,
             export: None,
+            client_networks: vec![],
             intake: valid::Intake::default(),
         };
         let IpAddr::V4(router_id) = own else { unreachable!() };

@@ -194,6 +194,36 @@ impl Lab {
         Ok(())
     }
 
+    /// Has a node's BIRD watch the edge by BFD, 3 x 50 ms; its session begins anew.
+    ///
+    /// # Errors
+    /// Where it does not take the configuration.
+    pub fn watch_by_bfd(&self, name: &str) -> Result<()> {
+        let node = super::topology::node(name).with_context(|| format!("{name} is not a node"))?;
+        let file = self.speaker_file(node, "bird.conf");
+        let text = fs::read_to_string(&file).context("read BIRD's configuration")?;
+        let neighbor = format!("neighbor {EDGE} as {ASN};");
+        ensure!(text.contains(&neighbor), "BIRD's configuration does not name the edge: {text}");
+        let watched = text.replace(&neighbor, &format!("{neighbor} bfd yes;"));
+        fs::write(&file, watched + "protocol bfd { multihop { interval 50 ms; multiplier 3; }; }\n")?;
+        let said = self.birdc(name, &["configure"])?;
+        ensure!(
+            said.contains("Reconfigured") || said.contains("Reconfiguration in progress"),
+            "birdc configure: {said}"
+        );
+        Ok(())
+    }
+
+    /// Stops a node's BIRD, which then neither speaks nor closes its connections, or lets it go on.
+    ///
+    /// # Errors
+    /// Where it does not run.
+    pub fn hang(&self, name: &str, hang: bool) -> Result<()> {
+        let node = super::topology::node(name).with_context(|| format!("{name} is not a node"))?;
+        let pid = fs::read_to_string(self.speaker_file(node, "bird.pid")).context("read BIRD's process id")?;
+        netns::signal(pid.trim().parse()?, if hang { libc::SIGSTOP } else { libc::SIGCONT })
+    }
+
     /// Asks a node's BIRD.
     ///
     /// # Errors

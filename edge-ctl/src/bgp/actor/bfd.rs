@@ -68,17 +68,21 @@ impl Actor {
         self.bfd.as_ref()
     }
 
-    /// A session's state has changed.
+    /// How a session stands has changed.
     pub(super) fn on_bfd(&mut self, report: Report) {
         let now = self.start.elapsed();
         let address = report.peer;
         let Some(watched) = self.peers.get_mut(&address).and_then(|peer| peer.bfd.as_mut()) else { return };
         let before = std::mem::replace(&mut watched.status, report.status);
-        let was_up = matches!(&before, Ok(status) if status.state == Name::Up);
+        let was = before.as_ref().ok().map(|status| status.state);
+        let was_up = was == Some(Name::Up);
         match &watched.status {
             Err(why) => tracing::warn!(peer = %address, %why, "the peer is not watched by BFD; it is tried again"),
             Ok(status) => {
                 let status = *status;
+                if was == Some(status.state) {
+                    return;
+                }
                 watched.changed = now;
                 watched.downs += u64::from(was_up && status.state != Name::Up);
                 tracing::info!(peer = %address, state = status.state.as_str(), "BFD");

@@ -1,6 +1,6 @@
 //! Routes between the RIB and the sessions: what each peer is told, and how much of it we take.
 
-use std::{net::IpAddr, time::Duration};
+use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
 use ipnet::IpNet;
 
@@ -43,13 +43,15 @@ impl Actor {
     pub(super) fn sync(&mut self, address: IpAddr) {
         let Some(peer) = self.peers.get_mut(&address) else { return };
         let Some(session) = &mut peer.session else { return };
-        let own: Vec<(IpNet, PathAttributes)> = self.originated.iter().collect();
+        let all = self.originated.iter().chain(self.originated.for_one(&peer.policy.client_networks));
+        let own: Vec<(IpNet, PathAttributes)> = all.collect();
         let own = own.iter().map(|(prefix, attributes)| (*prefix, Candidate::Own(attributes)));
         let side = session.side;
         let messages = if session.out.terms.transit {
             let rib = &self.rib;
             let learnt = rib.prefixes().filter_map(|prefix| Some((prefix, Candidate::Learnt(rib.best(&prefix)?))));
-            session.out.sync(&peer.policy, own.chain(learnt))
+            // Of two candidates for one prefix the last counts.
+            session.out.sync(&peer.policy, learnt.chain(own))
         } else {
             session.out.sync(&peer.policy, own)
         };
@@ -73,7 +75,9 @@ impl Actor {
         for address in addresses {
             let Some(peer) = self.peers.get_mut(&address) else { continue };
             let Some(session) = &mut peer.session else { continue };
-            let own: Vec<Option<PathAttributes>> = moved.iter().map(|prefix| self.originated.get(prefix)).collect();
+            let alone: BTreeMap<_, _> = self.originated.for_one(&peer.policy.client_networks).collect();
+            let of = |prefix: &IpNet| self.originated.get(prefix).or_else(|| alone.get(prefix).cloned());
+            let own: Vec<Option<PathAttributes>> = moved.iter().map(of).collect();
             let rib = &self.rib;
             let candidates = moved.iter().zip(&own).map(|(prefix, own)| {
                 let candidate = match own {

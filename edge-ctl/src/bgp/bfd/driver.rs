@@ -43,6 +43,8 @@ struct Session {
     /// What packets leave by; `None`: it could not be had yet.
     sender: Option<std::net::UdpSocket>,
     retry_at: Option<Instant>,
+    /// What was last reported.
+    told: Option<Status>,
 }
 
 struct Driver {
@@ -111,7 +113,7 @@ impl Driver {
         let now = self.now();
         let discriminator = self.discriminator();
         let state = State::new(target.settings, discriminator, now);
-        self.sessions.insert(peer, Session { target, state, counters, sender: None, retry_at: None });
+        self.sessions.insert(peer, Session { target, state, counters, sender: None, retry_at: None, told: None });
         self.open(peer);
     }
 
@@ -151,6 +153,7 @@ impl Driver {
                 self.report(peer);
             }
             Err(why) => {
+                session.told = None;
                 let first = session.retry_at.replace(Instant::now() + RETRY).is_none();
                 if first {
                     let _ = self.reports.send(Report { peer, status: Err(why) });
@@ -215,32 +218,38 @@ impl Driver {
     fn feed(&mut self, peer: IpAddr, event: Event) {
         let now = self.now();
         let Some(session) = self.sessions.get_mut(&peer) else { return };
-        let mut changed = false;
         for action in session::step(&mut session.state, now, event) {
-            match action {
-                Action::Send(packet) => send(session, &packet.encode()),
-                Action::Changed => changed = session.state.name() != Name::AdminDown,
+            if let Action::Send(packet) = action {
+                send(session, &packet.encode());
             }
         }
-        if changed {
+        // Not the state alone: the peer's intervals and its C-bit may come with a later packet. AdminDown is our own end.
+        if session.sender.is_some() && session.state.name() != Name::AdminDown {
             self.report(peer);
         }
     }
 
-    fn report(&self, peer: IpAddr) {
-        let Some(session) = self.sessions.get(&peer) else { return };
-        let (state, remote) = (&session.state, session.state.remote());
-        let status = Status {
-            state: state.name(),
-            diagnostic: state.diagnostic(),
-            remote_state: remote.state,
-            remote_diagnostic: remote.diagnostic,
-            independent: remote.independent,
-            transmit: state.transmit_interval(),
-            detection: state.detection_time(),
-        };
-        // The actor is gone where this fails, and this thread will be.
-        let _ = self.reports.send(Report { peer, status: Ok(status) });
+    /// Tells how a session stands, unless that was told already.
+    fn report(&mut self, peer: IpAddr) {
+        let Some(session) = self.sessions.get_mut(&peer) else { return };
+        let status = status(&session.state);
+        if session.told.replace(status) != Some(status) {
+            // The actor is gone where this fails, and this thread will be.
+            let _ = self.reports.send(Report { peer, status: Ok(status) });
+        }
+    }
+}
+
+fn status(state: &State) -> Status {
+    let remote = state.remote();
+    Status {
+        state: state.name(),
+        diagnostic: state.diagnostic(),
+        remote_state: remote.state,
+        remote_diagnostic: remote.diagnostic,
+        independent: remote.independent,
+        transmit: state.transmit_interval(),
+        detection: state.detection_time(),
     }
 }
 

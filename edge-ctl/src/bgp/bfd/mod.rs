@@ -55,7 +55,7 @@ pub struct Status {
     pub detection: Duration,
 }
 
-/// A session's state has changed, or it cannot be had.
+/// How a session stands has changed, or it cannot be had.
 #[derive(Clone, Debug)]
 pub struct Report {
     /// Which.

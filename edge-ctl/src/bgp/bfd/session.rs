@@ -308,6 +308,13 @@ mod tests {
         state
     }
 
+    /// Up, and what the other side last said is this.
+    fn up_with(packet: Packet) -> State {
+        let mut state = up();
+        hears(&mut state, at(20), packet);
+        state
+    }
+
     #[test]
     fn every_state_moves_with_every_packet_as_rfc_5880_6_8_6_has_it() {
         use Name::{AdminDown, Down, Init, Up};
@@ -371,21 +378,18 @@ mod tests {
 
     #[test]
     fn the_slower_side_sets_the_pace_in_each_direction() {
-        let mut state = up();
         let slow = Packet { desired_min_tx: 300_000, required_min_rx: 200_000, multiplier: 5, ..says(Name::Up) };
-        hears(&mut state, at(20), slow);
+        let state = up_with(slow);
         assert_eq!(state.transmit_interval(), Some(Duration::from_millis(200)));
         assert_eq!(state.detection_time(), Duration::from_millis(1500));
     }
 
     #[test]
     fn whoever_wants_no_packets_gets_none() {
-        let mut state = up();
-        hears(&mut state, at(20), Packet { required_min_rx: 0, ..says(Name::Up) });
-        assert_eq!(state.transmit_interval(), None);
-        let mut state = up();
-        hears(&mut state, at(20), Packet { demand: true, answer: true, ..says(Name::Up) });
-        assert_eq!(state.transmit_interval(), None, "demand mode");
+        let unwanted = up_with(Packet { required_min_rx: 0, ..says(Name::Up) });
+        assert_eq!(unwanted.transmit_interval(), None);
+        let demand = up_with(Packet { demand: true, answer: true, ..says(Name::Up) });
+        assert_eq!(demand.transmit_interval(), None, "demand mode");
     }
 
     #[test]

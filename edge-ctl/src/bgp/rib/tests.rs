@@ -139,7 +139,7 @@ fn a_changed_policy_is_applied_to_what_was_received() {
     rib.update(address(80), &announce(&["10.1.0.0/24", "10.2.0.0/24"], address(80)), NOW);
     rib.take_changes();
     let only = PrefixRule { prefix: "10.1.0.0/16".parse().unwrap(), min_length: 16, max_length: 32 };
-    let policy = Policy { internal: true, import: Some(Arc::new(vec![only.into()])), export: None, role: None };
+    let policy = Policy { internal: true, import: Some(Arc::new(vec![only.into()])), ..Policy::default() };
     rib.set_policy(address(80), policy);
     assert_eq!(rib.take_changes(), [change("10.2.0.0/24", &[])]);
     assert_eq!(rib.counts(address(80)), (2, 1));
@@ -382,7 +382,7 @@ fn an_import_term_changes_what_is_used_and_not_what_was_received() {
     let set = crate::config::valid::Changes { local_pref: Some(250), ..Default::default() };
     let term = crate::config::valid::Term { set, ..Default::default() };
     let import = Some(Arc::new(vec![term]));
-    rib.set_policy(address(80), Policy { internal: true, import, export: None, role: None });
+    rib.set_policy(address(80), Policy { internal: true, import, ..Policy::default() });
     rib.update(address(80), &announce(&["10.1.0.0/24"], address(80)), NOW);
     let (_, _, standings) = rib.iter(false).next().unwrap();
     assert_eq!(standings[0].path.used().attributes.local_pref, Some(250));
@@ -394,7 +394,7 @@ fn a_path_of_an_external_peer_that_is_shutting_down_gracefully_is_the_last_choic
     let mut rib = rib(&[80]);
     let list = || Some(Arc::new(vec![crate::config::valid::Term::default()]));
     for host in [81, 82] {
-        let policy = Policy { internal: false, import: list(), export: None, role: None };
+        let policy = Policy { internal: false, import: list(), ..Policy::default() };
         rib.peer_up(address(host), policy, Ipv4Addr::new(172, 16, 1, host));
         rib.update(address(host), &announce(&["10.1.0.0/24"], address(host)), NOW);
     }
