@@ -8,7 +8,7 @@ use edge_tests::{
         Lab, Speaker,
         client::exchange_all,
         edge::{one, vip},
-        exec::{self, run, wait_for},
+        exec::wait_for,
         ipv6::{ipv6, vip6},
         topology::{CLIENT2, EDGE, NODES},
     },
@@ -61,11 +61,8 @@ fn a_dual_stack_cluster_is_served_on_vips_of_both_families() -> Result<()> {
 }
 
 fn routes_are_in_the_kernel(lab: &Lab) -> Result<()> {
-    let mut command = lab.command("edge", exec::program("ip", "iproute2")?)?;
-    let text = run(command.args(["-6", "route", "show", "proto", "bgp"]))?;
-    for node in NODES {
-        let wanted = format!("fd00::a:1:{}:0/112 via {}", node.index, ipv6(node.address()));
-        ensure!(text.contains(&wanted), "no `{wanted}` in\n{text}");
-    }
+    let wanted = NODES.map(|node| format!("fd00::a:1:{}:0/112 via {}", node.index, ipv6(node.address())));
+    let found = lab.bgp_routes_v6()?;
+    ensure!(found == wanted, "the kernel has {found:?}, expected {wanted:?}");
     Ok(())
 }

@@ -239,13 +239,25 @@ import = ["10.1.0.0/16 le 32"]
         xdp_pass::attach(&self.namespace("edge"), EDGE_INTERFACE, &pin)
     }
 
-    /// The kernel's routes with protocol bgp on the edge, as `PREFIX via GATEWAY`.
+    /// The kernel's IPv4 routes with protocol bgp on the edge, as `PREFIX via GATEWAY`, sorted.
     ///
     /// # Errors
     /// Where `ip` fails.
     pub fn bgp_routes(&self) -> Result<Vec<String>> {
+        self.bgp_routes_of("-4")
+    }
+
+    /// As [`Lab::bgp_routes`], of IPv6.
+    ///
+    /// # Errors
+    /// Where `ip` fails.
+    pub fn bgp_routes_v6(&self) -> Result<Vec<String>> {
+        self.bgp_routes_of("-6")
+    }
+
+    fn bgp_routes_of(&self, family: &str) -> Result<Vec<String>> {
         let edge = self.namespace("edge");
-        let text = exec::run(Command::new("ip").args(["-n", &edge, "-4", "-j", "route", "show", "proto", "bgp"]))?;
+        let text = exec::run(Command::new("ip").args(["-n", &edge, family, "-j", "route", "show", "proto", "bgp"]))?;
         let routes: Value = serde_json::from_str(&text).context("read `ip -j route`")?;
         let line = |route: &Value| {
             let gateway = route["gateway"].as_str().map(|via| format!(" via {via}")).unwrap_or_default();
