@@ -13,13 +13,14 @@ const CROSSING: Duration = Duration::from_secs(5);
 const DIALLING: Duration = Duration::from_secs(1);
 
 /// True where `other` is the established connection of an earlier life of the peer, which has restarted. Within one life
-/// R is only ever cleared, so that it tells a new life where the established OPEN had none. Where both have it, the two
-/// may have crossed in one restart, unless the session has lasted.
+/// R is only ever cleared, so that it tells a new life where the established OPEN had none, unless the session is so young
+/// that the two may have crossed: the peer said R on the connection that it opened first, and no longer on the one that arrived
+/// first. Where both have it, the two may have crossed in one restart, unless the session has lasted.
 pub(super) fn outlived(other: &Connection, new: &Open, now: Now) -> bool {
     let Stage::Established(established) = &other.stage else { return false };
     let restarting = |open: &Open| open.restart().is_some_and(|restart| restart.restarting);
-    let lasted = other.since.is_some_and(|since| now.time.saturating_sub(since) >= STABLE);
-    restarting(new) && (!restarting(&established.peer) || lasted)
+    let lasted = |time: Duration| other.since.is_some_and(|since| now.time.saturating_sub(since) >= time);
+    restarting(new) && lasted(if restarting(&established.peer) { STABLE } else { CROSSING })
 }
 
 /// RFC 4271 6.8 and RFC 6286 2.3: which connection is closed. The one that the side with the higher identifier opened
