@@ -86,6 +86,7 @@ const TRIM: Duration = Duration::from_secs(15);
 const ROUTE_GENERATION_PAUSE: Duration = Duration::from_millis(100);
 /// Route changes told to the kernel between two looks at other events.
 const ROUTE_CHUNK: usize = 512;
+
 /// What the views may ask of the loop.
 enum Request {
     /// Read the configuration again and apply it.

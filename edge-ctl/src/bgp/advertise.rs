@@ -239,7 +239,7 @@ pub struct AdjRibOut {
 }
 
 impl AdjRibOut {
-    /// Nothing was said yet on this session.
+    /// Nothing was said yet to this peer.
     pub const fn new(terms: Terms) -> Self {
         Self { terms, sent: BTreeMap::new() }
     }

@@ -25,6 +25,9 @@ const BUDGET: usize = 8192;
 /// Until the maps are asked again whether they exclude a backend.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
+/// Until an order that failed is tried again.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
+
 /// Backends that are down in a service that ends flows then, and of which protocol only.
 pub type Down = BTreeMap<HealthKey, Option<Protocol>>;
 
@@ -108,10 +111,14 @@ impl FlowEnds {
             }
             Err(error) => {
                 warn!(%error, service, ?backend, "flows could not be ended");
-                match order.reply {
+                match order.reply.take() {
                     Some(reply) => drop(reply.send(Err(ViewError::Internal(error.to_string())))),
-                    // The next look finds it down, and orders it anew.
-                    None => self.down.retain(|key| Some(key) != order.down.as_ref()),
+                    // Nobody orders it anew while it stays down.
+                    None => {
+                        order.walk = Walk::default();
+                        self.rests_until = Some(Instant::now() + TRY_AGAIN);
+                        self.orders.push_back(order);
+                    }
                 }
             }
         }
