@@ -15,7 +15,7 @@ use edge_common::{
 };
 use edge_tests::datapath::{
     ends::{MODES, backend, vip},
-    live::Live,
+    live::{Live, echo_back},
     namespace::{in_namespace, ip},
     rig::{FAMILIES, Family, HOOKS, Hook, Rig, Settings},
 };
@@ -81,13 +81,7 @@ fn serve(family: Family) -> Result<()> {
         let (mut stream, _) = listener.accept()?;
         drop(listener);
         stream.set_read_timeout(Some(PATIENCE))?;
-        let mut buffer = vec![0; 65536];
-        loop {
-            match stream.read(&mut buffer)? {
-                0 => return Ok(()),
-                n => stream.write_all(&buffer[..n])?,
-            }
-        }
+        echo_back(&mut stream)
     });
     Ok(())
 }

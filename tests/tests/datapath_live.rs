@@ -14,7 +14,7 @@ use edge_common::{
     maps::{mode, name},
 };
 use edge_tests::datapath::{
-    live::Live,
+    live::{Live, echo_back},
     namespace::in_namespace,
     rig::{HOOKS, Hook, Rig, Settings, VIP},
 };
@@ -32,13 +32,7 @@ fn serve_tcp() -> Result<()> {
     thread::spawn(move || -> Result<()> {
         let (mut stream, _) = listener.accept()?;
         stream.set_read_timeout(Some(PATIENCE))?;
-        let mut buffer = vec![0; 65536];
-        loop {
-            match stream.read(&mut buffer)? {
-                0 => return Ok(()),
-                n => stream.write_all(&buffer[..n])?,
-            }
-        }
+        echo_back(&mut stream)
     });
     Ok(())
 }

@@ -15,6 +15,7 @@ use edge_common::{
 };
 use edge_tests::{
     datapath::{
+        live::echo_back,
         namespace::{in_namespace, ip},
         rig::{FAMILIES, Family, Hook, Rig, Settings},
         vlan_devices::{FAR, Network, VlanDevices, missing},
@@ -81,15 +82,7 @@ fn serve(service: Service) -> Result<()> {
         loop {
             let (mut stream, from) = listener.accept()?;
             stream.write_all(format!("{:>40}", from.ip()).as_bytes())?;
-            thread::spawn(move || -> Result<()> {
-                let mut buffer = vec![0; 65536];
-                loop {
-                    match stream.read(&mut buffer)? {
-                        0 => return Ok(()),
-                        n => stream.write_all(&buffer[..n])?,
-                    }
-                }
-            });
+            thread::spawn(move || -> Result<()> { echo_back(&mut stream) });
         }
     });
     Ok(())

@@ -1,7 +1,13 @@
 //! Real sockets behind the two links of a [`Rig`]: the program attached, traffic through it.
 #![allow(unsafe_code, reason = "unshare(2) and gettid(2) have no safe wrapper among our dependencies")]
 
-use std::{os::fd::OwnedFd, sync::mpsc, thread};
+use std::{
+    io::{Read, Write},
+    net::TcpStream,
+    os::fd::OwnedFd,
+    sync::mpsc,
+    thread,
+};
 
 use crate::lab::xdp_pass;
 use anyhow::{Context, Result};
@@ -143,5 +149,19 @@ impl Live {
             }
         }
         Ok(live)
+    }
+}
+
+/// Sends back what comes, until the other end has said all.
+///
+/// # Errors
+/// Those of the connection.
+pub fn echo_back(stream: &mut TcpStream) -> Result<()> {
+    let mut buffer = vec![0; 65536];
+    loop {
+        match stream.read(&mut buffer)? {
+            0 => return Ok(()),
+            n => stream.write_all(&buffer[..n])?,
+        }
     }
 }
