@@ -21,7 +21,7 @@ pub const NEW_FLOW: Verdict = Verdict::UNDECIDED;
 pub fn untracked<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, side: Side, past: &mut Past<A>) -> Verdict {
     let key = &parsed.key;
     if let Some(service) = lookup(key.dst, key.dst_port, key.protocol, maps::frontend) {
-        return if parsed.lacks_checksum {
+        return if parsed.lacks_checksum || is_mapped(key.src) {
             because(Reason::Malformed, service)
         } else if key.protocol == UDP || opens(parsed.flags) {
             past.service = service;
@@ -42,6 +42,13 @@ pub fn untracked<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, side:
     }
 }
 
+/// True for a v4-mapped address in an IPv6 packet. As a source it would have an IPv4 host's source ranges and limits, and it can
+/// be answered by nobody: Linux takes no such packet either.
+#[inline(always)]
+fn is_mapped<A: Family>(address: A) -> bool {
+    A::V6 && unmapped(&address.wide()).is_some()
+}
+
 /// The number of an address and port in a map that holds both families. A v4-mapped address in an IPv6 packet stands for
 /// nothing there: it would meet an IPv4 entry.
 #[inline(always)]
@@ -51,9 +58,8 @@ pub fn lookup<A: Family>(
     protocol: u8,
     number: impl Fn(&ServiceKey) -> Option<u32>,
 ) -> Option<u32> {
-    let address = address.wide();
-    if A::V6 && unmapped(&address).is_some() {
+    if is_mapped(address) {
         return None;
     }
-    number(&ServiceKey { address, port, protocol, _pad: 0 })
+    number(&ServiceKey { address: address.wide(), port, protocol, _pad: 0 })
 }

@@ -15,7 +15,7 @@ use edge_common::{
 use edge_tests::datapath::{
     frame::{Frame, flag},
     namespace::in_namespace,
-    rig::{Action, HOOKS, Rig, Settings, VIP, key, pod, snat_of, wire},
+    rig::{Action, CLIENT, Family, HOOKS, Rig, Settings, VIP, key, pod, snat_of, wire},
 };
 
 const ALLOW: u32 = range_action::ALLOW;
@@ -120,6 +120,28 @@ fn a_range_is_one_service_s_own_and_a_flow_that_exists_outlives_its_denial() -> 
         let outcome = rig.run(&Frame::tcp(source, other, flag::SYN).bytes(), rig.uplink)?;
         assert_eq!(outcome.action, Action::Redirect);
         assert_eq!((rig.reason(1, Reason::SourceDenied)?, rig.reason(2, Reason::SourceDenied)?), (1, 0));
+        Ok(())
+    })
+}
+
+#[test]
+fn a_v4_mapped_source_of_an_ipv6_packet_is_not_the_ipv4_host_that_a_range_lets_in() -> Result<()> {
+    on_each_hook(&Settings::default(), |rig| {
+        rig.set_family(Family::V6);
+        rig.service(2, 8443, TCP, mode::FULL_NAT, 1, 443)?;
+        let refuse = service_flag::SOURCE_RANGES | service_flag::SOURCES_REFUSED_BY_DEFAULT;
+        change(rig, 2, |service| service.flags = refuse)?;
+        // A service that listens on both families has each range for both.
+        range(rig, 2, "172.16.1.0/24", ALLOW)?;
+        let vip = SocketAddr::new(Family::V6.vip(), 8443);
+        let mapped = SocketAddr::new(CLIENT.to_ipv6_mapped().into(), 40_000);
+        for flags in [flag::SYN, flag::ACK] {
+            let outcome = rig.run(&Frame::tcp(mapped, vip, flags).bytes(), rig.uplink)?;
+            assert_eq!(outcome.action, Action::Drop);
+        }
+        assert_eq!(rig.reason(2, Reason::Malformed)?, 2);
+        assert_eq!(hits(rig, 2, Ipv4Addr::new(172, 16, 1, 0), 24)?, 0);
+        assert!(rig.flows(name::HALF_OPEN)?.is_empty());
         Ok(())
     })
 }

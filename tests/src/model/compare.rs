@@ -1,9 +1,9 @@
 //! What the program did, held against what had to happen.
 
 use edge_common::{
+    address::Wide,
     conntrack::TICK_SHIFT,
-    flow::FlowKeyV4,
-    maps::{FlowV4, NextHop, ServiceStats, SourceId, SourceKey, SourceRange, SourceUse, flow_flag, name},
+    maps::{NextHop, ServiceStats, SourceId, SourceKey, SourceRange, SourceUse, flow_flag, name},
     verdict::{REASONS, Reason},
 };
 
@@ -12,13 +12,15 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 
 use super::{
+    checksum::{self, Check},
     decide::{Decision, Rewrite},
-    icmp::Translated,
+    flow::{Flow, Key},
+    icmp::{self, HEADER, Translated},
     kernel::Kernel,
     midflow,
     moves::map_name,
     state::{Counters, State, TABLES, Table},
-    wire::{self, Check},
+    wire,
     world::{BACKENDS, SERVICES},
 };
 use crate::datapath::rig::Action;
@@ -46,72 +48,68 @@ pub fn packet(decision: &Decision, input: &[u8], action: Action, got: &[u8]) -> 
 
 /// A message to the sender that quotes the packet as it came. Its own headers are judged elsewhere (see the module above).
 fn message(input: &[u8], got: &[u8]) -> Result<(), String> {
-    let ip = wire::ipv4(input).ok_or("no IP packet was answered")?;
-    let quoted = ip.total_len.min(576 - 28) & !3;
+    let ip = wire::ip(input).ok_or("no IP packet was answered")?;
+    let own_headers = wire::plain_header(ip.v6) + HEADER;
+    // The message has at most 576 bytes (RFC 1812, 4.3.2.3), or 1280 (RFC 4443, 2.4 (c)).
+    let quoted = ip.total_len.min(if ip.v6 { 1280 } else { 576 } - own_headers) & !3;
     let quote = wire::ETHERNET..wire::ETHERNET + quoted;
-    let front = wire::ETHERNET + 28;
-    let sent = wire::ipv4(got).ok_or_else(|| format!("no IP packet: {}", hex(got)))?;
-    if sent.protocol != 1 || sent.dst != ip.src || got.len() != front + quoted || got.get(front..) != input.get(quote) {
+    let front = wire::ETHERNET + own_headers;
+    let sent = wire::ip(got).ok_or_else(|| format!("no IP packet: {}", hex(got)))?;
+    let told = sent.v6 == ip.v6 && sent.protocol == icmp::number(ip.v6) && sent.dst == ip.src;
+    if !told || got.len() != front + quoted || got.get(front..) != input.get(quote) {
         return Err(format!("no message about this packet\n  packet {}\n  got    {}", hex(input), hex(got)));
-    }
-    Ok(())
-}
-
-/// A later fragment: its IP header only.
-fn followed(rewrite: &Rewrite, input: &[u8], mut expected: Vec<u8>, got: &[u8]) -> Result<(), String> {
-    let ip = wire::ipv4(input).ok_or("no fragment was rewritten")?;
-    let at = wire::ETHERNET + 10;
-    let found = wire::word(got, at).unwrap_or(0);
-    // A header that contradicts the frame has no checksum to be right.
-    let check = if ip.header_len < 20 { None } else { wire::ip_check(input, &expected, ip.header_len) };
-    if check.is_some_and(|check| !check.admits(found, false)) {
-        return Err(format!("IP checksum {found:#06x}, expected {check:x?} of {rewrite:?}\n  got      {}", hex(got)));
-    }
-    expected[at..at + 2].copy_from_slice(&found.to_be_bytes());
-    if got != expected {
-        return Err(format!("bytes differ\n  expected {}\n  got      {}", hex(&expected), hex(got)));
     }
     Ok(())
 }
 
 fn rewritten(rewrite: &Rewrite, input: &[u8], got: &[u8]) -> Result<(), String> {
     let mut expected = input.to_vec();
-    if let Some((dst, src)) = rewrite.macs {
-        expected[..6].copy_from_slice(&dst);
-        expected[6..12].copy_from_slice(&src);
+    let (l4, v6) = (rewrite.segment.l4, rewrite.segment.v6);
+    forwarded(&mut expected, v6, rewrite.macs, rewrite.addresses);
+    if v6 && rewrite.segment.fragment_at != 0 {
+        let at = rewrite.segment.fragment_at + 4;
+        expected[at..at + 4].copy_from_slice(&rewrite.id.to_be_bytes());
+    } else if !v6 {
+        expected[18..20].copy_from_slice(&(rewrite.id as u16).to_be_bytes());
     }
-    expected[22] -= 1;
-    expected[26..30].copy_from_slice(&rewrite.addresses.0.to_ne_bytes());
-    expected[30..34].copy_from_slice(&rewrite.addresses.1.to_ne_bytes());
-    expected[18..20].copy_from_slice(&rewrite.id.to_be_bytes());
-    if rewrite.segment.later_fragment {
-        return followed(rewrite, input, expected, got);
-    }
-    let l4 = rewrite.segment.l4;
-    expected[l4..l4 + 2].copy_from_slice(&rewrite.ports.0.to_ne_bytes());
-    expected[l4 + 2..l4 + 4].copy_from_slice(&rewrite.ports.1.to_ne_bytes());
-    let segment = wire::ipv4(input).and_then(|ip| wire::segment(input, ip)).ok_or("no segment was rewritten")?;
-    let (ip_check, l4_check) = wire::checks(input, &expected, &segment);
     if got.len() != expected.len() {
         return Err(format!("{} bytes became {}", expected.len(), got.len()));
     }
-    let udp = rewrite.segment.udp;
-    for (what, check, at, udp) in [
-        ("IP checksum", ip_check, wire::ETHERNET + 10, false),
-        ("checksum", l4_check, l4 + wire::check_offset(udp), udp),
-    ] {
-        let found = wire::word(got, at).unwrap_or(0);
-        if !check.admits(found, udp) {
-            return Err(format!("{what} {found:#06x}, expected {check:x?}\n  got      {}", hex(got)));
-        }
-        let value = match check {
-            Check::Exactly(value) => value,
-            Check::Wrong(_) => found,
-        };
-        expected[at..at + 2].copy_from_slice(&value.to_be_bytes());
+    let header_len = usize::from(input[wire::ETHERNET] & 15) * 4;
+    // A header that contradicts the frame has no checksum to be right.
+    if !v6 {
+        let found = wire::word(got, IP_CHECK).unwrap_or(0);
+        let check = checksum::of_ipv4(input, &expected, header_len).unwrap_or(Check::Exactly(found));
+        settle("IP checksum", IP_CHECK, false, got, &mut expected, |_| check)?;
     }
+    if !rewrite.segment.later_fragment {
+        expected[l4..l4 + 2].copy_from_slice(&rewrite.ports.0.to_ne_bytes());
+        expected[l4 + 2..l4 + 4].copy_from_slice(&rewrite.ports.1.to_ne_bytes());
+        let segment = wire::whole_segment(input).ok_or("no segment was rewritten")?;
+        let udp = rewrite.segment.udp;
+        settle("checksum", l4 + checksum::offset(udp), udp, got, &mut expected, |new| {
+            checksum::of_segment(input, new, &segment)
+        })?;
+    }
+    same(&expected, got)
+}
+
+/// The IPv4 header checksum's place in a frame.
+const IP_CHECK: usize = wire::ETHERNET + 10;
+
+/// What a router does, and the addresses.
+fn forwarded(frame: &mut [u8], v6: bool, macs: Option<([u8; 6], [u8; 6])>, addresses: (Wide, Wide)) {
+    if let Some((dst, src)) = macs {
+        frame[..6].copy_from_slice(&dst);
+        frame[6..12].copy_from_slice(&src);
+    }
+    frame[wire::ETHERNET + wire::ttl_at(v6)] -= 1;
+    wire::readdress(frame, wire::ETHERNET, v6, addresses);
+}
+
+fn same(expected: &[u8], got: &[u8]) -> Result<(), String> {
     if got != expected {
-        return Err(format!("bytes differ\n  expected {}\n  got      {}", hex(&expected), hex(got)));
+        return Err(format!("bytes differ\n  expected {}\n  got      {}", hex(expected), hex(got)));
     }
     Ok(())
 }
@@ -119,44 +117,38 @@ fn rewritten(rewrite: &Rewrite, input: &[u8], got: &[u8]) -> Result<(), String> 
 /// An ICMP error outside and inside. Its quote is cut off, so that the checksums inside are judged by what they change by.
 fn translated(error: &Translated, input: &[u8], got: &[u8]) -> Result<(), String> {
     let quote = &error.quote;
+    let v6 = quote.key.v6;
     let mut expected = input.to_vec();
-    if let Some((dst, src)) = error.macs {
-        expected[..6].copy_from_slice(&dst);
-        expected[6..12].copy_from_slice(&src);
-    }
-    expected[22] -= 1;
-    for (at, address) in
-        [(26, error.outside.0), (30, error.outside.1), (quote.ip + 12, error.inside.0), (quote.ip + 16, error.inside.1)]
-    {
-        expected[at..at + 4].copy_from_slice(&address.to_ne_bytes());
-    }
+    forwarded(&mut expected, v6, error.macs, error.outside);
+    wire::readdress(&mut expected, quote.ip, v6, error.inside);
     expected[quote.l4..quote.l4 + 2].copy_from_slice(&error.ports.0.to_ne_bytes());
     expected[quote.l4 + 2..quote.l4 + 4].copy_from_slice(&error.ports.1.to_ne_bytes());
     if got.len() != expected.len() {
         return Err(format!("{} bytes became {}", expected.len(), got.len()));
     }
     // Inside out, since each covers the ones before.
-    let inner = quote.ip..quote.l4;
-    let icmp = quote.icmp..quote.end;
-    let outer = wire::ETHERNET..quote.icmp;
-    settle("quoted IP checksum", quote.ip + 10, false, got, &mut expected, |new| {
-        wire::recomputed(input, new, inner, quote.ip + 10)
-    })?;
+    if !v6 {
+        let (inner, at) = (quote.ip..quote.l4, quote.ip + 10);
+        settle("quoted IP checksum", at, false, got, &mut expected, |new| checksum::recomputed(input, new, inner, at))?;
+    }
     if let Some(at) = quote.check() {
+        let place = wire::addresses_at(v6);
+        let addresses = quote.ip + place.start..quote.ip + place.end;
         settle("quoted checksum", at, quote.udp, got, &mut expected, |new| {
-            wire::moved(input, new, at, quote.udp, [quote.ip + 12..quote.ip + 20, quote.l4..quote.l4 + 4])
+            checksum::moved(input, new, at, quote.udp, [addresses, quote.l4..quote.l4 + 4])
         })?;
     }
+    let ip = wire::Ip { protocol: icmp::number(v6), ..wire::ip(input).ok_or("no error was translated")? };
     settle("ICMP checksum", quote.icmp + 2, false, got, &mut expected, |new| {
-        wire::recomputed(input, new, icmp, quote.icmp + 2)
+        checksum::of_icmp(input, new, quote.icmp..quote.end, &ip)
     })?;
-    settle("IP checksum", wire::ETHERNET + 10, false, got, &mut expected, |new| {
-        wire::recomputed(input, new, outer, wire::ETHERNET + 10)
-    })?;
-    if got != expected {
-        return Err(format!("bytes differ\n  expected {}\n  got      {}", hex(&expected), hex(got)));
+    if !v6 {
+        let outer = wire::ETHERNET..quote.icmp;
+        settle("IP checksum", IP_CHECK, false, got, &mut expected, |new| {
+            checksum::recomputed(input, new, outer, IP_CHECK)
+        })?;
     }
-    Ok(())
+    same(&expected, got)
 }
 
 /// Judges the checksum at `at` by what it must be, and takes it over.
@@ -249,8 +241,8 @@ fn sources(state: &mut State, kernel: &Kernel) -> Result<(), String> {
 fn entry(
     state: &mut State,
     table: Table,
-    key: &FlowKeyV4,
-    got: Option<FlowV4>,
+    key: &Key,
+    got: Option<Flow>,
     times: Times,
     range: Option<(u32, u32)>,
 ) -> Result<(), String> {
@@ -291,18 +283,16 @@ fn entry(
 }
 
 /// The two differences of checksums in an entry, against sums of the whole fields.
-fn deltas(flow: &FlowV4) -> Result<(), String> {
-    let sums = |words: [&[u8]; 2]| u32::from(wire::sum(&words));
-    let addresses = |a: u32, b: u32| sums([&a.to_ne_bytes(), &b.to_ne_bytes()]);
+fn deltas(flow: &Flow) -> Result<(), String> {
+    let sums = |words: [&[u8]; 2]| u32::from(checksum::sum(&words));
+    // What makes an IPv4 address one of 16 bytes adds nothing modulo 0xffff.
+    let bytes = |wide: Wide| wide.map(u32::to_ne_bytes).concat();
+    let addresses = |a: Wide, b: Wide| sums([&bytes(a), &bytes(b)]);
     let ports = |a: u16, b: u16| sums([&a.to_ne_bytes(), &b.to_ne_bytes()]);
+    let key = &flow.key;
     for (what, old, new, delta) in [
-        ("address", addresses(flow.key.src, flow.key.dst), addresses(flow.new_src, flow.new_dst), flow.address_delta),
-        (
-            "port",
-            ports(flow.key.src_port, flow.key.dst_port),
-            ports(flow.new_src_port, flow.new_dst_port),
-            flow.port_delta,
-        ),
+        ("address", addresses(key.src, key.dst), addresses(flow.new_src, flow.new_dst), flow.address_delta),
+        ("port", ports(key.src_port, key.dst_port), ports(flow.new_src_port, flow.new_dst_port), flow.port_delta),
     ] {
         if (old + u32::from(u16::from_be(delta))) % 0xffff != new % 0xffff {
             return Err(format!("{what} delta {delta:#06x} leads from {old:#x} not to {new:#x}: {flow:?}"));
@@ -317,8 +307,7 @@ fn deltas(flow: &FlowV4) -> Result<(), String> {
 /// What differs.
 pub fn tables(state: &mut State, kernel: &Kernel) -> Result<(), String> {
     for table in TABLES {
-        let map = kernel.map(map_name(table)).map_err(|error| error.to_string())?;
-        let mut keys: Vec<FlowKeyV4> = map.keys();
+        let mut keys = kernel.keys(map_name(table)).map_err(|error| error.to_string())?;
         keys.extend(state.table(table).keys());
         keys.sort_unstable();
         keys.dedup();
@@ -428,7 +417,7 @@ pub fn counters(state: &State, kernel: &Kernel) -> Result<(), String> {
 
 /// What both know of a packet's tuple, for people.
 pub fn entries(state: &State, kernel: &Kernel, frame: &[u8]) -> String {
-    let Some(segment) = wire::ipv4(frame).and_then(|ip| wire::segment(frame, ip)) else {
+    let Some(segment) = wire::whole_segment(frame) else {
         return String::new();
     };
     let mut lines = String::new();

@@ -3,16 +3,13 @@
 //! The rule above all: an entry's other half is changed, moved or deleted only where it is that flow's (DESIGN.md: "if its
 //! key now belongs to another flow, this flow is dropped, never overwritten").
 
-use edge_common::{
-    flow::FlowKeyV4,
-    maps::{FlowV4, flow_flag},
-    verdict::Reason,
-};
+use edge_common::{maps::flow_flag, verdict::Reason};
 
 use super::{
     coverage::Point,
     create::Past,
     decide::{Decision, Input, refuse, send},
+    flow::{Flow, Key},
     protect,
     state::{SECOND, State, TABLES, Table, Twin, twin_key},
     wire::{Segment, UDP},
@@ -61,7 +58,10 @@ pub fn track(state: &mut State, input: &Input, segment: &Segment) -> Tracked {
     if segment.ip.fragment {
         // Not by the shortest way, since it is to be remembered; a touch changes what it changes all the same.
         touch(state, key, input.now);
-    } else if segment.flags & (SYN | FIN | RST) == 0 && state.flow(Table::Established, key).is_some() {
+    } else if segment.flags & (SYN | FIN | RST) == 0
+        && !segment.lacks_checksum
+        && state.flow(Table::Established, key).is_some()
+    {
         state.hit(Point::EstablishedHit);
         match touch(state, key, input.now) {
             Touch::Fine => {
@@ -89,7 +89,7 @@ enum Touch {
 }
 
 /// Once a touch is due: refreshes the twin, and lets the route be looked up again.
-fn touch(state: &mut State, key: &FlowKeyV4, now: u64) -> Touch {
+fn touch(state: &mut State, key: &Key, now: u64) -> Touch {
     let Some(flow) = state.flow(Table::Established, key).copied() else { return Touch::Fine };
     if ((now >> 20) as u32).wrapping_sub(flow.touch_due) > u32::MAX / 2 {
         return Touch::Fine;
@@ -124,7 +124,7 @@ fn touch(state: &mut State, key: &FlowKeyV4, now: u64) -> Touch {
             Touch::Taken(flow.service)
         }
         Twin::Missing => {
-            let twin = FlowV4 { last_seen: now, touch_due: due, ..turned(&flow) };
+            let twin = Flow { last_seen: now, touch_due: due, ..turned(&flow) };
             let inserted = insert_established(state, twin);
             let fits = inserted != Insert::Full;
             // A flow is open as long as its client's half is there.
@@ -146,8 +146,8 @@ fn next_touch(state: &mut State, timeout: u32, now: u64) -> u32 {
 }
 
 /// The other direction's entry, made from this one.
-fn turned(flow: &FlowV4) -> FlowV4 {
-    FlowV4 {
+fn turned(flow: &Flow) -> Flow {
+    Flow {
         key: twin_key(flow),
         new_src: flow.key.dst,
         new_dst: flow.key.src,
@@ -169,11 +169,11 @@ enum Insert {
     Full,
 }
 
-fn insert_established(state: &mut State, flow: FlowV4) -> Insert {
+fn insert_established(state: &mut State, flow: Flow) -> Insert {
     if state.flow(Table::Established, &flow.key).is_some() {
         return Insert::Exists;
     }
-    if state.table(Table::Established).len() >= state.config.established {
+    if state.is_full(Table::Established, flow.key.v6) {
         state.touched.push((Table::Established, flow.key));
         return Insert::Full;
     }
@@ -181,11 +181,15 @@ fn insert_established(state: &mut State, flow: FlowV4) -> Insert {
     Insert::Done
 }
 
-fn in_table(state: &mut State, input: &Input, segment: &Segment, table: Table, flow: FlowV4) -> Tracked {
+fn in_table(state: &mut State, input: &Input, segment: &Segment, table: Table, flow: Flow) -> Tracked {
     let Some(service) = state.config.services.get(&flow.service).map(|(service, _)| *service) else {
         state.hit(Point::TrackNoService);
         return Tracked::Decided(refuse(state, Reason::NotReady, 0));
     };
+    if segment.lacks_checksum {
+        state.hit(Point::FlowNoChecksum);
+        return Tracked::Decided(refuse(state, Reason::Malformed, flow.service));
+    }
     let timeout = match table {
         Table::Established => service.established_timeout,
         Table::HalfOpen => service.half_open_timeout,
@@ -269,7 +273,7 @@ fn in_table(state: &mut State, input: &Input, segment: &Segment, table: Table, f
 }
 
 /// True where the client's tuple has a flow by another source by now.
-fn superseded(state: &State, closing: &FlowV4) -> bool {
+fn superseded(state: &State, closing: &Flow) -> bool {
     let client = twin_key(closing);
     [Table::Established, Table::HalfOpen]
         .into_iter()
@@ -302,7 +306,7 @@ const RETRIES: u32 = 2;
 const RETRIES_CROSSING: u32 = 4;
 
 /// A client's SYN on a flow that lives.
-fn again(table: Table, flow: &FlowV4) -> Change {
+fn again(table: Table, flow: &Flow) -> Change {
     if table != Table::HalfOpen || flow.flags & (flow_flag::SYN_ACK_SEEN | flow_flag::CLIENT_ACKED) != 0 {
         return Change::Stay;
     }
@@ -312,7 +316,7 @@ fn again(table: Table, flow: &FlowV4) -> Change {
 
 /// A client's acknowledgement while its flow is half-open: of the SYN-ACK, or where that may have gone by another edge, of the
 /// same thing as the one before.
-fn client_acknowledges(segment: &Segment, flow: &FlowV4, fin: u16) -> Option<Change> {
+fn client_acknowledges(segment: &Segment, flow: &Flow, fin: u16) -> Option<Change> {
     // [floor, floor + 2^20), modulo 2^32.
     let in_window = segment.ack.wrapping_sub(flow.ack_floor) < 1 << 20;
     if flow.flags & flow_flag::SYN_ACK_SEEN != 0 {
@@ -325,7 +329,7 @@ fn client_acknowledges(segment: &Segment, flow: &FlowV4, fin: u16) -> Option<Cha
     Some(if second { Change::OneSided(fin) } else { Change::Note(fin) })
 }
 
-fn transition(segment: &Segment, table: Table, flow: &FlowV4, late: bool) -> Change {
+fn transition(segment: &Segment, table: Table, flow: &Flow, late: bool) -> Change {
     let from_client = flow.direction != REPLY;
     if segment.key.protocol == UDP {
         return match table {
@@ -376,7 +380,7 @@ fn transition(segment: &Segment, table: Table, flow: &FlowV4, late: bool) -> Cha
     if after != flow.flags { Change::Flag(fin) } else { Change::Stay }
 }
 
-fn flag(state: &mut State, table: Table, flow: &FlowV4, flags: u16) {
+fn flag(state: &mut State, table: Table, flow: &Flow, flags: u16) {
     let twin = state.twin(table, flow);
     if let Twin::Ours(twin) = twin {
         state.hit(Point::Flag);
@@ -392,7 +396,7 @@ fn flag(state: &mut State, table: Table, flow: &FlowV4, flags: u16) {
     }
 }
 
-fn expect(state: &mut State, table: Table, reply: &FlowV4, floor: u32) {
+fn expect(state: &mut State, table: Table, reply: &Flow, floor: u32) {
     let Twin::Ours(client) = state.twin(table, reply) else {
         state.hit(Point::ExpectWithoutTwin);
         state.touched.push((table, twin_key(reply)));
@@ -405,7 +409,7 @@ fn expect(state: &mut State, table: Table, reply: &FlowV4, floor: u32) {
     }
 }
 
-fn promote(state: &mut State, input: &Input, segment: &Segment, from: Table, mut flow: FlowV4, flags: u16) -> Decision {
+fn promote(state: &mut State, input: &Input, segment: &Segment, from: Table, mut flow: Flow, flags: u16) -> Decision {
     flow.flags |= flags;
     let service = flow.service;
     let timeout = state.config.services.get(&service).map_or(0, |(service, _)| service.established_timeout);
@@ -418,7 +422,7 @@ fn promote(state: &mut State, input: &Input, segment: &Segment, from: Table, mut
         return refuse(state, Reason::TwinTaken, service);
     }
     let due = next_touch(state, timeout, input.now);
-    let promoted = |half: FlowV4| FlowV4 {
+    let promoted = |half: Flow| Flow {
         state: ESTABLISHED,
         sequence: half.sequence + 1,
         touch_due: due,
@@ -426,7 +430,7 @@ fn promote(state: &mut State, input: &Input, segment: &Segment, from: Table, mut
         ..half
     };
     let twin = match state.twin(from, &flow) {
-        Twin::Ours(twin) => FlowV4 { flags: twin.flags | flags, ..twin },
+        Twin::Ours(twin) => Flow { flags: twin.flags | flags, ..twin },
         Twin::Missing => {
             state.hit(Point::PromoteRebuiltTwin);
             turned(&flow)
@@ -468,8 +472,8 @@ fn promote(state: &mut State, input: &Input, segment: &Segment, from: Table, mut
     send(state, input, segment, Table::Established)
 }
 
-fn close(state: &mut State, input: &Input, table: Table, flow: FlowV4, flags: u16) {
-    let closing = |half: FlowV4| FlowV4 {
+fn close(state: &mut State, input: &Input, table: Table, flow: Flow, flags: u16) {
+    let closing = |half: Flow| Flow {
         state: CLOSING,
         sequence: half.sequence + 1,
         last_seen: input.now,
@@ -502,12 +506,12 @@ fn close(state: &mut State, input: &Input, table: Table, flow: FlowV4, flags: u1
 }
 
 /// True where the client's half of a flow is in the table.
-fn has_client(state: &State, table: Table, flow: &FlowV4) -> bool {
+fn has_client(state: &State, table: Table, flow: &Flow) -> bool {
     flow.direction != REPLY || matches!(state.twin(table, flow), Twin::Ours(_))
 }
 
 /// The client's tuple starts anew: its flow goes, and the reply's entry rests in the closing table.
-fn reopen(state: &mut State, input: &Input, table: Table, flow: &FlowV4) -> Past {
+fn reopen(state: &mut State, input: &Input, table: Table, flow: &Flow) -> Past {
     if table == Table::HalfOpen {
         protect::half_open_ended(state, input, flow);
     }
@@ -522,7 +526,7 @@ fn reopen(state: &mut State, input: &Input, table: Table, flow: &FlowV4) -> Past
             let rest = turned(flow);
             state.put(
                 Table::Closing,
-                FlowV4 { state: CLOSING, sequence: rest.sequence + 1, last_seen: input.now, ..rest },
+                Flow { state: CLOSING, sequence: rest.sequence + 1, last_seen: input.now, ..rest },
             );
             state.remove(table, &rest.key);
         }
@@ -532,6 +536,6 @@ fn reopen(state: &mut State, input: &Input, table: Table, flow: &FlowV4) -> Past
 }
 
 /// True where no table has an entry of this key.
-pub fn unknown(state: &State, key: &FlowKeyV4) -> bool {
+pub fn unknown(state: &State, key: &Key) -> bool {
     TABLES.into_iter().all(|table| state.flow(table, key).is_none())
 }

@@ -14,12 +14,30 @@ macro_rules! points {
 }
 
 points! {
-    /// No IPv4 header: passes.
-    NotIpv4,
+    /// No IP header: passes.
+    NotIp,
     /// Neither address is in the prefilter: passes.
     NotOurs,
     /// Neither TCP nor UDP: passes.
     OtherProtocol,
+    /// A TCP or UDP header behind IPv6 extension headers.
+    Extensions,
+    /// IPv6 extension headers of which only the stack can judge.
+    ExtensionsForStack,
+    /// IPv6 extension headers that the packet ends before.
+    ExtensionsCutShort,
+    /// A UDP datagram over IPv6 to a frontend without a checksum.
+    NoChecksum,
+    /// The same of a flow.
+    FlowNoChecksum,
+    /// The same of a dnat backend, without a flow.
+    ReplyNoChecksum,
+    /// An IPv6 packet to a frontend from a v4-mapped address.
+    MappedSource,
+    /// An ICMPv6 error from a link-local address.
+    IcmpLinkLocal,
+    /// The sender of a later fragment of IPv6 is to be told.
+    LaterFragmentTold,
     /// A later fragment of a packet whose first one is not known.
     Fragment,
     /// A first fragment was sent on, for the rest to follow.

@@ -3,9 +3,8 @@
 //! The source port is the program's choice: the model judges it by the rules and takes it over.
 
 use edge_common::{
-    address::{is_none, mapped},
-    flow::FlowKeyV4,
-    maps::{BackendEntry, FlowV4, SNAT_ADDRESSES, ServiceEntry, ServiceKey, flow_flag, mode, service_flag},
+    address::{Wide, is_none},
+    maps::{BackendEntry, SNAT_ADDRESSES, ServiceEntry, ServiceKey, flow_flag, mode, service_flag},
     verdict::Reason,
 };
 
@@ -13,9 +12,10 @@ use super::{
     connections::{expired, opens, unknown},
     coverage::Point,
     decide::{Choices, Decision, Input, answer, refuse, send},
+    flow::{Flow, Key},
     hash::{self, Found},
     midflow, protect,
-    state::{Route, State, Table, ipv4, twin_key, wide},
+    state::{Route, State, Table, twin_key},
     wire::{Segment, UDP},
 };
 
@@ -34,8 +34,8 @@ const SHORT_REST: u32 = 2;
 pub struct Past {
     /// Its backend.
     pub backend: u32,
-    /// Its SNAT address, network order.
-    pub address: u32,
+    /// Its SNAT address.
+    pub address: Wide,
     /// Its SNAT port, network order.
     pub port: u16,
     /// The backend that did not answer: another one, if there is one; 0: none.
@@ -57,15 +57,19 @@ pub fn untracked(
     choices: &dyn Choices,
 ) -> Result<Decision, String> {
     let key = segment.key;
-    let at = |address, port| ServiceKey { address: mapped(address), port, protocol: key.protocol, _pad: 0 };
-    if let Some(service) = state.config.frontends.get(&at(key.dst, key.dst_port)).copied() {
+    if let Some(service) = state.config.frontends.get(&place(key.dst, key.dst_port, &key)).copied() {
+        // Whose source is a v4-mapped address nobody can answer, and it is not the IPv4 host of that address either.
+        if segment.lacks_checksum || key.v6 && is_mapped(&key.src) {
+            state.hit(if segment.lacks_checksum { Point::NoChecksum } else { Point::MappedSource });
+            return Ok(refuse(state, Reason::Malformed, service));
+        }
         if key.protocol == UDP || opens(segment.flags) {
             return new_flow(state, input, segment, service, past, choices);
         }
         return Ok(midflow::segment(state, input, segment, service));
     }
-    if let Some(backend) = state.config.dnat_backends.get(&at(key.src, key.src_port)).copied() {
-        if state.config.route(key.dst) != Route::NotForwarded {
+    if let Some(backend) = state.config.dnat_backends.get(&place(key.src, key.src_port, &key)).copied() {
+        if state.config.route(key.v6, &key.src, &key.dst) != Route::NotForwarded {
             return Ok(midflow::reply(state, input, segment, backend));
         }
         state.hit(Point::BackendToHost);
@@ -78,6 +82,17 @@ pub fn untracked(
         state.hit(Point::NotABackend);
     }
     Ok(Decision::PASS)
+}
+
+/// Where a frontend or a dnat backend of the key's family and protocol may be. A v4-mapped address in an IPv6 packet is no
+/// place: maps hold IPv4 addresses in that form.
+pub fn place(address: Wide, port: u16, key: &Key) -> ServiceKey {
+    let address = if key.v6 && is_mapped(&address) { [0; 4] } else { address };
+    ServiceKey { address, port, protocol: key.protocol, _pad: 0 }
+}
+
+fn is_mapped(address: &Wide) -> bool {
+    address[..3] == [0, 0, 0xffff_u32.to_be()]
 }
 
 fn new_flow(
@@ -95,7 +110,7 @@ fn new_flow(
     };
     let service = *service;
     let counted = past.is_some_and(|past| past.counted);
-    if let Some(reason) = protect::refuses(state, input, wide(segment.key.src), number, &service, counted) {
+    if let Some(reason) = protect::refuses(state, input, &segment.key, number, &service, counted) {
         return Ok(refuse(state, reason, number));
     }
     if segment.ip.ttl <= 1 {
@@ -132,7 +147,7 @@ fn new_flow(
         state.because(Reason::RetriedElsewhere, number);
     }
     if open(state, &plan, address, port) {
-        protect::half_opened(state, input, wide(plan.key.src), number);
+        protect::half_opened(state, input, &plan.key, number);
         state.count(plan.number, plan.chosen, |stats| stats.half_opened += 1);
     }
     Ok(send(state, input, segment, Table::HalfOpen))
@@ -141,7 +156,7 @@ fn new_flow(
 /// What both entries of a new flow are made of.
 pub struct Plan {
     /// The client's tuple.
-    pub key: FlowKeyV4,
+    pub key: Key,
     /// Its service.
     pub service: ServiceEntry,
     /// Its service's number.
@@ -160,21 +175,21 @@ pub struct Plan {
 
 impl Plan {
     /// The key of the replies to this source.
-    pub fn reply_key(&self, address: u32, port: u16) -> FlowKeyV4 {
+    pub fn reply_key(&self, address: Wide, port: u16) -> Key {
         let protocol = self.key.protocol;
-        FlowKeyV4 {
-            src: ipv4(&self.backend.address),
+        Key {
+            v6: self.key.v6,
+            src: self.backend.address,
             dst: address,
             src_port: self.backend.port,
             dst_port: port,
             protocol,
-            _pad: [0; 3],
         }
     }
 }
 
 enum Source {
-    Found(u32, u16),
+    Found(Wide, u16),
     Refused(Reason),
 }
 
@@ -207,7 +222,7 @@ fn source(
 
 /// Makes room for a reply's key that leaves no choice of port: entries of the same client, and such as have timed out,
 /// give way. False where another flow has it.
-pub fn claim_own(state: &mut State, plan: &Plan, reply: &FlowKeyV4) -> bool {
+pub fn claim_own(state: &mut State, plan: &Plan, reply: &Key) -> bool {
     let tables =
         [(Table::HalfOpen, plan.service.half_open_timeout), (Table::Established, plan.service.established_timeout)];
     for (table, timeout) in tables {
@@ -232,7 +247,7 @@ pub fn claim_own(state: &mut State, plan: &Plan, reply: &FlowKeyV4) -> bool {
 
 /// True where a closed flow's port may go to another client: after the full rest where the backend may still hold it in
 /// TIME_WAIT (it closed first), else after packets under way have died.
-fn rested(plan: &Plan, closing: &FlowV4) -> bool {
+fn rested(plan: &Plan, closing: &Flow) -> bool {
     let tcp = closing.key.protocol != UDP;
     let full = plan.service.closing_timeout;
     let long = if tcp {
@@ -245,7 +260,7 @@ fn rested(plan: &Plan, closing: &FlowV4) -> bool {
     expired(closing.last_seen, if long { full } else { full.min(SHORT_REST) }, plan.now)
 }
 
-fn free(state: &State, plan: &Plan, reply: &FlowKeyV4) -> bool {
+fn free(state: &State, plan: &Plan, reply: &Key) -> bool {
     unknown(state, reply)
         || state.flow(Table::HalfOpen, reply).is_none()
             && state.flow(Table::Established, reply).is_none()
@@ -253,7 +268,7 @@ fn free(state: &State, plan: &Plan, reply: &FlowKeyV4) -> bool {
 }
 
 /// True where the source is a half-open flow's whose client has said nothing for a while, and nobody else's.
-fn given_up(state: &State, plan: &Plan, reply: &FlowKeyV4) -> bool {
+fn given_up(state: &State, plan: &Plan, reply: &Key) -> bool {
     let Some(entry) = state.flow(Table::HalfOpen, reply) else { return false };
     let client = state.flow(Table::HalfOpen, &twin_key(entry)).filter(|client| twin_key(client) == *reply);
     client.is_none_or(|client| plan.now.saturating_sub(client.last_seen) >= STALLED_NS)
@@ -261,10 +276,10 @@ fn given_up(state: &State, plan: &Plan, reply: &FlowKeyV4) -> bool {
         && state.flow(Table::Closing, reply).is_none_or(|closing| rested(plan, closing))
 }
 
-fn addresses(plan: &Plan) -> Vec<u32> {
+fn addresses(plan: &Plan) -> Vec<Wide> {
     match (plan.service.snat_count as usize).min(SNAT_ADDRESSES) {
-        0 => vec![ipv4(&plan.backend.snat_address)],
-        count => plan.service.snat_addresses[..count].iter().map(ipv4).collect(),
+        0 => vec![plan.backend.snat_address],
+        count => plan.service.snat_addresses[..count].to_vec(),
     }
 }
 
@@ -286,7 +301,7 @@ fn candidate(state: &mut State, input: &Input, plan: &Plan, choices: &dyn Choice
         return Err(format!("took {probes} candidates for a new source, 1 to {PROBES} are allowed"));
     }
     if !addresses.contains(&address) {
-        return Err(format!("source address {} is none of the service's", u32::from_be(address)));
+        return Err(format!("source address {address:x?} is none of the service's"));
     }
     let host = u16::from_be(port);
     let span = plan.service.snat_port_min..=plan.service.snat_port_max;
@@ -318,7 +333,7 @@ fn candidate(state: &mut State, input: &Input, plan: &Plan, choices: &dyn Choice
 }
 
 /// A refusal while some ports are free is allowed as often as chance explains it, which only many of them show.
-fn judge_refusal(state: &mut State, plan: &Plan, addresses: &[u32]) {
+fn judge_refusal(state: &mut State, plan: &Plan, addresses: &[Wide]) {
     let free_ones = free_share(state, plan, addresses);
     if free_ones > 0.0 {
         state.refusals += 1;
@@ -326,7 +341,7 @@ fn judge_refusal(state: &mut State, plan: &Plan, addresses: &[u32]) {
 }
 
 /// The share of a service's sources that one more flow to this backend could have.
-fn free_share(state: &State, plan: &Plan, addresses: &[u32]) -> f64 {
+fn free_share(state: &State, plan: &Plan, addresses: &[Wide]) -> f64 {
     let (mut free_ones, mut all) = (0u32, 0u32);
     for port in plan.service.snat_port_min..=plan.service.snat_port_max {
         for address in addresses {
@@ -339,13 +354,13 @@ fn free_share(state: &State, plan: &Plan, addresses: &[u32]) -> f64 {
 }
 
 /// Both entries of the new flow; false where it was there already.
-pub fn open(state: &mut State, plan: &Plan, address: u32, port: u16) -> bool {
+pub fn open(state: &mut State, plan: &Plan, address: Wide, port: u16) -> bool {
     let one_reply = plan.service.flags & service_flag::ONE_REPLY != 0 && plan.key.protocol == UDP;
     let crossing = plan.service.mode == mode::DNAT && plan.key.protocol != UDP;
-    let forward = FlowV4 {
+    let forward = Flow {
         key: plan.key,
         new_src: address,
-        new_dst: ipv4(&plan.backend.address),
+        new_dst: plan.backend.address,
         new_src_port: port,
         new_dst_port: plan.backend.port,
         service: plan.number,
@@ -359,9 +374,9 @@ pub fn open(state: &mut State, plan: &Plan, address: u32, port: u16) -> bool {
             | if plan.service.source_packet_rate != 0 { flow_flag::PACKET_LIMIT } else { 0 }
             | if one_reply { flow_flag::ONE_REPLY } else { 0 },
         ack_floor: plan.ack_floor,
-        ..FlowV4::default()
+        ..Flow::default()
     };
-    let reply = FlowV4 {
+    let reply = Flow {
         key: twin_key(&forward),
         new_src: plan.key.dst,
         new_dst: plan.key.src,

@@ -1,13 +1,15 @@
 //! The decision function: what must happen to a packet, given the tables. The stages are in files of their own.
 
-use edge_common::verdict::Reason;
+use edge_common::{address::Wide, verdict::Reason};
 
 use super::{
     connections::{self, Tracked},
     coverage::Point,
-    create, forward, fragments, icmp,
+    create,
+    flow::Key,
+    forward, fragments, icmp,
     state::{Config, State, Table},
-    wire::{self, Ip, Segment},
+    wire::{self, Ip, Segment, Walk},
 };
 use crate::datapath::rig::{Action, Hook};
 
@@ -31,20 +33,20 @@ pub struct Input<'a> {
     /// The program sent something: whether a message to the sender is let through is its pace's choice.
     pub was_sent: bool,
     /// The IP ID that the packet left with: the program's choice where a fragmented packet gets a new source.
-    pub id_after: u16,
+    pub id_after: u32,
 }
 
 /// Where a rewritten packet's headers differ from those it came with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rewrite {
-    /// Source and destination address, network order.
-    pub addresses: (u32, u32),
+    /// Source and destination address.
+    pub addresses: (Wide, Wide),
     /// Source and destination port, network order.
     pub ports: (u16, u16),
     /// Destination and source MAC; `None`: the stack sets them.
     pub macs: Option<([u8; 6], [u8; 6])>,
     /// IP ID.
-    pub id: u16,
+    pub id: u32,
     /// The packet it was.
     pub segment: Original,
 }
@@ -58,6 +60,10 @@ pub struct Original {
     pub udp: bool,
     /// A later fragment, of which only the IP header is known.
     pub later_fragment: bool,
+    /// IPv6.
+    pub v6: bool,
+    /// Offset of the fragment header of an IPv6 fragment, else 0.
+    pub fragment_at: usize,
 }
 
 /// What must happen to a packet.
@@ -84,8 +90,8 @@ impl Decision {
 
 /// What the program chose where it is free to: looked at after it ran, and judged by the model.
 pub trait Choices {
-    /// The forward entry that a new flow got, as (SNAT address, SNAT port), network order; `None`: there is none.
-    fn source(&self, key: &edge_common::flow::FlowKeyV4) -> Option<(u32, u16)>;
+    /// The forward entry that a new flow got, as (SNAT address, SNAT port); `None`: there is none.
+    fn source(&self, key: &Key) -> Option<(Wide, u16)>;
     /// A backend's SNAT cursor now.
     fn cursor(&self, backend: u32) -> u32;
 }
@@ -95,23 +101,64 @@ pub trait Choices {
 /// # Errors
 /// Where a choice of the program breaks a rule: says which.
 pub fn decide(state: &mut State, input: &Input, choices: &dyn Choices) -> Result<Decision, String> {
-    let Some(ip) = wire::ipv4(input.frame) else {
-        state.hit(Point::NotIpv4);
+    let Some(mut ip) = wire::ip(input.frame) else {
+        state.hit(Point::NotIp);
         return Ok(Decision::PASS);
     };
-    if ip.protocol == icmp::ICMP {
+    let to_us = state.config.destinations[Config::bit(ip.v6, &ip.dst)];
+    let ours = to_us || state.config.sources[Config::bit(ip.v6, &ip.src)];
+    if ip.protocol == icmp::number(ip.v6) {
         return Ok(icmp::relay(state, input, ip));
     }
-    let to_us = state.config.destinations[Config::bit(ip.dst)];
-    if !to_us && !state.config.sources[Config::bit(ip.src)] {
+    if !ours {
         state.hit(Point::NotOurs);
         return Ok(Decision::PASS);
     }
-    if ip.protocol != wire::TCP && ip.protocol != wire::UDP {
-        state.hit(Point::OtherProtocol);
-        return Ok(Decision::PASS);
+    match wire::upper(input.frame, &mut ip) {
+        Walk::Upper if ip.protocol == wire::TCP || ip.protocol == wire::UDP => {
+            state.coverage.hit_if(Point::Extensions, ip.v6 && ip.header_len != wire::plain_header(true));
+            transport(state, input, ip, to_us, choices)
+        }
+        Walk::Upper if ip.v6 && ip.protocol == icmp::number(true) => Ok(icmp::relay(state, input, ip)),
+        Walk::Upper => {
+            state.hit(Point::OtherProtocol);
+            Ok(Decision::PASS)
+        }
+        Walk::Fragment if ip.later_fragment => Ok(fragments::follow(state, input, ip)),
+        Walk::Fragment => first_fragment(state, input, ip, to_us, choices),
+        walk => Ok(no_headers(state, walk)),
     }
-    transport(state, input, ip, to_us, choices)
+}
+
+/// The first fragment of an IPv6 packet: all headers are in it (RFC 7112).
+fn first_fragment(
+    state: &mut State,
+    input: &Input,
+    mut ip: Ip,
+    to_us: bool,
+    choices: &dyn Choices,
+) -> Result<Decision, String> {
+    match wire::inside_first(input.frame, &mut ip) {
+        Walk::Upper if ip.protocol == wire::TCP || ip.protocol == wire::UDP => {
+            transport(state, input, ip, to_us, choices)
+        }
+        Walk::Upper => {
+            state.hit(Point::OtherProtocol);
+            Ok(Decision::PASS)
+        }
+        walk => Ok(no_headers(state, walk)),
+    }
+}
+
+/// A walk over extension headers that led nowhere.
+fn no_headers(state: &mut State, walk: Walk) -> Decision {
+    if walk == Walk::Short {
+        state.hit(Point::ExtensionsCutShort);
+        return refuse(state, Reason::Malformed, 0);
+    }
+    state.hit(Point::ExtensionsForStack);
+    state.because(Reason::ExtensionHeaders, 0);
+    Decision::PASS
 }
 
 fn transport(state: &mut State, input: &Input, ip: Ip, to_us: bool, choices: &dyn Choices) -> Result<Decision, String> {
@@ -137,11 +184,13 @@ pub fn refuse(state: &mut State, reason: Reason, service: u32) -> Decision {
     Decision::DROP
 }
 
-/// Tells the sender why the packet went no further, as far as it may be told (RFC 1812, 4.3.2.7).
+/// Tells the sender why the packet went no further, as far as it may be told (RFC 1812, 4.3.2.7; RFC 4443, 2.4 (e)).
 pub fn answer(state: &mut State, input: &Input, reason: Reason, service: u32) -> Decision {
-    let sender = input.frame.get(wire::ETHERNET + 12).copied().unwrap_or(0);
     let to_many = input.frame.first().is_none_or(|byte| byte & 1 != 0);
-    if !state.config.own.contains_key(&input.ingress) || to_many || matches!(sender, 0 | 127 | 224..) {
+    let own = state.config.own.get(&input.ingress);
+    let sender = wire::ip(input.frame).filter(|ip| is_host(ip.v6, &ip.src));
+    let known = sender.is_some_and(|ip| own.is_some_and(|own| if ip.v6 { own.v6 } else { own.v4 } != [0; 4]));
+    if !known || to_many {
         state.hit(Point::Unanswered);
         return refuse(state, Reason::IcmpUnanswered, service);
     }
@@ -153,6 +202,12 @@ pub fn answer(state: &mut State, input: &Input, reason: Reason, service: u32) ->
     state.because(reason, service);
     let action = if input.hook == Hook::Xdp { Action::Transmit } else { Action::Redirect };
     Decision { action, message: true, ..Decision::PASS }
+}
+
+/// True for an address of a single host that others can reach: no network's own, loopback, or multicast one.
+fn is_host(v6: bool, address: &Wide) -> bool {
+    let first = |word: usize| address[word].to_ne_bytes()[0];
+    if v6 { first(0) != 0xff && address[..3] != [0; 3] } else { !matches!(first(3), 0 | 127 | 224..) }
 }
 
 /// Sends the packet on by an entry.

@@ -2,13 +2,14 @@
 
 use edge_common::{
     address::unmapped,
-    maps::{FlowV4, NextHop, next_hop_flag},
+    maps::{NextHop, next_hop_flag},
     verdict::Reason,
 };
 
 use super::{
     coverage::Point,
     decide::{Decision, Input, Original, Rewrite, answer, refuse},
+    flow::Flow,
     fragments,
     state::{Route, State, Table},
     wire::{Ip, Segment, UDP},
@@ -97,7 +98,7 @@ pub enum Onward {
 }
 
 /// Where a packet with this IP header and `l4_len` bytes of headers behind it goes, that follows a flow.
-pub fn onward(state: &mut State, input: &Input, ip: &Ip, l4_len: usize, (table, flow): (Table, &FlowV4)) -> Onward {
+pub fn onward(state: &mut State, input: &Input, ip: &Ip, l4_len: usize, (table, flow): (Table, &Flow)) -> Onward {
     let (ifindex, macs, mtu, redirectable, listed) = match way(state, table, flow) {
         Way::Nowhere(reason, point) => {
             state.hit(point);
@@ -127,7 +128,7 @@ fn to_stack(
     input: &Input,
     segment: &Segment,
     table: Table,
-    flow: &FlowV4,
+    flow: &Flow,
     reason: Reason,
 ) -> Decision {
     account(state, input, segment, table);
@@ -139,7 +140,7 @@ fn rewritten(
     state: &mut State,
     input: &Input,
     segment: &Segment,
-    flow: &FlowV4,
+    flow: &Flow,
     macs: Option<([u8; 6], [u8; 6])>,
 ) -> Rewrite {
     let id = if segment.ip.fragment { fragments::remember(state, input, segment, flow) } else { segment.ip.id };
@@ -148,7 +149,13 @@ fn rewritten(
         ports: (flow.new_src_port, flow.new_dst_port),
         macs,
         id,
-        segment: Original { l4: segment.l4, udp: segment.key.protocol == UDP, later_fragment: false },
+        segment: Original {
+            l4: segment.l4,
+            udp: segment.key.protocol == UDP,
+            later_fragment: false,
+            v6: segment.ip.v6,
+            fragment_at: segment.ip.fragment_at,
+        },
     }
 }
 
@@ -172,7 +179,7 @@ pub fn account(state: &mut State, input: &Input, segment: &Segment, table: Table
 }
 
 /// By the entry's next hop, or by a route lookup where it has none that is up to date.
-pub fn way(state: &mut State, table: Table, flow: &FlowV4) -> Way {
+pub fn way(state: &mut State, table: Table, flow: &Flow) -> Way {
     let generation = state.config.generation;
     if flow.next_hop != 0 && flow.route_generation == generation {
         return listed(state, flow.next_hop);
@@ -181,14 +188,14 @@ pub fn way(state: &mut State, table: Table, flow: &FlowV4) -> Way {
     if let Some(flow) = state.change(table, &flow.key) {
         (flow.next_hop, flow.route_generation) = (0, generation);
     }
-    match state.config.route(flow.new_dst) {
+    match state.config.route(flow.key.v6, &flow.new_src, &flow.new_dst) {
         Route::Unresolved => Way::Stack(Reason::NeighbourUnresolved, Point::NoNeighbour),
         Route::Refused | Route::NotForwarded => Way::Nowhere(Reason::NoRoute, Point::NoRoute),
         Route::Neighbour { ifindex, address, dst_mac, src_mac, mtu } => {
             let redirectable = state.config.redirectable.contains(&ifindex);
             let flags = if redirectable { 0 } else { next_hop_flag::VIA_STACK };
             let hop = NextHop { ifindex, neighbour: address, dst_mac, src_mac, mtu, flags, ..NextHop::default() };
-            if unmapped(&address).is_none() {
+            if !flow.key.v6 && unmapped(&address).is_none() {
                 state.hit(Point::ForeignGateway);
             }
             match number(state, hop) {

@@ -1,10 +1,11 @@
 //! Fragments: the rest of a packet follows its first fragment, which has the ports.
 
-use edge_common::{flow::FlowKeyV4, maps::FlowV4, verdict::Reason};
+use edge_common::verdict::Reason;
 
 use super::{
     coverage::Point,
-    decide::{Decision, Input, Original, Rewrite, refuse},
+    decide::{Decision, Input, Original, Rewrite, answer, refuse},
+    flow::{Flow, Key},
     forward::{Onward, account, onward},
     state::{State, TABLES},
     wire::{ETHERNET, Ip, Segment, UDP},
@@ -12,46 +13,54 @@ use super::{
 use crate::datapath::rig::Action;
 
 /// A first fragment goes on by `flow`: the ID that it leaves with, which is free where the source is a new one.
-pub fn remember(state: &mut State, input: &Input, segment: &Segment, flow: &FlowV4) -> u16 {
+pub fn remember(state: &mut State, input: &Input, segment: &Segment, flow: &Flow) -> u32 {
     state.hit(Point::FirstFragment);
     let (ip, key) = (&segment.ip, &segment.key);
     let id = if flow.new_src == key.src { ip.id } else { input.id_after };
-    state.fragments.insert((ip.src, ip.dst, ip.id, ip.protocol), (key.src_port, key.dst_port, id));
+    let name = (ip.v6, ip.src, ip.dst, ip.id, ip.kind());
+    state.fragments.insert(name, (key.src_port, key.dst_port, id, key.protocol));
     id
 }
 
 /// A later fragment.
 pub fn follow(state: &mut State, input: &Input, ip: Ip) -> Decision {
-    let Some((src_port, dst_port, id)) = state.fragments.get(&(ip.src, ip.dst, ip.id, ip.protocol)).copied() else {
+    let name = (ip.v6, ip.src, ip.dst, ip.id, ip.kind());
+    let Some((src_port, dst_port, id, protocol)) = state.fragments.get(&name).copied() else {
         state.hit(Point::Fragment);
         state.because(Reason::Fragment, 0);
         return Decision::PASS;
     };
-    let key = FlowKeyV4 { src: ip.src, dst: ip.dst, src_port, dst_port, protocol: ip.protocol, _pad: [0; 3] };
+    let key = Key { v6: ip.v6, src: ip.src, dst: ip.dst, src_port, dst_port, protocol };
     let Some((table, flow)) = TABLES.into_iter().find_map(|table| Some((table, *state.flow(table, &key)?))) else {
         state.hit(Point::FragmentWithoutFlow);
         return refuse(state, Reason::FragmentWithoutFlow, 0);
     };
     if ip.ttl <= 1 {
         state.hit(Point::FragmentTtl);
-        return refuse(state, Reason::IcmpUnanswered, flow.service);
+        return tell(state, input, &ip, (Reason::TtlExpired, Reason::IcmpUnanswered), flow.service);
     }
     state.hit(Point::LaterFragment);
     let l4 = ETHERNET + ip.header_len;
-    let segment = Segment { ip, key, l4, headers: ip.header_len, flags: 0, seq: 0, ack: 0 };
+    let segment = Segment { ip, key, l4, headers: ip.header_len, flags: 0, seq: 0, ack: 0, lacks_checksum: false };
     let rewrite = |macs| Rewrite {
         addresses: (flow.new_src, flow.new_dst),
         ports: (flow.new_src_port, flow.new_dst_port),
         macs,
         id,
-        segment: Original { l4, udp: key.protocol == UDP, later_fragment: true },
+        segment: Original {
+            l4,
+            udp: key.protocol == UDP,
+            later_fragment: true,
+            v6: ip.v6,
+            fragment_at: ip.fragment_at,
+        },
     };
     let outcome = onward(state, input, &ip, 0, (table, &flow));
     let (action, macs) = match outcome {
         Onward::Nowhere(reason) => return refuse(state, reason, flow.service),
         Onward::TooBig => {
             state.hit(Point::FragmentTooBig);
-            return refuse(state, Reason::IcmpUndeliverable, flow.service);
+            return tell(state, input, &ip, (Reason::TooBig, Reason::IcmpUndeliverable), flow.service);
         }
         Onward::Stack(reason) => {
             state.because(reason, flow.service);
@@ -61,4 +70,13 @@ pub fn follow(state: &mut State, input: &Input, ip: Ip) -> Decision {
     };
     account(state, input, &segment, table);
     Decision { action, rewrite: Some(rewrite(macs)), ..Decision::PASS }
+}
+
+/// Nobody is told about a later fragment of IPv4 (RFC 1812, 4.3.2.7); RFC 4443, 2.4 (e), makes no such exception.
+fn tell(state: &mut State, input: &Input, ip: &Ip, (told, untold): (Reason, Reason), service: u32) -> Decision {
+    if !ip.v6 {
+        return refuse(state, untold, service);
+    }
+    state.hit(Point::LaterFragmentTold);
+    answer(state, input, told, service)
 }

@@ -1,22 +1,23 @@
 //! What happens next in a world: a packet, or something else. Drawn from a step's own seed and the tables, so that a step
 //! means something after others before it have been left out.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use edge_common::{flow::FlowKeyV4, maps::FlowV4};
+use edge_common::address::Wide;
 
 use super::{
     connections::bits::{ACK, FIN, RST, SYN},
     dice::Dice,
-    network::{BASE, FAR, NOWHERE, Network, Shape},
-    state::{State, TABLES, Table, ipv4},
+    flow::{Flow, Key},
+    network::{BASE, FAR, NOWHERE, Network, Shape, at},
+    state::{State, TABLES, Table},
     wire::{TCP, UDP},
     world::World,
 };
 use crate::datapath::{
     frame::Frame,
     icmp::IcmpError,
-    rig::{CLIENT, SNAT, VIP, wire},
+    rig::{CLIENT, Family, SNAT, VIP, wire},
 };
 
 /// One step of a world.
@@ -38,7 +39,7 @@ pub enum Move {
     /// A backend may have new flows, or may not.
     Eligible(u32, bool),
     /// An LRU table, or the daemon, loses one entry.
-    Forget(Table, FlowKeyV4),
+    Forget(Table, Key),
     /// The daemon takes established flows out whose time is over.
     Sweep,
     /// Routes are to be looked up again.
@@ -46,7 +47,7 @@ pub enum Move {
     /// XDP may redirect to the pods' interface, or may not.
     Redirectable(bool),
     /// An entry's next hop or service becomes a number that none has.
-    Spoil(Table, FlowKeyV4, bool),
+    Spoil(Table, Key, bool),
     /// A service gets other source ranges and limits: its number, what they are drawn from, and for whom.
     Protect(u32, u64, Vec<Ipv4Addr>),
     /// Routes and neighbours change.
@@ -92,21 +93,27 @@ fn shape(dice: &mut Dice, network: &Network) -> Shape {
     }
 }
 
-fn any_entry(dice: &mut Dice, state: &State) -> Option<(Table, FlowV4)> {
+fn any_entry(dice: &mut Dice, state: &State) -> Option<(Table, Flow)> {
     let table = dice.pick(&TABLES);
     entry(dice, state, table, None).map(|flow| (table, flow))
 }
 
 /// An entry of a table, of one direction if asked for.
-fn entry(dice: &mut Dice, state: &State, table: Table, direction: Option<u8>) -> Option<FlowV4> {
+fn entry(dice: &mut Dice, state: &State, table: Table, direction: Option<u8>) -> Option<Flow> {
     let flows = state.table(table);
-    let suits = |flow: &&FlowV4| direction.is_none_or(|wanted| flow.direction == wanted);
+    let suits = |flow: &&Flow| direction.is_none_or(|wanted| flow.direction == wanted);
     let count = flows.values().filter(suits).count() as u64;
     if count == 0 { None } else { flows.values().filter(suits).nth(dice.roll(count) as usize).copied() }
 }
 
-fn endpoint(address: u32, port: u16) -> SocketAddrV4 {
-    SocketAddrV4::new(Ipv4Addr::from(address.to_ne_bytes()), u16::from_be(port))
+fn endpoint(v6: bool, address: Wide, port: u16) -> SocketAddr {
+    let words = address.map(u32::to_ne_bytes);
+    let address = if v6 {
+        IpAddr::from(<[u8; 16]>::try_from(words.concat()).unwrap_or_default())
+    } else {
+        IpAddr::from(words[3])
+    };
+    SocketAddr::new(address, u16::from_be(port))
 }
 
 fn packet(dice: &mut Dice, world: &World, state: &State, network: &Network) -> Move {
@@ -136,8 +143,8 @@ fn error(dice: &mut Dice, world: &World, state: &State, network: &Network) -> Mo
     let table = dice.pick(&TABLES);
     let direction = dice.roll(2) as u8;
     let (about, mut ingress) = match entry(dice, state, table, Some(direction)) {
-        Some(FlowV4 { key, .. }) if dice.chance(80) => {
-            let (src, dst) = (endpoint(key.dst, key.dst_port), endpoint(key.src, key.src_port));
+        Some(Flow { key, .. }) if dice.chance(80) => {
+            let (src, dst) = (endpoint(key.v6, key.dst, key.dst_port), endpoint(key.v6, key.src, key.src_port));
             let ingress = if direction == 0 { network.uplink } else { network.pods };
             (build(dice, &State::default(), src, dst, key.protocol, false), ingress)
         }
@@ -147,17 +154,20 @@ fn error(dice: &mut Dice, world: &World, state: &State, network: &Network) -> Mo
             match (world.backends.is_empty(), dice.roll(2)) {
                 (false, 0) => {
                     let (address, port, protocol) = dice.pick(&world.backends);
-                    (Frame { dst: SocketAddrV4::new(address, port).into(), protocol, ..sent }, network.pods)
+                    (of_one_family(Frame { dst: SocketAddr::new(address, port), protocol, ..sent }), network.pods)
                 }
                 _ => (Frame { src: sent.dst, dst: sent.src, ..sent }, network.uplink),
             }
         }
     };
-    let (IpAddr::V4(sender), IpAddr::V4(receiver)) = (about.src.ip(), about.dst.ip()) else {
-        return Move::Sweep;
-    };
-    let router = dice.pick(&[receiver, receiver, Ipv4Addr::new(10, 1, 0, 200), Ipv4Addr::new(172, 16, 1, 200)]);
-    let to = if dice.chance(4) { dice.pick(&[VIP, SNAT, CLIENT]) } else { sender };
+    let (sender, receiver) = (about.src.ip(), about.dst.ip());
+    let family = if about.src.is_ipv6() { Family::V6 } else { Family::V4 };
+    let places = [Ipv4Addr::new(10, 1, 0, 200), Ipv4Addr::new(172, 16, 1, 200)].map(|place| at(family, place));
+    let mut router = dice.pick(&[receiver, receiver, places[0], places[1]]);
+    if family == Family::V6 && dice.chance(6) {
+        router = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0x77).into();
+    }
+    let to = if dice.chance(4) { at(family, dice.pick(&[VIP, SNAT, CLIENT])) } else { sender };
     let packet = about.bytes();
     let quoted = match dice.roll(4) {
         0 => about.header_len() + 8,
@@ -165,11 +175,16 @@ fn error(dice: &mut Dice, world: &World, state: &State, network: &Network) -> Mo
         _ => packet.len() - 14,
     };
     let quote = packet.get(14..14 + quoted).unwrap_or(&packet[14..]);
-    let (kind, code) = dice.pick(&[(3, 0), (3, 3), (3, 4), (3, 4), (11, 0), (11, 0), (12, 0), (8, 0)]);
+    let kinds = match family {
+        Family::V4 => [(3, 0), (3, 3), (3, 4), (3, 4), (11, 0), (11, 0), (12, 0), (8, 0)],
+        Family::V6 => [(1, 0), (1, 4), (2, 0), (2, 0), (3, 0), (3, 0), (4, 1), (128, 0)],
+    };
+    let (kind, code) = dice.pick(&kinds);
     let error = IcmpError {
         ttl: if dice.chance(6) { dice.roll(3) as u8 } else { 64 },
         fragment: dice.pick(&[0, 0x4000, 0x4000]),
         options: vec![1; dice.pick(&[0, 0, 0, 0, 4, 40])],
+        extensions: extensions(dice),
         rest: [0, 0, 5, dice.word() as u8],
         ..IcmpError::new(router, to, kind, code, quote)
     };
@@ -184,9 +199,13 @@ fn error(dice: &mut Dice, world: &World, state: &State, network: &Network) -> Mo
 }
 
 fn client_packet(dice: &mut Dice, world: &World, state: &State) -> Frame {
-    let (port, protocol) = dice.pick(&world.frontends);
-    let client = SocketAddrV4::new(dice.pick(&world.clients), 40_000 + dice.roll(world.client_ports.into()) as u16);
-    build(dice, state, client, SocketAddrV4::new(VIP, port), protocol, false)
+    let (family, port, protocol) = dice.pick(&world.frontends);
+    let mut client = at(family, dice.pick(&world.clients));
+    if family == Family::V6 && dice.chance(2) {
+        client = CLIENT.to_ipv6_mapped().into();
+    }
+    let client = SocketAddr::new(client, 40_000 + dice.roll(world.client_ports.into()) as u16);
+    build(dice, state, client, SocketAddr::new(family.vip(), port), protocol, false)
 }
 
 fn of_a_flow(dice: &mut Dice, world: &World, state: &State, direction: u8) -> Frame {
@@ -195,7 +214,8 @@ fn of_a_flow(dice: &mut Dice, world: &World, state: &State, direction: u8) -> Fr
         return client_packet(dice, world, state);
     };
     let key = flow.key;
-    build(dice, state, endpoint(key.src, key.src_port), endpoint(key.dst, key.dst_port), key.protocol, direction == 1)
+    let (src, dst) = (endpoint(key.v6, key.src, key.src_port), endpoint(key.v6, key.dst, key.dst_port));
+    build(dice, state, src, dst, key.protocol, direction == 1)
 }
 
 fn stray_reply(dice: &mut Dice, world: &World) -> Frame {
@@ -204,25 +224,32 @@ fn stray_reply(dice: &mut Dice, world: &World) -> Frame {
     }
     let (address, port, protocol) = dice.pick(&world.backends);
     let port = if dice.chance(70) { port } else { 1 };
-    let to = dice.pick(&[CLIENT, FAR, NOWHERE, VIP, SNAT]);
-    build(dice, &State::default(), SocketAddrV4::new(address, port), SocketAddrV4::new(to, 40_000), protocol, true)
+    let family = if address.is_ipv6() { Family::V6 } else { Family::V4 };
+    let to = at(family, dice.pick(&[CLIENT, FAR, NOWHERE, VIP, SNAT]));
+    build(dice, &State::default(), SocketAddr::new(address, port), SocketAddr::new(to, 40_000), protocol, true)
 }
 
 fn to_another_port(dice: &mut Dice) -> Frame {
-    let to = dice.pick(&[VIP, SNAT, Ipv4Addr::new(10, 1, 0, 3)]);
+    let family = dice.pick(&[Family::V4, Family::V6]);
+    let to = at(family, dice.pick(&[VIP, SNAT, Ipv4Addr::new(10, 1, 0, 3)]));
+    let from = at(family, CLIENT);
     let (port, protocol) = (dice.pick(&[22, 53, 8443, 20_000, 20_001]), dice.pick(&[TCP, UDP]));
-    build(dice, &State::default(), SocketAddrV4::new(CLIENT, 50_000), SocketAddrV4::new(to, port), protocol, false)
+    build(dice, &State::default(), SocketAddr::new(from, 50_000), SocketAddr::new(to, port), protocol, false)
 }
 
 fn of_others(dice: &mut Dice) -> Frame {
-    let mut address = || Ipv4Addr::from(dice.word() as u32);
-    let (src, dst) = (SocketAddrV4::new(address(), 1), SocketAddrV4::new(address(), 2));
+    let v6 = dice.chance(50);
+    let mut address = || match v6 {
+        true => IpAddr::from((u128::from(dice.word()) << 64 | u128::from(dice.word())).to_be_bytes()),
+        false => IpAddr::from((dice.word() as u32).to_be_bytes()),
+    };
+    let (src, dst) = (SocketAddr::new(address(), 1), SocketAddr::new(address(), 2));
     let protocol = dice.pick(&[TCP, UDP]);
     build(dice, &State::default(), src, dst, protocol, false)
 }
 
 /// A packet with headers that matter to its flow.
-fn build(dice: &mut Dice, state: &State, src: SocketAddrV4, dst: SocketAddrV4, protocol: u8, reply: bool) -> Frame {
+fn build(dice: &mut Dice, state: &State, src: SocketAddr, dst: SocketAddr, protocol: u8, reply: bool) -> Frame {
     let mut frame = if protocol == TCP { Frame::tcp(src, dst, 0) } else { Frame::udp(src, dst) };
     if protocol == TCP {
         frame.flags = flags(dice, reply);
@@ -239,13 +266,56 @@ fn build(dice: &mut Dice, state: &State, src: SocketAddrV4, dst: SocketAddrV4, p
     if dice.chance(3) {
         frame.options = vec![1; dice.pick(&[4, 8, 40])];
     }
+    frame.extensions = extensions(dice);
+    if dice.chance(2) {
+        // Offset in units of 8 bytes, two bits that mean nothing, "more".
+        let bits = dice.pick(&[0x0001_u16, 0x0001, 0x0007, 0x0018, 0x0019]).to_be_bytes();
+        let header = vec![0, 0, bits[0], bits[1], 0xbe, 0xef, 0, dice.roll(2) as u8];
+        frame.extensions.push((44, header));
+        if dice.chance(20) {
+            frame.extensions.extend(extensions(dice));
+        }
+    }
     let len = match dice.roll(100) {
         0..85 => dice.roll(24),
+        85..95 if src.is_ipv6() => 1220 + dice.roll(80),
         85..95 => 540 + dice.roll(60),
         _ => 1400 + dice.roll(140),
     };
     frame.payload = vec![dice.word() as u8; len as usize];
     frame
+}
+
+/// Now and then, headers between an IPv6 header and what it carries: as they are sent, and as nobody should.
+fn extensions(dice: &mut Dice) -> Vec<(u8, Vec<u8>)> {
+    let count = match dice.roll(100) {
+        0..6 => 1 + dice.roll(3),
+        6 => 6 + dice.roll(4),
+        _ => 0,
+    };
+    let mut headers = Vec::new();
+    for _ in 0..count {
+        // Authentication, and a number that is nobody's, end a walk.
+        let other = if dice.chance(10) { 51 } else { 60 };
+        let number = dice.pick(&[0, 0, 43, 44, 60, 60, 60, 60, other]);
+        let units = if dice.chance(90) { dice.roll(3) } else { 20 };
+        // An unfragmented fragment header has a length of its own; what its second byte says means nothing.
+        let len = if number == 44 { 8 } else { 8 * (1 + units as usize) };
+        let mut bytes = vec![0; len];
+        bytes[1] = units as u8;
+        bytes[3] = u8::from(number == 43 && dice.chance(20));
+        headers.push((number, bytes));
+    }
+    headers
+}
+
+/// A frame whose ends are of one family: that of its receiver.
+fn of_one_family(frame: Frame) -> Frame {
+    if frame.src.is_ipv6() == frame.dst.is_ipv6() {
+        return frame;
+    }
+    let family = if frame.dst.is_ipv6() { Family::V6 } else { Family::V4 };
+    Frame { src: SocketAddr::new(family.client(), frame.src.port()), ..frame }
 }
 
 fn flags(dice: &mut Dice, reply: bool) -> u8 {
@@ -264,13 +334,13 @@ fn flags(dice: &mut Dice, reply: bool) -> u8 {
 
 /// An acknowledgement around the edges of what promotes.
 fn ack(dice: &mut Dice, state: &State, frame: &Frame) -> u32 {
-    let key = FlowKeyV4 {
-        src: ipv4(&wire(frame.src.ip())),
-        dst: ipv4(&wire(frame.dst.ip())),
+    let key = Key {
+        v6: frame.src.is_ipv6(),
+        src: wire(frame.src.ip()),
+        dst: wire(frame.dst.ip()),
         src_port: frame.src.port().to_be(),
         dst_port: frame.dst.port().to_be(),
         protocol: TCP,
-        _pad: [0; 3],
     };
     let floor = state.flow(Table::HalfOpen, &key).map_or(1000, |flow| flow.ack_floor);
     let off = dice.pick(&[0, 0, 0, 1, 1 << 19, (1 << 20) - 1, 1 << 20, u32::MAX, 1 << 31]);
@@ -279,15 +349,16 @@ fn ack(dice: &mut Dice, state: &State, frame: &Frame) -> u32 {
 
 /// Changes bytes as a broken sender, a broken link or an attacker would.
 fn damage(dice: &mut Dice, frame: &mut Vec<u8>) {
+    let (length, protocol) = if frame[12..14] == [0x86, 0xdd] { (19, 20) } else { (17, 23) };
     match dice.roll(10) {
         0 => frame.truncate(14 + dice.roll(frame.len() as u64 - 13) as usize),
         1 => frame.truncate(14 + dice.roll(60.min(frame.len() as u64 - 13)) as usize),
         2 => frame[14] = dice.word() as u8,
-        3 => frame[14] = 0x40 | dice.roll(16) as u8,
-        4 => frame[17] = frame[17].wrapping_add(dice.pick(&[1, 255, 8, 248, 128])),
-        5 => frame[23] = dice.pick(&[0, 1, 6, 17, 58, 132]),
+        3 => frame[14] = frame[14] & 0xf0 | dice.roll(16) as u8,
+        4 => frame[length] = frame[length].wrapping_add(dice.pick(&[1, 255, 8, 248, 128])),
+        5 => frame[protocol] = dice.pick(&[0, 1, 6, 17, 43, 44, 58, 60, 132]),
         6 if frame.len() > 46 => frame[46] = dice.word() as u8,
-        7 => frame[12..14].copy_from_slice(&dice.pick(&[[0x86, 0xdd], [0x81, 0x00], [0x08, 0x06]])),
+        7 => frame[12..14].copy_from_slice(&dice.pick(&[[0x86, 0xdd], [0x08, 0x00], [0x81, 0x00], [0x08, 0x06]])),
         8 => frame.extend([0; 7]),
         _ => {
             for _ in 0..=dice.roll(3) {

@@ -1,6 +1,6 @@
 //! The keyed hash of a client's tuple and the walk over a selection table, from their papers.
 
-use edge_common::flow::FlowKeyV4;
+use super::flow::Key;
 
 /// SipHash-c-d (Aumasson, Bernstein 2012) of any bytes, with c = 1 and d = 3.
 pub fn siphash_1_3(key: [u64; 2], message: &[u8]) -> u64 {
@@ -35,10 +35,13 @@ fn sip_round(v: &mut [u64; 4]) {
 }
 
 /// The tuple as bytes: addresses, ports (all as on the wire), protocol, three zeros.
-pub fn tuple(seed: [u64; 2], key: &FlowKeyV4) -> u64 {
-    let mut bytes = Vec::with_capacity(16);
-    bytes.extend(key.src.to_ne_bytes());
-    bytes.extend(key.dst.to_ne_bytes());
+pub fn tuple(seed: [u64; 2], key: &Key) -> u64 {
+    let mut bytes = Vec::with_capacity(40);
+    // An IPv4 address is the last word.
+    let words = if key.v6 { 0..4 } else { 3..4 };
+    for address in [&key.src, &key.dst] {
+        address[words.clone()].iter().for_each(|word| bytes.extend(word.to_ne_bytes()));
+    }
     bytes.extend(key.src_port.to_ne_bytes());
     bytes.extend(key.dst_port.to_ne_bytes());
     bytes.extend([key.protocol, 0, 0, 0]);

@@ -1,36 +1,39 @@
-//! ICMP errors (RFC 792) about packets of flows: they travel the way of the flow that would answer the quoted packet, with
+//! ICMP errors (RFC 792, RFC 4443) about packets of flows: they travel the way of the flow that would answer the quoted packet, with
 //! the quote as its sender sent it.
 
-use edge_common::{
-    address::mapped,
-    flow::FlowKeyV4,
-    maps::{FlowV4, ServiceKey, mode},
-    verdict::Reason,
-};
+use edge_common::{address::Wide, maps::mode, verdict::Reason};
 
 use super::{
+    checksum,
     coverage::Point,
+    create::place,
     decide::{Decision, Input, refuse},
+    flow::{Flow, Key},
     forward::{Onward, onward},
     midflow,
-    state::{Config, Route, State, TABLES, Table, ipv4, twin_key},
-    wire::{self, Ip, TCP, UDP},
+    state::{Config, Route, State, TABLES, Table, is_link_local, twin_key},
+    wire::{self, Ip, TCP, UDP, Walk},
 };
 
-/// IP protocol number.
-pub const ICMP: u8 = 1;
+/// The IP protocol number of ICMP or ICMPv6.
+pub fn number(v6: bool) -> u8 {
+    if v6 { 58 } else { 1 }
+}
+
 /// Bytes of an ICMP header.
 pub const HEADER: usize = 8;
 /// Unreachable, time exceeded, parameter problem: the messages about a packet.
 const ERRORS: [u8; 3] = [3, 11, 12];
+/// Unreachable, packet too big, time exceeded, parameter problem.
+const ERRORS_V6: [u8; 4] = [1, 2, 3, 4];
 
 /// How an error must leave: who is told by whom, and what its quote becomes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Translated {
-    /// Source and destination of the error, network order.
-    pub outside: (u32, u32),
-    /// Source and destination of the quoted packet, network order.
-    pub inside: (u32, u32),
+    /// Source and destination of the error.
+    pub outside: (Wide, Wide),
+    /// Source and destination of the quoted packet.
+    pub inside: (Wide, Wide),
     /// Its ports, network order.
     pub ports: (u16, u16),
     /// Destination and source MAC; `None`: the stack sets them.
@@ -42,7 +45,8 @@ pub struct Translated {
 /// A quoted packet: offsets in the frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Quote {
-    key: FlowKeyV4,
+    /// Its tuple.
+    pub key: Key,
     /// Of the ICMP header.
     pub icmp: usize,
     /// Of the quoted IP header.
@@ -58,7 +62,7 @@ pub struct Quote {
 impl Quote {
     /// The offset of the quoted layer-4 checksum, as far as it was quoted.
     pub fn check(&self) -> Option<usize> {
-        let at = self.l4 + wire::check_offset(self.udp);
+        let at = self.l4 + checksum::offset(self.udp);
         (at + 2 <= self.end).then_some(at)
     }
 }
@@ -69,8 +73,9 @@ pub fn relay(state: &mut State, input: &Input, ip: Ip) -> Decision {
         state.hit(Point::OtherProtocol);
         return Decision::PASS;
     };
-    let key = reversed(&quote.key);
-    if !state.config.destinations[Config::bit(key.dst)] && !state.config.sources[Config::bit(key.src)] {
+    let key = quote.key.reversed();
+    let config = &state.config;
+    if !config.destinations[Config::bit(key.v6, &key.dst)] && !config.sources[Config::bit(key.v6, &key.src)] {
         state.hit(Point::NotOurs);
         return Decision::PASS;
     }
@@ -81,30 +86,33 @@ pub fn relay(state: &mut State, input: &Input, ip: Ip) -> Decision {
     }
 }
 
-fn reversed(key: &FlowKeyV4) -> FlowKeyV4 {
-    let FlowKeyV4 { src, dst, src_port, dst_port, protocol, _pad } = *key;
-    FlowKeyV4 { src: dst, dst: src, src_port: dst_port, dst_port: src_port, protocol, _pad }
-}
-
 /// The quote of a whole error; at least 8 bytes of a TCP or UDP packet beyond its IP header.
 fn read(frame: &[u8], ip: Ip) -> Option<Quote> {
     let end = wire::ETHERNET + ip.total_len;
     let icmp = wire::ETHERNET + ip.header_len;
-    if ip.fragment || ip.header_len < 20 || end > frame.len() || !ERRORS.contains(frame.get(icmp)?) {
+    if ip.fragment || ip.header_len < 20 || end > frame.len() {
+        return None;
+    }
+    let kind = frame.get(icmp)?;
+    if !(if ip.v6 { &ERRORS_V6[..] } else { &ERRORS[..] }).contains(kind) {
         return None;
     }
     let at = icmp + HEADER;
-    let header = frame.get(at..at + 20)?;
-    let (length, protocol) = (usize::from(header[0] & 15) * 4, header[9]);
-    let later_fragment = wire::word(header, 6)? & 0x1fff != 0;
-    let l4 = at + length;
-    if header[0] >> 4 != 4 || length < 20 || later_fragment || ![TCP, UDP].contains(&protocol) || l4 + 8 > end {
+    // As if it had a link-layer header in front of it.
+    let quoted = frame.get(at - wire::ETHERNET..)?;
+    let mut inner = wire::header(quoted, ip.v6)?;
+    let mut walk = wire::upper(quoted, &mut inner);
+    if walk == Walk::Fragment && !inner.later_fragment {
+        walk = wire::inside_first(quoted, &mut inner);
+    }
+    let l4 = at + inner.header_len;
+    let known = walk == Walk::Upper && [TCP, UDP].contains(&inner.protocol);
+    if !known || inner.later_fragment || inner.header_len < 20 || l4 + 8 > end {
         return None;
     }
-    let address = |at: usize| Some(u32::from_ne_bytes(header.get(at..at + 4)?.try_into().ok()?));
     let port = |at: usize| wire::word(frame, at).map(u16::to_be);
-    let (src, dst) = (address(12)?, address(16)?);
-    let key = FlowKeyV4 { src, dst, src_port: port(l4)?, dst_port: port(l4 + 2)?, protocol, _pad: [0; 3] };
+    let (v6, src, dst, protocol) = (inner.v6, inner.src, inner.dst, inner.protocol);
+    let key = Key { v6, src, dst, src_port: port(l4)?, dst_port: port(l4 + 2)?, protocol };
     Some(Quote { key, icmp, ip: at, l4, end, udp: protocol == UDP })
 }
 
@@ -115,7 +123,7 @@ fn unmatched(state: &mut State) -> Decision {
 }
 
 /// Translates the error as packets of the flow are; the flow does not notice.
-fn along(state: &mut State, input: &Input, ip: Ip, quote: Quote, (table, flow): (Table, &FlowV4)) -> Decision {
+fn along(state: &mut State, input: &Input, ip: Ip, quote: Quote, (table, flow): (Table, &Flow)) -> Decision {
     // A router tells the sender of what it quotes; another's error is not about this flow.
     if ip.dst != flow.key.dst {
         return unmatched(state);
@@ -128,7 +136,11 @@ fn along(state: &mut State, input: &Input, ip: Ip, quote: Quote, (table, flow): 
     state.because(Reason::IcmpTranslated, flow.service);
     // A router keeps its name, but for a full-nat backend, which sees the edge only.
     let to_full_nat_backend = flow.direction == 0 && flow.new_src != flow.key.src;
-    let src = if to_full_nat_backend || ip.src == flow.key.src { flow.new_src } else { ip.src };
+    // What no router may pass on (RFC 4291, 2.5.6) means nothing beyond its link.
+    let link_local = ip.v6 && is_link_local(&ip.src);
+    state.coverage.hit_if(Point::IcmpLinkLocal, link_local);
+    let own_name = to_full_nat_backend || ip.src == flow.key.src || link_local;
+    let src = if own_name { flow.new_src } else { ip.src };
     let translated = |macs| Translated {
         outside: (src, flow.new_dst),
         inside: (flow.new_dst, flow.new_src),
@@ -153,8 +165,8 @@ fn along(state: &mut State, input: &Input, ip: Ip, quote: Quote, (table, flow): 
 /// An error about no flow that is known here: in dnat mode every edge knows which one it must be.
 fn assume(state: &mut State, input: &Input, ip: Ip, quote: Quote) -> Decision {
     let quoted = quote.key;
-    let at = |address, port| ServiceKey { address: mapped(address), port, protocol: quoted.protocol, _pad: 0 };
     let config = state.config.clone();
+    let at = |address, port| place(address, port, &quoted);
     // About a backend's reply, which went to the client as the VIP's; or about a client's packet on its way to a backend.
     let (number, named) = match config.frontends.get(&at(quoted.src, quoted.src_port)) {
         Some(number) => (*number, None),
@@ -167,8 +179,8 @@ fn assume(state: &mut State, input: &Input, ip: Ip, quote: Quote) -> Decision {
         return unmatched(state);
     };
     let client = match named {
-        None => reversed(&quoted),
-        Some(_) => FlowKeyV4 { dst: ipv4(&service.address), dst_port: service.port, ..quoted },
+        None => quoted.reversed(),
+        Some(_) => Key { dst: service.address, dst_port: service.port, ..quoted },
     };
     let chosen = midflow::choice(state, number, &client, 0);
     let backend = match (chosen, named) {
@@ -176,7 +188,7 @@ fn assume(state: &mut State, input: &Input, ip: Ip, quote: Quote) -> Decision {
         (Some(chosen), Some(named)) if chosen == named => chosen,
         (_, None) => return unmatched(state),
         // Somebody else's choice, of which the client knows nothing.
-        _ if config.route(ip.dst) != Route::NotForwarded => {
+        _ if config.route(ip.v6, &ip.src, &ip.dst) != Route::NotForwarded => {
             state.hit(Point::IcmpOtherChoice);
             return refuse(state, Reason::ReplyWithoutFlow, number);
         }
@@ -184,17 +196,17 @@ fn assume(state: &mut State, input: &Input, ip: Ip, quote: Quote) -> Decision {
     };
     let Some(backend) = config.backends.get(&backend) else { return unmatched(state) };
     state.hit(Point::IcmpAssumed);
-    let mut flow = FlowV4 {
+    let mut flow = Flow {
         key: client,
         new_src: client.src,
         new_src_port: client.src_port,
-        new_dst: ipv4(&backend.address),
+        new_dst: backend.address,
         new_dst_port: backend.port,
         service: number,
-        ..FlowV4::default()
+        ..Flow::default()
     };
     if named.is_some() {
-        flow = FlowV4 {
+        flow = Flow {
             key: twin_key(&flow),
             new_src: client.dst,
             new_src_port: client.dst_port,

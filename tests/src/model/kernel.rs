@@ -14,12 +14,18 @@ use aya::{
     util::nr_cpus,
 };
 use edge_common::{
-    flow::FlowKeyV4,
-    maps::{FlowV4, name},
+    address::Wide,
+    flow::FlowKey,
+    maps::{self, Slot, name},
 };
 
-use super::compare::hex;
-use crate::datapath::rig::{Action, Hook, Rig, skb_context, xdp_context};
+use edge_ctl::datapath::cache::Part;
+
+use super::{
+    compare::hex,
+    flow::{Flow, Key},
+};
+use crate::datapath::rig::{Action, Hook, Rig, skb_context, v6_table, xdp_context};
 
 const LOOKUP: libc::c_long = 1;
 const UPDATE: libc::c_long = 2;
@@ -186,21 +192,58 @@ impl Kernel {
         Ok(Map::of(map))
     }
 
-    /// The entry of an IPv4 flow, with what the cache knows of it.
-    pub fn flow(&self, table: &str, key: &FlowKeyV4) -> Option<FlowV4> {
-        let mut flow: FlowV4 = self.map(table).ok()?.get(key)?;
+    /// The entry of a flow, with what the cache knows of it; `table` is the IPv4 table's name.
+    pub fn flow(&self, table: &str, key: &Key) -> Option<Flow> {
+        if key.v6 { self.flow_of::<Wide>(table, key) } else { self.flow_of::<u32>(table, key) }
+    }
+
+    fn flow_of<A: Part>(&self, table: &str, key: &Key) -> Option<Flow>
+    where
+        FlowKey<A>: Pod,
+        maps::Flow<A>: Pod,
+        Slot<A>: Pod,
+    {
+        let mut flow: maps::Flow<A> = self.table(table, A::V6).ok()?.get(&key.to_map::<A>())?;
         if table == name::ESTABLISHED {
             self.rig.cache.tell(&mut flow);
         }
-        Some(flow)
+        Some(Flow::of_map(&flow))
+    }
+
+    /// Every key of a flow table, of both families.
+    ///
+    /// # Errors
+    /// Where there is no such table.
+    pub fn keys(&self, table: &str) -> Result<Vec<Key>> {
+        let mut keys: Vec<Key> = self.table(table, false)?.keys::<FlowKey<u32>>().iter().map(Key::of_map).collect();
+        keys.extend(self.table(table, true)?.keys::<FlowKey<Wide>>().iter().map(Key::of_map));
+        Ok(keys)
+    }
+
+    /// A flow table of one family.
+    ///
+    /// # Errors
+    /// Where there is no such table.
+    pub fn table(&self, table: &str, v6: bool) -> Result<Map> {
+        if v6 { self.map(&v6_table(table)) } else { self.map(table) }
     }
 
     /// Writes an entry that knows everything, as nobody but a test does.
     ///
     /// # Errors
     /// Where the kernel refuses.
-    pub fn set_flow(&self, table: &str, flow: &FlowV4) -> Result<()> {
-        self.map(table)?.set(&flow.key, flow)?;
+    pub fn set_flow(&self, table: &str, flow: &Flow) -> Result<()> {
+        if flow.key.v6 { self.set_flow_of::<Wide>(table, flow) } else { self.set_flow_of::<u32>(table, flow) }
+    }
+
+    fn set_flow_of<A: Part>(&self, table: &str, flow: &Flow) -> Result<()>
+    where
+        FlowKey<A>: Pod,
+        maps::Flow<A>: Pod,
+        Slot<A>: Pod,
+    {
+        let flow: maps::Flow<A> = flow.to_map();
+        self.table(table, A::V6)?.set(&flow.key, &flow)?;
         if table == name::ESTABLISHED {
             self.rig.cache.forget(&flow.key);
             self.rig.cache.changed(&flow.key);
@@ -212,12 +255,21 @@ impl Kernel {
     ///
     /// # Errors
     /// Where there is no such table.
-    pub fn end_flow(&self, table: &str, key: &FlowKeyV4) -> Result<()> {
-        self.map(table)?.delete(key);
+    pub fn end_flow(&self, table: &str, key: &Key) -> Result<()> {
+        if key.v6 { self.end_flow_of::<Wide>(table, key) } else { self.end_flow_of::<u32>(table, key) }
+    }
+
+    fn end_flow_of<A: Part>(&self, table: &str, key: &Key) -> Result<()>
+    where
+        FlowKey<A>: Pod,
+        Slot<A>: Pod,
+    {
+        let key: FlowKey<A> = key.to_map();
+        self.table(table, A::V6)?.delete(&key);
         if table == name::ESTABLISHED {
             // One half that is rebuilt from the other would get back what its slots have counted; the model's gets nothing.
-            self.rig.cache.uncount(key);
-            self.rig.cache.changed(key);
+            self.rig.cache.uncount(&key);
+            self.rig.cache.changed(&key);
         }
         Ok(())
     }

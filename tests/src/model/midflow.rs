@@ -3,7 +3,6 @@
 //! (RFC 9293, 3.10.7.1).
 
 use edge_common::{
-    flow::FlowKeyV4,
     maps::{ServiceEntry, flow_flag, mode, service_flag},
     verdict::Reason,
 };
@@ -13,9 +12,10 @@ use super::{
     coverage::Point,
     create::{Plan, claim_own, open},
     decide::{Decision, Input, refuse, send},
+    flow::Key,
     hash::{self, Found},
     protect,
-    state::{State, Table, ipv4, twin_key, wide},
+    state::{State, Table, twin_key},
     wire::{self, Segment, UDP},
 };
 use crate::datapath::rig::{Action, Hook};
@@ -29,7 +29,7 @@ pub fn segment(state: &mut State, input: &Input, segment: &Segment, number: u32)
     if service.mode != mode::DNAT || segment.flags & SYN != 0 {
         return answer(state, input, segment, number, &service);
     }
-    if let Some(reason) = protect::refuses(state, input, wide(segment.key.src), number, &service, false) {
+    if let Some(reason) = protect::refuses(state, input, &segment.key, number, &service, false) {
         return refuse(state, reason, number);
     }
     let Some(chosen) = choice(state, number, &segment.key, 0) else {
@@ -50,14 +50,18 @@ pub fn reply(state: &mut State, input: &Input, segment: &Segment, backend: u32) 
         return refuse(state, Reason::ReplyWithoutFlow, number);
     };
     let key = segment.key;
-    let client = FlowKeyV4 {
+    let client = Key {
+        v6: key.v6,
         src: key.dst,
-        dst: ipv4(&service.address),
+        dst: service.address,
         src_port: key.dst_port,
         dst_port: service.port,
         protocol: key.protocol,
-        _pad: [0; 3],
     };
+    if segment.lacks_checksum {
+        state.hit(Point::ReplyNoChecksum);
+        return refuse(state, Reason::ReplyWithoutFlow, number);
+    }
     let first = choice(state, number, &client, 0);
     let second = first.and_then(|first| choice(state, number, &client, first));
     if first != Some(backend) && second != Some(backend) {
@@ -82,7 +86,7 @@ pub fn reply(state: &mut State, input: &Input, segment: &Segment, backend: u32) 
 }
 
 /// The backend that every edge chooses for the client.
-pub(super) fn choice(state: &State, number: u32, client: &FlowKeyV4, avoid: u32) -> Option<u32> {
+pub(super) fn choice(state: &State, number: u32, client: &Key, avoid: u32) -> Option<u32> {
     let (_, pool) = state.config.services.get(&number)?;
     let eligible = |backend: u32| backend != 0 && state.config.eligible.get(&backend).copied().unwrap_or(false);
     match hash::select(hash::tuple(state.config.seed, client), &pool.members, &pool.table, avoid, eligible) {
@@ -95,7 +99,7 @@ fn adopt(
     state: &mut State,
     input: &Input,
     segment: &Segment,
-    client: FlowKeyV4,
+    client: Key,
     (number, chosen): (u32, u32),
     (known, ack_floor): (u16, u32),
 ) -> Decision {
@@ -119,7 +123,7 @@ fn adopt(
     }
     if open(state, &plan, client.src, client.src_port) {
         state.because(Reason::MidFlowAdopted, number);
-        protect::half_opened(state, input, wide(client.src), number);
+        protect::half_opened(state, input, &client, number);
     }
     send(state, input, segment, Table::HalfOpen)
 }
@@ -130,7 +134,7 @@ fn answer(state: &mut State, input: &Input, segment: &Segment, number: u32, serv
         state.hit(Point::MidFlowSilent);
         return refuse(state, Reason::MidFlowSilent, number);
     }
-    if !protect::lets_in(state, wide(segment.key.src), number, service) {
+    if !protect::lets_in(state, &segment.key, number, service) {
         return refuse(state, Reason::SourceDenied, number);
     }
     if service.flags & service_flag::DEDICATED != 0 {
@@ -139,7 +143,7 @@ fn answer(state: &mut State, input: &Input, segment: &Segment, number: u32, serv
         return Decision::PASS;
     }
     let to_many = input.frame[0] & 1 != 0 || input.frame[6] & 1 != 0;
-    if segment.ip.header_len != 20 || to_many {
+    if segment.ip.header_len != wire::plain_header(segment.ip.v6) || to_many {
         state.hit(Point::MidFlowSilent);
         return refuse(state, Reason::MidFlowSilent, number);
     }
@@ -158,17 +162,11 @@ fn answer(state: &mut State, input: &Input, segment: &Segment, number: u32, serv
 /// # Errors
 /// What is wrong with it.
 pub fn judge_reset(input: &[u8], got: &[u8]) -> Result<(), String> {
-    let of = |frame: &[u8]| wire::ipv4(frame).and_then(|ip| wire::segment(frame, ip));
-    let (Some(asked), Some(sent)) = (of(input), of(got)) else {
+    let (Some(asked), Some(sent)) = (wire::whole_segment(input), wire::whole_segment(got)) else {
         return Err(format!("no segment: {got:02x?}"));
     };
-    let key = FlowKeyV4 {
-        src: asked.key.dst,
-        dst: asked.key.src,
-        src_port: asked.key.dst_port,
-        dst_port: asked.key.src_port,
-        ..asked.key
-    };
+    let key = asked.key.reversed();
+    let len = wire::ETHERNET + wire::plain_header(key.v6) + 20;
     let payload = asked.ip.total_len - asked.ip.header_len - usize::from(input[asked.l4 + 12] >> 4) * 4;
     let takes = payload + usize::from(asked.flags & SYN != 0) + usize::from(asked.flags & FIN != 0);
     let (flags, seq, ack) = match asked.flags & ACK {
@@ -176,7 +174,7 @@ pub fn judge_reset(input: &[u8], got: &[u8]) -> Result<(), String> {
         _ => (RST, asked.ack, 0),
     };
     let macs = [&input[6..12], &input[..6]].concat();
-    if sent.key != key || (sent.flags, sent.seq, sent.ack) != (flags, seq, ack) || got[..12] != macs || got.len() != 54
+    if sent.key != key || (sent.flags, sent.seq, sent.ack) != (flags, seq, ack) || got[..12] != macs || got.len() != len
     {
         return Err(format!("no reset of this segment\n  segment {input:02x?}\n  got     {got:02x?}"));
     }

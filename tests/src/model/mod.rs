@@ -17,12 +17,14 @@
 //! checks its choice against the rules and takes it over. A new concern (a protocol, a limit) is a new stage file beside `connections`, `create` and `forward`, called from
 //! `decide`, with its branches in `coverage` and its packets in `generate`.
 
+pub mod checksum;
 pub mod compare;
 pub mod connections;
 pub mod coverage;
 pub mod create;
 pub mod decide;
 pub mod dice;
+pub mod flow;
 pub mod forward;
 pub mod fragments;
 pub mod generate;

@@ -1,14 +1,12 @@
 //! Steps that are no packets: applied to the model, then written into the maps.
 
 use anyhow::Result;
-use edge_common::{
-    flow::FlowKeyV4,
-    maps::{FlowV4, name},
-};
+use edge_common::maps::name;
 
 use super::{
     connections::expired,
     dice::Dice,
+    flow::{Flow, Key},
     generate::Move,
     kernel::Kernel,
     network::Network,
@@ -93,21 +91,21 @@ pub fn apply(state: &mut State, kernel: &Kernel, network: &mut Network, change: 
     Ok(())
 }
 
-fn forget(state: &mut State, kernel: &Kernel, table: Table, key: &FlowKeyV4) -> Result<()> {
+fn forget(state: &mut State, kernel: &Kernel, table: Table, key: &Key) -> Result<()> {
     state.table_mut(table).remove(key);
     kernel.end_flow(map_name(table), key)?;
     Ok(())
 }
 
 /// As if the entry's times were that much longer ago.
-fn age(flow: &mut FlowV4, by: u64) {
+fn age(flow: &mut Flow, by: u64) {
     flow.last_seen = flow.last_seen.saturating_sub(by);
     flow.created = flow.created.saturating_sub(by);
     flow.touch_due = flow.touch_due.wrapping_sub((by >> 20) as u32);
 }
 
 /// Established entries that the daemon would end: both directions' time is over.
-fn over(state: &State, now: u64) -> Vec<FlowKeyV4> {
+fn over(state: &State, now: u64) -> Vec<Key> {
     let flows = state.table(Table::Established).values();
     let over = flows.filter(|flow| {
         let timeout = state.config.services.get(&flow.service).map_or(0, |(service, _)| service.established_timeout);

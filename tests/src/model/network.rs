@@ -1,18 +1,22 @@
 //! The routes and neighbours of the world: a base that every world starts from, and the few things that change in it.
 
 use std::{
-    net::{Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     process::Command,
 };
 
 use anyhow::Result;
+use edge_common::address::Wide;
 use edge_ctl::reconcile::ports::socket_address;
 
 use super::state::Route;
 use crate::{
     datapath::{
         namespace::{ifindex, ip, sysctl},
-        rig::{CLIENT, CLIENT_MAC, PODS_MAC, UPLINK_MAC, mac, pod, pod_mac, wire},
+        rig::{
+            CLIENT, CLIENT_MAC, CLIENT6, FAMILIES, Family, PODS, PODS_MAC, SNAT, UPLINK_MAC, VIP, VIP6, mac, pod,
+            pod_mac, pod6, wire,
+        },
     },
     lab::exec::run,
 };
@@ -51,15 +55,47 @@ const STUB_MAC: [u8; 6] = [2, 0, 0, 0, 9, 3];
 const STUB_POD_MAC: [u8; 6] = [2, 0, 0, 0, 5, 1];
 const FOREIGN_MAC: [u8; 6] = [2, 0, 0, 0, 6, 6];
 
+/// Where a host is in the world of this family: each place has an IPv4 address, by which it is named here, and an IPv6 one.
+pub fn at(family: Family, place: Ipv4Addr) -> IpAddr {
+    family.of(place, twin(place))
+}
+
+fn twin(place: Ipv4Addr) -> Ipv6Addr {
+    let network = match place.octets() {
+        _ if place == CLIENT => return CLIENT6,
+        _ if place == VIP => return VIP6,
+        [10, 1, 0, last] if last >= 4 && last - 4 < PODS => return pod6(last - 4),
+        [172, 16, ..] => 1,
+        [10, 1, ..] => 2,
+        [10, second, ..] => 0x20 + u16::from(second),
+        [198, ..] => 0xf,
+        [203, ..] => 0xe,
+        _ => 0xd,
+    };
+    Ipv6Addr::new(0x2001, 0xdb8, network, 0, 0, 0, 0, place.octets()[3].into())
+}
+
+/// MTU of the route to [`FAR_NARROW`].
+fn narrow(family: Family) -> u32 {
+    // IPv6 has none below 1280.
+    if family == Family::V6 { 1300 } else { 600 }
+}
+
 /// What changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
     /// Last byte of the MAC of pod [`CHANGING`]; 0: unresolved.
     pub mac: u8,
-    /// MTU of the route to [`NARROW_POD`].
+    /// MTU of the route to [`NARROW_POD`]; IPv6 has none below 1280, and takes twice as much.
     pub mtu: u32,
     /// [`MOVING_POD`] is reached by `uplink`.
     pub moved: bool,
+}
+
+impl Shape {
+    fn mtu(self, family: Family) -> u32 {
+        if family == Family::V6 { self.mtu.max(650) * 2 } else { self.mtu }
+    }
 }
 
 /// What every world starts with.
@@ -86,26 +122,31 @@ impl Network {
             sysctl(&format!("ipv6/conf/{interface}/disable_ipv6"), "0")?;
         }
         ip("link add stub type veth peer name stub-peer")?;
+        sysctl("ipv6/conf/stub/disable_ipv6", "0")?;
         ip(&format!("link set stub address {} up", mac(STUB_MAC)))?;
         ip("link set stub-peer up")?;
-        for (address, mac_address, device) in [
-            (GATEWAY.to_string(), GATEWAY_MAC, "uplink"),
-            (NEAR.to_string(), NEAR_MAC, "uplink"),
-            (STUB_POD.to_string(), STUB_POD_MAC, "stub"),
-            ("fe80::66".to_owned(), FOREIGN_MAC, "pods"),
-        ] {
-            ip(&format!("neigh replace {address} lladdr {} dev {device} nud permanent", mac(mac_address)))?;
+        let mut lines = vec![format!("neigh replace fe80::66 lladdr {} dev pods nud permanent", mac(FOREIGN_MAC))];
+        for family in FAMILIES {
+            let at = |place| at(family, place);
+            for (place, mac_address, device) in
+                [(GATEWAY, GATEWAY_MAC, "uplink"), (NEAR, NEAR_MAC, "uplink"), (STUB_POD, STUB_POD_MAC, "stub")]
+            {
+                let mac_address = mac(mac_address);
+                lines.push(format!("neigh replace {} lladdr {mac_address} dev {device} nud permanent", at(place)));
+            }
+            let (gateway, inet6) = (at(GATEWAY), if family == Family::V4 { "inet6 " } else { "" });
+            for route in [
+                format!("{} via {gateway}", at(FAR)),
+                format!("{} via {gateway} mtu lock {}", at(FAR_NARROW), narrow(family)),
+                format!("unreachable {}", at(REFUSED)),
+                format!("blackhole {}", at(REFUSED_POD)),
+                format!("{} via {inet6}fe80::66 dev pods", at(FOREIGN_POD)),
+                format!("{} dev stub", at(STUB_POD)),
+            ] {
+                lines.push(format!("{} route add {route}", option(family)));
+            }
         }
-        for route in [
-            format!("{FAR} via {GATEWAY}"),
-            format!("{FAR_NARROW} via {GATEWAY} mtu lock 600"),
-            format!("unreachable {REFUSED}"),
-            format!("blackhole {REFUSED_POD}"),
-            format!("{FOREIGN_POD} via inet6 fe80::66 dev pods"),
-            format!("{STUB_POD} dev stub"),
-        ] {
-            ip(&format!("route add {route}"))?;
-        }
+        lines.iter().try_for_each(|line| ip(line))?;
         let (uplink, pods, stub) = (ifindex("uplink")?, ifindex("pods")?, ifindex("stub")?);
         let mut network = Self { uplink, pods, stub, shape: Shape { mac: 1, mtu: 1, moved: true } };
         network.become_(BASE)?;
@@ -122,22 +163,25 @@ impl Network {
     /// # Errors
     /// Where `ip` refuses something.
     pub fn become_(&mut self, shape: Shape) -> Result<()> {
-        let changing = pod(CHANGING);
-        if shape.mac != self.shape.mac {
-            match shape.mac {
-                0 => ip(&format!("neigh del {changing} dev pods"))?,
-                last => {
-                    let address = mac([2, 0, 0, 0, 7, last]);
-                    ip(&format!("neigh replace {changing} lladdr {address} dev pods nud permanent"))?;
+        for family in FAMILIES {
+            let (changing, ip) = (at(family, pod(CHANGING)), |line: String| ip(&format!("{} {line}", option(family))));
+            if shape.mac != self.shape.mac {
+                match shape.mac {
+                    0 => ip(format!("neigh del {changing} dev pods"))?,
+                    last => {
+                        let address = mac([2, 0, 0, 0, 7, last]);
+                        ip(format!("neigh replace {changing} lladdr {address} dev pods nud permanent"))?;
+                    }
                 }
             }
-        }
-        if shape.mtu != self.shape.mtu {
-            ip(&format!("route replace {NARROW_POD} via {} dev pods mtu lock {}", pod(0), shape.mtu))?;
-        }
-        if shape.moved != self.shape.moved {
-            let by = if shape.moved { GATEWAY } else { pod(1) };
-            ip(&format!("route replace {MOVING_POD} via {by}"))?;
+            if shape.mtu != self.shape.mtu {
+                let (pod, by) = (at(family, NARROW_POD), at(family, pod(0)));
+                ip(format!("route replace {pod} via {by} dev pods mtu lock {}", shape.mtu(family)))?;
+            }
+            if shape.moved != self.shape.moved {
+                let by = at(family, if shape.moved { GATEWAY } else { pod(1) });
+                ip(format!("route replace {} via {by}", at(family, MOVING_POD)))?;
+            }
         }
         self.shape = shape;
         Ok(())
@@ -153,7 +197,7 @@ impl Network {
         for family in ["-4", "-6"] {
             known += &run(Command::new("ip").args([family, "neigh", "show", "nud", "permanent"]))?;
         }
-        let expected = self.routes().into_iter().filter_map(|(_, _, route)| match route {
+        let expected = self.routes().into_iter().filter_map(|(_, _, _, route)| match route {
             Route::Neighbour { address, dst_mac, .. } => {
                 let address = socket_address(address, 0).ip();
                 Some((format!("{address} "), format!("lladdr {} ", mac(dst_mac))))
@@ -166,34 +210,21 @@ impl Network {
         Ok(expected.filter(is_lost).map(|(address, lladdr)| address + &lladdr).collect())
     }
 
-    /// The routes that the kernel has, as its lookup answers them.
-    pub fn routes(&self) -> Vec<(u32, u8, Route)> {
-        let by = |ifindex, address: Ipv4Addr, dst_mac, src_mac, mtu| Route::Neighbour {
+    /// The routes that the kernel has, as its lookup answers them: IPv6 or not, network and length in the form of 16 bytes.
+    pub fn routes(&self) -> Vec<(bool, Wide, u8, Route)> {
+        FAMILIES.into_iter().flat_map(|family| self.routes_of(family)).collect()
+    }
+
+    fn routes_of(&self, family: Family) -> Vec<(bool, Wide, u8, Route)> {
+        let by = |ifindex, place: Ipv4Addr, dst_mac, src_mac, mtu| Route::Neighbour {
             ifindex,
-            address: wire(address),
+            address: wire(at(family, place)),
             dst_mac,
             src_mac,
             mtu,
         };
-        let uplink = |address, dst_mac, mtu| by(self.uplink, address, dst_mac, UPLINK_MAC, mtu);
-        let pods = |address, dst_mac, mtu| by(self.pods, address, dst_mac, PODS_MAC, mtu);
-        let mut routes = vec![
-            (Ipv4Addr::new(172, 16, 1, 0), 24, Route::Unresolved),
-            (Ipv4Addr::new(10, 1, 0, 0), 24, Route::Unresolved),
-            (Ipv4Addr::new(172, 16, 1, 88), 32, Route::NotForwarded),
-            (Ipv4Addr::new(172, 16, 1, 255), 32, Route::NotForwarded),
-            (Ipv4Addr::new(10, 1, 0, 1), 32, Route::NotForwarded),
-            (Ipv4Addr::new(10, 1, 0, 255), 32, Route::NotForwarded),
-            (CLIENT, 32, uplink(CLIENT, CLIENT_MAC, 1500)),
-            (NEAR, 32, uplink(NEAR, NEAR_MAC, 1500)),
-            (GATEWAY, 32, uplink(GATEWAY, GATEWAY_MAC, 1500)),
-            (FAR, 32, uplink(GATEWAY, GATEWAY_MAC, 1500)),
-            (FAR_NARROW, 32, uplink(GATEWAY, GATEWAY_MAC, 600)),
-            (REFUSED, 32, Route::Refused),
-            (REFUSED_POD, 32, Route::Refused),
-            (NARROW_POD, 32, pods(pod(0), pod_mac(0), self.shape.mtu)),
-            (STUB_POD, 32, by(self.stub, STUB_POD, STUB_POD_MAC, STUB_MAC, 1500)),
-        ];
+        let uplink = |place, dst_mac, mtu| by(self.uplink, place, dst_mac, UPLINK_MAC, mtu);
+        let pods = |place, dst_mac, mtu| by(self.pods, place, dst_mac, PODS_MAC, mtu);
         let foreign = Route::Neighbour {
             ifindex: self.pods,
             address: wire(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0x66)),
@@ -201,17 +232,47 @@ impl Network {
             src_mac: PODS_MAC,
             mtu: 1500,
         };
-        routes.push((FOREIGN_POD, 32, foreign));
-        for n in (0..16).filter(|n| *n != CHANGING) {
-            routes.push((pod(n), 32, pods(pod(n), pod_mac(n), 1500)));
+        let mut hosts = vec![
+            (VIP, Route::NotForwarded),
+            (SNAT, Route::NotForwarded),
+            (CLIENT, uplink(CLIENT, CLIENT_MAC, 1500)),
+            (NEAR, uplink(NEAR, NEAR_MAC, 1500)),
+            (GATEWAY, uplink(GATEWAY, GATEWAY_MAC, 1500)),
+            (FAR, uplink(GATEWAY, GATEWAY_MAC, 1500)),
+            (FAR_NARROW, uplink(GATEWAY, GATEWAY_MAC, narrow(family))),
+            (REFUSED, Route::Refused),
+            (REFUSED_POD, Route::Refused),
+            (NARROW_POD, pods(pod(0), pod_mac(0), self.shape.mtu(family))),
+            (STUB_POD, by(self.stub, STUB_POD, STUB_POD_MAC, STUB_MAC, 1500)),
+            (FOREIGN_POD, foreign),
+        ];
+        for n in (0..PODS).filter(|n| *n != CHANGING) {
+            hosts.push((pod(n), pods(pod(n), pod_mac(n), 1500)));
         }
         if self.shape.mac != 0 {
-            routes.push((pod(CHANGING), 32, pods(pod(CHANGING), [2, 0, 0, 0, 7, self.shape.mac], 1500)));
+            hosts.push((pod(CHANGING), pods(pod(CHANGING), [2, 0, 0, 0, 7, self.shape.mac], 1500)));
         }
         let moving = if self.shape.moved { uplink(GATEWAY, GATEWAY_MAC, 1500) } else { pods(pod(1), pod_mac(1), 1500) };
-        routes.push((MOVING_POD, 32, moving));
-        routes.into_iter().map(|(network, len, route)| (u32::from(network), len, route)).collect()
+        hosts.push((MOVING_POD, moving));
+        let v6 = family == Family::V6;
+        let mut routes: Vec<_> =
+            hosts.into_iter().map(|(place, route)| (v6, wire(at(family, place)), 128, route)).collect();
+        let connected = |place| (v6, wire(at(family, place)), if v6 { 64 } else { 96 + 24 }, Route::Unresolved);
+        routes.extend([connected(VIP), connected(SNAT)]);
+        if !v6 {
+            // Broadcasts.
+            for network in [VIP, SNAT] {
+                let [a, b, c, _] = network.octets();
+                routes.push((v6, wire(Ipv4Addr::new(a, b, c, 255)), 128, Route::NotForwarded));
+            }
+        }
+        routes
     }
+}
+
+/// What `ip` calls the family.
+fn option(family: Family) -> &'static str {
+    if family == Family::V6 { "-6" } else { "-4" }
 }
 
 #[cfg(test)]

@@ -4,14 +4,15 @@
 
 use edge_common::{
     address::Wide,
-    maps::{FlowV4, RANGE_PREFIX, RangeSource, ServiceEntry, SourceId, SourceKey, SourceUse, flow_flag, service_flag},
+    maps::{RANGE_PREFIX, RangeSource, ServiceEntry, SourceId, SourceKey, SourceUse, flow_flag, service_flag},
     verdict::Reason,
 };
 
 use super::{
     coverage::Point,
     decide::Input,
-    state::{SECOND, State, wide},
+    flow::{Flow, Key},
+    state::{SECOND, State, first_bits},
 };
 
 /// What the packet at hand may have left of a bucket: the program reads the clock by itself.
@@ -63,7 +64,7 @@ impl Bucket {
 pub fn refuses(
     state: &mut State,
     input: &Input,
-    client: Wide,
+    client: &Key,
     number: u32,
     service: &ServiceEntry,
     counted: bool,
@@ -100,7 +101,7 @@ pub fn refuses(
 }
 
 /// True where the packet's flow, if its service limits the packets of a source, keeps to that.
-pub fn keeps_pace(state: &mut State, input: &Input, flow: &FlowV4) -> bool {
+pub fn keeps_pace(state: &mut State, input: &Input, flow: &Flow) -> bool {
     if flow.flags & flow_flag::PACKET_LIMIT == 0 || flow.direction != 0 {
         return true;
     }
@@ -109,7 +110,7 @@ pub fn keeps_pace(state: &mut State, input: &Input, flow: &FlowV4) -> bool {
         state.hit(Point::LimitIsGone);
         return true;
     };
-    let source = SourceId { address: source(wide(flow.key.src)), service: flow.service };
+    let source = SourceId { address: source(&flow.key), service: flow.service };
     let spent = *state.sources.entry(source).or_default();
     state.touched_sources.push(source);
     if bucket.taken(spent.packets, input.precise).is_none() {
@@ -136,11 +137,11 @@ fn draw(state: &mut State, input: &Input, source: SourceId, bucket: Bucket, pack
 }
 
 /// True where the source ranges of the service let the client in.
-pub fn lets_in(state: &mut State, client: Wide, number: u32, service: &ServiceEntry) -> bool {
+pub fn lets_in(state: &mut State, client: &Key, number: u32, service: &ServiceEntry) -> bool {
     if service.flags & service_flag::SOURCE_RANGES == 0 {
         return true;
     }
-    let longest = (0..=128).rev().map(|len| range(number, client, len)).find_map(|key| {
+    let longest = (0..=128).rev().map(|len| range(number, &client.src, len)).find_map(|key| {
         let allowed = state.config.ranges.get(&key)?;
         Some((key, *allowed))
     });
@@ -158,23 +159,15 @@ pub fn lets_in(state: &mut State, client: Wide, number: u32, service: &ServiceEn
     }
 }
 
-/// The range of a service that holds the first `len` bits of an address.
-pub fn range(service: u32, address: Wide, len: u32) -> SourceKey {
-    let bits = u128::from_be_bytes(bytes(address));
-    let kept = if len == 0 { 0 } else { bits >> (128 - len) << (128 - len) };
-    let kept = kept.to_be_bytes();
-    let address = std::array::from_fn(|word| u32::from_ne_bytes(std::array::from_fn(|byte| kept[word * 4 + byte])));
-    SourceKey { prefix_len: RANGE_PREFIX + len, source: RangeSource { service, address } }
+/// The range of a service that holds the first `len` bits of an address, as maps hold that.
+pub fn range(service: u32, address: &Wide, len: u32) -> SourceKey {
+    SourceKey { prefix_len: RANGE_PREFIX + len, source: RangeSource { service, address: first_bits(address, len) } }
 }
 
-fn bytes(address: Wide) -> [u8; 16] {
-    std::array::from_fn(|byte| address[byte / 4].to_ne_bytes()[byte % 4])
-}
-
-/// Whose limits a client's packets count for: an IPv4 address stands for itself, an IPv6 one for its network, in which a host
-/// may take any.
-pub fn source(client: Wide) -> Wide {
-    client
+/// Whose limits a client's packets count for: an IPv4 address stands for itself, an IPv6 one for its /64, in which a host may
+/// take any (RFC 8981).
+fn source(client: &Key) -> Wide {
+    if client.v6 { first_bits(&client.src, 64) } else { client.src }
 }
 
 /// Number of the window of time at `at`, where half-open flows live for `timeout` seconds.
@@ -196,7 +189,7 @@ fn half_open(state: &mut State, input: &Input, source: SourceId, service: &Servi
 }
 
 /// A client's flow is half-open now.
-pub fn half_opened(state: &mut State, input: &Input, client: Wide, number: u32) {
+pub fn half_opened(state: &mut State, input: &Input, client: &Key, number: u32) {
     let Some((service, _)) = state.config.services.get(&number).cloned() else { return };
     if service.source_half_open == 0 {
         return;
@@ -211,10 +204,10 @@ pub fn half_opened(state: &mut State, input: &Input, client: Wide, number: u32) 
 }
 
 /// A flow is half-open no longer, as one of its entries in that table says.
-pub fn half_open_ended(state: &mut State, input: &Input, flow: &FlowV4) {
+pub fn half_open_ended(state: &mut State, input: &Input, flow: &Flow) {
     let Some((service, _)) = state.config.services.get(&flow.service).cloned() else { return };
     let client = if flow.direction == 0 { flow.key.src } else { flow.new_dst };
-    let source = SourceId { address: source(wide(client)), service: flow.service };
+    let source = SourceId { address: source(&Key { src: client, ..flow.key }), service: flow.service };
     if service.source_half_open == 0 || !state.sources.contains_key(&source) {
         return;
     }
@@ -262,7 +255,7 @@ mod tests {
         let octets = |text: &str| text.parse::<std::net::Ipv6Addr>().map(|it| it.octets()).unwrap_or_default();
         let words =
             |text: &str| std::array::from_fn(|n| u32::from_ne_bytes(std::array::from_fn(|b| octets(text)[n * 4 + b])));
-        assert_eq!(range(7, words("2001:db8:ffff::1"), 33).source.address, words("2001:db8:8000::"));
-        assert_eq!(range(7, words("2001:db8::1"), 0).source.address, [0; 4]);
+        assert_eq!(range(7, &words("2001:db8:ffff::1"), 33).source.address, words("2001:db8:8000::"));
+        assert_eq!(range(7, &words("2001:db8::1"), 0).source.address, [0; 4]);
     }
 }

@@ -7,8 +7,8 @@ use std::{
 
 use anyhow::{Result, bail};
 use edge_common::{
-    flow::FlowKeyV4,
-    maps::{CUSTOMER_TAG, FlowV4, Port, name, tag},
+    address::Wide,
+    maps::{CUSTOMER_TAG, Port, name, tag},
     verdict::Reason,
 };
 use edge_ctl::datapath::object::EBPF_OBJECT;
@@ -18,6 +18,7 @@ use super::{
     coverage::{Coverage, Point},
     decide::{Choices, Input, decide},
     dice::Dice,
+    flow::Key,
     generate::{self, Move, TAG, VLAN},
     kernel::{self, Kernel, LONGEST},
     moves,
@@ -153,8 +154,8 @@ impl From<anyhow::Error> for Trouble {
 }
 
 impl Choices for Kernel {
-    fn source(&self, key: &FlowKeyV4) -> Option<(u32, u16)> {
-        let flow: FlowV4 = self.map(name::HALF_OPEN).ok()?.get(key)?;
+    fn source(&self, key: &Key) -> Option<(Wide, u16)> {
+        let flow = self.flow(name::HALF_OPEN, key)?;
         Some((flow.new_src, flow.new_src_port))
     }
 
@@ -255,7 +256,7 @@ impl Bench {
             precise: from_precise,
             ran: (from_precise, to_precise),
             was_sent: matches!(action, Action::Transmit | Action::Redirect),
-            id_after: wire::ipv4(&out).map_or(0, |ip| ip.id),
+            id_after: wire::id(&out),
         };
         let judge = |state: &mut State, input: &Input| {
             let decision = decide(state, input, &self.kernel)?;

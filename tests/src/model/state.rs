@@ -4,31 +4,20 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use edge_common::{
     address::Wide,
-    flow::FlowKeyV4,
     maps::{
-        BackendEntry, FlowV4, NextHop, OwnAddresses, ServiceEntry, ServiceKey, ServiceStats, SourceId, SourceKey,
-        SourceUse,
+        BackendEntry, NextHop, OwnAddresses, ServiceEntry, ServiceKey, ServiceStats, SourceId, SourceKey, SourceUse,
     },
     verdict::Reason,
 };
 
 use super::{
     coverage::{Coverage, Point},
+    flow::{Flow, Key},
     protect::Drawn,
 };
 
 /// A second in nanoseconds.
 pub const SECOND: u64 = 1_000_000_000;
-
-/// The IPv4 address that maps hold in this form, network order.
-pub fn ipv4(wide: &Wide) -> u32 {
-    wide[3]
-}
-
-/// The form in which maps hold an IPv4 address in network order.
-pub fn wide(ipv4: u32) -> Wide {
-    [0, 0, 0xffff_u32.to_be(), ipv4]
-}
 
 /// A flow table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -102,11 +91,11 @@ pub struct Config {
     pub generation: u32,
     /// Interfaces that XDP may redirect to.
     pub redirectable: Vec<u32>,
-    /// Routes: network (host order), prefix length, answer.
-    pub routes: Vec<(u32, u8, Route)>,
+    /// Routes: IPv6 or not, network, length of its prefix in the form of 16 bytes, answer.
+    pub routes: Vec<(bool, Wide, u8, Route)>,
     /// The addresses that messages are signed with, by interface.
     pub own: BTreeMap<u32, OwnAddresses>,
-    /// Entries the established table holds.
+    /// Entries the established table of each family holds.
     pub established: usize,
     /// Highest next-hop number.
     pub next_hops: u32,
@@ -118,17 +107,41 @@ pub struct Config {
 
 impl Config {
     /// The prefilter's bit for an address: part of the layout of `AddressFilter`.
-    pub fn bit(address: u32) -> usize {
-        (address.wrapping_mul(0x9e37_79b1) >> 16) as usize
+    pub fn bit(v6: bool, address: &Wide) -> usize {
+        let factors =
+            if v6 { [0x85eb_ca6b, 0xc2b2_ae35, 0x27d4_eb2f, 0x9e37_79b1] } else { [0, 0, 0, 0x9e37_79b1_u32] };
+        let products = address.iter().zip(factors).map(|(word, factor)| word.wrapping_mul(factor));
+        (products.fold(0_u32, u32::wrapping_add) >> 16) as usize
     }
 
-    /// The longest prefix's answer for an address in network order.
-    pub fn route(&self, address: u32) -> Route {
-        let address = u32::from_be(address);
-        let covers = |network: u32, len: u8| len == 0 || (address ^ network) >> (32 - u32::from(len)) == 0;
-        let matching = self.routes.iter().filter(|(network, len, _)| covers(*network, *len));
-        matching.max_by_key(|(_, len, _)| *len).map_or(Route::NotForwarded, |(_, _, route)| *route)
+    /// Where a packet with these addresses goes: the longest prefix's answer. Of IPv6 no router passes on what is from or to a
+    /// link-local address (RFC 4291, 2.5.6) or a loopback one, nor does this one route multicasts.
+    pub fn route(&self, v6: bool, src: &Wide, dst: &Wide) -> Route {
+        if v6 && [src, dst].into_iter().any(stays_on_link) {
+            return Route::NotForwarded;
+        }
+        let covers = |network: &Wide, len: u8| first_bits(dst, len.into()) == first_bits(network, len.into());
+        let matching = self.routes.iter().filter(|(of_v6, network, len, _)| *of_v6 == v6 && covers(network, *len));
+        matching.max_by_key(|(_, _, len, _)| *len).map_or(Route::NotForwarded, |(_, _, _, route)| *route)
     }
+}
+
+/// True for an IPv6 address that is link-local.
+pub fn is_link_local(address: &Wide) -> bool {
+    u32::from_be(address[0]) >> 22 == 0xfe80 >> 6
+}
+
+fn stays_on_link(address: &Wide) -> bool {
+    let loopback = [0, 0, 0, 1_u32.to_be()];
+    is_link_local(address) || u32::from_be(address[0]) >> 24 == 0xff || *address == loopback
+}
+
+/// The first `len` bits of an address, the others 0.
+pub fn first_bits(address: &Wide, len: u32) -> Wide {
+    let bytes: [u8; 16] = std::array::from_fn(|byte| address[byte / 4].to_ne_bytes()[byte % 4]);
+    let kept = u128::from_be_bytes(bytes) & u128::MAX.checked_shl(128 - len).unwrap_or(0);
+    let kept = kept.to_be_bytes();
+    std::array::from_fn(|word| u32::from_ne_bytes(std::array::from_fn(|byte| kept[word * 4 + byte])))
 }
 
 /// What the program counted.
@@ -142,17 +155,20 @@ pub struct Counters {
     pub backends: BTreeMap<u32, ServiceStats>,
 }
 
-/// Source, destination, ID and protocol of a fragment.
-pub type FragmentKey = (u32, u32, u16, u8);
+/// Source, destination, ID and [`super::wire::Ip::kind`] of a fragment, and whether it is an IPv6 one.
+pub type FragmentKey = (bool, Wide, Wide, u32, u8);
+
+/// What a first fragment told of the rest: ports, the ID after rewriting, layer-4 protocol.
+pub type Fragment = (u16, u16, u32, u8);
 
 /// Everything.
 #[derive(Clone, Debug, Default)]
 pub struct State {
     /// What the daemon wrote; shared by copies until [`State::configure`].
     pub config: Arc<Config>,
-    tables: [BTreeMap<FlowKeyV4, FlowV4>; 3],
-    /// Ports and the ID after rewriting of first fragments, by source, destination, ID and protocol.
-    pub fragments: BTreeMap<FragmentKey, (u16, u16, u16)>,
+    tables: [BTreeMap<Key, Flow>; 3],
+    /// First fragments.
+    pub fragments: BTreeMap<FragmentKey, Fragment>,
     /// Next hops by number.
     pub next_hops: BTreeMap<u32, NextHop>,
     /// Next-hop numbers by interface and neighbour.
@@ -170,7 +186,7 @@ pub struct State {
     /// Decision points met.
     pub coverage: Coverage,
     /// Entries that the packet at hand read for a decision or changed.
-    pub touched: Vec<(Table, FlowKeyV4)>,
+    pub touched: Vec<(Table, Key)>,
     /// Next hops that it changed.
     pub touched_hops: Vec<u32>,
     /// Sources whose limits it was held against.
@@ -188,14 +204,14 @@ pub struct State {
 }
 
 /// The key of the other direction's entry: the rewritten tuple, reversed.
-pub fn twin_key(flow: &FlowV4) -> FlowKeyV4 {
-    FlowKeyV4 {
+pub fn twin_key(flow: &Flow) -> Key {
+    Key {
+        v6: flow.key.v6,
         src: flow.new_dst,
         dst: flow.new_src,
         src_port: flow.new_dst_port,
         dst_port: flow.new_src_port,
         protocol: flow.key.protocol,
-        _pad: [0; 3],
     }
 }
 
@@ -206,18 +222,18 @@ impl State {
     }
 
     /// An entry.
-    pub fn flow(&self, table: Table, key: &FlowKeyV4) -> Option<&FlowV4> {
+    pub fn flow(&self, table: Table, key: &Key) -> Option<&Flow> {
         self.tables[table as usize].get(key)
     }
 
     /// An entry to be changed.
-    pub fn change(&mut self, table: Table, key: &FlowKeyV4) -> Option<&mut FlowV4> {
+    pub fn change(&mut self, table: Table, key: &Key) -> Option<&mut Flow> {
         self.touched.push((table, *key));
         self.tables[table as usize].get_mut(key)
     }
 
     /// The entry of the other direction, if it is that and not another flow's.
-    pub fn twin(&self, table: Table, flow: &FlowV4) -> Twin {
+    pub fn twin(&self, table: Table, flow: &Flow) -> Twin {
         match self.flow(table, &twin_key(flow)) {
             None => Twin::Missing,
             Some(twin) if twin_key(twin) == flow.key => Twin::Ours(*twin),
@@ -226,24 +242,29 @@ impl State {
     }
 
     /// Adds or replaces an entry.
-    pub fn put(&mut self, table: Table, flow: FlowV4) {
+    pub fn put(&mut self, table: Table, flow: Flow) {
         self.touched.push((table, flow.key));
         self.tables[table as usize].insert(flow.key, flow);
     }
 
     /// Takes an entry out.
-    pub fn remove(&mut self, table: Table, key: &FlowKeyV4) -> bool {
+    pub fn remove(&mut self, table: Table, key: &Key) -> bool {
         self.touched.push((table, *key));
         self.tables[table as usize].remove(key).is_some()
     }
 
     /// All entries of a table.
-    pub fn table(&self, table: Table) -> &BTreeMap<FlowKeyV4, FlowV4> {
+    pub fn table(&self, table: Table) -> &BTreeMap<Key, Flow> {
         &self.tables[table as usize]
     }
 
+    /// True where the table has no room for another entry of a family.
+    pub fn is_full(&self, table: Table, v6: bool) -> bool {
+        self.tables[table as usize].keys().filter(|key| key.v6 == v6).count() >= self.config.established
+    }
+
     /// All entries of a table, for a step that is no packet.
-    pub fn table_mut(&mut self, table: Table) -> &mut BTreeMap<FlowKeyV4, FlowV4> {
+    pub fn table_mut(&mut self, table: Table) -> &mut BTreeMap<Key, Flow> {
         &mut self.tables[table as usize]
     }
 
@@ -271,7 +292,7 @@ pub enum Twin {
     /// Nothing.
     Missing,
     /// The other half.
-    Ours(FlowV4),
+    Ours(Flow),
     /// Half of another flow.
     Strangers,
 }

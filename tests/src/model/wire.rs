@@ -1,8 +1,10 @@
-//! Packets as the RFCs describe them: headers read from bytes, checksums summed up from scratch.
+//! Packets as the RFCs describe them: headers read from bytes.
 
 use std::ops::Range;
 
-use edge_common::flow::FlowKeyV4;
+use edge_common::address::Wide;
+
+use super::flow::Key;
 
 /// Bytes of an Ethernet header.
 pub const ETHERNET: usize = 14;
@@ -10,30 +12,48 @@ pub const ETHERNET: usize = 14;
 pub const TCP: u8 = 6;
 /// UDP's IP protocol number (RFC 768).
 pub const UDP: u8 = 17;
+/// The number of IPv6's fragment header (RFC 8200, 4.5).
+pub const FRAGMENT: u8 = 44;
+/// Bytes of that.
+const FRAGMENT_LEN: usize = 8;
+/// Extension headers in front of what a packet carries: one with more is the stack's.
+const MOST_EXTENSIONS: usize = 7;
 
-/// An IPv4 header (RFC 791), as far as it was sent.
+/// An IP header (RFC 791, RFC 8200), as far as it was sent.
 #[derive(Clone, Copy, Debug)]
 pub struct Ip {
-    /// Source, in the packet's byte order.
-    pub src: u32,
-    /// Destination, in the packet's byte order.
-    pub dst: u32,
-    /// Header length, bytes.
+    /// IPv6.
+    pub v6: bool,
+    /// Source.
+    pub src: Wide,
+    /// Destination.
+    pub dst: Wide,
+    /// Header length with options, bytes; of IPv6 with the extension headers that [`upper`] has walked over.
     pub header_len: usize,
     /// Length from the IP header on.
     pub total_len: usize,
-    /// IP protocol number.
+    /// IP protocol number; of IPv6 that of the header at `header_len`.
     pub protocol: u8,
-    /// Time to live.
+    /// Time to live, or hop limit.
     pub ttl: u8,
-    /// "Don't fragment".
+    /// Routers must not fragment it, as they never do with IPv6.
     pub dont_fragment: bool,
     /// Part of a fragmented packet.
     pub fragment: bool,
     /// Part of a fragmented packet, without its beginning.
     pub later_fragment: bool,
-    /// Identification.
-    pub id: u16,
+    /// Identification: 16 bits, or of an IPv6 fragment 32.
+    pub id: u32,
+    /// Offset of an IPv6 packet's fragment header in the frame.
+    pub fragment_at: usize,
+}
+
+impl Ip {
+    /// The number that fragments of one packet have in common: of IPv6 the fragment header's, since all but the first need
+    /// not repeat what follows it (RFC 8200, 4.5).
+    pub fn kind(&self) -> u8 {
+        if self.v6 { FRAGMENT } else { self.protocol }
+    }
 }
 
 /// A TCP or UDP packet.
@@ -42,7 +62,7 @@ pub struct Segment {
     /// Its IP header.
     pub ip: Ip,
     /// Its tuple.
-    pub key: FlowKeyV4,
+    pub key: Key,
     /// Offset of the layer-4 header in the frame.
     pub l4: usize,
     /// Bytes of IP and layer-4 headers.
@@ -53,6 +73,8 @@ pub struct Segment {
     pub seq: u32,
     /// TCP acknowledgement number.
     pub ack: u32,
+    /// UDP over IPv6 without a checksum: its receiver discards it (RFC 8200, 8.1).
+    pub lacks_checksum: bool,
 }
 
 /// A big-endian 16-bit word.
@@ -64,20 +86,69 @@ fn long(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_be_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
 }
 
-fn as_sent(bytes: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+/// Where both addresses stand in an IP header.
+pub fn addresses_at(v6: bool) -> Range<usize> {
+    if v6 { 8..40 } else { 12..20 }
 }
 
-/// The IPv4 header of a frame; `None` for what is no IPv4 or has no whole header.
-pub fn ipv4(frame: &[u8]) -> Option<Ip> {
+/// Where the TTL or hop limit stands in an IP header.
+pub fn ttl_at(v6: bool) -> usize {
+    if v6 { 7 } else { 8 }
+}
+
+/// Bytes of a plain IP header.
+pub fn plain_header(v6: bool) -> usize {
+    if v6 { 40 } else { 20 }
+}
+
+/// The address at the beginning of `bytes`.
+fn address(bytes: &[u8], v6: bool) -> Option<Wide> {
+    let word = |at: usize| Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
+    Some(if v6 { [word(0)?, word(4)?, word(8)?, word(12)?] } else { [0, 0, 0xffff_u32.to_be(), word(0)?] })
+}
+
+/// Source and destination of an IP header.
+pub fn addresses(ip: &[u8], v6: bool) -> Option<(Wide, Wide)> {
+    let both = ip.get(addresses_at(v6))?;
+    let (src, dst) = both.split_at(both.len() / 2);
+    Some((address(src, v6)?, address(dst, v6)?))
+}
+
+/// Writes source and destination into the IP header at `at`.
+pub fn readdress(frame: &mut [u8], at: usize, v6: bool, (src, dst): (Wide, Wide)) {
+    let bytes = |wide: Wide| {
+        let words = if v6 { &wide[..] } else { &wide[3..] };
+        words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<u8>>()
+    };
+    let place = addresses_at(v6);
+    frame[at + place.start..at + place.end].copy_from_slice(&[bytes(src), bytes(dst)].concat());
+}
+
+/// The IP header of a frame; `None` for what is neither IPv4 nor IPv6, or has no whole header.
+pub fn ip(frame: &[u8]) -> Option<Ip> {
+    match word(frame, 12)? {
+        0x0800 => ipv4(frame),
+        0x86dd => ipv6(frame),
+        _ => None,
+    }
+}
+
+/// As [`ip`], of a frame of this family.
+pub fn header(frame: &[u8], v6: bool) -> Option<Ip> {
+    if v6 { ipv6(frame) } else { ipv4(frame) }
+}
+
+fn ipv4(frame: &[u8]) -> Option<Ip> {
     let ip = frame.get(ETHERNET..)?;
-    if word(frame, 12)? != 0x0800 || ip.len() < 20 || ip[0] >> 4 != 4 {
+    if ip.len() < 20 || ip[0] >> 4 != 4 {
         return None;
     }
     let fragment = word(ip, 6)?;
+    let (src, dst) = addresses(ip, false)?;
     Some(Ip {
-        src: as_sent(ip, 12)?,
-        dst: as_sent(ip, 16)?,
+        v6: false,
+        src,
+        dst,
         header_len: usize::from(ip[0] & 15) * 4,
         total_len: usize::from(word(ip, 2)?),
         protocol: ip[9],
@@ -85,8 +156,95 @@ pub fn ipv4(frame: &[u8]) -> Option<Ip> {
         dont_fragment: fragment & 0x4000 != 0,
         fragment: fragment & 0x3fff != 0,
         later_fragment: fragment & 0x1fff != 0,
-        id: word(ip, 4)?,
+        id: word(ip, 4)?.into(),
+        fragment_at: 0,
     })
+}
+
+fn ipv6(frame: &[u8]) -> Option<Ip> {
+    let ip = frame.get(ETHERNET..)?;
+    if ip.len() < 40 || ip[0] >> 4 != 6 {
+        return None;
+    }
+    let (src, dst) = addresses(ip, true)?;
+    Some(Ip {
+        v6: true,
+        src,
+        dst,
+        header_len: 40,
+        total_len: 40 + usize::from(word(ip, 4)?),
+        protocol: ip[6],
+        ttl: ip[7],
+        dont_fragment: true,
+        fragment: false,
+        later_fragment: false,
+        id: 0,
+        fragment_at: 0,
+    })
+}
+
+/// How a walk over extension headers ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Walk {
+    /// At a header that is none of those walked over.
+    Upper,
+    /// At the fragment header of a packet in pieces.
+    Fragment,
+    /// At what a router has to judge: a routing header that is not done with, or too many headers.
+    Stack,
+    /// The packet ends before.
+    Short,
+}
+
+/// Walks over IPv6 extension headers: hop-by-hop options, routing (done with), destination options, and the fragment header of a
+/// packet that is whole (RFC 6946). IPv4 has none.
+pub fn upper(frame: &[u8], ip: &mut Ip) -> Walk {
+    if !ip.v6 {
+        return Walk::Upper;
+    }
+    for walked in 0.. {
+        let known = matches!(ip.protocol, 0 | 43 | 60 | FRAGMENT);
+        if walked > MOST_EXTENSIONS {
+            return Walk::Stack;
+        }
+        if !known {
+            return Walk::Upper;
+        }
+        let at = ETHERNET + ip.header_len;
+        let Some(header) = frame.get(at..at + 8) else { return Walk::Short };
+        let mut length = 8 * (1 + usize::from(header[1]));
+        if ip.protocol == FRAGMENT {
+            // Thirteen bits of offset, two that mean nothing, one for "more".
+            let bits = u16::from_be_bytes([header[2], header[3]]);
+            if bits & !0b110 != 0 {
+                (ip.fragment, ip.later_fragment, ip.fragment_at) = (true, bits >> 3 != 0, at);
+                ip.id = u32::from_be_bytes([header[4], header[5], header[6], header[7]]);
+                return Walk::Fragment;
+            }
+            length = FRAGMENT_LEN;
+        }
+        if ip.protocol == 43 && header[3] != 0 {
+            return Walk::Stack;
+        }
+        ip.protocol = header[0];
+        ip.header_len += length;
+    }
+    Walk::Stack
+}
+
+/// From the fragment header at which a walk has ended to what the first fragment carries.
+pub fn inside_first(frame: &[u8], ip: &mut Ip) -> Walk {
+    if !ip.v6 {
+        return Walk::Upper;
+    }
+    let Some(next) = frame.get(ip.fragment_at) else { return Walk::Short };
+    ip.protocol = *next;
+    ip.header_len += FRAGMENT_LEN;
+    let first = *ip;
+    let walk = upper(frame, ip);
+    // A fragment in a fragment has an ID of its own.
+    (ip.fragment_at, ip.id) = (first.fragment_at, first.id);
+    walk
 }
 
 /// The layer-4 header; `None` where lengths contradict each other or the frame.
@@ -108,146 +266,66 @@ pub fn segment(frame: &[u8], ip: Ip) -> Option<Segment> {
     let port = |at: usize| word(header, at).map(u16::to_be);
     Some(Segment {
         ip,
-        key: FlowKeyV4 {
-            src: ip.src,
-            dst: ip.dst,
-            src_port: port(0)?,
-            dst_port: port(2)?,
-            protocol: ip.protocol,
-            _pad: [0; 3],
-        },
+        key: Key { v6: ip.v6, src: ip.src, dst: ip.dst, src_port: port(0)?, dst_port: port(2)?, protocol: ip.protocol },
         l4,
         headers: ip.header_len + l4_len,
         flags: if tcp { header[13] } else { 0 },
         seq: if tcp { long(header, 4)? } else { 0 },
         ack: if tcp { long(header, 8)? } else { 0 },
+        lacks_checksum: ip.v6 && !tcp && word(header, 6)? == 0,
     })
 }
 
-/// The ones'-complement sum (RFC 1071) of parts, each but the last of even length.
-pub fn sum(parts: &[&[u8]]) -> u16 {
-    let mut sum = 0u64;
-    for part in parts {
-        for pair in part.chunks(2) {
-            sum += u64::from(u16::from_be_bytes([pair[0], *pair.get(1).unwrap_or(&0)]));
-        }
+/// The identification that a frame has, as far as it is a fragment or IPv4.
+pub fn id(frame: &[u8]) -> u32 {
+    ip(frame).map_or(0, |mut ip| {
+        upper(frame, &mut ip);
+        ip.id
+    })
+}
+
+/// A frame's TCP or UDP header, whatever is in front of it.
+pub fn whole_segment(frame: &[u8]) -> Option<Segment> {
+    let mut ip = ip(frame)?;
+    let mut walk = upper(frame, &mut ip);
+    if walk == Walk::Fragment && !ip.later_fragment {
+        walk = inside_first(frame, &mut ip);
     }
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    sum as u16
-}
-
-/// What a checksum must be after rewriting.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Check {
-    /// Exactly this: the packet came with a right checksum, or a UDP one without.
-    Exactly(u16),
-    /// It came wrong, and must leave wrong by the same difference: this value, where 0 and 0xffff are the same number.
-    /// For UDP not 0, which would say that there is none.
-    Wrong(u16),
-}
-
-impl Check {
-    /// True where the field found in the packet is right.
-    pub fn admits(self, found: u16, udp: bool) -> bool {
-        match self {
-            Self::Exactly(value) => found == value,
-            Self::Wrong(value) => found % 0xffff == value % 0xffff && !(udp && found == 0),
-        }
-    }
-}
-
-/// The right value of a checksum field at `at`, all of `parts` being what it covers (the field lies in the last part).
-fn right(prefix: &[u8], covered: &[u8], at: usize) -> u16 {
-    let mut zeroed = covered.to_vec();
-    zeroed[at..at + 2].fill(0);
-    !sum(&[prefix, &zeroed])
-}
-
-fn pseudo(ip: &[u8], l4_len: usize) -> [u8; 12] {
-    let mut bytes = [0; 12];
-    bytes[..8].copy_from_slice(&ip[12..20]);
-    bytes[9] = ip[9];
-    bytes[10..].copy_from_slice(&(l4_len as u16).to_be_bytes());
-    bytes
-}
-
-fn after(old: u16, old_right: u16, new_right: u16) -> Check {
-    if old == old_right {
-        Check::Exactly(new_right)
-    } else {
-        // In arithmetic modulo 0xffff, in which the checksum is a negated sum.
-        let value = u32::from(new_right) + u32::from(old) + 0xffff - u32::from(old_right);
-        Check::Wrong((value % 0xffff) as u16)
-    }
-}
-
-/// The checksum that the IPv4 header of `new` must have, given that `old` was rewritten to it; `None` where the header is
-/// longer than the frame or shorter than a header.
-pub fn ip_check(old: &[u8], new: &[u8], header_len: usize) -> Option<Check> {
-    let header = ETHERNET..ETHERNET + header_len;
-    let (old_ip, new_ip) = (old.get(header.clone())?, new.get(header)?);
-    Some(after(word(old_ip, 10)?, right(&[], old_ip, 10), right(&[], new_ip, 10)))
-}
-
-/// The IPv4 header checksum and the layer-4 checksum that `new` must have, given that `old` was rewritten to it.
-pub fn checks(old: &[u8], new: &[u8], segment: &Segment) -> (Check, Check) {
-    let end = ETHERNET + segment.ip.total_len;
-    let (old_ip, new_ip) = (&old[ETHERNET..segment.l4], &new[ETHERNET..segment.l4]);
-    let field = |bytes: &[u8], at: usize| u16::from_be_bytes([bytes[at], bytes[at + 1]]);
-    let ip = after(field(old_ip, 10), right(&[], old_ip, 10), right(&[], new_ip, 10));
-    let (old_l4, new_l4) = (&old[segment.l4..end], &new[segment.l4..end]);
-    let udp = segment.key.protocol == UDP;
-    let at = check_offset(udp);
-    let found = field(old_l4, at);
-    let whole = |ip: &[u8], l4: &[u8]| match right(&pseudo(ip, l4.len()), l4, at) {
-        0 if udp => 0xffff,
-        check => check,
-    };
-    let l4 =
-        if udp && found == 0 { Check::Exactly(0) } else { after(found, whole(old_ip, old_l4), whole(new_ip, new_l4)) };
-    (ip, l4)
-}
-
-/// The checksum at `at`, which covers the bytes of `range`, all of which are there.
-pub fn recomputed(old: &[u8], new: &[u8], range: Range<usize>, at: usize) -> Check {
-    let field = u16::from_be_bytes([old[at], old[at + 1]]);
-    let right = |bytes: &[u8]| right(&[], &bytes[range.clone()], at - range.start);
-    after(field, right(old), right(new))
-}
-
-/// The checksum at `at` of what is cut off: it changes by what the bytes of `ranges` change by. A UDP one that says that there
-/// is none stays so.
-pub fn moved(old: &[u8], new: &[u8], at: usize, udp: bool, ranges: [Range<usize>; 2]) -> Check {
-    let field = u16::from_be_bytes([old[at], old[at + 1]]);
-    if udp && field == 0 {
-        return Check::Exactly(0);
-    }
-    let [first, second] = ranges;
-    let part = |bytes: &[u8]| u32::from(sum(&[&bytes[first.clone()], &bytes[second.clone()]]));
-    // Modulo 0xffff, in which the checksum is a negated sum.
-    Check::Wrong(((u32::from(field) + part(old) + 0xffff - part(new)) % 0xffff) as u16)
-}
-
-/// Where the checksum stands in the layer-4 header.
-pub fn check_offset(udp: bool) -> usize {
-    if udp { 6 } else { 16 }
+    if walk == Walk::Upper { segment(frame, ip) } else { None }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn the_example_of_rfc_1071_sums_up() {
-        assert_eq!(sum(&[&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7]]), 0xddf2);
+    /// An IPv6 frame of these extension headers (number, length in units of 8 bytes beyond the first), then TCP's number.
+    fn frame(headers: &[(u8, u8)]) -> Vec<u8> {
+        let mut frame = vec![0; ETHERNET + 40];
+        frame[12..15].copy_from_slice(&[0x86, 0xdd, 0x60]);
+        let numbers: Vec<u8> = headers.iter().map(|(number, _)| *number).chain([TCP]).collect();
+        frame[ETHERNET + 6] = numbers[0];
+        for ((_, units), next) in headers.iter().zip(&numbers[1..]) {
+            let mut header = vec![0; 8 * (1 + usize::from(*units))];
+            (header[0], header[1]) = (*next, *units);
+            frame.extend(header);
+        }
+        frame
+    }
+
+    fn walked(frame: &[u8]) -> Option<(Walk, usize)> {
+        let mut ip = ip(frame)?;
+        Some((upper(frame, &mut ip), ip.header_len))
     }
 
     #[test]
-    fn a_wrong_checksum_must_stay_wrong_by_the_same_difference() {
-        assert_eq!(after(10, 7, 100), Check::Wrong(103));
-        assert!(Check::Wrong(0).admits(0xffff, true) && !Check::Wrong(0).admits(0, true));
-        assert_eq!(after(7, 7, 100), Check::Exactly(100));
+    fn a_walk_ends_at_the_upper_header_or_after_seven() {
+        assert_eq!(walked(&frame(&[])), Some((Walk::Upper, 40)));
+        assert_eq!(
+            walked(&frame(&[(0, 1), (60, 0), (43, 0), (FRAGMENT, 9)])),
+            Some((Walk::Upper, 40 + 16 + 8 + 8 + 8))
+        );
+        assert_eq!(walked(&frame(&[(60, 0); 7])).map(|(walk, _)| walk), Some(Walk::Upper));
+        assert_eq!(walked(&frame(&[(60, 0); 8])).map(|(walk, _)| walk), Some(Walk::Stack));
+        assert_eq!(walked(&frame(&[(60, 0)])[..58]).map(|(walk, _)| walk), Some(Walk::Short));
     }
 }

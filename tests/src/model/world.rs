@@ -1,10 +1,11 @@
 //! The configuration of a world, drawn from its seed, and its way into the maps.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use anyhow::Result;
 use edge_common::{
-    flow::FlowKeyV4,
+    address::{Wide, unmapped},
+    flow::{FlowKeyV4, FlowKeyV6},
     maps::{
         AddressFilter, BackendEntry, CHUNK_BYTES, Chunk, Control, FragmentKey, NEXT_HOPS, NeighbourKey, OwnAddresses,
         PortSet, SNAT_ADDRESSES, ServiceEntry, ServiceKey, SourceId, SourceKey, SourceRange, backend_state,
@@ -17,13 +18,13 @@ use super::{
     kernel::Kernel,
     network::{
         FAR, FAR_NARROW, FOREIGN_POD, MOVING_POD, NARROW_POD, NEAR, NOWHERE, Network, REFUSED, REFUSED_POD, SILENT,
-        SILENT_POD, STUB_POD,
+        SILENT_POD, STUB_POD, at,
     },
     protect,
-    state::{Config, Pool, State, ipv4},
+    state::{Config, Pool, State},
     wire::{TCP, UDP},
 };
-use crate::datapath::rig::{CLIENT, OWN, SNAT, VIP, pod, wire};
+use crate::datapath::rig::{CLIENT, FAMILIES, Family, OWN, OWN6, SNAT, VIP, pod, v6_table, wire};
 
 /// Entries of the established table of every world: few, so that it fills up, and odd, so that one half of a flow may fit.
 pub const ESTABLISHED: u32 = 13;
@@ -39,14 +40,14 @@ pub const BACKENDS: u32 = 64;
 /// Who sends, and how packets reach services.
 #[derive(Clone, Debug)]
 pub struct World {
-    /// Client addresses.
+    /// Where clients are, see [`at`].
     pub clients: Vec<Ipv4Addr>,
     /// Ports that each client uses, from 40000 on.
     pub client_ports: u16,
-    /// Frontends: port and protocol.
-    pub frontends: Vec<(u16, u8)>,
+    /// Frontends: family, port and protocol.
+    pub frontends: Vec<(Family, u16, u8)>,
     /// Backends: address, port, protocol.
-    pub backends: Vec<(Ipv4Addr, u16, u8)>,
+    pub backends: Vec<(IpAddr, u16, u8)>,
     /// Percent of packets that are damaged.
     pub damage: u64,
     /// The tables' start.
@@ -71,13 +72,15 @@ pub fn draw(seed: u64, network: &Network) -> World {
     config.routes = network.routes();
     config.redirectable = vec![network.uplink, network.pods];
     // Where pods are, no address is known: nobody there is told anything.
-    config.own.insert(network.uplink, OwnAddresses { v4: wire(OWN[0]), ..OwnAddresses::default() });
+    config.own.insert(network.uplink, OwnAddresses { v4: wire(OWN[0]), v6: wire(OWN6[0]) });
     config.established = ESTABLISHED as usize;
     config.next_hops = NEXT_HOPS - 1;
     config.ports = vec![!dice.chance(10); 65_536];
     (config.destinations, config.sources) = (vec![false; 65_536], vec![false; 65_536]);
-    for address in [VIP, SNAT, Ipv4Addr::new(10, 1, 0, 2), Ipv4Addr::new(10, 1, 0, 3)] {
-        config.destinations[Config::bit(ipv4(&wire(address)))] = true;
+    for family in FAMILIES {
+        for place in [VIP, SNAT, Ipv4Addr::new(10, 1, 0, 2), Ipv4Addr::new(10, 1, 0, 3)] {
+            config.destinations[bit(at(family, place))] = true;
+        }
     }
     if dice.chance(30) {
         // A block of forbidden ports, of less than half of the span.
@@ -93,14 +96,17 @@ pub fn draw(seed: u64, network: &Network) -> World {
         (7, 8446, TCP, mode::DNAT),
         (8, 55, UDP, mode::FULL_NAT),
     ];
+    let v6 = dice.pick(&[0, 50, 50, 100]);
     for (number, port, protocol, mode) in services {
         if number == 1 || dice.chance(55) {
-            service(&mut world, &mut dice, number, port, protocol, mode);
+            let family = if dice.chance(v6) { Family::V6 } else { Family::V4 };
+            service(&mut world, &mut dice, number, family, (port, protocol, mode));
         }
     }
     if dice.chance(20) {
-        world.frontends.push((9001, TCP));
-        world.start.configure().frontends.insert(service_key(VIP, 9001, TCP), NO_SERVICE);
+        let family = if dice.chance(v6) { Family::V6 } else { Family::V4 };
+        world.frontends.push((family, 9001, TCP));
+        world.start.configure().frontends.insert(service_key(family.vip(), 9001, TCP), NO_SERVICE);
     }
     world.start.next_hop_cursor = if dice.chance(8) { NEXT_HOPS - 1 - dice.roll(4) as u32 } else { 0 };
     world
@@ -114,7 +120,13 @@ fn clients(dice: &mut Dice) -> Vec<Ipv4Addr> {
     clients
 }
 
-fn service(world: &mut World, dice: &mut Dice, number: u32, port: u16, protocol: u8, mode: u8) {
+/// The prefilter's bit of an address.
+fn bit(address: IpAddr) -> usize {
+    Config::bit(address.is_ipv6(), &wire(address))
+}
+
+fn service(world: &mut World, dice: &mut Dice, number: u32, family: Family, (port, protocol, mode): (u16, u8, u8)) {
+    let at = |place| at(family, place);
     let mut pool = Pool::default();
     let members = [1, 1, 2, 3, 5][dice.roll(5) as usize] * u64::from(number != 5 || dice.chance(50));
     let (backend_port, without_source) = (dice.pick(&[443, 443, 8080]), number == 5);
@@ -125,9 +137,10 @@ fn service(world: &mut World, dice: &mut Dice, number: u32, port: u16, protocol:
             8 => dice.pick(&[NEAR, STUB_POD, FOREIGN_POD]),
             _ => dice.pick(&[SILENT_POD, REFUSED_POD]),
         };
+        let address = at(address);
         let chosen = world.backends.len() as u32 + 1;
         world.backends.push((address, backend_port, protocol));
-        let snat_address = if without_source { [0; 4] } else { wire(SNAT) };
+        let snat_address = if without_source { [0; 4] } else { wire(at(SNAT)) };
         let backend = BackendEntry {
             address: wire(address),
             port: backend_port.to_be(),
@@ -141,7 +154,7 @@ fn service(world: &mut World, dice: &mut Dice, number: u32, port: u16, protocol:
         config.eligible.insert(chosen, dice.chance(85));
         if mode == mode::DNAT {
             config.dnat_backends.insert(service_key(address, backend_port, protocol), chosen);
-            config.sources[Config::bit(ipv4(&wire(address)))] = true;
+            config.sources[bit(address)] = true;
         }
         pool.members.push(chosen);
     }
@@ -156,10 +169,10 @@ fn service(world: &mut World, dice: &mut Dice, number: u32, port: u16, protocol:
     let mut snat_addresses = [[0; 4]; SNAT_ADDRESSES];
     let choices = [SNAT, Ipv4Addr::new(10, 1, 0, 2), Ipv4Addr::new(10, 1, 0, 3), VIP];
     for (to, from) in snat_addresses.iter_mut().zip(choices).take(snat_count as usize) {
-        *to = wire(from);
+        *to = wire(at(from));
     }
     let entry = ServiceEntry {
-        address: wire(VIP),
+        address: wire(at(VIP)),
         port: port.to_be(),
         protocol,
         mode,
@@ -173,8 +186,8 @@ fn service(world: &mut World, dice: &mut Dice, number: u32, port: u16, protocol:
         flags: dice.pick(&[0, 0, service_flag::DEDICATED, service_flag::ONE_REPLY]),
         ..ServiceEntry::default()
     };
-    world.frontends.push((port, protocol));
-    world.start.configure().frontends.insert(service_key(VIP, port, protocol), number);
+    world.frontends.push((family, port, protocol));
+    world.start.configure().frontends.insert(service_key(at(VIP), port, protocol), number);
     world.start.configure().services.insert(number, (entry, pool));
     if dice.chance(40) {
         protection(world.start.configure(), number, dice, &world.clients);
@@ -184,11 +197,14 @@ fn service(world: &mut World, dice: &mut Dice, number: u32, port: u16, protocol:
 /// Gives a service other source ranges and limits.
 pub fn protection(config: &mut Config, number: u32, dice: &mut Dice, clients: &[Ipv4Addr]) {
     config.ranges.retain(|range, _| range.source.service != number);
+    let v6 = config.services.get(&number).is_some_and(|(service, _)| unmapped(&service.address).is_none());
     let ranges = if dice.chance(50) { 1 + dice.roll(4) } else { 0 };
     for _ in 0..ranges {
-        // An IPv4 address is the last of the 16 bytes.
-        let range = protect::range(number, wire(dice.pick(clients)), dice.pick(&[96, 104, 112, 120, 121, 127, 128]));
-        config.ranges.insert(range, dice.chance(60));
+        // An IPv4 address is the last of the 16 bytes. A frontend has the ranges of its service's other family, too.
+        let of_v6 = v6 && dice.chance(80);
+        let lens = if of_v6 { [0, 16, 32, 48, 64, 65, 127, 128] } else { [96, 104, 112, 120, 121, 126, 127, 128] };
+        let client = at(if of_v6 { Family::V6 } else { Family::V4 }, dice.pick(clients));
+        config.ranges.insert(protect::range(number, &wire(client), dice.pick(&lens)), dice.chance(60));
     }
     let Some((service, _)) = config.services.get_mut(&number) else { return };
     service.flags &= !(service_flag::SOURCE_RANGES | service_flag::SOURCES_REFUSED_BY_DEFAULT);
@@ -223,7 +239,7 @@ pub fn write_protection(state: &mut State, kernel: &Kernel, number: u32) -> Resu
 }
 
 /// A frontend's or backend's key.
-pub fn service_key(address: Ipv4Addr, port: u16, protocol: u8) -> ServiceKey {
+pub fn service_key(address: IpAddr, port: u16, protocol: u8) -> ServiceKey {
     ServiceKey { address: wire(address), port: port.to_be(), protocol, _pad: 0 }
 }
 
@@ -234,8 +250,10 @@ pub fn service_key(address: Ipv4Addr, port: u16, protocol: u8) -> ServiceKey {
 pub fn write(world: &mut World, kernel: &Kernel) -> Result<()> {
     for table in [name::ESTABLISHED, name::HALF_OPEN, name::CLOSING] {
         clear::<FlowKeyV4>(kernel, table)?;
+        clear::<FlowKeyV6>(kernel, &v6_table(table))?;
     }
     kernel.rig.cache.drain::<u32>(|_| {});
+    kernel.rig.cache.drain::<Wide>(|_| {});
     clear::<ServiceKey>(kernel, name::SERVICE_INDEX)?;
     clear::<ServiceKey>(kernel, name::BACKEND_INDEX)?;
     clear::<NeighbourKey>(kernel, name::NEXT_HOP_INDEX)?;
