@@ -3,8 +3,8 @@
 use edge_common::{
     address::unmapped,
     conntrack::opens,
-    flow::UDP,
-    maps::ServiceKey,
+    flow::{FlowKey, UDP},
+    maps::{ANY_PORT, ServiceKey},
     verdict::{Reason, Verdict},
 };
 
@@ -42,8 +42,8 @@ pub fn untracked<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, side:
     }
 }
 
-/// The number of an address and port in a map that holds both families. A v4-mapped address in an IPv6 packet stands for
-/// nothing there: it would meet an IPv4 entry.
+/// The number of an address and port in a map that holds both families, else that of all ports of the address. A v4-mapped
+/// address in an IPv6 packet stands for nothing there: it would meet an IPv4 entry.
 #[inline(always)]
 pub fn lookup<A: Family>(
     address: A,
@@ -55,5 +55,18 @@ pub fn lookup<A: Family>(
     if A::V6 && unmapped(&address).is_some() {
         return None;
     }
-    number(&ServiceKey { address, port, protocol, _pad: 0 })
+    // One key for both, since the stack is short.
+    let mut key = ServiceKey { address, port, protocol, _pad: 0 };
+    if let Some(exact) = number(&key) {
+        return Some(exact);
+    }
+    key.port = ANY_PORT;
+    number(&key)
+}
+
+/// True where a client's packet of this tuple is service `number`'s. What comes from a backend of all ports names its VIP's port
+/// by its own, and that port may be another frontend's.
+#[inline(never)]
+pub fn is_of<A: Family>(client: &FlowKey<A>, number: u32) -> bool {
+    lookup(client.dst, client.dst_port, client.protocol, maps::frontend) == Some(number)
 }

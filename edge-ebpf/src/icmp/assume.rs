@@ -5,12 +5,19 @@
 use edge_common::{
     conntrack::Direction,
     flow::FlowKey,
-    maps::{BackendEntry, Flow, mode},
+    maps::{ANY_PORT, BackendEntry, Flow, mode},
     verdict::{Reason, Verdict},
 };
 
 use super::{quote::Quote, relay, unmatched};
-use crate::{classify::lookup, family::Family, fib, maps, packet::Packet, select, stats::because};
+use crate::{
+    classify::{is_of, lookup},
+    family::Family,
+    fib, maps,
+    packet::Packet,
+    select,
+    stats::because,
+};
 
 /// Translates the error as the flow's own edge would, or passes it.
 #[inline(always)]
@@ -50,9 +57,13 @@ fn find<A: Family>(quoted: &FlowKey<A>, flow: &mut Flow<A>) -> u32 {
         return NOTHING;
     }
     if named != 0 {
-        client = FlowKey::new(quoted.src, A::narrow(&service.address), quoted.src_port, service.port, quoted.protocol);
+        let port = service.port_of(quoted.dst_port);
+        client = FlowKey::new(quoted.src, A::narrow(&service.address), quoted.src_port, port, quoted.protocol);
     }
     flow.service = number;
+    if named != 0 && service.port == ANY_PORT && !is_of(&client, number) {
+        return OTHER_CHOICE;
+    }
     let chosen = select::agreed(service, &client, select::NONE);
     if chosen == select::NONE && named == 0 {
         return NOTHING;
@@ -77,7 +88,7 @@ fn write<A: Family>(flow: &mut Flow<A>, client: &FlowKey<A>, backend: &BackendEn
     flow.new_src = client.src;
     flow.new_src_port = client.src_port;
     flow.new_dst = A::narrow(&backend.address);
-    flow.new_dst_port = backend.port;
+    flow.new_dst_port = backend.port_for(client.dst_port);
     flow.set_deltas();
     flow.next_hop = 0;
     flow.direction = Direction::Forward as u8;
