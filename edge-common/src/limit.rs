@@ -13,8 +13,8 @@ pub const fn source(address: [u32; 4]) -> [u32; 4] {
     if a == x && b == y && c == z { address } else { [a, b, 0, 0] }
 }
 
-/// A token bucket in one word, the generic cell rate algorithm (ITU-T I.371): `state` is when the bucket will be full
-/// again, ns; a new source's is 0. The next state where there is a token left at `now` (ns of any clock that only goes
+/// A token bucket in one word, the generic cell rate algorithm (ITU-T I.371): `state` is the moment, ns, since which the
+/// bucket has been filling, empty then; a new source's is 0. The next state where there is a token left at `now` (ns of any clock that only goes
 /// forward), `None` where there is none.
 ///
 /// One word can be read and written whole: CPUs that do so at the same time may both take the same token, and no more.

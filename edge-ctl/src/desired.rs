@@ -26,7 +26,7 @@ use crate::{
     model::{
         ANY_PORT, AdminOrders, AdminState, BackendSource, Balance, Check, Frontend, HostFault, Lifetimes, Mode,
         PathAttributes, PoolMember, PoolSnapshot, PoolState, Protection, Protocol, RecordType, RouteSet, Selection,
-        Service, Snat, StaticBackend, Tier, Verdict, within,
+        Service, Snat, StaticBackend, Tier, Verdict, scope, within,
     },
     sources::health::{Target, Targets, Verdicts, panic::panics},
 };
@@ -462,6 +462,11 @@ pub fn is_covered(routes: &RouteSet, kernel_prefixes: &[IpNet], address: IpAddr)
         || kernel_prefixes.iter().any(|prefix| prefix.prefix_len() > 0 && prefix.contains(&address))
 }
 
+/// The node at a next hop: by its address, or by the link that it was found on.
+fn node_name(nodes: &BTreeMap<IpAddr, String>, hop: IpAddr) -> Option<String> {
+    nodes.get(&hop).or_else(|| nodes.get(&scope::link(hop)?)).cloned()
+}
+
 fn build_backend(
     inputs: &Inputs<'_>,
     service: &Service,
@@ -513,7 +518,7 @@ fn build_backend(
             AdminState::Drain => Admin::Drain,
         },
     };
-    let node = route.and_then(|(_, hops)| hops.iter().find_map(|hop| inputs.nodes.get(hop).cloned()));
+    let node = route.and_then(|(_, hops)| hops.iter().find_map(|hop| node_name(inputs.nodes, *hop)));
     let PoolMember { address, weight, tier } = member;
     DesiredBackend {
         address,
@@ -584,6 +589,7 @@ mod tests {
                 networks: Vec::new(),
                 peers: BTreeMap::new(),
                 ranges: Vec::new(),
+                links: BTreeMap::new(),
                 transit: false,
                 next_hops: Default::default(),
                 drain: None,

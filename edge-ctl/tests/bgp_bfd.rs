@@ -53,21 +53,28 @@ fn is_up(row: &BgpPeerRow) -> bool {
     bfd(row).state == "Up"
 }
 
-fn bird(options: &str) -> String {
+fn bird(local: &str, edge: &str, options: &str) -> String {
     let options = format!("graceful restart on; connect delay time 1; error wait time 1, 1; {options}");
     let watch = "protocol bfd { interface \"*\" { interval 50 ms; multiplier 3; }; multihop { interval 50 ms; multiplier 3; }; }";
-    format!("{watch}\n{}", ibgp(NODE, "10.0.0.1", &options))
+    format!("{watch}\n{}", ibgp(local, edge, &options))
 }
 
 /// The speaker with one watched peer, whose route is there.
 async fn started(watched: valid::Peer) -> Edge {
+    let (node, prefix) = (watched.address.to_string(), prefix(&watched));
     let mut edge = Edge::start(config([watched])).await;
-    edge.until("the route", |edge| edge.hops("10.1.2.0/26") == [NODE]).await;
+    edge.until("the route", |edge| edge.hops(prefix) == [node.clone()]).await;
     edge
 }
 
+/// What the node announces by its session.
+fn prefix(watched: &valid::Peer) -> &'static str {
+    if watched.address.is_ipv4() { "10.1.2.0/26" } else { "fd01:2::/64" }
+}
+
 /// A stopped process neither speaks nor closes its connections: what a node does that has lost its power.
-async fn falls_silent(lab: &mut Lab, edge: &mut Edge) {
+async fn falls_silent(lab: &mut Lab, edge: &mut Edge, watched: &valid::Peer) {
+    let node = &watched.address.to_string();
     let id = lab.daemons.last().unwrap().0.id().to_string();
     let start = Instant::now();
     run("kill", &["-STOP", &id]);
@@ -77,14 +84,14 @@ async fn falls_silent(lab: &mut Lab, edge: &mut Edge) {
     // The peer's last packet may be an interval old; what is above the detection time is this machine's doing.
     assert!(drained > DETECTION - 2 * INTERVAL, "{drained:?} is sooner than silence can be told");
     assert!(drained < HOLD / 4, "{drained:?}: the hold time alone would have told as well");
-    let row = edge.row(NODE).await;
+    let row = edge.row(node).await;
     let reset = row.last_reset.clone().unwrap_or_default();
     assert!(reset.contains("BFD session down: control detection time expired"), "{row:#?}");
     assert_eq!((row.pfx_stale, bfd(&row).state.as_str(), bfd(&row).downs), (0, "Down", 1), "{row:#?}");
     assert!(row.error_sent.as_ref().is_some_and(|error| error.text.contains("BFD")), "{row:#?}");
     run("kill", &["-CONT", &id]);
-    edge.until("routes again", |edge| edge.hops("10.1.2.0/26") == [NODE]).await;
-    edge.row_until(NODE, "BFD again", is_up).await;
+    edge.until("routes again", |edge| edge.hops(prefix(watched)) == [node.clone()]).await;
+    edge.row_until(node, "BFD again", is_up).await;
 }
 
 #[test]
@@ -93,22 +100,28 @@ fn a_silent_bird_is_drained_after_the_detection_time_although_graceful_restart_i
     if missing(name, &["bird", "birdc"]) {
         return;
     }
-    for (multihop, options) in [(false, "direct; bfd yes;"), (true, "multihop; bfd yes;")] {
+    let (direct, routed) = ("direct; bfd yes;", "multihop; bfd yes;");
+    for (node, us, multihop, options) in [
+        (NODE, "10.0.0.1", false, direct),
+        (NODE, "10.0.0.1", true, routed),
+        (NODE6, "fd00::1", false, direct),
+        (NODE6, "fd00::1", true, routed),
+    ] {
         let mut lab = Lab::new();
-        lab.bird(&bird(options));
+        lab.bird(&bird(node, us, options));
         let namespace = lab.edge.clone();
         namespace.block_on(|| async {
-            let mut edge = started(watched(64512, multihop)).await;
-            let row = edge.row_until(NODE, "BFD", is_up).await;
+            let mut edge = started(watched_at(node, 64512, multihop)).await;
+            let row = edge.row_until(node, "BFD", is_up).await;
             assert!(row.capabilities.contains(&"graceful-restart".to_owned()), "{row:#?}");
             assert_eq!((bfd(&row).multihop, bfd(&row).independent), (multihop, false), "{row:#?}");
             let sessions = || lab.birdc("show bfd sessions");
             eventually("BIRD sees us Up at 50 ms", PATIENCE, || {
                 let answer = sessions();
-                let row = answer.lines().find(|line| line.starts_with("10.0.0.1")).unwrap_or_default();
+                let row = answer.lines().find(|line| line.starts_with(us)).unwrap_or_default();
                 if row.contains("Up") && row.contains("0.050") { Ok(()) } else { Err(answer) }
             });
-            falls_silent(&mut lab, &mut edge).await;
+            falls_silent(&mut lab, &mut edge, &watched_at(node, 64512, multihop)).await;
         });
     }
 }
@@ -120,7 +133,7 @@ fn a_killed_bird_is_helped_over_its_restart_although_its_bfd_is_gone_with_it() {
         return;
     }
     let mut lab = Lab::new();
-    lab.bird(&bird("direct; bfd yes;"));
+    lab.bird(&bird(NODE, "10.0.0.1", "direct; bfd yes;"));
     let namespace = lab.edge.clone();
     namespace.block_on(|| async {
         let mut edge = started(watched(64512, false)).await;

@@ -50,13 +50,13 @@ fn the_unit_exposes_no_more_than_it_must() {
 }
 
 #[test]
-fn the_unit_has_exactly_the_four_capabilities_and_no_root() {
+fn the_unit_has_exactly_the_five_capabilities_and_no_root() {
     let text = fs::read_to_string(deploy().join("edge.service")).unwrap();
     let value = |key: &str| text.lines().find_map(|line| line.strip_prefix(&format!("{key}="))).unwrap().to_owned();
     for key in ["AmbientCapabilities", "CapabilityBoundingSet"] {
         let mut names: Vec<_> = value(key).split(' ').map(str::to_owned).collect();
         names.sort();
-        assert_eq!(names, ["CAP_BPF", "CAP_NET_ADMIN", "CAP_NET_BIND_SERVICE", "CAP_PERFMON"], "{key}");
+        assert_eq!(names, ["CAP_BPF", "CAP_NET_ADMIN", "CAP_NET_BIND_SERVICE", "CAP_NET_RAW", "CAP_PERFMON"], "{key}");
     }
     assert_eq!((value("Type"), value("User")), ("notify".into(), "edge".into()));
     assert!(!text.lines().any(|line| line.starts_with("Before=")));

@@ -57,13 +57,15 @@ pub struct Past<A> {
     pub port: u16,
     /// The backend that is not to have the new flow while there is another, since it has not answered; 0: none.
     pub avoid: u32,
+    /// The packet that ended it kept to the packet rate of its source.
+    pub counted: bool,
 }
 
 impl<A: Family> Past<A> {
     /// A tuple seen for the first time.
     #[inline(always)]
     pub fn none() -> Self {
-        Self { service: 0, backend: 0, address: A::default(), port: 0, avoid: 0 }
+        Self { service: 0, backend: 0, address: A::default(), port: 0, avoid: 0, counted: false }
     }
 }
 
@@ -88,7 +90,8 @@ fn track<A: Family>(
         maps::remove_flow(Table::Closing, &parsed.key);
         return NO_FLOW;
     }
-    if flow.flags & flow_flag::PACKET_LIMIT != 0 && !protect::packet_admitted(parsed.key.src, flow) {
+    let counted = flow.flags & flow_flag::PACKET_LIMIT != 0;
+    if counted && !protect::packet_admitted(parsed.key.src, flow) {
         return because(Reason::SourcePacketRate, flow.service);
     }
     let direction = Direction::from_number(flow.direction);
@@ -175,6 +178,7 @@ fn track<A: Family>(
                 address: flow.new_src,
                 port: flow.new_src_port,
                 avoid: if matches!(step, Step::Elsewhere) { flow.backend } else { 0 },
+                counted,
             };
             reopen(parsed, flow, table);
             NO_FLOW

@@ -58,7 +58,7 @@ pub fn decide<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, past: &m
 #[inline(never)]
 fn segment<A: Family>(parsed: &Parsed<A>, past: &mut Past<A>) -> Verdict {
     let number = past.service;
-    let admitted = protect::admit(parsed, number);
+    let admitted = protect::admit(parsed, number, false);
     if admitted != NEW_FLOW {
         return admitted;
     }

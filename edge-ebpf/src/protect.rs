@@ -12,9 +12,10 @@ use crate::{classify::NEW_FLOW, family::Family, maps, parse::Parsed, stats::beca
 
 const ADMITTED: u32 = 0;
 
-/// [`NEW_FLOW`] where this client may start a flow of `service`; else the packet is dropped.
+/// [`NEW_FLOW`] where this client may start a flow of `service`; else the packet is dropped. `counted`: the packet has ended a flow,
+/// and kept to the packet rate there.
 #[inline(never)]
-pub fn admit<A: Family>(parsed: &Parsed<A>, service: u32) -> Verdict {
+pub fn admit<A: Family>(parsed: &Parsed<A>, service: u32, counted: bool) -> Verdict {
     let Some(entry) = maps::service(service) else {
         return because(Reason::NotReady, service);
     };
@@ -24,7 +25,7 @@ pub fn admit<A: Family>(parsed: &Parsed<A>, service: u32) -> Verdict {
     if entry.source_flow_rate | entry.source_packet_rate | entry.source_half_open == 0 {
         return NEW_FLOW;
     }
-    match within_limits(parsed, service, entry) {
+    match within_limits(parsed, service, entry, counted) {
         ADMITTED => NEW_FLOW,
         HALF_OPEN => because(Reason::SourceHalfOpen, service),
         FLOW_RATE => because(Reason::SourceFlowRate, service),
@@ -50,9 +51,9 @@ const HALF_OPEN: u32 = 1;
 const FLOW_RATE: u32 = 2;
 const PACKET_RATE: u32 = 3;
 
-/// The quota first: a refused flow takes no token.
+/// A refused flow takes no token, of either bucket.
 #[inline(never)]
-fn within_limits<A: Family>(parsed: &Parsed<A>, service: u32, entry: &ServiceEntry) -> u32 {
+fn within_limits<A: Family>(parsed: &Parsed<A>, service: u32, entry: &ServiceEntry, counted: bool) -> u32 {
     let id = source_of(parsed.key.src, service);
     // A full map is no reason to refuse anybody.
     let Some(used) = maps::source_use(&id) else {
@@ -65,14 +66,16 @@ fn within_limits<A: Family>(parsed: &Parsed<A>, service: u32, entry: &ServiceEnt
             return HALF_OPEN;
         }
     }
-    match limit::take(used.flows, now, entry.source_flow_rate, entry.source_flow_burst) {
-        Some(next) => used.flows = next,
-        None => return FLOW_RATE,
+    let Some(flows) = limit::take(used.flows, now, entry.source_flow_rate, entry.source_flow_burst) else {
+        return FLOW_RATE;
+    };
+    if !counted {
+        match limit::take(used.packets, now, entry.source_packet_rate, entry.source_packet_burst) {
+            Some(next) => used.packets = next,
+            None => return PACKET_RATE,
+        }
     }
-    match limit::take(used.packets, now, entry.source_packet_rate, entry.source_packet_burst) {
-        Some(next) => used.packets = next,
-        None => return PACKET_RATE,
-    }
+    used.flows = flows;
     ADMITTED
 }
 

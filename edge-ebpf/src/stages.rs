@@ -119,7 +119,7 @@ pub fn create<A: Family, P: Packet>(packet: &mut P) -> Verdict {
     };
     let mut verdict = classify::untracked(packet, parsed, *side, past);
     if verdict == NEW_FLOW {
-        verdict = protect::admit(parsed, past.service);
+        verdict = protect::admit(parsed, past.service, past.counted);
     }
     if verdict == NEW_FLOW {
         verdict = create::flow(parsed, past);

@@ -176,6 +176,44 @@ fn packets_of_a_flow_count_against_its_source_and_replies_do_not() -> Result<()>
     Ok(())
 }
 
+/// What the one source that there is has used up.
+fn used(rig: &mut Rig) -> Result<SourceUse> {
+    let map: aya::maps::HashMap<_, edge_common::maps::SourceId, SourceUse> = rig.hash(name::SOURCES)?;
+    Ok(map.iter().next().context("no source")??.1)
+}
+
+#[test]
+fn a_packet_takes_one_token_where_it_ends_a_flow_and_begins_another_and_none_where_it_is_refused() -> Result<()> {
+    const SECOND: u64 = 1_000_000_000;
+    on_each_hook(&Settings::default(), |rig| {
+        change(rig, 1, |service| (service.source_packet_rate, service.source_packet_burst) = (1, 1000))?;
+        let source = client("172.16.1.10", 40_000);
+        assert!(syn(rig, source)?);
+        let before = used(rig)?.packets;
+        rig.change_flow(name::HALF_OPEN, &key(source, vip(), TCP), |flow| flow.last_seen = 0)?;
+        assert!(syn(rig, source)?, "a SYN long after the first");
+        let taken = used(rig)?.packets - before;
+        // Less than a second later, even where the bucket was full both times.
+        assert!((SECOND..2 * SECOND).contains(&taken), "{taken} ns at one token a second");
+
+        change(rig, 1, |service| {
+            (service.source_flow_rate, service.source_flow_burst) = (1, 1000);
+            service.source_packet_burst = 1;
+        })?;
+        let mut refused = 0;
+        for port in 41_000..41_010 {
+            let before = used(rig)?.flows;
+            if !syn(rig, client("172.16.1.10", port))? {
+                refused += 1;
+                assert_eq!(used(rig)?.flows, before, "a flow that was refused took a token");
+            }
+        }
+        assert_eq!(rig.reason(1, Reason::SourcePacketRate)?, refused);
+        assert!(refused >= 8, "{refused} of ten");
+        Ok(())
+    })
+}
+
 #[test]
 fn a_source_has_no_more_half_open_flows_than_its_quota_until_one_is_promoted_or_closed() -> Result<()> {
     // A window that does not pass while the test runs.

@@ -68,8 +68,8 @@ fn an_ordinary_user_with_the_units_capabilities_can_run_the_daemon() -> Result<(
     let process = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     let field = |name: &str| process.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
     ensure!(field("Uid:").is_some_and(|ids| !ids.split_whitespace().any(|id| id == "0")), "{process}");
-    // CAP_NET_BIND_SERVICE 10, CAP_NET_ADMIN 12, CAP_PERFMON 38, CAP_BPF 39, and nothing else.
-    let capabilities: u64 = [10, 12, 38, 39].iter().map(|bit| 1_u64 << bit).sum();
+    // CAP_NET_BIND_SERVICE 10, CAP_NET_ADMIN 12, CAP_NET_RAW 13, CAP_PERFMON 38, CAP_BPF 39, and nothing else.
+    let capabilities: u64 = [10, 12, 13, 38, 39].iter().map(|bit| 1_u64 << bit).sum();
     ensure!(field("CapEff:") == Some(&*format!("{capabilities:016x}")), "{process}");
     ensure!(field("CapBnd:") == Some(&*format!("{capabilities:016x}")), "{process}");
     reach(&lab, 2)?;

@@ -1,6 +1,7 @@
 //! The actor: owns every peer, the RIB and what we originate, and turns decisions into I/O.
 
 mod bfd;
+mod links;
 mod messages;
 mod reload;
 mod routes;
@@ -26,6 +27,7 @@ use super::{
     BgpError, BgpEvent, CONVERGENCE_SILENCE, CONVERGENCE_TIMEOUT, Command, Leaving,
     advertise::Originated,
     bfd::{Handle, Report},
+    discovery::{Discovery, Found},
     fsm::{self, Action, Event, Now, Side},
     listener::Listener,
     offer,
@@ -51,6 +53,7 @@ enum Input {
     Accepted(TcpStream, SocketAddr),
     Dialled(IpAddr, LinkId, std::io::Result<TcpStream>),
     Link(IpAddr, LinkId, LinkEvent),
+    Found(Found),
 }
 
 /// See the module.
@@ -86,6 +89,10 @@ pub struct Actor {
     bfd: Option<Handle>,
     bfd_report: mpsc::UnboundedSender<Report>,
     bfd_reports: mpsc::UnboundedReceiver<Report>,
+    /// Finds the neighbours on links; `None`: there are no such links. Or why it cannot.
+    discovery: Result<Option<Discovery>, String>,
+    /// Shut down by an administrator before they were found, with their messages.
+    shut: BTreeMap<IpAddr, String>,
 }
 
 impl Actor {
@@ -124,6 +131,8 @@ impl Actor {
             bfd: None,
             bfd_report,
             bfd_reports,
+            discovery: Ok(None),
+            shut: BTreeMap::new(),
         };
         actor.give_listeners_passwords();
         actor.rib.watch_best(actor.config.transit);
@@ -134,7 +143,7 @@ impl Actor {
 
     /// See [`super::Speaker::restarting`].
     pub fn restarting(&mut self) {
-        let limit = offer::longest_restart(self.config.peers.values());
+        let limit = offer::longest_restart(self.config.peers.values().chain(self.config.links.values()));
         self.restart = OwnRestart { until: Some(self.start.elapsed() + limit), preserved: true };
     }
 
@@ -143,6 +152,8 @@ impl Actor {
         for (address, message) in peers {
             if let Some(peer) = self.peers.get_mut(address) {
                 peer.shutdown = Some(message.clone());
+            } else {
+                self.shut.insert(*address, message.clone());
             }
         }
     }
@@ -153,6 +164,7 @@ impl Actor {
         for address in addresses {
             self.start_unless_shut(address);
         }
+        self.discover();
         loop {
             let now = self.start.elapsed();
             if self.look_at <= now {
@@ -249,7 +261,8 @@ impl Actor {
             let session = peer.session.as_ref();
             peer.shutdown.is_some() || session.is_some_and(|s| s.converged(now, CONVERGENCE_SILENCE))
         };
-        if now >= CONVERGENCE_TIMEOUT || self.peers.values().all(complete) {
+        let all = self.peers.values().all(complete) && self.silent_links().next().is_none();
+        if now >= CONVERGENCE_TIMEOUT || all {
             self.converged = true;
             self.pending.push_back(BgpEvent::Converged);
         }
@@ -360,6 +373,7 @@ impl Actor {
             Input::Accepted(stream, remote) => self.accepted(stream, remote),
             Input::Dialled(address, id, result) => self.dialled(address, id, result),
             Input::Link(address, id, event) => self.on_link(address, id, event),
+            Input::Found(found) => drop(self.found(&found.interface, found.address)),
         }
     }
 
@@ -450,7 +464,7 @@ impl Actor {
             }
             Command::Summary(reply) => {
                 let row = |peer| show::peer_row(peer, &self.rib, self.version, now);
-                let _ = reply.send(self.peers.values().map(row).collect());
+                let _ = reply.send(self.peers.values().map(row).chain(self.link_rows()).collect());
             }
             Command::Routes(reply) => {
                 let _ = reply.send(show::routes(&self.rib, &self.originated, now));
@@ -492,6 +506,7 @@ impl Actor {
             }
             Command::Kernel(routes, reply) => {
                 self.rib.kernel(routes);
+                self.ask_links_again();
                 let _ = reply.send(());
             }
             // Handled where the loop can end.

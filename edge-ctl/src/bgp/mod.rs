@@ -9,6 +9,7 @@ mod actor;
 pub mod advertise;
 pub mod bestpath;
 pub mod bfd;
+mod discovery;
 pub mod fsm;
 pub mod graceful;
 mod history;

@@ -63,14 +63,29 @@ pub struct Peer {
     pub signatures: password::Counters,
     /// Shut down by an administrator, with this message.
     pub shutdown: Option<String>,
-    /// It connected from a `listen_range`.
-    pub dynamic: bool,
+    /// Why it is a peer.
+    pub admitted: Admitted,
     /// It had too many prefixes; it may come back at this time, or not by itself.
     pub limited: Option<Option<Duration>>,
     /// What watches it.
     pub bfd: Option<Watched>,
     /// A warning that its prefixes come near the limit was given.
     pub warned: bool,
+}
+
+/// Why somebody is a peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Admitted {
+    /// Its address is configured.
+    Configured,
+    /// It connected from a `listen_range`: it is forgotten once it is gone.
+    Range,
+    /// It was found on a link of ours, and stays until another one is found there in its place: `challenged` since then,
+    /// without having been heard again.
+    Link {
+        /// When another router was heard on the link; `None`: not since this one was.
+        challenged: Option<Duration>,
+    },
 }
 
 /// A peer that BFD watches, from its first session on.
@@ -137,7 +152,7 @@ impl Peer {
             password: config.session.password.as_ref().map_or_else(|| Ok(Password::default()), password::read),
             signatures: password::Counters::default(),
             shutdown: None,
-            dynamic: false,
+            admitted: Admitted::Configured,
             limited: None,
             bfd: None,
             warned: false,
@@ -225,8 +240,9 @@ pub fn local(bgp: &valid::Bgp) -> Local {
     }
 }
 
-/// Families of the addresses of peers and of the networks that peers may connect from.
+/// Families of the addresses of peers, of the networks that peers may connect from, and of neighbours that are found.
 pub fn families(bgp: &valid::Bgp) -> BTreeSet<Family> {
     let ranges = bgp.ranges.iter().map(|range| Family::of(&range.network));
-    bgp.peers.keys().map(|address: &IpAddr| Family::of_address(*address)).chain(ranges).collect()
+    let links = bgp.links.values().map(|_| Family::Ipv6);
+    bgp.peers.keys().map(|address: &IpAddr| Family::of_address(*address)).chain(ranges).chain(links).collect()
 }

@@ -7,13 +7,16 @@ use ipnet::IpNet;
 use super::{
     advertise::{Candidate, Originated, Outgoing},
     fsm::Side,
-    peer::{Peer, Watched},
+    peer::{Admitted, Peer, Watched},
     rib::{Rib, Route, Standing},
     wire::{AsPath, Attributes, Capability, Origin},
 };
-use crate::model::{
-    scope,
-    view::{BfdRow, BgpPeerRow, BgpRouteRow, BgpStaleRow},
+use crate::{
+    config::valid,
+    model::{
+        scope,
+        view::{BfdRow, BgpPeerRow, BgpRouteRow, BgpStaleRow},
+    },
 };
 
 /// The row of one peer.
@@ -44,7 +47,7 @@ pub fn peer_row(peer: &Peer, rib: &Rib, version: u64, now: Duration) -> BgpPeerR
         desc: peer.config.description.clone(),
         group: peer.config.group.clone(),
         router_id: session.map(|session| session.negotiated.peer.router_id.to_string()),
-        kind: if peer.policy.internal { "ibgp" } else { "ebgp" }.to_owned(),
+        kind: kind(peer.policy.internal),
         hold: session.map_or(0, |session| u64::from(session.negotiated.hold)),
         keepalive: session.map_or(0, |session| session.negotiated.keepalive.as_secs()),
         capabilities: session.map(capabilities).unwrap_or_default(),
@@ -61,7 +64,7 @@ pub fn peer_row(peer: &Peer, rib: &Rib, version: u64, now: Duration) -> BgpPeerR
         keepalive_left: left(peer.fsm.session_timers().and_then(|(_, keepalive)| keepalive), now),
         failures: u64::from(peer.fsm.failures()),
         shutdown: peer.shutdown.clone(),
-        dynamic: peer.dynamic,
+        dynamic: peer.admitted != Admitted::Configured,
         capabilities_sent: session.map(|s| texts(&s.negotiated.offered)).unwrap_or_default(),
         capabilities_received: session.map(|s| texts(&s.negotiated.peer.capabilities)).unwrap_or_default(),
         error_sent: peer.history.errors(now).0,
@@ -71,6 +74,28 @@ pub fn peer_row(peer: &Peer, rib: &Rib, version: u64, now: Duration) -> BgpPeerR
         bfd: peer.bfd.as_ref().map(|watched| bfd_row(watched, now)),
         stale: peer.helper.rows().map(|(family, stage, until)| stale_row(family, stage, until, now)).collect(),
     }
+}
+
+/// The row of a link whose neighbour has not been found.
+pub fn link_row(interface: &str, config: &valid::Peer, internal: bool, why: Option<&str>) -> BgpPeerRow {
+    let silence = format!("no router has advertised itself on {interface}");
+    BgpPeerRow {
+        neighbor: interface.to_owned(),
+        v: 4,
+        asn: config.remote_asn,
+        state: "Idle".to_owned(),
+        desc: config.description.clone(),
+        group: config.group.clone(),
+        kind: kind(internal),
+        max_prefixes: config.intake.max_prefixes.map(|max| u64::from(max.limit)),
+        last_reset: Some(why.map_or(silence, str::to_owned)),
+        dynamic: true,
+        ..BgpPeerRow::default()
+    }
+}
+
+fn kind(internal: bool) -> String {
+    if internal { "ibgp" } else { "ebgp" }.to_owned()
 }
 
 fn bfd_row(watched: &Watched, now: Duration) -> BfdRow {

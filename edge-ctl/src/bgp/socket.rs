@@ -1,5 +1,5 @@
-//! Socket options that socket2 has no verb for: TCP MD5 signatures (RFC 2385) and the least hop limit (RFC 5082); and names
-//! of interfaces.
+//! Socket options that socket2 has no verb for: TCP MD5 signatures (RFC 2385), the least hop limit (RFC 5082), filters of raw
+//! sockets and of neighbours' packets; and names of interfaces.
 #![allow(unsafe_code, reason = "setsockopt of options that no safe crate covers; one call, one fact")]
 
 use std::{
@@ -11,6 +11,7 @@ use std::{
 };
 
 use ipnet::IpNet;
+use socket2::{SockFilter, Socket};
 
 use crate::model::scope;
 
@@ -75,6 +76,44 @@ pub fn set_least_hop_limit(socket: &impl AsFd, peer: IpAddr, least: u8) -> io::R
     }
 }
 
+/// What a neighbour's packet arrives with, if it left with it (RFC 4861 6.1, RFC 5881 5).
+pub const HOP_LIMIT: u8 = 255;
+
+/// Whoever is not a neighbour cannot send a packet that arrives with 255 hops left. A filter of the kernel's looks at the
+/// packet's own header: no packet that fails costs us more.
+///
+/// # Errors
+/// The kernel's.
+pub fn drop_what_was_routed(socket: &Socket, ipv4: bool) -> io::Result<()> {
+    /// `BPF_LD | BPF_B | BPF_ABS`, `BPF_JMP | BPF_JEQ | BPF_K`, `BPF_RET | BPF_K` of linux/bpf_common.h.
+    const LOAD_BYTE: u16 = 0x30;
+    const JUMP_IF_EQUAL: u16 = 0x15;
+    const RETURN: u16 = 0x06;
+    /// `SKF_NET_OFF` of linux/filter.h: offsets from the network header.
+    const NETWORK_HEADER: u32 = (-0x10_0000_i32).cast_unsigned();
+    let hop_limit_at = if ipv4 { 8 } else { 7 };
+    socket.attach_filter(&[
+        SockFilter::new(LOAD_BYTE, 0, 0, NETWORK_HEADER + hop_limit_at),
+        SockFilter::new(JUMP_IF_EQUAL, 0, 1, u32::from(HOP_LIMIT)),
+        SockFilter::new(RETURN, 0, 0, u32::MAX),
+        SockFilter::new(RETURN, 0, 0, 0),
+    ])
+}
+
+/// A raw ICMPv6 socket is given messages of these types alone (RFC 3542 3.2).
+///
+/// # Errors
+/// The kernel's.
+pub fn take_icmpv6(socket: &Socket, types: &[u8]) -> io::Result<()> {
+    /// `ICMPV6_FILTER` of linux/icmpv6.h: a set bit keeps its type out.
+    const ICMPV6_FILTER: libc::c_int = 1;
+    let mut kept_out = [u32::MAX; 8];
+    for kind in types {
+        kept_out[usize::from(kind >> 5)] &= !(1 << (kind & 31));
+    }
+    set(socket, libc::IPPROTO_ICMPV6, ICMPV6_FILTER, &kept_out)
+}
+
 /// Where a peer is dialled: a link-local one on its interface.
 ///
 /// # Errors
@@ -101,7 +140,11 @@ pub fn origin(remote: SocketAddr) -> IpAddr {
     }
 }
 
-fn interface_index(name: &str) -> io::Result<u32> {
+/// The kernel's number of an interface.
+///
+/// # Errors
+/// It is not there.
+pub fn interface_index(name: &str) -> io::Result<u32> {
     let name = CString::new(name).map_err(io::Error::other)?;
     // SAFETY: `name` is a string that ends in a zero, which the call only reads.
     match unsafe { libc::if_nametoindex(name.as_ptr()) } {
@@ -110,7 +153,8 @@ fn interface_index(name: &str) -> io::Result<u32> {
     }
 }
 
-fn interface_name(index: u32) -> Option<String> {
+/// The name of an interface; `None`: it has gone.
+pub fn interface_name(index: u32) -> Option<String> {
     let mut buffer = [0u8; libc::IF_NAMESIZE];
     // SAFETY: the buffer has the IF_NAMESIZE octets that the call may write, the ending zero included.
     let found = unsafe { libc::if_indextoname(index, buffer.as_mut_ptr().cast()) };

@@ -368,11 +368,13 @@ pub(super) enum Which {
     /// What a peer sent, before policy
     Received {
         /// Only from this peer
+        #[arg(value_parser = crate::model::scope::parse)]
         peer: Option<IpAddr>,
     },
     /// What is announced to a peer
     Advertised {
         /// Only to this peer
+        #[arg(value_parser = crate::model::scope::parse)]
         peer: Option<IpAddr>,
     },
 }

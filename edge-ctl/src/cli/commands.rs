@@ -24,7 +24,10 @@ use super::{
     table::{self, Column},
     views::{self, View},
 };
-use crate::model::query::{Query, ServiceDetail};
+use crate::model::{
+    query::{Query, ServiceDetail},
+    scope,
+};
 
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -483,7 +486,7 @@ fn peer(source: &Source<'_>, address: IpAddr) -> Outcome<Shown> {
 }
 
 fn neighbour(row: &Value) -> Option<IpAddr> {
-    row.get("neighbor").and_then(Value::as_str)?.parse().ok()
+    scope::parse(row.get("neighbor").and_then(Value::as_str)?).ok()
 }
 
 /// Of one peer, or of all of them one after the other.

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     time::Duration,
 };
 
@@ -23,6 +23,8 @@ const DEFAULT_PORT: u16 = 179;
 const DEFAULT_HOLD: Duration = Duration::from_secs(90);
 /// RFC 4271 4.2: zero, or at least three seconds.
 const SHORTEST_HOLD: u64 = 3;
+/// `fe80::`.
+const LINK_LOCAL: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0);
 const AS_NUMBER: std::ops::RangeInclusive<u32> = 1..=u32::MAX;
 
 /// What may stand in a group as on a peer; `None`: not said there.
@@ -174,11 +176,11 @@ pub(super) fn bgp(root: &Section<'_>) -> Option<Bgp> {
     let mut ranges = Vec::new();
     let groups: BTreeMap<&str, Settings> =
         section.named("group").into_iter().map(|named| group(named, asn, &mut ranges)).collect();
-    let mut peers = BTreeMap::new();
+    let mut neighbours = Neighbours::default();
     for peer in section.each("peer") {
-        read_peer(peer, asn, &groups, &mut peers);
+        read_peer(peer, asn, &groups, &mut neighbours);
     }
-    let router_id = router_id(&section, &peers);
+    let router_id = router_id(&section, &neighbours.peers);
     let transit = section.boolean("transit").unwrap_or(false);
     let next_hops = section
         .parse("next_hops", "\"objects\", \"resilient\" or \"inline\"", next_hops)
@@ -190,12 +192,13 @@ pub(super) fn bgp(root: &Section<'_>) -> Option<Bgp> {
         router_id: router_id?,
         listen_port: Some(listen_port).filter(|port| *port != 0),
         networks: networks.into_iter().map(|network| network.value).collect(),
-        peers: peers.into_iter().map(|(address, (peer, _))| (address, peer)).collect(),
+        peers: neighbours.peers.into_iter().map(|(address, (peer, _))| (address, peer)).collect(),
         transit,
         next_hops: next_hops.unwrap_or_default(),
         drain,
         guard: Guard::default(),
         ranges: by_length(ranges),
+        links: neighbours.links.into_iter().map(|(interface, (peer, _))| (interface, peer)).collect(),
     })
 }
 
@@ -260,17 +263,25 @@ fn by_length(ranges: Vec<(At<IpNet>, Peer)>) -> Vec<PeerRange> {
     ranges
 }
 
-fn read_peer(
-    section: Section<'_>,
-    asn: Option<u32>,
-    groups: &BTreeMap<&str, Settings>,
-    peers: &mut BTreeMap<IpAddr, (Peer, Place)>,
-) {
+/// The peers of the file, each with its place.
+#[derive(Default)]
+struct Neighbours {
+    /// By address.
+    peers: BTreeMap<IpAddr, (Peer, Place)>,
+    /// By the interface that they are found on.
+    links: BTreeMap<String, (Peer, Place)>,
+}
+
+/// Who a `[[bgp.peer]]` is.
+enum Neighbour {
+    At(At<IpAddr>),
+    /// Whoever advertises itself as a router on this interface.
+    On(At<String>),
+}
+
+fn read_peer(section: Section<'_>, asn: Option<u32>, groups: &BTreeMap<&str, Settings>, neighbours: &mut Neighbours) {
     let at = section.place().clone();
-    let neighbour = on_its_link(&section, section.parse("address", "the peer's IP address", peer_address));
-    if !section.has("address") {
-        section.missing("address", "the peer's IP address");
-    }
+    let neighbour = neighbour(&section);
     let group = section.parse("group", "the name of a [bgp.group.NAME]", |name| {
         if groups.contains_key(name) { Ok(name.to_owned()) } else { Err(unknown_group(name, groups)) }
     });
@@ -286,32 +297,59 @@ fn read_peer(
         section.missing("remote_asn", "the peer's AS number, here or in its group");
     }
     if let (Some(neighbour), Some(remote_asn)) = (neighbour, settings.remote_asn) {
-        check_family(&section, &neighbour, settings.local_address.as_ref());
-        let neighbour_shown = scope::shown(neighbour.value);
-        if let Some((_, first)) = peers.get(&neighbour.value) {
-            section.fault(&neighbour.at, format!("peer {neighbour_shown} is already configured at {first}"));
-        }
         if asn == Some(remote_asn) && settings.ebgp_multihop.is_some() {
             section.fault(&at, "`ebgp_multihop` has no meaning for an iBGP peer (same AS number); remove it".into());
         }
         let description = description.map(|text| text.value).unwrap_or_default();
-        let peer = settings.into_peer(&section, neighbour.value, remote_asn, asn, group, description);
-        peers.entry(neighbour.value).or_insert((peer, neighbour.at));
+        match neighbour {
+            Neighbour::At(neighbour) => {
+                check_family(&section, &neighbour, settings.local_address.as_ref());
+                if let Some((_, first)) = neighbours.peers.get(&neighbour.value) {
+                    let shown = scope::shown(neighbour.value);
+                    section.fault(&neighbour.at, format!("peer {shown} is already configured at {first}"));
+                }
+                let peer = settings.into_peer(&section, neighbour.value, remote_asn, asn, group, description);
+                neighbours.peers.entry(neighbour.value).or_insert((peer, neighbour.at));
+            }
+            Neighbour::On(interface) => {
+                if settings.ebgp_multihop.is_some() {
+                    let text =
+                        format!("`ebgp_multihop`: who is found on {} is one hop away; remove it", interface.value);
+                    section.fault(&at, text);
+                }
+                if let Some((_, first)) = neighbours.links.get(&interface.value) {
+                    let text = format!("the peer on {} is already configured at {first}", interface.value);
+                    section.fault(&interface.at, text);
+                }
+                let address = scope::on(IpAddr::V6(LINK_LOCAL), &interface.value);
+                let peer = settings.into_peer(&section, address, remote_asn, asn, group, description);
+                neighbours.links.entry(interface.value).or_insert((peer, interface.at));
+            }
+        }
     }
     section.finish();
 }
 
-/// A link-local neighbour needs the interface that it is on, and no other has one.
-fn on_its_link(section: &Section<'_>, neighbour: Option<At<IpAddr>>) -> Option<At<IpAddr>> {
+/// A link-local neighbour needs the interface that it is on; an interface alone is for whoever is found there.
+fn neighbour(section: &Section<'_>) -> Option<Neighbour> {
+    let address = section.parse("address", "the peer's IP address", peer_address);
     let interface = section.parse("interface", "the name of an interface", |name| {
         let sound =
             (1..16).contains(&name.len()) && !name.contains(|c: char| c == '/' || c == '%' || c.is_whitespace());
         if sound { Ok(name.to_owned()) } else { Err("no interface has such a name".to_owned()) }
     });
-    let At { value, at } = neighbour?;
+    if !section.has("address") {
+        if !section.has("interface") {
+            section.missing("address", "the peer's IP address, or `interface` for the router that is found there");
+        }
+        return interface.map(Neighbour::On);
+    }
+    let At { value, at } = address?;
     let link_local = matches!(value, IpAddr::V6(address) if address.is_unicast_link_local());
     match interface {
-        Some(interface) if link_local => return Some(At { value: scope::on(value, &interface.value), at }),
+        Some(interface) if link_local => {
+            return Some(Neighbour::At(At { value: scope::on(value, &interface.value), at }));
+        }
         Some(interface) => {
             section
                 .fault(&interface.at, format!("`interface` is for link-local peers, and {value} is none; remove it"));
@@ -321,7 +359,7 @@ fn on_its_link(section: &Section<'_>, neighbour: Option<At<IpAddr>>) -> Option<A
         }
         None => {}
     }
-    Some(At { value, at })
+    Some(Neighbour::At(At { value, at }))
 }
 
 fn unknown_group(name: &str, groups: &BTreeMap<&str, Settings>) -> String {

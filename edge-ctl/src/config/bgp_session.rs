@@ -328,6 +328,32 @@ mod tests {
     }
 
     #[test]
+    fn an_interface_without_an_address_is_for_whoever_is_found_there() {
+        let bgp = read("", "[[bgp.peer]]\ninterface = \"eth0\"\ngroup = \"tor\"\ndescription = \"leaf\"")
+            .unwrap()
+            .bgp
+            .unwrap();
+        assert_eq!((bgp.peers.len(), bgp.links.len()), (1, 1));
+        let link = &bgp.links["eth0"];
+        assert_eq!((link.remote_asn, link.description.as_str(), link.passive), (65001, "leaf", false));
+        assert!(link.session.extended_next_hop, "it could speak of no IPv4 route else");
+        for (more, why) in [
+            ("[[bgp.peer]]\ngroup = \"tor\"", "`interface` for the router that is found there"),
+            ("[[bgp.peer]]\ninterface = \"a/b\"\ngroup = \"tor\"", "no interface has such a name"),
+            ("[[bgp.peer]]\ninterface = \"eth0\"", "remote_asn"),
+            ("[[bgp.peer]]\ninterface = \"eth0\"\ngroup = \"tor\"\nebgp_multihop = 2", "one hop away"),
+            ("[[bgp.peer]]\ninterface = \"eth0\"\ngroup = \"tor\"\nlocal_address = \"10.0.0.1\"", "remove it"),
+            (
+                "[[bgp.peer]]\ninterface = \"eth0\"\ngroup = \"tor\"\n[[bgp.peer]]\ninterface = \"eth0\"\ngroup = \"tor\"",
+                "the peer on eth0 is already configured at edge.toml:14",
+            ),
+        ] {
+            let faults = read("", more).expect_err(more);
+            assert!(faults.len() == 1 && faults[0].contains(why), "{more}: {faults:#?}");
+        }
+    }
+
+    #[test]
     fn what_cannot_be_meant_is_refused_with_its_line() {
         for (peer, line, why) in [
             ("password = \"x\"", 13, "does not belong into the configuration"),

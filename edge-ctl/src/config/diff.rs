@@ -168,6 +168,7 @@ fn bgp(old: &Bgp, new: &Bgp, changes: &mut Changes) {
         }
     }
     compare("peer", &old.peers, &new.peers, &mut changes.applied);
+    compare("peer on", &old.links, &new.links, &mut changes.applied);
 }
 
 fn compare<K: Ord + Display, V: PartialEq>(

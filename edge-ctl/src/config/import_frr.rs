@@ -63,7 +63,11 @@ impl Import<'_> {
             self.settings(&mut out, name, group, asn);
         }
         for (address, peer) in configuration.neighbours.iter().filter(|(_, neighbour)| !neighbour.is_group) {
-            let _ = writeln!(out, "\n[[bgp.peer]]\naddress = \"{address}\"");
+            let key = if peer.on_link { "interface" } else { "address" };
+            let _ = writeln!(out, "\n[[bgp.peer]]\n{key} = \"{address}\"");
+            if let Some(interface) = &peer.interface {
+                let _ = writeln!(out, "interface = \"{interface}\"");
+            }
             if let Some(group) = &peer.group {
                 let _ = writeln!(out, "group = \"{group}\"");
                 if !configuration.neighbours.get(group).is_some_and(|group| group.is_group) {
@@ -337,6 +341,24 @@ mod tests {
         let set = &terms[0].set;
         assert_eq!((set.local_pref, set.med, set.prepend, set.add.len()), (Some(200), Some(5), 2, 2));
         assert_eq!(peer.intake.max_prefixes.unwrap().limit, 100);
+    }
+
+    #[test]
+    fn neighbours_on_links_and_link_local_ones_keep_their_interface() {
+        let imported = import(
+            "router bgp 64512\n bgp router-id 172.16.1.88\n neighbor TOR peer-group\n neighbor TOR remote-as 65001\n \
+             neighbor eth0 interface remote-as 65001\n neighbor eth1 interface v6only peer-group TOR\n \
+             neighbor fe80::2 remote-as 65001\n neighbor fe80::2 interface eth2\n neighbor eth3 interface remote-as external\n",
+        )
+        .unwrap();
+        let text = imported.toml.replace("\n[[bgp.peer]]\ninterface = \"eth3\"\n", "");
+        let bgp = valid(&Imported { toml: text, findings: Vec::new() }).bgp.unwrap();
+        let links: Vec<_> =
+            bgp.links.iter().map(|(name, peer)| (name.as_str(), peer.remote_asn, peer.group.as_deref())).collect();
+        assert_eq!(links, [("eth0", 65001, None), ("eth1", 65001, Some("TOR"))]);
+        let peers: Vec<_> = bgp.peers.keys().map(|address| crate::model::scope::shown(*address)).collect();
+        assert_eq!(peers, ["fe80::2%eth2"]);
+        finding(&imported, &["neighbor eth3 interface remote-as external", "left out"]);
     }
 
     #[test]

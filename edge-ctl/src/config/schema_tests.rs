@@ -105,7 +105,8 @@ fn alternatives<'a>(root: &'a Json, node: &'a Json) -> Vec<&'a Json> {
     if let Some(name) = node.get("$ref").and_then(Json::as_str) {
         return root.pointer(name.trim_start_matches('#')).into_iter().collect();
     }
-    match node.get("anyOf").and_then(Json::as_array) {
+    // A table with keys of its own says by `anyOf` which of them it needs.
+    match node.get("anyOf").filter(|_| node.get("properties").is_none()).and_then(Json::as_array) {
         Some(several) => several.iter().flat_map(|one| alternatives(root, one)).collect(),
         None => vec![node],
     }

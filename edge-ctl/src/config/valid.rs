@@ -145,6 +145,9 @@ pub struct Bgp {
     pub guard: Guard,
     /// Networks whose hosts may connect without being listed; the most specific one counts.
     pub ranges: Vec<PeerRange>,
+    /// By interface: the peer that the neighbour on it becomes, once it is found by its router advertisements. Its address
+    /// is `fe80::` on that interface.
+    pub links: BTreeMap<String, Peer>,
 }
 
 /// `listen_range` of a group: who connects from there becomes a passive peer with the group's settings.

@@ -14,6 +14,7 @@ use crate::{
     model::{
         bgp_session::{Order, OrderError, PeerOrder},
         query::ViewError,
+        scope,
     },
     state_file::{StateFile, StateFileError},
 };
@@ -51,7 +52,8 @@ impl BgpOrders {
     /// # Errors
     /// There is no such peer, or the order cannot be kept; nothing has changed then.
     pub async fn give(&self, bgp: &BgpHandle, order: PeerOrder) -> Result<(), ViewError> {
-        let peers: Vec<IpAddr> = bgp.summary().await.iter().filter_map(|row| row.neighbor.parse().ok()).collect();
+        let peers: Vec<IpAddr> =
+            bgp.summary().await.iter().filter_map(|row| scope::parse(&row.neighbor).ok()).collect();
         let named = match order.peer {
             Some(peer) if !peers.contains(&peer) => {
                 return Err(ViewError::NotFound(OrderError::Unknown(peer).to_string()));

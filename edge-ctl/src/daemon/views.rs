@@ -34,6 +34,7 @@ use crate::{
         BackendVerb, Endpoint, FlowSelector, Frontend, HealthKey, Protocol,
         capture::{CaptureOrder, CaptureRow},
         query::{AclRow, Answer, ConfigChange, ConfigRow, Query, ViewError},
+        scope,
         view::{BackendRow, ConditionRow, HealthRow, MapRow, ServiceRow, StatusRow},
     },
     reconcile::{
@@ -158,7 +159,7 @@ impl DaemonViews {
         let unknown = || ViewError::NotFound(format!("there is no BGP peer {peer}"));
         // Peers out of a `listen_range` are in no configuration.
         let known = match &self.bgp {
-            Some(bgp) => bgp.summary().await.iter().any(|row| row.neighbor.parse() == Ok(peer)),
+            Some(bgp) => bgp.summary().await.iter().any(|row| scope::parse(&row.neighbor) == Ok(peer)),
             None => false,
         };
         self.bgp.as_ref().filter(|_| known).ok_or_else(unknown)

@@ -322,9 +322,9 @@ fn behind<'a>(backends: &'a BTreeSet<IpAddr>, prefix: &IpNet) -> impl Iterator<I
     backends.range(prefix.network()..=prefix.broadcast())
 }
 
-/// Node names by BGP next hop: the description of the peer with that address.
+/// Node names by BGP next hop: the description of the peer with that address, or of whoever is found on its link.
 fn node_names(config: &Config) -> BTreeMap<IpAddr, String> {
-    let peers = config.bgp.iter().flat_map(|bgp| bgp.peers.values());
+    let peers = config.bgp.iter().flat_map(|bgp| bgp.peers.values().chain(bgp.links.values()));
     peers.filter(|peer| !peer.description.is_empty()).map(|peer| (peer.address, peer.description.clone())).collect()
 }
 

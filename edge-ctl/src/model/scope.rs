@@ -60,6 +60,11 @@ pub fn interface(address: IpAddr) -> Option<String> {
     names.iter().find(|name| number(name) == wanted).cloned()
 }
 
+/// `fe80::` on the interface that `address` is on: stands for whoever is there.
+pub fn link(address: IpAddr) -> Option<IpAddr> {
+    number_of(address).map(|number| IpAddr::V6(with(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0), number)))
+}
+
 /// The address as the wire and the kernel have it.
 pub fn bare(address: IpAddr) -> IpAddr {
     match address {

@@ -95,6 +95,7 @@ pub fn config(peers: impl IntoIterator<Item = valid::Peer>) -> valid::Bgp {
         networks: vec![],
         peers: peers.into_iter().map(|peer| (peer.address, peer)).collect(),
         ranges: vec![],
+        links: Default::default(),
         transit: false,
         next_hops: Default::default(),
         drain: None,

@@ -39,7 +39,7 @@ pub fn vip(port: u16) -> SocketAddr {
 }
 
 /// The capabilities `deploy/edge.service` gives the daemon, as setpriv spells them.
-pub const UNIT_CAPABILITIES: [&str; 4] = ["bpf", "net_admin", "perfmon", "net_bind_service"];
+pub const UNIT_CAPABILITIES: [&str; 5] = ["bpf", "net_admin", "perfmon", "net_bind_service", "net_raw"];
 const ORDINARY_USER: u32 = 65534;
 
 /// A service on [`DEDICATED_VIP`], announced with these attributes while it has a backend.

@@ -3,9 +3,11 @@
 use edge_common::{
     conntrack::TICK_SHIFT,
     flow::FlowKeyV4,
-    maps::{FlowV4, NextHop, ServiceStats, flow_flag, name},
+    maps::{FlowV4, NextHop, ServiceStats, SourceId, SourceKey, SourceRange, SourceUse, flow_flag, name},
     verdict::{REASONS, Reason},
 };
+
+use std::collections::BTreeMap;
 
 use anyhow::Result;
 
@@ -197,12 +199,48 @@ pub fn touched(state: &mut State, kernel: &Kernel, times: Times) -> Result<(), S
     for (table, key) in keys {
         entry(state, table, &key, kernel.flow(map_name(table), &key), times, range)?;
     }
+    sources(state, kernel)?;
+    if let Some((service, reason)) = state.refused.take() {
+        refusal(state, kernel, service, reason)?;
+    }
     for number in std::mem::take(&mut state.touched_hops) {
         let map = kernel.map(name::NEXT_HOPS).map_err(|error| error.to_string())?;
         let got: Option<NextHop> = map.get(&number);
         let expected = state.next_hops.get(&number).copied();
         if got != expected {
             return Err(format!("next hop {number}: expected {expected:?}\n  got {got:?}"));
+        }
+    }
+    Ok(())
+}
+
+/// Which of the limits refused the packet leaves no other trace.
+fn refusal(state: &State, kernel: &Kernel, service: u32, reason: Reason) -> Result<(), String> {
+    let map = kernel.map(name::REASONS).map_err(|error| error.to_string())?;
+    let got = map.sums(service * REASONS + reason as u32, 1).first().copied().unwrap_or(0);
+    let of = |counters: &Counters| counters.reasons.get(&(service, reason as u32)).copied().unwrap_or(0);
+    let expected = of(&state.base) + of(&state.counters);
+    if got != expected {
+        return Err(format!("service {service} counted {} {got} times, expected {expected}", reason.name()));
+    }
+    Ok(())
+}
+
+/// What the packet's source has used up; the program's words of its buckets are taken over.
+fn sources(state: &mut State, kernel: &Kernel) -> Result<(), String> {
+    let drawn = std::mem::take(&mut state.drawn);
+    for source in std::mem::take(&mut state.touched_sources) {
+        let map = kernel.map(name::SOURCES).map_err(|error| error.to_string())?;
+        let got: Option<SourceUse> = map.get(&source);
+        let Some(expected) = state.sources.get_mut(&source) else { continue };
+        for drawn in drawn.iter().filter(|drawn| drawn.source == source) {
+            let found = got.map_or(0, |got| if drawn.packets { got.packets } else { got.flows });
+            if (drawn.word.0..=drawn.word.1).contains(&found) {
+                *if drawn.packets { &mut expected.packets } else { &mut expected.flows } = found;
+            }
+        }
+        if got != Some(*expected) {
+            return Err(format!("source {source:?}: expected {expected:?}, drawn {drawn:?}\n  got {got:?}"));
         }
     }
     Ok(())
@@ -295,9 +333,29 @@ pub fn tables(state: &mut State, kernel: &Kernel) -> Result<(), String> {
             )?;
         }
     }
+    protection(state, kernel)?;
     let cursor: Option<u32> = kernel.map(name::NEXT_HOP_CURSOR).map_err(|error| error.to_string())?.get(&0u32);
     if cursor != Some(state.next_hop_cursor) {
         return Err(format!("next-hop cursor {cursor:?}, expected {}", state.next_hop_cursor));
+    }
+    Ok(())
+}
+
+/// Every source, and how often every range decided.
+fn protection(state: &State, kernel: &Kernel) -> Result<(), String> {
+    let map = kernel.map(name::SOURCES).map_err(|error| error.to_string())?;
+    let sources = map.keys::<SourceId>().into_iter().filter_map(|id| Some((id, map.get::<_, SourceUse>(&id)?)));
+    let sources: BTreeMap<SourceId, SourceUse> = sources.collect();
+    if sources != state.sources {
+        return Err(format!("sources: expected {:?}\n  got {sources:?}", state.sources));
+    }
+    let map = kernel.map(name::SOURCE_RANGES).map_err(|error| error.to_string())?;
+    for range in map.keys::<SourceKey>() {
+        let got = map.get::<_, SourceRange>(&range).map_or(0, |range| range.hits);
+        let expected = state.range_hits.get(&range).copied().unwrap_or(0);
+        if got != expected {
+            return Err(format!("{range:?} decided {got} times, expected {expected}"));
+        }
     }
     Ok(())
 }
@@ -329,11 +387,12 @@ pub fn counted(kernel: &Kernel) -> Result<Counters> {
     Ok(counters)
 }
 
-/// The counters since `before`.
+/// The counters since the world began.
 ///
 /// # Errors
 /// What differs.
-pub fn counters(state: &State, kernel: &Kernel, before: &Counters) -> Result<(), String> {
+pub fn counters(state: &State, kernel: &Kernel) -> Result<(), String> {
+    let before = &state.base;
     let now = counted(kernel).map_err(|error| error.to_string())?;
     for (key, count) in &now.reasons {
         let got = count - before.reasons.get(key).copied().unwrap_or(0);

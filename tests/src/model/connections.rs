@@ -13,6 +13,7 @@ use super::{
     coverage::Point,
     create::Past,
     decide::{Decision, Input, refuse, send},
+    protect,
     state::{SECOND, State, TABLES, Table, Twin, twin_key},
     wire::{Segment, UDP},
 };
@@ -63,7 +64,13 @@ pub fn track(state: &mut State, input: &Input, segment: &Segment) -> Tracked {
     } else if segment.flags & (SYN | FIN | RST) == 0 && state.flow(Table::Established, key).is_some() {
         state.hit(Point::EstablishedHit);
         match touch(state, key, input.now) {
-            Touch::Fine => return Tracked::Decided(send(state, input, segment, Table::Established)),
+            Touch::Fine => {
+                let flow = state.flow(Table::Established, key).copied();
+                if let Some(flow) = flow.filter(|flow| !protect::keeps_pace(state, input, flow)) {
+                    return Tracked::Decided(refuse(state, Reason::SourcePacketRate, flow.service));
+                }
+                return Tracked::Decided(send(state, input, segment, Table::Established));
+            }
             Touch::Taken(service) => return Tracked::Decided(refuse(state, Reason::TwinTaken, service)),
             Touch::TooLate => {}
         }
@@ -94,10 +101,16 @@ fn touch(state: &mut State, key: &FlowKeyV4, now: u64) -> Touch {
         state.hit(Point::TouchTooLate);
         return Touch::TooLate;
     }
+    let limited = service.is_some_and(|(service, _)| service.source_packet_rate != 0);
     let due = next_touch(state, timeout, now);
     if let Some(flow) = state.change(Table::Established, key) {
         (flow.touch_due, flow.next_hop) = (due, 0);
+        if limited {
+            // A limit is for the flows that it finds, too.
+            flow.flags |= flow_flag::PACKET_LIMIT;
+        }
     }
+    let flow = state.flow(Table::Established, key).copied().unwrap_or(flow);
     match state.twin(Table::Established, &flow) {
         Twin::Ours(twin) => {
             state.hit(Point::TouchedTwin);
@@ -184,6 +197,10 @@ fn in_table(state: &mut State, input: &Input, segment: &Segment, table: Table, f
         state.remove(table, &flow.key);
         return Tracked::NoFlow(None);
     }
+    if !protect::keeps_pace(state, input, &flow) {
+        return Tracked::Decided(refuse(state, Reason::SourcePacketRate, flow.service));
+    }
+    let counted = flow.flags & flow_flag::PACKET_LIMIT != 0 && service.source_packet_rate != 0;
     if table == Table::Closing && flow.direction == REPLY && superseded(state, &flow) {
         state.hit(Point::Superseded);
         return Tracked::Decided(refuse(state, Reason::TwinTaken, flow.service));
@@ -234,17 +251,18 @@ fn in_table(state: &mut State, input: &Input, segment: &Segment, table: Table, f
         }
         Change::Close(flags) => {
             state.hit(if segment.flags & RST != 0 { Point::CloseReset } else { Point::CloseFin });
-            close(state, input.now, table, flow, flags);
+            close(state, input, table, flow, flags);
             send(state, input, segment, Table::Closing)
         }
         Change::Reopen => {
             state.hit(Point::Reopen);
-            return Tracked::NoFlow(Some(reopen(state, input.now, table, &flow)));
+            let past = reopen(state, input, table, &flow);
+            return Tracked::NoFlow(Some(Past { counted, ..past }));
         }
         Change::Elsewhere => {
             state.hit(Point::Elsewhere);
-            let past = reopen(state, input.now, table, &flow);
-            return Tracked::NoFlow(Some(Past { avoid: past.backend, ..past }));
+            let past = reopen(state, input, table, &flow);
+            return Tracked::NoFlow(Some(Past { avoid: past.backend, counted, ..past }));
         }
     };
     Tracked::Decided(decision)
@@ -440,6 +458,9 @@ fn promote(state: &mut State, input: &Input, segment: &Segment, from: Table, mut
     let client_added = if flow.direction == REPLY { twin_added } else { own_added };
     if client_added == Insert::Done {
         state.count(service, flow.backend, |stats| stats.opened += 1);
+        if from == Table::HalfOpen {
+            protect::half_open_ended(state, input, &flow);
+        }
     }
     state.hit(if segment.key.protocol == UDP { Point::PromoteUdp } else { Point::PromoteTcp });
     state.remove(from, &flow.key);
@@ -447,11 +468,11 @@ fn promote(state: &mut State, input: &Input, segment: &Segment, from: Table, mut
     send(state, input, segment, Table::Established)
 }
 
-fn close(state: &mut State, now: u64, table: Table, flow: FlowV4, flags: u16) {
+fn close(state: &mut State, input: &Input, table: Table, flow: FlowV4, flags: u16) {
     let closing = |half: FlowV4| FlowV4 {
         state: CLOSING,
         sequence: half.sequence + 1,
-        last_seen: now,
+        last_seen: input.now,
         flags: half.flags | flags,
         ..half
     };
@@ -472,6 +493,9 @@ fn close(state: &mut State, now: u64, table: Table, flow: FlowV4, flags: u16) {
     }
     state.put(Table::Closing, closing(flow));
     state.remove(table, &flow.key);
+    if table == Table::HalfOpen {
+        protect::half_open_ended(state, input, &flow);
+    }
     if table == Table::Established && had_client {
         state.count(flow.service, flow.backend, |stats| stats.closed += 1);
     }
@@ -483,7 +507,10 @@ fn has_client(state: &State, table: Table, flow: &FlowV4) -> bool {
 }
 
 /// The client's tuple starts anew: its flow goes, and the reply's entry rests in the closing table.
-fn reopen(state: &mut State, now: u64, table: Table, flow: &FlowV4) -> Past {
+fn reopen(state: &mut State, input: &Input, table: Table, flow: &FlowV4) -> Past {
+    if table == Table::HalfOpen {
+        protect::half_open_ended(state, input, flow);
+    }
     if table == Table::Established && has_client(state, table, flow) {
         state.count(flow.service, flow.backend, |stats| stats.closed += 1);
     }
@@ -493,12 +520,15 @@ fn reopen(state: &mut State, now: u64, table: Table, flow: &FlowV4) -> Past {
             state.touched.push((table, twin_key(flow)));
         } else {
             let rest = turned(flow);
-            state.put(Table::Closing, FlowV4 { state: CLOSING, sequence: rest.sequence + 1, last_seen: now, ..rest });
+            state.put(
+                Table::Closing,
+                FlowV4 { state: CLOSING, sequence: rest.sequence + 1, last_seen: input.now, ..rest },
+            );
             state.remove(table, &rest.key);
         }
     }
     state.remove(table, &flow.key);
-    Past { backend: flow.backend, address: flow.new_src, port: flow.new_src_port, avoid: 0 }
+    Past { backend: flow.backend, address: flow.new_src, port: flow.new_src_port, avoid: 0, counted: false }
 }
 
 /// True where no table has an entry of this key.

@@ -52,6 +52,32 @@ points! {
     Unanswered,
     /// Lengths that contradict each other.
     Malformed,
+    /// A range let the source in.
+    RangeAllows,
+    /// A range kept the source out.
+    RangeDenies,
+    /// No range has the source, which is let in.
+    NoRangeAllows,
+    /// No range has the source, which is kept out.
+    NoRangeDenies,
+    /// The source has as many half-open flows as it may have.
+    QuotaReached,
+    /// The source begins flows too fast.
+    FlowsTooFast,
+    /// The source sends packets too fast, of which this one would begin a flow.
+    PacketsTooFast,
+    /// The source may begin this flow.
+    WithinLimits,
+    /// A flow's packet is within the rate of its source.
+    FlowKeepsPace,
+    /// A flow's packet comes too fast for its source.
+    FlowTooFast,
+    /// A flow's service has a rate of packets no more.
+    LimitIsGone,
+    /// A flow is half-open no longer, and its source may have another.
+    QuotaGivenBack,
+    /// A flow is half-open no longer, which its window has taken for granted.
+    EndedTooLate,
     /// Established, in the middle of its life.
     EstablishedHit,
     /// A touch refreshed the twin.

@@ -14,8 +14,8 @@ use super::{
     coverage::Point,
     decide::{Choices, Decision, Input, answer, refuse, send},
     hash::{self, Found},
-    midflow,
-    state::{Route, State, Table, ipv4, twin_key},
+    midflow, protect,
+    state::{Route, State, Table, ipv4, twin_key, wide},
     wire::{Segment, UDP},
 };
 
@@ -40,6 +40,8 @@ pub struct Past {
     pub port: u16,
     /// The backend that did not answer: another one, if there is one; 0: none.
     pub avoid: u32,
+    /// The packet that ended it kept to a limit of packets.
+    pub counted: bool,
 }
 
 /// Decides about a packet that has no flow.
@@ -86,6 +88,16 @@ fn new_flow(
     past: Option<Past>,
     choices: &dyn Choices,
 ) -> Result<Decision, String> {
+    let config = state.config.clone();
+    let Some((service, pool)) = config.services.get(&number) else {
+        state.hit(Point::CreateNoService);
+        return Ok(refuse(state, Reason::NotReady, number));
+    };
+    let service = *service;
+    let counted = past.is_some_and(|past| past.counted);
+    if let Some(reason) = protect::refuses(state, input, wide(segment.key.src), number, &service, counted) {
+        return Ok(refuse(state, reason, number));
+    }
     if segment.ip.ttl <= 1 {
         state.hit(Point::CreateTtl);
         return Ok(answer(state, input, Reason::TtlExpired, number));
@@ -94,13 +106,8 @@ fn new_flow(
         state.hit(Point::Joined);
         return Ok(send(state, input, segment, Table::HalfOpen));
     }
-    let Some((service, pool)) = state.config.services.get(&number) else {
-        state.hit(Point::CreateNoService);
-        return Ok(refuse(state, Reason::NotReady, number));
-    };
-    let service = *service;
     let hash = hash::tuple(state.config.seed, &segment.key);
-    let eligible = |backend: u32| backend != 0 && state.config.eligible.get(&backend).copied().unwrap_or(false);
+    let eligible = |backend: u32| backend != 0 && config.eligible.get(&backend).copied().unwrap_or(false);
     let avoid = past.map_or(0, |past| past.avoid);
     let (point, chosen) = match hash::select(hash, &pool.members, &pool.table, avoid, eligible) {
         Found::Own(backend) => (Point::SelectedOwn, backend),
@@ -116,7 +123,7 @@ fn new_flow(
         return Err(format!("the world has no backend {chosen}"));
     };
     let plan = Plan { key: segment.key, service, number, chosen, backend, now: input.precise, flags: 0, ack_floor: 0 };
-    let (address, port) = match source(state, &plan, past, choices)? {
+    let (address, port) = match source(state, input, &plan, past, choices)? {
         Source::Refused(reason) => return Ok(refuse(state, reason, number)),
         Source::Found(address, port) => (address, port),
     };
@@ -125,6 +132,7 @@ fn new_flow(
         state.because(Reason::RetriedElsewhere, number);
     }
     if open(state, &plan, address, port) {
+        protect::half_opened(state, input, wide(plan.key.src), number);
         state.count(plan.number, plan.chosen, |stats| stats.half_opened += 1);
     }
     Ok(send(state, input, segment, Table::HalfOpen))
@@ -170,7 +178,13 @@ enum Source {
     Refused(Reason),
 }
 
-fn source(state: &mut State, plan: &Plan, past: Option<Past>, choices: &dyn Choices) -> Result<Source, String> {
+fn source(
+    state: &mut State,
+    input: &Input,
+    plan: &Plan,
+    past: Option<Past>,
+    choices: &dyn Choices,
+) -> Result<Source, String> {
     if plan.service.mode == mode::DNAT {
         let (address, port) = (plan.key.src, plan.key.src_port);
         let taken = !claim_own(state, plan, &plan.reply_key(address, port));
@@ -188,7 +202,7 @@ fn source(state: &mut State, plan: &Plan, past: Option<Past>, choices: &dyn Choi
         }
         state.hit(Point::CreateOwnPortTaken);
     }
-    candidate(state, plan, choices)
+    candidate(state, input, plan, choices)
 }
 
 /// Makes room for a reply's key that leaves no choice of port: entries of the same client, and such as have timed out,
@@ -255,7 +269,7 @@ fn addresses(plan: &Plan) -> Vec<u32> {
 }
 
 /// Judges the source that the program found among a backend's candidates.
-fn candidate(state: &mut State, plan: &Plan, choices: &dyn Choices) -> Result<Source, String> {
+fn candidate(state: &mut State, input: &Input, plan: &Plan, choices: &dyn Choices) -> Result<Source, String> {
     let now = choices.cursor(plan.chosen);
     let before = state.cursors.insert(plan.chosen, now).unwrap_or(0);
     let probes = now.wrapping_sub(before);
@@ -287,6 +301,7 @@ fn candidate(state: &mut State, plan: &Plan, choices: &dyn Choices) -> Result<So
     }
     if let Some(stalled) = state.flow(Table::HalfOpen, &reply).copied() {
         state.hit(Point::CreateStalledPort);
+        protect::half_open_ended(state, input, &stalled);
         let client = twin_key(&stalled);
         if state.flow(Table::HalfOpen, &client).is_some_and(|entry| twin_key(entry) == reply) {
             state.remove(Table::HalfOpen, &client);
@@ -341,6 +356,7 @@ pub fn open(state: &mut State, plan: &Plan, address: u32, port: u16) -> bool {
         last_seen: plan.now,
         flags: plan.flags
             | if crossing { flow_flag::CROSSING } else { 0 }
+            | if plan.service.source_packet_rate != 0 { flow_flag::PACKET_LIMIT } else { 0 }
             | if one_reply { flow_flag::ONE_REPLY } else { 0 },
         ack_floor: plan.ack_floor,
         ..FlowV4::default()

@@ -26,6 +26,8 @@ pub struct Input<'a> {
     pub now: u64,
     /// Nanoseconds, to the moment: what new flows are made by. Up to a tick after `now`.
     pub precise: u64,
+    /// The same clock before the program ran and after it had.
+    pub ran: (u64, u64),
     /// The program sent something: whether a message to the sender is let through is its pace's choice.
     pub was_sent: bool,
     /// The IP ID that the packet left with: the program's choice where a fragmented packet gets a new source.
@@ -128,6 +130,9 @@ fn transport(state: &mut State, input: &Input, ip: Ip, to_us: bool, choices: &dy
 
 /// Counts a reason and drops.
 pub fn refuse(state: &mut State, reason: Reason, service: u32) -> Decision {
+    if matches!(reason, Reason::SourceFlowRate | Reason::SourcePacketRate | Reason::SourceHalfOpen) {
+        state.refused = Some((service, reason));
+    }
     state.because(reason, service);
     Decision::DROP
 }

@@ -47,6 +47,8 @@ pub enum Move {
     Redirectable(bool),
     /// An entry's next hop or service becomes a number that none has.
     Spoil(Table, FlowKeyV4, bool),
+    /// A service gets other source ranges and limits: its number, what they are drawn from, and for whom.
+    Protect(u32, u64, Vec<Ipv4Addr>),
     /// Routes and neighbours change.
     Network(Shape),
 }
@@ -69,6 +71,11 @@ pub fn next(seed: u64, world: &World, state: &State, network: &Network) -> Move 
         82..94 => Some(Move::Generation),
         94..98 => Some(Move::Redirectable(dice.chance(70))),
         98..100 => any_entry(&mut dice, state).map(|(table, flow)| Move::Spoil(table, flow.key, dice.chance(50))),
+        101..108 => {
+            let services = &state.config.services;
+            let number = services.keys().nth(dice.roll(services.len() as u64) as usize).copied();
+            number.map(|number| Move::Protect(number, dice.word(), world.clients.clone()))
+        }
         100 if dice.chance(60) => Some(Move::Network(shape(&mut dice, network))),
         _ => None,
     };

@@ -176,7 +176,11 @@ impl Kernel {
     pub fn map(&self, name: &str) -> Result<Map> {
         use aya::maps::Map as Loaded;
         let map = match self.rig.ebpf.map(name).with_context(|| format!("no map {name}"))? {
-            Loaded::Array(map) | Loaded::HashMap(map) | Loaded::LruHashMap(map) | Loaded::PerCpuArray(map) => map,
+            Loaded::Array(map)
+            | Loaded::HashMap(map)
+            | Loaded::LruHashMap(map)
+            | Loaded::PerCpuArray(map)
+            | Loaded::LpmTrie(map) => map,
             other => bail!("{name} is {other:?}"),
         };
         Ok(Map::of(map))

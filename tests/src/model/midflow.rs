@@ -4,7 +4,7 @@
 
 use edge_common::{
     flow::FlowKeyV4,
-    maps::{flow_flag, mode, service_flag},
+    maps::{ServiceEntry, flow_flag, mode, service_flag},
     verdict::Reason,
 };
 
@@ -14,7 +14,8 @@ use super::{
     create::{Plan, claim_own, open},
     decide::{Decision, Input, refuse, send},
     hash::{self, Found},
-    state::{State, Table, ipv4, twin_key},
+    protect,
+    state::{State, Table, ipv4, twin_key, wide},
     wire::{self, Segment, UDP},
 };
 use crate::datapath::rig::{Action, Hook};
@@ -26,7 +27,10 @@ pub fn segment(state: &mut State, input: &Input, segment: &Segment, number: u32)
         return refuse(state, Reason::NotReady, number);
     };
     if service.mode != mode::DNAT || segment.flags & SYN != 0 {
-        return answer(state, input, segment, number);
+        return answer(state, input, segment, number, &service);
+    }
+    if let Some(reason) = protect::refuses(state, input, wide(segment.key.src), number, &service, false) {
+        return refuse(state, reason, number);
     }
     let Some(chosen) = choice(state, number, &segment.key, 0) else {
         state.hit(Point::AdoptNoBackend);
@@ -115,22 +119,27 @@ fn adopt(
     }
     if open(state, &plan, client.src, client.src_port) {
         state.because(Reason::MidFlowAdopted, number);
+        protect::half_opened(state, input, wide(client.src), number);
     }
     send(state, input, segment, Table::HalfOpen)
 }
 
 /// Tells the client that there is no such connection, unless that would answer a RST, or may not be known yet.
-fn answer(state: &mut State, input: &Input, segment: &Segment, number: u32) -> Decision {
-    let dedicated =
-        state.config.services.get(&number).is_some_and(|(service, _)| service.flags & service_flag::DEDICATED != 0);
-    let to_many = input.frame[0] & 1 != 0 || input.frame[6] & 1 != 0;
-    let kernels = dedicated && segment.flags & RST == 0 && state.config.answers;
-    if kernels {
+fn answer(state: &mut State, input: &Input, segment: &Segment, number: u32, service: &ServiceEntry) -> Decision {
+    if segment.flags & RST != 0 || !state.config.answers {
+        state.hit(Point::MidFlowSilent);
+        return refuse(state, Reason::MidFlowSilent, number);
+    }
+    if !protect::lets_in(state, wide(segment.key.src), number, service) {
+        return refuse(state, Reason::SourceDenied, number);
+    }
+    if service.flags & service_flag::DEDICATED != 0 {
         state.hit(Point::NoFlow);
         state.because(Reason::NoFlow, number);
         return Decision::PASS;
     }
-    if segment.flags & RST != 0 || !state.config.answers || segment.ip.header_len != 20 || to_many {
+    let to_many = input.frame[0] & 1 != 0 || input.frame[6] & 1 != 0;
+    if segment.ip.header_len != 20 || to_many {
         state.hit(Point::MidFlowSilent);
         return refuse(state, Reason::MidFlowSilent, number);
     }

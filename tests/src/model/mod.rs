@@ -32,6 +32,7 @@ pub mod kernel;
 pub mod midflow;
 pub mod moves;
 pub mod network;
+pub mod protect;
 pub mod run;
 pub mod state;
 pub mod wire;

@@ -1,15 +1,20 @@
 //! Steps that are no packets: applied to the model, then written into the maps.
 
 use anyhow::Result;
-use edge_common::{flow::FlowKeyV4, maps::FlowV4};
+use edge_common::{
+    flow::FlowKeyV4,
+    maps::{FlowV4, name},
+};
 
 use super::{
     connections::expired,
+    dice::Dice,
     generate::Move,
     kernel::Kernel,
     network::Network,
+    protect,
     state::{State, TABLES, Table},
-    world::{write_control, write_eligible},
+    world::{self, write_control, write_eligible},
 };
 
 /// A next-hop or service number that no map has.
@@ -17,7 +22,6 @@ const NO_NUMBER: u32 = 9999;
 
 /// The map of a table.
 pub fn map_name(table: Table) -> &'static str {
-    use edge_common::maps::name;
     match table {
         Table::Established => name::ESTABLISHED,
         Table::HalfOpen => name::HALF_OPEN,
@@ -39,6 +43,17 @@ pub fn apply(state: &mut State, kernel: &Kernel, network: &mut Network, change: 
                     kernel.set_flow(map_name(table), flow)?;
                 }
             }
+            let config = state.config.clone();
+            for (source, spent) in &mut state.sources {
+                if let Some((service, _)) = config.services.get(&source.service) {
+                    protect::age(spent, service, *by);
+                }
+                kernel.map(name::SOURCES)?.set(source, spent)?;
+            }
+        }
+        Move::Protect(number, seed, clients) => {
+            world::protection(state.configure(), *number, &mut Dice(*seed), clients);
+            world::write_protection(state, kernel, *number)?;
         }
         Move::Eligible(backend, eligible) => {
             state.configure().eligible.insert(*backend, *eligible);

@@ -1,6 +1,9 @@
 //! Worlds run through the program and the model side by side; a difference is located and made small.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Result, bail};
 use edge_common::{
@@ -19,7 +22,7 @@ use super::{
     kernel::{self, Kernel, LONGEST},
     moves,
     network::{BASE, Network},
-    state::{Counters, State},
+    state::State,
     wire,
     world::{self, ESTABLISHED, LRU, World},
 };
@@ -190,6 +193,7 @@ impl Bench {
         world::write(&mut world, &self.kernel)?;
         let before = compare::counted(&self.kernel)?;
         let mut state = world.start.clone();
+        state.base = Arc::new(before);
         let mut tally = Report::default();
         for (n, step) in steps.iter().enumerate() {
             let next = generate::next(*step, &world, &state, &self.network);
@@ -201,7 +205,7 @@ impl Bench {
                 error => error,
             })?;
             if (n + 1) % every == 0 || n + 1 == steps.len() {
-                self.look(&mut state, &before).map_err(|what| shown(what, &next))?;
+                self.look(&mut state).map_err(|what| shown(what, &next))?;
             }
         }
         if let Some(report) = report {
@@ -218,9 +222,9 @@ impl Bench {
         Ok(())
     }
 
-    fn look(&self, state: &mut State, before: &Counters) -> Result<(), String> {
+    fn look(&self, state: &mut State) -> Result<(), String> {
         compare::tables(state, &self.kernel)?;
-        compare::counters(state, &self.kernel, before)
+        compare::counters(state, &self.kernel)
     }
 
     fn step(&mut self, state: &mut State, next: &Move, tally: &mut Report) -> Result<(), Trouble> {
@@ -249,6 +253,7 @@ impl Bench {
             gso_size: *gso_size,
             now: from,
             precise: from_precise,
+            ran: (from_precise, to_precise),
             was_sent: matches!(action, Action::Transmit | Action::Redirect),
             id_after: wire::ipv4(&out).map_or(0, |ip| ip.id),
         };
@@ -335,6 +340,7 @@ impl Bench {
         let mut world: World = world::draw(seed, &self.network);
         world::write(&mut world, &self.kernel)?;
         let mut state = world.start.clone();
+        state.base = Arc::new(compare::counted(&self.kernel)?);
         let mut lines = format!("services: {:#?}\n", state.config.services);
         lines.push_str(&format!("backends: {:?}\n", world.backends));
         for step in steps {

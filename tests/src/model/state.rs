@@ -5,11 +5,17 @@ use std::{collections::BTreeMap, sync::Arc};
 use edge_common::{
     address::Wide,
     flow::FlowKeyV4,
-    maps::{BackendEntry, FlowV4, NextHop, OwnAddresses, ServiceEntry, ServiceKey, ServiceStats},
+    maps::{
+        BackendEntry, FlowV4, NextHop, OwnAddresses, ServiceEntry, ServiceKey, ServiceStats, SourceId, SourceKey,
+        SourceUse,
+    },
     verdict::Reason,
 };
 
-use super::coverage::{Coverage, Point};
+use super::{
+    coverage::{Coverage, Point},
+    protect::Drawn,
+};
 
 /// A second in nanoseconds.
 pub const SECOND: u64 = 1_000_000_000;
@@ -17,6 +23,11 @@ pub const SECOND: u64 = 1_000_000_000;
 /// The IPv4 address that maps hold in this form, network order.
 pub fn ipv4(wide: &Wide) -> u32 {
     wide[3]
+}
+
+/// The form in which maps hold an IPv4 address in network order.
+pub fn wide(ipv4: u32) -> Wide {
+    [0, 0, 0xffff_u32.to_be(), ipv4]
 }
 
 /// A flow table.
@@ -101,6 +112,8 @@ pub struct Config {
     pub next_hops: u32,
     /// Clients may be told that their connection is not known.
     pub answers: bool,
+    /// Source ranges, and whether they let in.
+    pub ranges: BTreeMap<SourceKey, bool>,
 }
 
 impl Config {
@@ -150,12 +163,24 @@ pub struct State {
     pub cursors: BTreeMap<u32, u32>,
     /// Counters.
     pub counters: Counters,
+    /// What sources have used up.
+    pub sources: BTreeMap<SourceId, SourceUse>,
+    /// How often a range decided.
+    pub range_hits: BTreeMap<SourceKey, u64>,
     /// Decision points met.
     pub coverage: Coverage,
     /// Entries that the packet at hand read for a decision or changed.
     pub touched: Vec<(Table, FlowKeyV4)>,
     /// Next hops that it changed.
     pub touched_hops: Vec<u32>,
+    /// Sources whose limits it was held against.
+    pub touched_sources: Vec<SourceId>,
+    /// What it took of their buckets.
+    pub drawn: Vec<Drawn>,
+    /// The service and the reason for which it was refused, where it might have been another by another clock.
+    pub refused: Option<(u32, Reason)>,
+    /// What the kernel had counted before the world began.
+    pub base: Arc<Counters>,
     /// The ticks between which it may have put `touch_due`.
     pub touch_due: Option<(u32, u32)>,
     /// Times a SNAT port was refused although some were free: chance explains a few.

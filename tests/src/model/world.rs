@@ -7,7 +7,8 @@ use edge_common::{
     flow::FlowKeyV4,
     maps::{
         AddressFilter, BackendEntry, CHUNK_BYTES, Chunk, Control, FragmentKey, NEXT_HOPS, NeighbourKey, OwnAddresses,
-        PortSet, SNAT_ADDRESSES, ServiceEntry, ServiceKey, backend_state, interface_flag, mode, name, service_flag,
+        PortSet, SNAT_ADDRESSES, ServiceEntry, ServiceKey, SourceId, SourceKey, SourceRange, backend_state,
+        interface_flag, mode, name, range_action, service_flag,
     },
 };
 
@@ -18,6 +19,7 @@ use super::{
         FAR, FAR_NARROW, FOREIGN_POD, MOVING_POD, NARROW_POD, NEAR, NOWHERE, Network, REFUSED, REFUSED_POD, SILENT,
         SILENT_POD, STUB_POD,
     },
+    protect,
     state::{Config, Pool, State, ipv4},
     wire::{TCP, UDP},
 };
@@ -174,6 +176,50 @@ fn service(world: &mut World, dice: &mut Dice, number: u32, port: u16, protocol:
     world.frontends.push((port, protocol));
     world.start.configure().frontends.insert(service_key(VIP, port, protocol), number);
     world.start.configure().services.insert(number, (entry, pool));
+    if dice.chance(40) {
+        protection(world.start.configure(), number, dice, &world.clients);
+    }
+}
+
+/// Gives a service other source ranges and limits.
+pub fn protection(config: &mut Config, number: u32, dice: &mut Dice, clients: &[Ipv4Addr]) {
+    config.ranges.retain(|range, _| range.source.service != number);
+    let ranges = if dice.chance(50) { 1 + dice.roll(4) } else { 0 };
+    for _ in 0..ranges {
+        // An IPv4 address is the last of the 16 bytes.
+        let range = protect::range(number, wire(dice.pick(clients)), dice.pick(&[96, 104, 112, 120, 121, 127, 128]));
+        config.ranges.insert(range, dice.chance(60));
+    }
+    let Some((service, _)) = config.services.get_mut(&number) else { return };
+    service.flags &= !(service_flag::SOURCE_RANGES | service_flag::SOURCES_REFUSED_BY_DEFAULT);
+    if ranges != 0 {
+        let by_default = if dice.chance(30) { service_flag::SOURCES_REFUSED_BY_DEFAULT } else { 0 };
+        service.flags |= service_flag::SOURCE_RANGES | by_default;
+    }
+    service.source_flow_rate = dice.pick(&[0, 0, 5, 100, 3000]);
+    service.source_flow_burst = dice.pick(&[1, 2, 5, 20]);
+    service.source_packet_rate = dice.pick(&[0, 0, 100, 2000, 7000]);
+    service.source_packet_burst = dice.pick(&[1, 3, 20, 100]);
+    service.source_half_open = dice.pick(&[0, 0, 1, 2, 5]);
+}
+
+/// Writes a service's source ranges and limits, and forgets how often ranges decided that are no more.
+///
+/// # Errors
+/// Where the kernel refuses a write.
+pub fn write_protection(state: &mut State, kernel: &Kernel, number: u32) -> Result<()> {
+    let map = kernel.map(name::SOURCE_RANGES)?;
+    let of_service = |range: &SourceKey| range.source.service == number;
+    map.keys::<SourceKey>().iter().filter(|range| of_service(range)).for_each(|range| map.delete(range));
+    state.range_hits.retain(|range, _| !of_service(range));
+    for (range, allowed) in state.config.ranges.iter().filter(|(range, _)| of_service(range)) {
+        let action = if *allowed { range_action::ALLOW } else { range_action::DENY };
+        map.set(range, &SourceRange { action, ..SourceRange::default() })?;
+    }
+    match state.config.services.get(&number) {
+        Some((service, _)) => kernel.map(name::SERVICES)?.set(&number, service),
+        None => Ok(()),
+    }
 }
 
 /// A frontend's or backend's key.
@@ -195,6 +241,8 @@ pub fn write(world: &mut World, kernel: &Kernel) -> Result<()> {
     clear::<NeighbourKey>(kernel, name::NEXT_HOP_INDEX)?;
     clear::<FragmentKey>(kernel, name::FRAGMENTS)?;
     clear::<u32>(kernel, name::OWN_ADDRESSES)?;
+    clear::<SourceKey>(kernel, name::SOURCE_RANGES)?;
+    clear::<SourceId>(kernel, name::SOURCES)?;
     for (interface, addresses) in &world.start.config.own {
         kernel.map(name::OWN_ADDRESSES)?.set(interface, addresses)?;
     }
@@ -210,6 +258,7 @@ pub fn write(world: &mut World, kernel: &Kernel) -> Result<()> {
             entry = *service;
         }
         kernel.map(name::SERVICES)?.set(&number, &entry)?;
+        write_protection(&mut world.start, kernel, number)?;
     }
     let config = &world.start.config;
     for (key, number) in &config.frontends {

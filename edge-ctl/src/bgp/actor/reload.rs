@@ -12,12 +12,15 @@ use super::{
         BgpError,
         fsm::Event,
         listener::{self, Listener},
-        peer::{self, Peer},
+        peer::{self, Admitted, Peer},
         wire::{self, Family, Notification, Refresh, cease},
     },
     Actor, Input,
 };
-use crate::config::{diff::needs_new_session, valid};
+use crate::{
+    config::{diff::needs_new_session, valid},
+    model::scope,
+};
 
 impl Actor {
     /// Listeners first: where one cannot be bound nothing else has changed.
@@ -35,7 +38,8 @@ impl Actor {
         let everyone = config.asn != self.config.asn || config.router_id != self.config.router_id;
         let known: Vec<IpAddr> = self.peers.keys().copied().collect();
         for address in known {
-            if self.peers.get(&address).is_some_and(|peer| peer.dynamic) && !config.peers.contains_key(&address) {
+            let dynamic = self.peers.get(&address).is_some_and(|peer| peer.admitted != Admitted::Configured);
+            if dynamic && !config.peers.contains_key(&address) {
                 self.reload_dynamic(&config, everyone, address);
                 continue;
             }
@@ -57,6 +61,7 @@ impl Actor {
                 self.feed(address, Event::ManualStart);
             }
         }
+        self.discover();
         self.give_listeners_passwords();
         let transit = self.config.transit;
         self.peers.values_mut().filter_map(|peer| peer.session.as_mut()).for_each(|s| s.out.terms.transit = transit);
@@ -65,10 +70,13 @@ impl Actor {
         Ok(())
     }
 
-    /// A peer out of a range stays as long as its range gives it the same session.
+    /// A peer out of a range, or on a link, stays as long as that gives it the same session.
     fn reload_dynamic(&mut self, config: &valid::Bgp, everyone: bool, address: IpAddr) {
-        let range = config.ranges.iter().find(|range| range.network.contains(&address));
-        let new = range.map(|range| valid::Peer { address, ..range.template.clone() });
+        let template = match self.peers.get(&address).map(|peer| peer.admitted) {
+            Some(Admitted::Link { .. }) => scope::interface(address).and_then(|interface| config.links.get(&interface)),
+            _ => config.ranges.iter().find(|range| range.network.contains(&address)).map(|range| &range.template),
+        };
+        let new = template.map(|template| valid::Peer { address, ..template.clone() });
         match (new, self.peers.get(&address)) {
             (Some(new), Some(old)) if !everyone && !needs_new_session(&old.config, &new) => {
                 self.change_policy(config, address, &new);
@@ -77,7 +85,7 @@ impl Actor {
         }
     }
 
-    fn remove(&mut self, address: IpAddr, subcode: u8) {
+    pub(super) fn remove(&mut self, address: IpAddr, subcode: u8) {
         self.feed(address, Event::ManualStop(Notification::cease(subcode)));
         // What was kept of a peer that is away goes too.
         self.rib.peer_down(address);

@@ -16,7 +16,7 @@ use super::{
         graceful,
         offer::{self, Circumstances},
         password::{self, Counters, Password},
-        peer::{Peer, Session},
+        peer::{Admitted, Peer, Session},
         wire::{self, Family, Notification, Refresh},
     },
     Actor, routes,
@@ -165,7 +165,7 @@ impl Actor {
         }
         let idle = |peer: &Peer| {
             let connected = peer.outgoing.is_some() || peer.incoming.is_some();
-            peer.dynamic && !connected && !peer.helper.is_away() && peer.shutdown.is_none()
+            peer.admitted == Admitted::Range && !connected && !peer.helper.is_away() && peer.shutdown.is_none()
         };
         let gone: Vec<IpAddr> = self.peers.iter().filter(|(_, peer)| idle(peer)).map(|(address, _)| *address).collect();
         for address in gone {
@@ -229,7 +229,7 @@ impl Actor {
                 None => {}
             }
         }
-        for (address, peer) in self.peers.iter().filter(|(_, peer)| !peer.dynamic) {
+        for (address, peer) in self.peers.iter().filter(|(_, peer)| peer.admitted != Admitted::Range) {
             if let Ok(password) = &peer.password
                 && !password.bytes().is_empty()
             {
@@ -271,17 +271,21 @@ impl Actor {
         Counters::now().remark(peer.signatures, signed).or(signed.then_some(hint))
     }
 
-    /// The peer that a host of a range becomes; `None`: it is in none, or there are too many.
+    /// The peer that somebody who connects becomes, out of a range or as the neighbour on a link; `None`: it is in none, or
+    /// there are too many.
     pub(super) fn dynamic_peer(&mut self, address: IpAddr) -> Option<()> {
+        if let Some(interface) = scope::interface(address).filter(|name| self.config.links.contains_key(name)) {
+            return self.found(&interface, address);
+        }
         let range = self.config.ranges.iter().find(|range| range.network.contains(&address))?;
-        if self.peers.values().filter(|peer| peer.dynamic).count() >= MOST_DYNAMIC {
+        if self.peers.values().filter(|peer| peer.admitted == Admitted::Range).count() >= MOST_DYNAMIC {
             tracing::warn!(peer = %address, most = MOST_DYNAMIC, "BGP connection refused: too many peers out of ranges");
             return None;
         }
         let config = valid::Peer { address, ..range.template.clone() };
         tracing::info!(peer = %address, range = %range.network, "BGP peer out of a range");
         let mut peer = Peer::new(&self.config, &config);
-        peer.dynamic = true;
+        peer.admitted = Admitted::Range;
         self.peers.insert(address, peer);
         self.feed(address, Event::ManualStart);
         Some(())

@@ -6,7 +6,9 @@ use std::{
     ops::RangeInclusive,
 };
 
-use socket2::{Domain, Protocol, SockFilter, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use super::super::socket::{HOP_LIMIT, drop_what_was_routed};
 
 /// Where single-hop sessions listen.
 pub const SINGLE_HOP: u16 = 3784;
@@ -14,8 +16,6 @@ pub const SINGLE_HOP: u16 = 3784;
 pub const MULTIHOP: u16 = 4784;
 /// What packets leave from; one of them for the life of a session.
 const SOURCES: RangeInclusive<u16> = 49152..=65535;
-/// Every packet leaves with this, and a neighbour's arrives with it.
-const HOP_LIMIT: u8 = 255;
 /// Class selector 6: routing keeps up where there is no room for others.
 const TRAFFIC_CLASS: u32 = 0xc0;
 
@@ -32,24 +32,6 @@ pub fn listen(ipv4: bool, port: u16) -> io::Result<UdpSocket> {
     }
     socket.bind(&address.into())?;
     Ok(socket.into())
-}
-
-/// RFC 5881 5: whoever is not a neighbour cannot send a packet that arrives with 255 hops left. A filter of the kernel's
-/// looks at the packet's own header: no packet that fails costs us more.
-fn drop_what_was_routed(socket: &Socket, ipv4: bool) -> io::Result<()> {
-    /// `BPF_LD | BPF_B | BPF_ABS`, `BPF_JMP | BPF_JEQ | BPF_K`, `BPF_RET | BPF_K` of linux/bpf_common.h.
-    const LOAD_BYTE: u16 = 0x30;
-    const JUMP_IF_EQUAL: u16 = 0x15;
-    const RETURN: u16 = 0x06;
-    /// `SKF_NET_OFF` of linux/filter.h: offsets from the network header.
-    const NETWORK_HEADER: u32 = (-0x10_0000_i32).cast_unsigned();
-    let hop_limit_at = if ipv4 { 8 } else { 7 };
-    socket.attach_filter(&[
-        SockFilter::new(LOAD_BYTE, 0, 0, NETWORK_HEADER + hop_limit_at),
-        SockFilter::new(JUMP_IF_EQUAL, 0, 1, u32::from(HOP_LIMIT)),
-        SockFilter::new(RETURN, 0, 0, u32::MAX),
-        SockFilter::new(RETURN, 0, 0, 0),
-    ])
 }
 
 /// A socket that sends from `local` to `remote`'s BFD port. `random` says which of the source ports is tried first.

@@ -52,6 +52,10 @@ pub(super) struct MapEntry {
 pub(super) struct Neighbour {
     pub line: usize,
     pub is_group: bool,
+    /// Named by the interface that it is found on.
+    pub on_link: bool,
+    /// The interface of a link-local one.
+    pub interface: Option<String>,
     pub group: Option<String>,
     pub remote_asn: Option<u32>,
     pub description: Option<String>,
@@ -213,7 +217,20 @@ fn bgp_line(configuration: &mut Configuration, line: usize, words: &[&str]) -> b
             if neighbour.line == 0 {
                 neighbour.line = line;
             }
-            return neighbour_line(neighbour, line, rest);
+            return match rest {
+                // `neighbor fe80::1 interface eth0`: which one is meant.
+                ["interface", interface] if name.parse::<std::net::IpAddr>().is_ok() => {
+                    neighbour.interface = Some((*interface).to_owned());
+                    true
+                }
+                // `neighbor eth0 interface [v6only] [remote-as N | peer-group G]`: whoever is there.
+                ["interface", rest @ ..] => {
+                    neighbour.on_link = true;
+                    let rest = rest.strip_prefix(&["v6only"]).unwrap_or(rest);
+                    rest.is_empty() || neighbour_line(neighbour, line, rest)
+                }
+                rest => neighbour_line(neighbour, line, rest),
+            };
         }
         _ => return false,
     }
@@ -224,7 +241,7 @@ fn neighbour_line(neighbour: &mut Neighbour, line: usize, words: &[&str]) -> boo
     let named = |name: &&str| Some((line, (*name).to_owned()));
     match words {
         ["peer-group", group] => neighbour.group = Some((*group).to_owned()),
-        ["remote-as", asn] => neighbour.remote_asn = asn.parse().ok(),
+        ["remote-as", asn] if asn.parse::<u32>().is_ok() => neighbour.remote_asn = asn.parse().ok(),
         ["description", text @ ..] => neighbour.description = Some(text.join(" ").trim_matches('"').to_owned()),
         ["password", ..] => neighbour.password = Some(line),
         ["port", port] => neighbour.port = port.parse().ok().filter(|port| *port != 179).map(|port| (line, port)),
