@@ -32,10 +32,12 @@ pub mod stages;
 
 pub use events::{BackendSignals, DropSample, FlowEnd};
 
+mod any_port;
 mod cache;
 mod fragment;
 mod icmp;
 mod vlan;
+pub use any_port::ANY_PORT;
 pub use cache::*;
 pub use fragment::*;
 pub use icmp::*;
@@ -55,7 +57,7 @@ pub mod name {
     pub const HALF_OPEN_V6: &str = "HALF_OPEN_V6";
     /// As [`CLOSING`], `LruHashMap<FlowKeyV6, FlowV6>`.
     pub const CLOSING_V6: &str = "CLOSING_V6";
-    /// `HashMap<ServiceKey, u32>`: frontend to service number.
+    /// `HashMap<ServiceKey, u32>`: frontend to service number; port [`super::ANY_PORT`] where no other key has the packet's.
     pub const SERVICE_INDEX: &str = "SERVICE_INDEX";
     /// `Array<ServiceEntry>` by service number.
     pub const SERVICES: &str = "SERVICES";
@@ -81,7 +83,8 @@ pub mod name {
     pub const SELECTION_MET_FULL: &str = "SELECTION_MET_FULL";
     /// `LruHashMap<AffinityKey, AffinityEntry>`: where clients of services with affinity are at home.
     pub const AFFINITY: &str = "AFFINITY";
-    /// `HashMap<ServiceKey, u32>`: a dnat backend's address, port, protocol to its number.
+    /// `HashMap<ServiceKey, u32>`: a dnat backend's address, port, protocol to its number; port [`super::ANY_PORT`] where no
+    /// other key has the packet's.
     pub const BACKEND_INDEX: &str = "BACKEND_INDEX";
     /// `Array<Chunk>`: selection regions, see [`super::SelectionHeader`].
     pub const SELECTION: &str = "SELECTION";
@@ -262,7 +265,7 @@ pub const SNAT_ADDRESSES: usize = 4;
 pub struct ServiceKey {
     /// Address, network order.
     pub address: Wide,
-    /// Port, network order.
+    /// Port, network order; [`ANY_PORT`]: all that have no key of their own.
     pub port: u16,
     /// IP protocol number.
     pub protocol: u8,
@@ -409,7 +412,7 @@ pub mod flow_flag {
 pub struct ServiceEntry {
     /// VIP, network order.
     pub address: Wide,
-    /// Listen port, network order.
+    /// Listen port, network order; [`ANY_PORT`]: all that no other frontend has.
     pub port: u16,
     /// IP protocol number; 0: this number is free.
     pub protocol: u8,
@@ -492,7 +495,7 @@ pub mod mode {
 pub struct BackendEntry {
     /// Address, network order.
     pub address: Wide,
-    /// Port, network order.
+    /// Port, network order; [`ANY_PORT`]: the one that the client asked for.
     pub port: u16,
     /// IP protocol number; 0: this number is free.
     pub protocol: u8,

@@ -66,7 +66,7 @@ use crate::{
     desired::{self, DesiredState},
     fib::{FibEvent, FibHandle},
     model::{
-        BackendSource, BackendVerb, FlowSelector, HealthKey, PoolSnapshot, Resolver, RouteUpdate,
+        BackendSource, BackendVerb, Endpoint, FlowSelector, HealthKey, PoolSnapshot, Resolver, RouteUpdate,
         query::{ConfigChange, Query, ReloadRow, ViewError},
     },
     notify,
@@ -461,7 +461,10 @@ impl Daemon {
         };
         if !known && !self.orders.all().contains_key(key) {
             let help = "`edge-ctl backend list` names them";
-            return Err(ViewError::NotFound(format!("service `{service}` has no backend {backend}; {help}")));
+            return Err(ViewError::NotFound(format!(
+                "service `{service}` has no backend {}; {help}",
+                Endpoint(*backend)
+            )));
         }
         self.orders.give(key, verb)?;
         self.world.orders.clone_from(self.orders.all());

@@ -24,9 +24,9 @@ pub use self::eligibility::{Exclusion, Facts};
 use crate::{
     config::valid::Config,
     model::{
-        AdminOrders, AdminState, BackendSource, Balance, Check, Frontend, HostFault, Lifetimes, Mode, PathAttributes,
-        PoolMember, PoolSnapshot, PoolState, Protection, Protocol, RouteSet, Selection, Service, Snat, StaticBackend,
-        Tier, Verdict, scope, within,
+        ANY_PORT, AdminOrders, AdminState, BackendSource, Balance, Check, Frontend, HostFault, Lifetimes, Mode,
+        PathAttributes, PoolMember, PoolSnapshot, PoolState, Protection, Protocol, RecordType, RouteSet, Selection,
+        Service, Snat, StaticBackend, Tier, Verdict, scope, within,
     },
     sources::health::{Target, Targets, Verdicts, panic::panics},
 };
@@ -57,6 +57,8 @@ pub struct Inputs<'a> {
     pub datapath_ready: bool,
     /// VIPs that the host does not hold although it should: they are not announced.
     pub unheld: &'a BTreeSet<IpAddr>,
+    /// Addresses on interfaces of the host other than `lo`: a frontend of every port would take what is meant for the host.
+    pub own: &'a BTreeSet<IpAddr>,
     /// What settings of the host break: what they concern is not announced.
     pub host_faults: &'a BTreeSet<HostFault>,
     /// What checks say.
@@ -295,11 +297,21 @@ fn rebuild_service(
     state: &mut DesiredState,
 ) {
     for frontend in &service.listen {
+        if takes_what_is_the_hosts(frontend, inputs.own) {
+            state.frontends.remove(frontend);
+            continue;
+        }
         let built = build_frontend(config, inputs, service, frontend);
         let known = before.frontends.get(frontend).filter(|known| ***known == built);
         state.addresses.insert(frontend.address.ip());
         state.frontends.insert(*frontend, known.map_or_else(|| Arc::new(built), Arc::clone));
     }
+}
+
+/// True for a frontend of every port at an address of the host's own, on an interface other than `lo`: it is not served, since
+/// that would end ssh and BGP with this host.
+pub fn takes_what_is_the_hosts(frontend: &Frontend, own: &BTreeSet<IpAddr>) -> bool {
+    frontend.takes_every_port() && own.contains(&frontend.address.ip())
 }
 
 /// What is announced of these frontends. Several services may share a VIP, or an aggregate: it is announced while any of
@@ -415,8 +427,10 @@ pub fn targets(config: &Config, state: &DesiredState, services: Option<&BTreeSet
 /// and where they come from; `None` where nothing is known and the maps hold nothing either.
 fn members(inputs: &Inputs<'_>, service: &Service, frontend: &Frontend) -> Option<(Vec<PoolMember>, &'static str)> {
     let (members, source): (Vec<PoolMember>, _) = match (&service.backends, inputs.pools.get(&service.backends)) {
-        (BackendSource::Dns { .. }, Some(snapshot)) if snapshot.state != PoolState::Unknown => {
-            (snapshot.members.iter().copied().collect(), "dns")
+        (BackendSource::Dns { record, .. }, Some(snapshot)) if snapshot.state != PoolState::Unknown => {
+            // No service is at port 0 (RFC 2782 leaves it free), which would mean every port here.
+            let has_port = |member: &&PoolMember| *record != RecordType::Srv || member.address.port() != ANY_PORT;
+            (snapshot.members.iter().filter(has_port).copied().collect(), "dns")
         }
         (BackendSource::Static(_), Some(snapshot)) if snapshot.state != PoolState::Unknown => {
             (snapshot.members.iter().copied().collect(), "static")
@@ -597,6 +611,7 @@ mod tests {
         ready: bool,
         covered_before: BTreeSet<IpAddr>,
         unheld: BTreeSet<IpAddr>,
+        own: BTreeSet<IpAddr>,
         host_faults: BTreeSet<HostFault>,
         verdicts: Verdicts,
         orders: AdminOrders,
@@ -616,6 +631,7 @@ mod tests {
                 ready: true,
                 covered_before: BTreeSet::new(),
                 unheld: BTreeSet::new(),
+                own: BTreeSet::new(),
                 host_faults: BTreeSet::new(),
                 verdicts: Verdicts::new(),
                 orders: AdminOrders::new(),
@@ -655,6 +671,7 @@ mod tests {
                     covered_before: &self.covered_before,
                     datapath_ready: self.ready,
                     unheld: &self.unheld,
+                    own: &self.own,
                     host_faults: &self.host_faults,
                     verdicts: &self.verdicts,
                     orders: &self.orders,
@@ -738,6 +755,41 @@ mod tests {
         let changed: Vec<_> = changed.map(|(_, frontend)| frontend.service.as_str()).collect();
         assert_eq!(changed, ["s7"], "ingress has no order, the others were not looked at");
         assert_eq!(world.rebuild(&after, None), world.build());
+    }
+
+    #[test]
+    fn a_service_of_every_port_is_served_unless_its_address_is_the_hosts_own() {
+        let mut world = World::new();
+        let service = world.config.services.get_mut("ingress").unwrap();
+        service.listen = vec!["203.0.113.10:*/tcp".parse().unwrap(), "203.0.113.10:443/tcp".parse().unwrap()];
+        service.backends = BackendSource::Static(vec![StaticBackend::new("10.1.0.4:443".parse().unwrap())]);
+        world.route("10.1.0.0/24", &["172.16.1.80"]);
+        let served = |state: &DesiredState| state.frontends.keys().map(ToString::to_string).collect::<Vec<_>>();
+        let before = world.build();
+        assert_eq!(served(&before), ["203.0.113.10:*/tcp", "203.0.113.10:443/tcp"]);
+        // Somebody gives the address to an interface.
+        world.own.insert("203.0.113.10".parse().unwrap());
+        assert_eq!(served(&world.build()), ["203.0.113.10:443/tcp"]);
+        let named = BTreeSet::from(["ingress".to_owned()]);
+        assert_eq!(served(&world.rebuild(&before, Some(&named))), ["203.0.113.10:443/tcp"]);
+        world.own = BTreeSet::from(["203.0.113.11".parse().unwrap()]);
+        assert_eq!(served(&world.build()), served(&before));
+    }
+
+    #[test]
+    fn a_backend_of_every_port_is_one_that_the_configuration_names_and_never_an_srv_answer_without_a_port() {
+        for (record, port, expected) in
+            [(RecordType::A, Some(ANY_PORT), &["10.1.0.4:0"][..]), (RecordType::Srv, None, &["10.1.1.5:443"])]
+        {
+            let mut world = World::new();
+            let source = BackendSource::Dns { name: SOURCE.to_owned(), port, resolver: "kube-dns".to_owned(), record };
+            world.config.services.get_mut("ingress").unwrap().backends = source.clone();
+            let addresses = if port.is_some() { &["10.1.0.4:0"][..] } else { &["10.1.0.4:0", "10.1.1.5:443"] };
+            let members = addresses.iter().map(|text| PoolMember::new(text.parse().unwrap(), 1)).collect();
+            world.pools.insert(source.clone(), PoolSnapshot { source, members, state: PoolState::Fresh });
+            let found: Vec<_> = verdicts(&world.build()).into_iter().map(|(address, _)| address).collect();
+            assert_eq!(found, expected, "{record}");
+        }
     }
 
     #[test]

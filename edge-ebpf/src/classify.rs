@@ -3,8 +3,8 @@
 use edge_common::{
     address::unmapped,
     conntrack::opens,
-    flow::UDP,
-    maps::ServiceKey,
+    flow::{FlowKey, UDP},
+    maps::{ANY_PORT, ServiceKey},
     verdict::{Reason, Verdict},
 };
 
@@ -49,8 +49,8 @@ fn is_mapped<A: Family>(address: A) -> bool {
     A::V6 && unmapped(&address.wide()).is_some()
 }
 
-/// The number of an address and port in a map that holds both families. A v4-mapped address in an IPv6 packet stands for
-/// nothing there: it would meet an IPv4 entry.
+/// The number of an address and port in a map that holds both families, else that of all ports of the address. A v4-mapped
+/// address in an IPv6 packet stands for nothing there: it would meet an IPv4 entry.
 #[inline(always)]
 pub fn lookup<A: Family>(
     address: A,
@@ -61,5 +61,18 @@ pub fn lookup<A: Family>(
     if is_mapped(address) {
         return None;
     }
-    number(&ServiceKey { address: address.wide(), port, protocol, _pad: 0 })
+    // One key for both, since the stack is short.
+    let mut key = ServiceKey { address: address.wide(), port, protocol, _pad: 0 };
+    if let Some(exact) = number(&key) {
+        return Some(exact);
+    }
+    key.port = ANY_PORT;
+    number(&key)
+}
+
+/// True where a client's packet of this tuple is service `number`'s. What comes from a backend of all ports names its VIP's port
+/// by its own, and that port may be another frontend's.
+#[inline(never)]
+pub fn is_of<A: Family>(client: &FlowKey<A>, number: u32) -> bool {
+    lookup(client.dst, client.dst_port, client.protocol, maps::frontend) == Some(number)
 }

@@ -60,7 +60,7 @@ pub fn flow<A: Family>(parsed: &Parsed<A>, past: &Past<A>) -> Verdict {
         new_src: parsed.key.src,
         new_dst: A::narrow(&backend.address),
         new_src_port: parsed.key.src_port,
-        new_dst_port: backend.port,
+        new_dst_port: backend.port_for(parsed.key.dst_port),
         service: service_number,
         backend: backend_number,
         flags: flags(service, parsed.key.protocol),

@@ -12,12 +12,12 @@ use edge_common::{
         tcp_flag::{ACK, RST, SYN},
     },
     flow::{FlowKey, UDP},
-    maps::{Flow, ServiceEntry, balance, flow_flag, mode, service_flag},
+    maps::{ANY_PORT, Flow, ServiceEntry, balance, flow_flag, mode, service_flag},
     verdict::{Reason, Verdict},
 };
 
 use crate::{
-    classify::NEW_FLOW,
+    classify::{NEW_FLOW, is_of},
     conntrack::Past,
     create::{self, JOINED, OPENED, Plan, TAKEN},
     family::Family,
@@ -80,6 +80,9 @@ fn reply<A: Family>(parsed: &Parsed<A>, past: &mut Past<A>) -> Verdict {
     if service.mode != mode::DNAT || parsed.lacks_checksum || !is_choice(service, &client, past.backend) {
         return because(Reason::ReplyWithoutFlow, number);
     }
+    if service.port == ANY_PORT && !is_of(&client, number) {
+        return because(Reason::ReplyWithoutFlow, number);
+    }
     if is_with_another(&client, &parsed.key) {
         return because(Reason::TwinTaken, number);
     }
@@ -97,7 +100,7 @@ fn is_with_another<A: Family>(client: &FlowKey<A>, reply: &FlowKey<A>) -> bool {
 /// The client's tuple of a backend's reply.
 #[inline(always)]
 fn client_of<A: Family>(key: &FlowKey<A>, service: &ServiceEntry) -> FlowKey<A> {
-    FlowKey::new(key.dst, A::narrow(&service.address), key.dst_port, service.port, key.protocol)
+    FlowKey::new(key.dst, A::narrow(&service.address), key.dst_port, service.port_of(key.src_port), key.protocol)
 }
 
 /// True where every edge would give the client this backend, or would once the first had not answered.
@@ -142,7 +145,7 @@ fn adopt<A: Family>(parsed: &Parsed<A>, number: u32, chosen: u32, from_backend: 
         new_src: key.src,
         new_dst: A::narrow(&backend.address),
         new_src_port: key.src_port,
-        new_dst_port: backend.port,
+        new_dst_port: backend.port_for(key.dst_port),
         service: number,
         backend: chosen,
         flags: create::flags(service, key.protocol) | flow_flag::ADOPTED | known,

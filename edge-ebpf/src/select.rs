@@ -46,9 +46,7 @@ pub fn backend<A: Family>(number: u32, service: &ServiceEntry, key: &FlowKey<A>,
     let Some(control) = maps::control() else {
         return NONE;
     };
-    // With affinity all connections of a client that arrive before one of them is remembered agree, as do all edges.
-    let ports = if service.affinity_timeout == 0 { key.src_port } else { 0 };
-    let hash = hash::tuple(control.seed, &FlowKey::new(key.src, key.dst, ports, key.dst_port, key.protocol));
+    let hash = hash::tuple(control.seed, &chosen_by(service, key));
     let first = if service.balance == balance::ROUND_ROBIN { u64::from(maps::next_turn(number)) } else { hash };
     let draw = Draw { first, second: hash.rotate_left(32), two: service.balance == balance::LEAST_CONNECTIONS };
     maps::set_met_full(0);
@@ -78,8 +76,7 @@ pub fn agreed<A: Family>(service: &ServiceEntry, key: &FlowKey<A>, avoid: u32) -
     let Some(control) = maps::control() else {
         return NONE;
     };
-    let ports = if service.affinity_timeout == 0 { key.src_port } else { 0 };
-    let hash = hash::tuple(control.seed, &FlowKey::new(key.src, key.dst, ports, key.dst_port, key.protocol));
+    let hash = hash::tuple(control.seed, &chosen_by(service, key));
     let draw = Draw { first: hash, second: hash, two: false };
     let tick = Pending::tick(maps::now());
     let mut region = service.selection;
@@ -94,6 +91,14 @@ pub fn agreed<A: Family>(service: &ServiceEntry, key: &FlowKey<A>, avoid: u32) -
         region = header.backup;
     }
     NONE
+}
+
+/// The tuple whose hash chooses. With affinity all connections of a client to the frontend, to all of its ports where it has
+/// many, agree before one of them is remembered, as do all edges.
+#[inline(always)]
+fn chosen_by<A: Family>(service: &ServiceEntry, key: &FlowKey<A>) -> FlowKey<A> {
+    let (from, to) = if service.affinity_timeout == 0 { (key.src_port, key.dst_port) } else { (0, service.port) };
+    FlowKey::new(key.src, key.dst, from, to, key.protocol)
 }
 
 /// Counts a flow that is about to begin towards the limit of its backend.

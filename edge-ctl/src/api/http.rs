@@ -2,11 +2,7 @@
 
 mod bgp;
 
-use std::{
-    net::{IpAddr, SocketAddr},
-    path::PathBuf,
-    sync::Arc,
-};
+use std::{net::IpAddr, path::PathBuf, sync::Arc};
 
 use axum::{
     Json, Router,
@@ -23,7 +19,7 @@ use serde::Deserialize;
 use super::{Answer, Query, ViewError, Views, metrics};
 use crate::model::capture::CaptureOrder;
 use crate::model::{
-    BackendVerb, FlowSelector, MOST_CONNECTIONS, Protocol, RecordType,
+    BackendVerb, Endpoint, FlowSelector, MOST_CONNECTIONS, Protocol, RecordType,
     query::{ConfigChange, ConfigVerb, DEFAULT_LIMIT, PolicyQuestion, Refusal, ServiceDetail},
 };
 
@@ -190,7 +186,7 @@ async fn change(
 #[serde(deny_unknown_fields)]
 struct KillParameters {
     service: String,
-    backend: Option<SocketAddr>,
+    backend: Option<Endpoint>,
     client: Option<IpAddr>,
     port: Option<u16>,
     protocol: Option<Protocol>,
@@ -205,7 +201,7 @@ async fn kill_flows(
             bad_request("`port` is the client's: it needs `client`".to_owned())
         }
         Ok(Parameters(KillParameters { service, backend, client, port, protocol })) => {
-            let client = client.map(|address| (address, port));
+            let (backend, client) = (backend.map(|Endpoint(address)| address), client.map(|address| (address, port)));
             ask(views, Query::FlowKill(FlowSelector { service, backend, client, protocol })).await
         }
         Err(rejection) => bad_request(rejection.body_text()),
@@ -347,7 +343,7 @@ async fn order(State(views): State<Shared>, path: Addressed, parameters: Ordered
         (Err(rejection), _) => return bad_request(rejection.body_text()),
         (_, Err(rejection)) => return bad_request(rejection.body_text()),
     };
-    let Ok(backend) = backend.parse() else {
+    let Ok(Endpoint(backend)) = backend.parse() else {
         return bad_request(format!("`{backend}` is not ADDRESS:PORT of a backend"));
     };
     match backend_verb(&verb, &parameters) {

@@ -13,7 +13,7 @@ use super::{
     commands::{Failure, Outcome, Shown, Source, print, rows, single},
     table, views,
 };
-use crate::model::{FlowSelector, Protocol, query::Query};
+use crate::model::{Endpoint, FlowSelector, Protocol, query::Query};
 
 /// More flows than any table holds.
 const ALL: usize = 1 << 20;
@@ -40,7 +40,7 @@ pub(super) struct KillArgs {
     pub service: String,
     /// Only flows with this backend, ADDRESS:PORT
     #[arg(long)]
-    pub backend: Option<SocketAddr>,
+    pub backend: Option<Endpoint>,
     /// Only flows of this client, ADDRESS or ADDRESS:PORT
     #[arg(long)]
     pub client: Option<Client>,
@@ -64,7 +64,8 @@ pub(super) fn kill(source: &Source<'_>, args: &KillArgs) -> Outcome<Exit> {
         return Err(Failure { exit: Exit::Usage, message });
     }
     let KillArgs { service, backend, client, protocol } = args.clone();
-    let client = client.map(|Client(address, port)| (address, port));
+    let (backend, client) =
+        (backend.map(|Endpoint(address)| address), client.map(|Client(address, port)| (address, port)));
     let row = source.ask(&Query::FlowKill(FlowSelector { service, backend, client, protocol }))?;
     let pretty = |row: &Value| format!("{} flows ended\n", row.get("flows").map(table::plain).unwrap_or_default());
     print(&single(source, &views::FLOWS, row, pretty)?);

@@ -1,10 +1,10 @@
 //! Orders for backends: what is asked of the daemon, and waiting until a drain has ended.
 
-use std::{net::SocketAddr, time::Duration};
+use std::time::Duration;
 
 use clap::{Args, Subcommand};
 
-use crate::model::{BackendVerb as Verb, MOST_CONNECTIONS, query::Query};
+use crate::model::{BackendVerb as Verb, Endpoint, MOST_CONNECTIONS, query::Query};
 
 /// Between two looks at a backend that drains.
 pub(super) const LOOK: Duration = Duration::from_millis(500);
@@ -15,7 +15,7 @@ pub(super) struct One {
     /// The service's name
     pub service: String,
     /// The backend's ADDRESS:PORT, as in `backend list`
-    pub backend: SocketAddr,
+    pub backend: Endpoint,
 }
 
 #[derive(Debug, Subcommand)]
@@ -87,7 +87,7 @@ impl Order {
             Self::Weight { one, weight } => (one, Verb::Weight(weight.0)),
             Self::Limit { one, limit } => (one, Verb::Limit(limit.0)),
         };
-        Query::Order { service: one.service.clone(), backend: one.backend, verb }
+        Query::Order { service: one.service.clone(), backend: one.backend.0, verb }
     }
 
     /// The backend whose drain is to be awaited.

@@ -1,6 +1,7 @@
 //! Configuration. `raw` holds what the files say and where, `read` takes it apart key by key, and [`valid`] is the only
 //! form that travels: one door between the two, [`load`]. Every fault is reported, each with its file and line.
 
+mod any_port;
 mod bgp;
 mod bgp_session;
 pub mod diff;
@@ -162,7 +163,8 @@ fn validate(merged: &Merged, at: Place, report: &Report) -> Option<Config> {
     let bgp = bgp::bgp(&root);
     let pod_networks = edge.as_ref().map_or(&[][..], |edge| &edge.pod_networks);
     let backends = edge.as_ref().map_or(edge_common::maps::BACKENDS, |edge| edge.tables.backends);
-    let context = service::Context { pod_networks, resolvers: &resolvers, has_bgp: root.has("bgp"), backends };
+    let own = any_port::own_addresses(http, bgp.as_ref());
+    let context = service::Context { pod_networks, resolvers: &resolvers, has_bgp: root.has("bgp"), backends, own };
     let services = service::services(&root, &context);
     root.finish();
     let bgp = bgp.map(|bgp| bgp::guarded(bgp, pod_networks, &services));

@@ -52,6 +52,10 @@ announce = { min_backends = 2, communities = ["64512:100"] }
 source_ranges = { deny = ["192.0.2.0/24"] }
 limits = { new_flows_per_source = "100/s", new_flows_burst = 200 }
 health = { https = { path = "/healthz", status = ["200-299"] }, passive = { failures = 3 } }
+[service.every-port]
+listen = ["203.0.113.10:*/tcp"]
+backends = { dns = "web.cluster.local", port = "*", resolver = "dns" }
+announce = true
 "#,
     r#"
 [edge]
@@ -160,6 +164,7 @@ fn the_schema_accepts_what_the_parser_accepts_and_refuses_unknown_keys_and_wrong
     for (good, bad) in [
         ("interfaces", "interface"),
         ("port = 80,", "port = \"80\","),
+        ("port = \"*\"", "port = \"any\""),
         ("hook = \"auto\"", "hook = \"fast\""),
         ("failures = 3", "failures = 0"),
         ("asn = 64512", "asn = 0"),

@@ -9,10 +9,11 @@ use super::{
     read::{Mixed, Section},
     values,
 };
-use crate::model::{Balance, Protocol, Selection, StaticBackend, Tier, within};
+use crate::model::{Balance, Endpoint, Protocol, Selection, StaticBackend, Tier, within};
 
 const BALANCE: &str = "\"maglev\", \"round-robin\" or \"least-conn\"";
 const STATIC: &str = "ADDRESS:PORT or { address = \"ADDRESS:PORT\", weight = N }";
+const ADDRESS: &str = "ADDRESS:PORT, or ADDRESS:* for the port that the client asked for";
 
 /// `balance`, `affinity`, `max_connections`, `slow_start`, `maglev_size`.
 pub(super) fn selection(section: &Section<'_>, protocols: &[Protocol]) -> (Balance, Selection) {
@@ -63,15 +64,14 @@ fn period(text: &str, most: u64) -> Result<Duration, String> {
 
 /// `static` and `backup` of a service's `backends`.
 pub(super) fn fixed(source: &Section<'_>, pod_networks: &[ipnet::IpNet]) -> Vec<StaticBackend> {
-    let parse = |text: &str| match text.parse::<SocketAddr>() {
-        Ok(address) if address.port() == 0 => Err("port 0 cannot be used".to_owned()),
+    let parse = |text: &str| match text.parse::<Endpoint>() {
         // Without any network the fault is there, not here.
-        Ok(address) if !pod_networks.is_empty() && !within(pod_networks, address.ip()) => {
+        Ok(Endpoint(address)) if !pod_networks.is_empty() && !within(pod_networks, address.ip()) => {
             let networks: Vec<_> = pod_networks.iter().map(ToString::to_string).collect();
             Err(format!("it lies outside `pod_networks` ({})", networks.join(", ")))
         }
-        Ok(address) => Ok(address),
-        Err(_) => Err("not an address with a port".to_owned()),
+        Ok(Endpoint(address)) => Ok(address),
+        Err(why) => Err(why.to_string()),
     };
     let mut seen = BTreeSet::new();
     let mut backends = Vec::new();
@@ -83,7 +83,7 @@ pub(super) fn fixed(source: &Section<'_>, pod_networks: &[ipnet::IpNet]) -> Vec<
         for (at, element) in elements.unwrap_or_default() {
             let Some((address, weight)) = element_of(source, key, &at, element, &parse) else { continue };
             if !seen.insert(address) {
-                source.fault(&at, format!("`{key}`: {address} stands there twice"));
+                source.fault(&at, format!("`{key}`: {} stands there twice", Endpoint(address)));
             }
             backends.push(StaticBackend { address, weight, tier });
         }
@@ -103,12 +103,12 @@ fn element_of(
         Mixed::Text(text) => match parse(text) {
             Ok(address) => Some((address, 1)),
             Err(why) => {
-                source.fault(at, format!("`{key}`: \"{text}\" is refused: {why}; expected ADDRESS:PORT"));
+                source.fault(at, format!("`{key}`: \"{text}\" is refused: {why}; expected {ADDRESS}"));
                 None
             }
         },
         Mixed::Table(table) => {
-            let address = table.parse("address", "ADDRESS:PORT", parse);
+            let address = table.parse("address", ADDRESS, parse);
             if !table.has("address") {
                 table.missing("address", "ADDRESS:PORT");
             }

@@ -9,7 +9,7 @@ use std::{
 use ipnet::IpNet;
 
 use super::{
-    health,
+    any_port, health,
     lifetimes::lifetimes,
     protect::protection,
     raw::{Place, Value},
@@ -80,6 +80,8 @@ pub(super) struct Context<'a> {
     pub has_bgp: bool,
     /// Numbers in the table of backends, 0 included.
     pub backends: u32,
+    /// Addresses that the daemon itself speaks from or listens on, and for what.
+    pub own: BTreeMap<IpAddr, &'static str>,
 }
 
 pub(super) fn services(root: &Section<'_>, context: &Context<'_>) -> BTreeMap<String, Service> {
@@ -114,6 +116,7 @@ pub(super) fn services(root: &Section<'_>, context: &Context<'_>) -> BTreeMap<St
             break;
         }
     }
+    any_port::check_own_addresses(root, &services, &taken, context);
     services
 }
 
@@ -131,22 +134,26 @@ fn service(
     });
     let mode = mode.map_or(Mode::default(), |mode| mode.value);
     let listen = listen(name, &section, context, taken);
-    let protocols: Vec<_> = listen.iter().map(|frontend| frontend.protocol).collect();
+    let protocols: Vec<_> = listen.iter().map(|frontend| frontend.value.protocol).collect();
     let (balance, selection) = selection::selection(&section, &protocols);
     let backends = backends(&section, context);
+    let frontends: Vec<_> = listen.iter().map(|frontend| frontend.value).collect();
     if let Some(backends) = &backends {
-        one_family(&section, &listen, backends);
+        one_family(&section, &frontends, backends);
     }
     let snat = snat(&section, mode, context);
     let announce = announce(&section, context);
     let health = health::health(&section, &protocols);
     let on_down = health::on_down(&section, &protocols);
     let lifetimes = lifetimes(&section, &protocols);
-    let protection = protection(&section, &listen);
+    let protection = protection(&section, &frontends);
+    if let Some(backends) = &backends {
+        any_port::check(&section, &listen, backends, mode, announce.is_some(), health.as_ref());
+    }
     section.finish();
     Some(Service {
         name: name.to_owned(),
-        listen,
+        listen: frontends,
         backends: backends?,
         mode,
         balance,
@@ -165,8 +172,8 @@ fn listen(
     section: &Section<'_>,
     context: &Context<'_>,
     taken: &mut BTreeMap<Frontend, (String, Place)>,
-) -> Vec<Frontend> {
-    const EXPECTED: &str = "ADDRESS:PORT/tcp or ADDRESS:PORT/udp";
+) -> Vec<At<Frontend>> {
+    const EXPECTED: &str = "ADDRESS:PORT/tcp or ADDRESS:PORT/udp, or `*` as the port";
     let example = "at least one listen address, such as [\"172.16.1.88:8443/tcp\"]";
     let listen = section.required_list("listen", EXPECTED, example, frontend);
     for At { value: frontend, at } in &listen {
@@ -180,7 +187,7 @@ fn listen(
             taken.insert(*frontend, (name.to_owned(), at.clone()));
         }
     }
-    listen.into_iter().map(|frontend| frontend.value).collect()
+    listen
 }
 
 fn frontend(text: &str) -> Result<Frontend, String> {
@@ -287,14 +294,14 @@ fn dns(source: &Section<'_>, context: &Context<'_>) -> Option<BackendSource> {
     });
     let record_known = record.is_some() || !source.has("record");
     let record = record.map_or(RecordType::default(), |record| record.value);
-    let port = source.port("port", 1);
+    let port = any_port::backend_port(source);
     match record {
         RecordType::Srv if source.has("port") => {
             source
                 .fault(source.place(), "`port` with `record = \"srv\"`: SRV answers carry the port; remove it".into());
         }
         RecordType::A | RecordType::Aaaa if !source.has("port") && record_known => {
-            source.missing("port", "the backends' port, 1 to 65535");
+            source.missing("port", any_port::PORT);
         }
         _ => {}
     }

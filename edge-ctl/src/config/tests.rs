@@ -693,3 +693,87 @@ fn protection_that_cannot_be_meant_is_refused_with_its_line() {
     let udp = BASE.replace("80/tcp", "80/udp");
     assert!(faults(&format!("{udp}mss = 1400\n"))[0].contains("`mss` is for TCP"));
 }
+
+/// [`BASE`] with a service of every port of a VIP of its own.
+fn every_port(backends: &str, more: &str) -> String {
+    BASE.replace("172.16.1.88:80/tcp\"", "203.0.113.10:*/tcp\"").replace("{ static = [\"10.1.0.4:80\"] }", backends)
+        + "announce = true\n"
+        + more
+}
+
+const KEPT: &str = "{ static = [\"10.1.0.4:*\"] }";
+
+#[test]
+fn a_service_takes_every_port_and_its_backends_keep_it_or_have_one_of_their_own() {
+    let web = |text: &str| ok(text).services.remove("web").unwrap();
+    let kept = web(&every_port(KEPT, ""));
+    assert_eq!(kept.listen[0].to_string(), "203.0.113.10:*/tcp");
+    assert!(kept.listen[0].takes_every_port() && kept.backends.keeps_all_ports());
+    assert!(web(&every_port(KEPT, "mode = \"dnat\"\nhealth = { tcp = {}, port = 80 }\n")).backends.keeps_ports());
+    assert!(!web(&every_port("{ static = [\"10.1.0.4:80\"] }", "health = { tcp = {} }\n")).backends.keeps_ports());
+    web(&every_port(KEPT, "health = { passive = {} }\n"));
+    for (port, keeps) in [("\"*\"", true), ("80", false)] {
+        let dns = format!("{{ dns = \"web.local\", port = {port}, resolver = \"kube-dns\" }}");
+        assert_eq!(web(&every_port(&dns, "")).backends.keeps_ports(), keeps);
+    }
+    let v6 = every_port("{ static = [{ address = \"[fd00:10:1::4]:*\", weight = 2 }] }", "")
+        .replace("203.0.113.10:*/tcp", "[2001:db8::1]:*/udp")
+        .replace("[\"10.1.0.0/16\"]", "[\"10.1.0.0/16\", \"fd00:10:1::/48\"]");
+    assert_eq!(web(&v6).listen[0].to_string(), "[2001:db8::1]:*/udp");
+}
+
+#[test]
+fn a_frontend_of_one_port_stands_beside_one_of_every_port_and_two_of_every_port_do_not() {
+    let other = |listen: &str| {
+        let backends = "backends = { static = [\"10.1.0.5:80\"] }";
+        every_port(KEPT, &format!("[service.other]\nlisten = [\"{listen}\"]\nannounce = true\n{backends}\n"))
+    };
+    for listen in ["203.0.113.10:443/tcp", "203.0.113.10:*/udp", "203.0.113.11:*/tcp"] {
+        assert_eq!(ok(&other(listen)).services.len(), 2, "{listen}");
+    }
+    let faults = faults(&other("203.0.113.10:*"));
+    assert_eq!(faults.len(), 1, "{faults:#?}");
+    assert!(
+        faults[0].starts_with("edge.toml:14: ") && faults[0].contains("service `web` at edge.toml:10"),
+        "{faults:?}"
+    );
+}
+
+#[test]
+fn faults_of_every_port_are_found_with_their_lines() {
+    let srv = "{ dns = \"_x._tcp.web.local\", resolver = \"kube-dns\", record = \"srv\" }";
+    let fixed = "{ static = [\"10.1.0.4:80\"] }";
+    let mixed = "{ static = [\"10.1.0.4:*\", \"10.1.0.5:80\"] }";
+    let dns = |port: &str| format!("{{ dns = \"web.local\", port = {port}, resolver = \"kube-dns\" }}");
+    for (text, line, words) in [
+        (every_port(KEPT, "").replace("announce = true\n", ""), 10, "add `announce`"),
+        (every_port(srv, ""), 11, "use `record = \"a\"`"),
+        (every_port(&srv.replace(" }", ", port = \"*\" }"), ""), 11, "SRV answers carry the port"),
+        (every_port(fixed, "mode = \"dnat\"\n"), 11, "make the backends' port `*`, or use full-nat"),
+        (every_port(mixed, "mode = \"dnat\"\n"), 11, "make the backends' port `*`, or use full-nat"),
+        (every_port(&dns("80"), "mode = \"dnat\"\n"), 11, "make the backends' port `*`, or use full-nat"),
+        (BASE.replace("10.1.0.4:80", "10.1.0.4:*"), 11, "172.16.1.88:80/tcp is one port"),
+        (every_port(KEPT, "").replace("*/tcp\"", "*/tcp\", \"203.0.113.10:53/udp\""), 11, "53/udp is one port"),
+        (BASE.replace("{ static = [\"10.1.0.4:80\"] }", &dns("\"*\"")), 11, "172.16.1.88:80/tcp is one port"),
+        (every_port(&dns("\"any\""), ""), 11, "\"any\" is refused; expected the backends' port, 1 to 65535, or \"*\""),
+        (every_port(KEPT, "health = { tcp = {} }\n"), 13, "add `port`"),
+        (every_port(&dns("\"*\""), "health = { http = {} }\n"), 13, "add `port`"),
+        (every_port("{ static = [\"10.1.0.4:0\"] }", ""), 11, "port 0 cannot be used; `*` is every port"),
+        (every_port(KEPT, "").replace("10:*/tcp", "10:0/tcp"), 10, "or `*` as the port"),
+        (every_port("{ static = [\"10.1.0.4:*\", \"10.1.0.4:*\"] }", ""), 11, "10.1.0.4:* stands there twice"),
+        (every_port("{ static = [\"192.0.2.1:*\"] }", ""), 11, "outside `pod_networks`"),
+        (every_port(KEPT, "snat = { addresses = [\"203.0.113.10\"] }\n"), 10, "`snat` of service `web`"),
+        (every_port(KEPT, "") + "[api]\nhttp = \"203.0.113.10:9180\"\n", 10, "`http` of [api]"),
+        (
+            every_port(KEPT, "")
+                + "[[bgp.peer]]\naddress = \"192.0.2.1\"\nremote_asn = 1\nlocal_address = \"203.0.113.10\"\n",
+            10,
+            "`local_address` of a peer",
+        ),
+    ] {
+        let faults = faults(&text);
+        assert_eq!(faults.len(), 1, "{text}: {faults:#?}");
+        assert!(faults[0].starts_with(&format!("edge.toml:{line}: ")), "{words}: {}", faults[0]);
+        assert!(faults[0].contains(words), "{words}: {}", faults[0]);
+    }
+}

@@ -19,8 +19,9 @@ use crate::{
         loader::{Datapath, ProgramLoaded},
         sys,
     },
+    desired,
     fib::sysctl::{self, SysctlProblem},
-    model::{HostFault, Mode},
+    model::{Frontend, HostFault, Mode},
     notify,
     reconcile::actor::ReconcilerStatus,
 };
@@ -31,6 +32,7 @@ impl Daemon {
         let routes = self.fib.kernel_prefixes().await;
         let changed = routes != self.world.kernel_routes;
         self.world.kernel_routes = routes;
+        self.world.own = self.fib.interface_addresses().await;
         if let Some(bgp) = self.bgp.as_ref().filter(|_| changed) {
             bgp.kernel(self.world.kernel_routes.clone()).await;
         }
@@ -106,6 +108,7 @@ impl Daemon {
         let settings = self::problems(&self.config);
         let mut problems: Vec<String> = settings.iter().map(ToString::to_string).collect();
         let broken = faults(&settings);
+        problems.extend(not_dedicated(&self.config, &self.world.own));
         let ready = {
             let mut shared = lock(&self.shared);
             let before: BTreeSet<String> = shared.problems.iter().cloned().collect();
@@ -224,6 +227,19 @@ pub(super) fn problems(config: &Config) -> Vec<SysctlProblem> {
     let full_nat = config.services.values().any(|service| service.mode == Mode::FullNat);
     let ipv6 = addresses(config).iter().any(IpAddr::is_ipv6);
     sysctl::check(&config.edge.interfaces, full_nat, ipv6)
+}
+
+/// Frontends of every port that are not served, since their address is the host's own.
+fn not_dedicated(config: &Config, own: &BTreeSet<IpAddr>) -> Vec<String> {
+    let listen = config.services.values().flat_map(|service| service.listen.iter().map(move |it| (&service.name, it)));
+    let refused = listen.filter(|(_, frontend)| desired::takes_what_is_the_hosts(frontend, own));
+    let tell = |(service, frontend): (&String, &Frontend)| {
+        format!(
+            "service {service} ({frontend}) is not served: the host has that address on an interface, and ssh and BGP with it would \
+             go to the backends; use an address that is the VIP alone"
+        )
+    };
+    refused.map(tell).collect()
 }
 
 /// What these break. A setting that cannot be read at this moment says nothing: no VIP is withdrawn for want of a file

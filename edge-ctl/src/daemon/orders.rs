@@ -3,7 +3,6 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::SocketAddr,
     path::Path,
 };
 
@@ -15,7 +14,7 @@ use crate::{
     config::valid::Config,
     datapath::{answer::answer_from_pins, kernel_view::KernelView},
     model::{
-        AdminOrder, AdminOrders, BackendVerb, HealthKey,
+        AdminOrder, AdminOrders, BackendVerb, Endpoint, HealthKey,
         query::{Answer, Query, ViewError},
     },
     reconcile::ports::NumberSets,
@@ -29,7 +28,7 @@ const VERSION: u32 = 1;
 
 /// By service, then backend: JSON has no keys of two parts.
 #[derive(Default, Serialize, Deserialize)]
-struct Stored(BTreeMap<String, BTreeMap<SocketAddr, AdminOrder>>);
+struct Stored(BTreeMap<String, BTreeMap<Endpoint, AdminOrder>>);
 
 /// Orders in force.
 pub struct Orders {
@@ -47,7 +46,7 @@ impl Orders {
         let file = StateFile::new(state_dir, FILE, VERSION);
         let Stored(stored) = file.read()?.unwrap_or_default();
         let flat = stored.into_iter().flat_map(|(service, backends)| {
-            backends.into_iter().map(move |(backend, order)| ((service.clone(), backend), order))
+            backends.into_iter().map(move |(Endpoint(backend), order)| ((service.clone(), backend), order))
         });
         Ok(Self { orders: flat.collect(), drains: Drains::default(), file })
     }
@@ -75,7 +74,7 @@ impl Orders {
             orders.insert(key.clone(), order);
         }
         self.replace(orders).map_err(|error| ViewError::Internal(format!("the order was not kept: {error}")))?;
-        info!(service = key.0, backend = %key.1, ?order, "order for a backend");
+        info!(service = key.0, backend = %Endpoint(key.1), ?order, "order for a backend");
         Ok(())
     }
 
@@ -92,7 +91,7 @@ impl Orders {
     fn replace(&mut self, orders: AdminOrders) -> Result<(), StateFileError> {
         let mut stored = Stored::default();
         for ((service, backend), order) in &orders {
-            stored.0.entry(service.clone()).or_default().insert(*backend, *order);
+            stored.0.entry(service.clone()).or_default().insert(Endpoint(*backend), *order);
         }
         self.file.write(&stored)?;
         self.orders = orders;
@@ -103,7 +102,7 @@ impl Orders {
     /// Looks whether flows are left where backends drain. Half-open flows count: their clients may be about to send.
     pub fn look(&mut self, kernel: &KernelView) {
         for (service, backend) in self.drains.look(&self.orders, |key| remaining(kernel, key)) {
-            info!(service, %backend, "backend is drained: no flow is left");
+            info!(service, backend = %Endpoint(backend), "backend is drained: no flow is left");
         }
     }
 }
@@ -113,14 +112,14 @@ fn remaining(kernel: &KernelView, (service, backend): &HealthKey) -> Option<usiz
     let backends = kernel.tables().backend_numbers(service, *backend).ok()?;
     let counts = kernel.tables().flow_counts_of(&NumberSets { backends, ..NumberSets::default() }).ok()?;
     let established: u64 = counts.backends.values().sum();
-    let address = backend.to_string();
     if established > 0 {
         return usize::try_from(established).ok();
     }
     // Only now is the walk over the tables worth its price.
     let query = Query::Flows { service: Some(service.clone()), limit: usize::MAX };
     let Ok(Answer::Flows(flows)) = answer_from_pins(kernel, &query) else { return None };
-    Some(flows.iter().filter(|flow| flow.backend == address && flow.state != "closing").count())
+    let is_with = |text: &str| text.parse().is_ok_and(|address| Endpoint(*backend).covers(address));
+    Some(flows.iter().filter(|flow| is_with(&flow.backend) && flow.state != "closing").count())
 }
 
 #[cfg(test)]

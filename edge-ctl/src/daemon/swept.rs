@@ -9,7 +9,7 @@ use tracing::{info, warn};
 
 use crate::{
     datapath::{snat::SnatUse, sweep::Pass, tables::Tables},
-    model::{SnatAlarms, SnatLevel, SnatRow},
+    model::{Endpoint, SnatAlarms, SnatLevel, SnatRow},
     reconcile::ports::{PortError, ip, socket_address},
 };
 
@@ -63,7 +63,7 @@ impl Swept {
         let name = |(key, found): (&Key, &SnatUse)| {
             let service = labels.get(&found.service).map_or("-", String::as_str);
             let backend = backends.get(&found.backend).map(|entry| socket_address(entry.address, entry.port));
-            let backend = backend.map_or_else(|| "-".to_owned(), |address| address.to_string());
+            let backend = backend.map_or_else(|| "-".to_owned(), |address| Endpoint(address).to_string());
             let SnatUse { address, used, allowed, .. } = *found;
             (
                 *key,

@@ -31,7 +31,7 @@ use crate::{
     desired::{DesiredBackend, DesiredState, Exclusion},
     fib::FibHandle,
     model::{
-        BackendVerb, FlowSelector, Frontend, HealthKey, Protocol,
+        BackendVerb, Endpoint, FlowSelector, Frontend, HealthKey, Protocol,
         capture::{CaptureOrder, CaptureRow},
         query::{AclRow, Answer, ConfigChange, ConfigRow, Query, ViewError},
         scope,
@@ -290,14 +290,16 @@ impl DaemonViews {
         let unknown = || ViewError::NotFound(format!("there is no frontend or service `{}`", order.vip));
         let found = state.index.iter().find_map(|(key, number)| {
             let slot = state.services.get(number)?;
-            let vip = socket_address(key.address, key.port);
+            let vip = Endpoint(socket_address(key.address, key.port));
             (slot.label == order.vip || vip.to_string() == order.vip).then(|| (*number, vip, slot.label.clone()))
         });
         let (number, vip, service) = found.ok_or_else(unknown)?;
         let backend = match &order.backend {
             None => 0,
             Some(wanted) => {
-                let mine = |slot: &BackendSlot| slot.entry.service == number && slot.address().to_string() == *wanted;
+                let mine = |slot: &BackendSlot| {
+                    slot.entry.service == number && Endpoint(slot.address()).to_string() == *wanted
+                };
                 let found = state.backends.iter().find(|(_, slot)| mine(slot)).map(|(number, _)| *number);
                 found.ok_or_else(|| ViewError::NotFound(format!("{service} has no backend `{wanted}`")))?
             }
@@ -427,7 +429,8 @@ fn frontend(vip: &str, protocol: &str) -> Option<Frontend> {
         "udp" => Protocol::Udp,
         _ => return None,
     };
-    Some(Frontend { address: vip.parse().ok()?, protocol })
+    let Endpoint(address) = vip.parse().ok()?;
+    Some(Frontend { address, protocol })
 }
 
 /// What is wanted of a row's backend; `None`: it has left the pool and only drains.
@@ -461,7 +464,7 @@ fn lock_rates(sampled: &Sampled) -> MutexGuard<'_, Rates> {
 type BackendKey = (Frontend, SocketAddr);
 
 fn row_key(row: &BackendRow) -> Option<BackendKey> {
-    Some((frontend(&row.vip, &row.proto)?, row.backend.parse().ok()?))
+    Some((frontend(&row.vip, &row.proto)?, row.backend.parse().ok().map(|Endpoint(address)| address)?))
 }
 
 /// Keeps the rates fresh. Which numbers are in use the reconciler knows, so that only their counters are read; of many

@@ -46,6 +46,8 @@ pub struct World {
     pub datapath_ready: bool,
     /// VIPs that the host does not hold although it should.
     pub unheld: BTreeSet<IpAddr>,
+    /// Addresses of the host's own, on other interfaces than `lo`.
+    pub own: BTreeSet<IpAddr>,
     /// What settings of the host break.
     pub host_faults: BTreeSet<HostFault>,
     /// Connected and static prefixes of the kernel, with their gateways.
@@ -290,6 +292,7 @@ impl World {
                 covered_before: &self.covered,
                 datapath_ready: self.datapath_ready,
                 unheld: &self.unheld,
+                own: &self.own,
                 host_faults: &self.host_faults,
                 verdicts: &self.verdicts,
                 orders: &self.orders,

@@ -34,7 +34,7 @@ use super::{
 };
 use crate::{
     model::{
-        Balance, Protocol, Tier,
+        Balance, Endpoint, Protocol, Tier,
         view::{BackendRow, MapRow, ServiceRow, XdpRow},
     },
     reconcile::{
@@ -114,7 +114,7 @@ impl KernelView {
             let stats = stats.get(number).copied().unwrap_or_default();
             rows.push(ServiceRow {
                 name: slot.label.clone(),
-                vip: socket_address(key.address, key.port).to_string(),
+                vip: Endpoint(socket_address(key.address, key.port)).to_string(),
                 proto: protocol_name(key.protocol),
                 mode: mode_name(slot.entry.mode).to_owned(),
                 balance: balance_name(slot.entry.balance),
@@ -333,7 +333,7 @@ fn backend_row(
 ) -> BackendRow {
     BackendRow {
         service: service.map(|(_, label)| label.to_owned()).unwrap_or_default(),
-        backend: slot.address().to_string(),
+        backend: Endpoint(slot.address()).to_string(),
         proto: protocol_name(slot.entry.protocol),
         node: "-".to_owned(),
         state: if slot.eligible() { "up" } else { "draining" }.to_owned(),
@@ -355,7 +355,9 @@ fn backend_row(
         bytes_in: stats.bytes_in,
         packets_out: stats.packets_out,
         bytes_out: stats.bytes_out,
-        vip: service.map(|(entry, _)| socket_address(entry.address, entry.port).to_string()).unwrap_or_default(),
+        vip: service
+            .map(|(entry, _)| Endpoint(socket_address(entry.address, entry.port)).to_string())
+            .unwrap_or_default(),
         ..BackendRow::default()
     }
 }
@@ -427,7 +429,7 @@ fn key_text(map: &str, key: &[u8]) -> String {
             from_bytes::<FlowKeyV6>(key).map(|key| flow_key_text(&key))
         }
         name::SERVICE_INDEX | name::BACKEND_INDEX => from_bytes::<ServiceKey>(key)
-            .map(|key| format!("{}/{}", socket_address(key.address, key.port), protocol_name(key.protocol))),
+            .map(|key| format!("{}/{}", Endpoint(socket_address(key.address, key.port)), protocol_name(key.protocol))),
         name::NEXT_HOP_INDEX => from_bytes::<NeighbourKey>(key)
             .map(|key| format!("ifindex={} neighbour={}", key.ifindex, crate::reconcile::ports::ip(key.address))),
         name::VLANS => from_bytes::<Port>(key).map(|port| port_text(&port)),
@@ -469,7 +471,7 @@ fn value_text(map: &str, value: &[u8], cpus: usize) -> String {
         name::SERVICES => from_bytes::<ServiceEntry>(value).map(|entry| service_text(&entry)),
         name::SERVICE_LABELS => from_bytes::<[u8; 64]>(value).map(|bytes| label_text(&bytes)),
         name::BACKENDS => from_bytes::<BackendEntry>(value).map(|entry| {
-            let address = socket_address(entry.address, entry.port);
+            let address = Endpoint(socket_address(entry.address, entry.port));
             let (proto, snat) = (protocol_name(entry.protocol), crate::reconcile::ports::ip(entry.snat_address));
             format!("address={address} proto={proto} service={} snat={snat}", entry.service)
         }),
@@ -545,7 +547,7 @@ fn flow_text<A: Address>(flow: &Flow<A>) -> String {
 fn service_text(entry: &ServiceEntry) -> String {
     format!(
         "vip={}/{} mode={} selection={} snat_addresses={} snat_ports={}-{} timeouts={}/{}/{}",
-        socket_address(entry.address, entry.port),
+        Endpoint(socket_address(entry.address, entry.port)),
         protocol_name(entry.protocol),
         mode_name(entry.mode),
         entry.selection,

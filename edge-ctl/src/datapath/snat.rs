@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use edge_common::{
     address::{Address, Wide, is_none},
     conntrack::{expired, rest_seconds},
-    maps::{Flow, FlowV4, FlowV6, PortSet, ServiceEntry, mode, name},
+    maps::{ANY_PORT, Flow, FlowV4, FlowV6, PortSet, ServiceEntry, mode, name},
 };
 
 use super::{
@@ -155,8 +155,7 @@ impl Census {
             };
             for address in addresses(service, backend.snat_address) {
                 let space = Space { backend: backend.address, port: backend.port, protocol: backend.protocol, address };
-                let ports = self.ports.get(&space).map_or(&[][..], Vec::as_slice);
-                let used = ports.iter().filter(|port| may_use(service, &permitted, **port)).count();
+                let used = self.used(&space, |port| may_use(service, &permitted, port));
                 found.push(SnatUse {
                     service: backend.service,
                     backend: *number,
@@ -168,6 +167,24 @@ impl Census {
         }
         found.sort_unstable();
         Ok(found)
+    }
+
+    /// Ports in use of a space, of those that `counts` says yes to. A backend of every port has a space for each of its ports:
+    /// what is in use is that of the fullest.
+    fn used(&self, space: &Space, counts: impl Fn(u16) -> bool) -> usize {
+        let count = |ports: &Vec<u16>| ports.iter().filter(|port| counts(**port)).count();
+        if space.port != ANY_PORT {
+            return self.ports.get(space).map_or(0, count);
+        }
+        let [first, last] = [0, u16::MAX].map(|port| Space { port, ..*space });
+        // From the first of its ports to beyond the last: spaces are in order of backend, then port.
+        let last = Space { protocol: u8::MAX, address: [u32::MAX; 4], ..last };
+        let first = Space { protocol: 0, address: [0; 4], ..first };
+        let own = self
+            .ports
+            .range(first..=last)
+            .filter(|(other, _)| (other.protocol, other.address) == (space.protocol, space.address));
+        own.map(|(_, ports)| count(ports)).max().unwrap_or(0)
     }
 }
 
@@ -244,5 +261,29 @@ mod tests {
         census.see(&FlowV4 { new_dst: clients.key.dst, new_dst_port: clients.key.dst_port, ..clients });
         let ports: Vec<_> = census.ports.into_values().collect();
         assert_eq!(ports, [[1001, 1001]], "once more than once only until the walk ends");
+    }
+
+    #[test]
+    fn a_backend_of_every_port_is_as_full_as_the_fullest_of_its_ports() {
+        let mut census = Census::default();
+        for (port, ports) in [(80_u16, 1001..1004_u16), (443, 1001..1008)] {
+            for snat in ports {
+                let flow = reply(snat, 0);
+                census.see(&FlowV4 { key: FlowKeyV4 { src_port: port.to_be(), ..flow.key }, ..flow });
+            }
+        }
+        // Another protocol's, another backend's and another source's count elsewhere.
+        let other = reply(2000, 0);
+        for key in [
+            FlowKeyV4 { protocol: 17, ..other.key },
+            FlowKeyV4 { src: 9, ..other.key },
+            FlowKeyV4 { dst: 9, ..other.key },
+        ] {
+            (0..9).for_each(|n| census.see(&FlowV4 { key: FlowKeyV4 { dst_port: n, ..key }, ..other }));
+        }
+        let space = Space { backend: 1_u32.wide(), port: ANY_PORT, protocol: 6, address: 2_u32.wide() };
+        assert_eq!(census.used(&space, |_| true), 7);
+        assert_eq!(census.used(&space, |port| port > 1004), 3);
+        assert_eq!(census.used(&Space { port: 80_u16.to_be(), ..space }, |_| true), 3);
     }
 }

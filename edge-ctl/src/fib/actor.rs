@@ -138,6 +138,11 @@ impl<K: Kernel> Actor<K> {
             Command::OwnAddresses(reply) => {
                 drop(reply.send(self.known.addresses.iter().map(|known| known.address).collect()));
             }
+            Command::InterfaceAddresses(reply) => {
+                let on_lo = |ifindex: &u32| self.known.links.get(ifindex).is_some_and(|link| link.loopback);
+                let others = self.known.addresses.iter().filter(|known| !on_lo(&known.ifindex));
+                drop(reply.send(others.map(|known| known.address).collect()));
+            }
             Command::KernelPrefixes(reply) => drop(reply.send(self.kernel_prefixes())),
             Command::Stale(reply) => drop(reply.send(self.stale.clone())),
             Command::RouteTo(destination, reply) => drop(reply.send(self.route_to(destination).await)),

@@ -184,6 +184,7 @@ enum Command {
     Routes(Reply<Vec<RouteRow>>),
     KernelPrefixes(Reply<Vec<(IpNet, Option<IpAddr>)>>),
     OwnAddresses(Reply<std::collections::BTreeSet<IpAddr>>),
+    InterfaceAddresses(Reply<std::collections::BTreeSet<IpAddr>>),
     Stale(Reply<RouteSet>),
     RouteTo(IpAddr, Reply<Option<RouteTo>>),
     Sources(Vec<Vec<IpAddr>>, Reply<Vec<(IpAddr, IpAddr)>>),
@@ -235,6 +236,11 @@ impl FibHandle {
     /// Every address of this host.
     pub async fn own_addresses(&self) -> std::collections::BTreeSet<IpAddr> {
         self.ask(Command::OwnAddresses).await.unwrap_or_default()
+    }
+
+    /// Those on other interfaces than `lo`.
+    pub async fn interface_addresses(&self) -> std::collections::BTreeSet<IpAddr> {
+        self.ask(Command::InterfaceAddresses).await.unwrap_or_default()
     }
 
     /// BGP routes that stood in the kernel at start and wait for [`FibHandle::finish_restart`].

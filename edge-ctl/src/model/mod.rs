@@ -4,6 +4,7 @@ pub mod access;
 pub mod bgp_session;
 pub mod capture;
 mod community;
+mod endpoint;
 mod health;
 mod host;
 mod protect;
@@ -17,6 +18,7 @@ mod snat;
 pub mod view;
 
 pub use community::Community;
+pub use endpoint::{ANY_PORT, Endpoint, ParseEndpointError};
 pub use health::{
     AdminOrder, AdminOrders, AdminState, BackendVerb, Check, Exchange, Health, HealthKey, Http, Passive,
     PassiveCounters, PassiveSignals, Tls, Verdict,

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::bgp_session::{Order, PeerOrder};
 use super::capture::{CaptureOrder, CaptureRow};
 use super::{
-    BackendVerb, Community, FlowSelector, RecordType,
+    BackendVerb, Community, Endpoint, FlowSelector, RecordType,
     view::{
         BackendRow, BgpMessageRow, BgpPeerRow, BgpRouteRow, DnsRecordRow, DnsRow, DnsZoneRow, EventRow, FlowRow,
         HealthEventRow, HealthRow, MapRow, PolicyRow, RouteRow, ServiceRow, StatusRow, XdpRow,
@@ -184,7 +184,7 @@ impl Query {
             Self::FlowKill(FlowSelector { service, backend, client, protocol }) => {
                 let mut path = format!("/v1/flows/kill?service={}", percent_encode(service));
                 if let Some(backend) = backend {
-                    path.push_str(&format!("&backend={}", percent_encode(&backend.to_string())));
+                    path.push_str(&format!("&backend={}", percent_encode(&Endpoint(*backend).to_string())));
                 }
                 if let Some((address, port)) = client {
                     path.push_str(&format!("&client={}", percent_encode(&address.to_string())));
@@ -250,7 +250,7 @@ impl Query {
             Self::Health => "/v1/health".to_owned(),
             Self::HealthHistory => "/v1/health/history".to_owned(),
             Self::Order { service, backend, verb } => {
-                let path = format!("/v1/backends/{}/{backend}", percent_encode(service));
+                let path = format!("/v1/backends/{}/{}", percent_encode(service), Endpoint(*backend));
                 let path = match verb {
                     BackendVerb::Down => format!("{path}/down"),
                     BackendVerb::Up => format!("{path}/up"),

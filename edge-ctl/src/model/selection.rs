@@ -33,7 +33,7 @@ pub enum Tier {
 /// A backend written into the configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct StaticBackend {
-    /// Address and port.
+    /// Address and port; [`super::ANY_PORT`]: the one that the client asked for.
     pub address: SocketAddr,
     /// Relative weight, at least 1.
     pub weight: u16,

@@ -11,7 +11,7 @@ use std::{
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use super::{Selection, StaticBackend, Tier};
+use super::{ANY_PORT, Endpoint, Selection, StaticBackend, Tier};
 
 /// Transport protocol of a frontend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -51,24 +51,31 @@ impl fmt::Display for Protocol {
     }
 }
 
-/// A listen address: what clients connect to. Written `172.16.1.88:8443/tcp`.
+/// A listen address: what clients connect to. Written `172.16.1.88:8443/tcp`, or `203.0.113.10:*/tcp` for every port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Frontend {
-    /// VIP and port.
+    /// VIP and port; [`ANY_PORT`]: every port that no other frontend of the VIP has.
     pub address: SocketAddr,
     /// Transport protocol.
     pub protocol: Protocol,
 }
 
+impl Frontend {
+    /// True where it takes every port of its VIP.
+    pub const fn takes_every_port(&self) -> bool {
+        self.address.port() == ANY_PORT
+    }
+}
+
 impl fmt::Display for Frontend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.address, self.protocol)
+        write!(f, "{}/{}", Endpoint(self.address), self.protocol)
     }
 }
 
 /// Why a text is not a listen address.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{text}` is not a listen address: expected ADDRESS:PORT/tcp or ADDRESS:PORT/udp")]
+#[error("`{text}` is not a listen address: expected ADDRESS:PORT/tcp or ADDRESS:PORT/udp, or `*` as the port")]
 pub struct ParseFrontendError {
     /// What was given.
     pub text: String,
@@ -85,10 +92,7 @@ impl FromStr for Frontend {
             "udp" => Protocol::Udp,
             _ => return Err(error()),
         };
-        let address: SocketAddr = address.parse().map_err(|_| error())?;
-        if address.port() == 0 {
-            return Err(error());
-        }
+        let Endpoint(address) = address.parse().map_err(|_| error())?;
         Ok(Self { address, protocol })
     }
 }
@@ -185,7 +189,7 @@ pub enum BackendSource {
         /// The name, fully qualified without a final dot; where the resolver has search domains, relative to them unless
         /// there is a final dot.
         name: String,
-        /// Port of every backend; SRV answers bring their own.
+        /// Port of every backend, [`ANY_PORT`]: the one that the client asked for; SRV answers bring their own.
         port: Option<u16>,
         /// Name of the `[resolver.NAME]` table.
         resolver: String,
@@ -194,6 +198,24 @@ pub enum BackendSource {
     },
     /// Fixed addresses.
     Static(Vec<StaticBackend>),
+}
+
+impl BackendSource {
+    /// True where some backend gets packets at the port that the client asked for.
+    pub fn keeps_ports(&self) -> bool {
+        match self {
+            Self::Dns { port, record, .. } => *port == Some(ANY_PORT) && *record != RecordType::Srv,
+            Self::Static(backends) => backends.iter().any(|backend| backend.address.port() == ANY_PORT),
+        }
+    }
+
+    /// True where every backend does.
+    pub fn keeps_all_ports(&self) -> bool {
+        match self {
+            Self::Dns { .. } => self.keeps_ports(),
+            Self::Static(backends) => backends.iter().all(|backend| backend.address.port() == ANY_PORT),
+        }
+    }
 }
 
 /// SNAT settings of a full-nat service.
@@ -333,7 +355,7 @@ pub struct Service {
 /// One member of a pool, as a source reported it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PoolMember {
-    /// Backend address and port.
+    /// Backend address and port; [`ANY_PORT`]: the one that the client asked for.
     pub address: SocketAddr,
     /// Relative weight, 1 where the source knows none.
     pub weight: u16,
@@ -397,8 +419,9 @@ mod tests {
 
     #[test]
     fn a_listen_address_reads_back_as_it_was_written() {
-        for text in ["172.16.1.88:8443/tcp", "[2001:db8::1]:53/udp"] {
-            assert_eq!(text.parse::<Frontend>().unwrap().to_string(), text);
+        for text in ["172.16.1.88:8443/tcp", "[2001:db8::1]:53/udp", "203.0.113.10:*/tcp", "[2001:db8::1]:*/udp"] {
+            let frontend = text.parse::<Frontend>().unwrap();
+            assert_eq!((frontend.to_string().as_str(), frontend.takes_every_port()), (text, text.contains('*')));
         }
     }
 
@@ -409,7 +432,9 @@ mod tests {
 
     #[test]
     fn port_zero_unknown_protocols_and_names_are_refused() {
-        for text in ["10.0.0.1:0/tcp", "10.0.0.1:80/sctp", "edge:80/tcp", "10.0.0.1/tcp", ""] {
+        for text in
+            ["10.0.0.1:0/tcp", "10.0.0.1:*/sctp", "*:*/tcp", "10.0.0.1:80/sctp", "edge:80/tcp", "10.0.0.1/tcp", ""]
+        {
             assert!(text.parse::<Frontend>().is_err(), "{text}");
         }
     }

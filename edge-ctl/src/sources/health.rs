@@ -33,7 +33,7 @@ use self::{
     state::Outcome,
 };
 use crate::model::{
-    Check, Health, HealthKey, PassiveCounters, Tls,
+    Check, Endpoint, Health, HealthKey, PassiveCounters, Tls,
     view::{HealthEventRow, HealthRow},
 };
 
@@ -298,6 +298,7 @@ impl Checker {
 
 fn log(event: &Event) {
     let Event { key: (service, backend), from, to, reason, .. } = event;
+    let backend = Endpoint(*backend);
     if to.is_healthy() {
         info!(service, %backend, %from, reason, "backend is healthy");
     } else {

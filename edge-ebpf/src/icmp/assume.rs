@@ -5,12 +5,19 @@
 use edge_common::{
     conntrack::Direction,
     flow::FlowKey,
-    maps::{BackendEntry, Flow, mode},
+    maps::{ANY_PORT, BackendEntry, Flow, mode},
     verdict::{Reason, Verdict},
 };
 
 use super::{quote::Quote, relay, unmatched};
-use crate::{classify::lookup, family::Family, fib, maps, packet::Packet, select, stats::because};
+use crate::{
+    classify::{is_of, lookup},
+    family::Family,
+    fib, maps,
+    packet::Packet,
+    select,
+    stats::because,
+};
 
 /// Translates the error as the flow's own edge would, or passes it.
 #[inline(always)]
@@ -34,9 +41,11 @@ const OTHER_CHOICE: u32 = 2;
 /// The flow that would answer the quoted packet, next hop and all that only a running flow has left out.
 #[inline(never)]
 fn find<A: Family>(quoted: &FlowKey<A>, flow: &mut Flow<A>) -> u32 {
-    let mut client = quoted.reversed();
+    // The client's tuple, written where it is to be: the stack is short.
+    set_key(flow, quoted.dst, quoted.src, quoted.dst_port, quoted.src_port);
+    flow.key.protocol = quoted.protocol;
     // About a backend's reply, or about a client's packet as the backend was to get it: that backend, else 0.
-    let (number, named) = match lookup(client.dst, client.dst_port, client.protocol, maps::frontend) {
+    let (number, named) = match lookup(quoted.src, quoted.src_port, quoted.protocol, maps::frontend) {
         Some(number) => (number, 0),
         None => match lookup(quoted.dst, quoted.dst_port, quoted.protocol, maps::dnat_backend) {
             Some(named) => (maps::backend(named).map_or(0, |backend| backend.service), named),
@@ -50,10 +59,14 @@ fn find<A: Family>(quoted: &FlowKey<A>, flow: &mut Flow<A>) -> u32 {
         return NOTHING;
     }
     if named != 0 {
-        client = FlowKey::new(quoted.src, A::narrow(&service.address), quoted.src_port, service.port, quoted.protocol);
+        let port = service.port_of(quoted.dst_port);
+        set_key(flow, quoted.src, A::narrow(&service.address), quoted.src_port, port);
     }
     flow.service = number;
-    let chosen = select::agreed(service, &client, select::NONE);
+    if named != 0 && service.port == ANY_PORT && !is_of(&flow.key, number) {
+        return OTHER_CHOICE;
+    }
+    let chosen = select::agreed(service, &flow.key, select::NONE);
     if chosen == select::NONE && named == 0 {
         return NOTHING;
     }
@@ -63,21 +76,28 @@ fn find<A: Family>(quoted: &FlowKey<A>, flow: &mut Flow<A>) -> u32 {
     let Some(backend) = maps::backend(chosen) else {
         return NOTHING;
     };
-    write(flow, &client, backend);
+    write(flow, backend);
     if named != 0 {
         flow.turn();
     }
     FOUND
 }
 
-/// The client's half of a dnat flow.
 #[inline(always)]
-fn write<A: Family>(flow: &mut Flow<A>, client: &FlowKey<A>, backend: &BackendEntry) {
-    flow.key = *client;
-    flow.new_src = client.src;
-    flow.new_src_port = client.src_port;
+fn set_key<A: Family>(flow: &mut Flow<A>, src: A, dst: A, src_port: u16, dst_port: u16) {
+    flow.key.src = src;
+    flow.key.dst = dst;
+    flow.key.src_port = src_port;
+    flow.key.dst_port = dst_port;
+}
+
+/// The client's half of a dnat flow, which has its key.
+#[inline(always)]
+fn write<A: Family>(flow: &mut Flow<A>, backend: &BackendEntry) {
+    flow.new_src = flow.key.src;
+    flow.new_src_port = flow.key.src_port;
     flow.new_dst = A::narrow(&backend.address);
-    flow.new_dst_port = backend.port;
+    flow.new_dst_port = backend.port_for(flow.key.dst_port);
     flow.set_deltas();
     flow.next_hop = 0;
     flow.direction = Direction::Forward as u8;

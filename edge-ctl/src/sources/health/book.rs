@@ -13,7 +13,7 @@ use super::{
     state::{Checked, Outcome},
 };
 use crate::model::{
-    Check, Health, HealthKey, PassiveCounters, Verdict,
+    Check, Endpoint, Health, HealthKey, PassiveCounters, Verdict,
     view::{HealthEventRow, HealthRow},
 };
 
@@ -249,7 +249,7 @@ impl Book {
         let (Entry { key, target, checked, due, scheduled }, health) = (entry, &entry.target.health);
         HealthRow {
             service: key.0.clone(),
-            backend: key.1.to_string(),
+            backend: Endpoint(key.1).to_string(),
             check: match (&health.check, health.port) {
                 (check, Some(port)) => format!("{check}:{port}"),
                 (Check::Http(http, _), None) => format!("{} {}", health.check, http.path),
@@ -275,7 +275,7 @@ impl Book {
         let row = |event: &Event| HealthEventRow {
             age: now.saturating_sub(event.at).as_secs(),
             service: event.key.0.clone(),
-            backend: event.key.1.to_string(),
+            backend: Endpoint(event.key.1).to_string(),
             from: event.from.to_string(),
             to: event.to.to_string(),
             reason: event.reason.clone(),
