@@ -8,7 +8,8 @@ use crate::{
     parse::{IP, Ip},
 };
 
-/// Extension headers that are walked; a packet with more is the stack's business.
+/// Headers that are looked at, the last of which is to be none of those walked over: a packet with more than seven of them is the
+/// stack's business.
 const EXTENSIONS: u32 = 8;
 /// Next-header number of the fragment header (RFC 8200, section 4.5).
 pub const FRAGMENT: u8 = 44;

@@ -87,10 +87,13 @@ fn by_entry<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut
 /// As [`established`], for entries of every table, without the touch; a function of its own off the hot path.
 #[inline(never)]
 pub fn any<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut Flow<A>) -> Verdict {
-    if parsed.flags & SYN != 0 {
-        mss::clamp(packet, parsed, flow.service);
+    let lowered = if parsed.flags & SYN != 0 { mss::clamp(packet, parsed, flow.service) } else { mss::NOTHING_LOWERED };
+    let verdict = send(packet, parsed, flow, maps::now());
+    if lowered != mss::NOTHING_LOWERED && verdict.question().is_some() {
+        // Its sender is told about the packet that it sent.
+        mss::restore(packet, parsed, lowered);
     }
-    send(packet, parsed, flow, maps::now())
+    verdict
 }
 
 #[inline(always)]

@@ -13,6 +13,7 @@ use edge_common::{
     verdict::{Action, Question, Reason, Verdict},
 };
 
+use network_types::ip::Ipv4Hdr;
 pub use pieces::{FIRST, Piece, Pieces};
 
 use crate::{
@@ -89,6 +90,13 @@ pub fn follow<A: Family, P: Packet>(packet: &mut P, piece: &Piece, parsed: &mut 
     let Some(flow) = find(&parsed.key) else {
         return because(Reason::FragmentWithoutFlow, 0);
     };
+    // As of any packet; what is not whole would be quoted with bytes that its sender never sent.
+    if usize::from(parsed.header_len) < Ipv4Hdr::LEN
+        || parsed.total_len < u32::from(parsed.header_len)
+        || !packet.holds(parse::IP + parsed.total_len as usize)
+    {
+        return because(Reason::Malformed, flow.service);
+    }
     if parsed.ttl <= 1 {
         // Nobody is told about a later fragment of IPv4 (RFC 1812, 4.3.2.7); RFC 4443, 2.4 (e) makes no such exception.
         let told = Verdict::answer(Question::TimeExceeded, flow.service, 0);

@@ -24,29 +24,45 @@ const MSS: u8 = 2;
 const MSS_LENGTH: u8 = 4;
 
 const NOT_FOUND: u32 = u32::MAX;
+/// The packet is as it came.
+pub const NOTHING_LOWERED: u32 = 0;
 
 /// Lowers the MSS of a SYN or SYN-ACK of a service that has one. Leaves alone what has none, a smaller one, or options
-/// that contradict themselves: the receiver's stack judges those.
+/// that contradict themselves: the receiver's stack judges those. What [`restore`] needs, or [`NOTHING_LOWERED`].
 #[inline(never)]
-pub fn clamp<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, service: u32) {
+pub fn clamp<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, service: u32) -> u32 {
     let most = maps::service(service).map_or(0, |service| service.mss);
     let options = parsed.l4() + HEADER;
     let length = usize::from(parsed.l4_len).saturating_sub(HEADER);
     if most == 0 || parsed.key.protocol != TCP || length == 0 || length > OPTIONS {
-        return;
+        return NOTHING_LOWERED;
     }
     packet.pull(options + length);
     let at = find(packet, options, length as u32);
     if at == NOT_FOUND {
-        return;
+        return NOTHING_LOWERED;
     }
+    let old = replace(packet, parsed, at, most, false);
+    if old <= u32::from(most) { NOTHING_LOWERED } else { at << 16 | old }
+}
+
+/// Undoes what [`clamp`] did to a packet that is as it came otherwise.
+#[inline(never)]
+pub fn restore<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, lowered: u32) {
+    replace(packet, parsed, lowered >> 16, lowered as u16, true);
+}
+
+/// Writes the MSS at this place among the options, and makes up for it in the checksum; only a lower one, unless `raise`. What
+/// it was.
+#[inline(always)]
+fn replace<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, at: u32, mss: u16, raise: bool) -> u32 {
     let at = (at & 63) as usize;
-    let Some(field) = packet.header::<[u8; 2]>(options + at) else {
-        return;
+    let Some(field) = packet.header::<[u8; 2]>(parsed.l4() + HEADER + at) else {
+        return 0;
     };
-    let (old, new) = (*field, most.to_be_bytes());
-    if u16::from_be_bytes(old) <= most {
-        return;
+    let (old, new) = (*field, mss.to_be_bytes());
+    if !raise && u16::from_be_bytes(old) <= mss {
+        return u32::from(u16::from_be_bytes(old));
     }
     *field = new;
     let delta = checksum::add(!u16::from_ne_bytes(old), u16::from_ne_bytes(new));
@@ -60,6 +76,7 @@ pub fn clamp<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, service: 
         udp: false,
         v6: A::V6,
     });
+    u32::from(u16::from_be_bytes(old))
 }
 
 /// The place of the MSS among the options.

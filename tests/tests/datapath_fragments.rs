@@ -262,6 +262,30 @@ fn the_sender_of_a_later_fragment_of_ipv6_is_told_that_it_expired_or_is_too_big(
 }
 
 #[test]
+fn a_later_fragment_that_ends_before_its_length_says_is_dropped_and_nobody_is_told() -> Result<()> {
+    for (hook, family) in hooks_and_families() {
+        in_namespace(|| {
+            let mut rig = Rig::new(hook, settings(family))?;
+            rig.service(1, 8443, UDP, mode::FULL_NAT, 1, 443)?;
+            let pieces = cut(&datagram(client(family), vip(family)), 7);
+            rig.run(&pieces[0], rig.uplink)?;
+            let whole = rig.run(&pieces[1], rig.uplink)?;
+            assert_eq!(whole.action, Action::Redirect, "{hook:?} {family:?}");
+            // Longer than the next hop takes, by what it says of itself.
+            let mut lying = pieces[1].clone();
+            let at = if family == Family::V4 { 16 } else { 18 };
+            lying[at..at + 2].copy_from_slice(&9000_u16.to_be_bytes());
+            for frame in [lying, pieces[1][..pieces[1].len() - 1].to_vec()] {
+                assert_eq!(rig.run(&frame, rig.uplink)?.action, Action::Drop, "{hook:?} {family:?}");
+            }
+            assert_eq!(rig.reasons()?, [("malformed", 2)], "{hook:?} {family:?}");
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
 fn a_packet_in_one_fragment_is_forwarded_as_a_whole_and_leaves_nothing() -> Result<()> {
     for hook in HOOKS {
         in_namespace(|| {

@@ -18,11 +18,10 @@ use edge_tests::{
 /// The seed of every run.
 const FIXED: u64 = 0xed6e;
 /// Reasons that no test run can reach, and why.
-const UNREACHABLE: [(Reason, &str); 4] = [
+const UNREACHABLE: [(Reason, &str); 3] = [
     (Reason::HalfOpenFull, "an LRU table evicts rather than refuse, except where other CPUs hold its free entries"),
     (Reason::IcmpLimited, "whether messages come too fast depends on the run's speed"),
     (Reason::BackendsFull, "no backend of the worlds has a limit"),
-    (Reason::ExtensionHeaders, "the worlds are IPv4 only"),
 ];
 
 fn seed_of_the_day() -> Result<u64> {

@@ -347,6 +347,25 @@ fn the_mss_of_a_syn_and_of_its_answer_is_lowered_wherever_it_stands_and_never_ra
     })
 }
 
+#[test]
+fn a_sender_is_told_about_the_syn_that_it_sent_and_not_about_one_with_a_lower_mss() -> Result<()> {
+    on_each_hook(&Settings::default(), |rig| {
+        change(rig, 1, |service| service.mss = 1400)?;
+        let source = client("172.16.1.10", 40_000);
+        let first = Frame { tcp_options: vec![2, 4, 0x05, 0xb4], ..Frame::tcp(source, vip(), flag::SYN) };
+        let lowered = rig.run(&first.bytes(), rig.uplink)?;
+        assert_eq!(segment(&lowered.frame)[20..24], [2, 4, 0x05, 0x78]);
+        // Again, over one router too many.
+        let late = Frame { ttl: 1, ..first };
+        let told = rig.run(&late.bytes(), rig.uplink)?;
+        assert_eq!(rig.reason(1, Reason::TtlExpired)?, 1);
+        let quote = &told.frame[14 + 20 + 8..];
+        assert_eq!(quote, &late.bytes()[14..14 + quote.len()]);
+        assert!(quote.len() >= 20 + 24);
+        Ok(())
+    })
+}
+
 /// Timestamps, SACK, and four-byte options of an experiment (RFC 6994), then the MSS.
 const LAST_BEFORE: [u8; 40] = last(0xb4);
 const LAST_AFTER: [u8; 40] = last(0x78);

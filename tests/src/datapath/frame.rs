@@ -41,6 +41,8 @@ pub struct Frame {
     pub seq: u32,
     /// TCP acknowledgement number.
     pub ack: u32,
+    /// TCP options, a multiple of 4 bytes.
+    pub tcp_options: Vec<u8>,
     /// UDP: send without a checksum.
     pub no_checksum: bool,
     /// What follows the layer-4 header.
@@ -63,6 +65,7 @@ impl Frame {
             flags,
             seq: 0x1234_5678,
             ack: 0x9abc_def0,
+            tcp_options: Vec::new(),
             no_checksum: false,
             payload: b"odd sized".to_vec(),
         }
@@ -103,7 +106,7 @@ impl Frame {
     }
 
     fn l4_len(&self) -> usize {
-        if self.protocol == 6 { 20 } else { 8 }
+        if self.protocol == 6 { 20 + self.tcp_options.len() } else { 8 }
     }
 
     /// The frame's bytes, all checksums right.
@@ -156,7 +159,9 @@ impl Frame {
         let at = if self.protocol == 6 {
             l4.extend(self.seq.to_be_bytes());
             l4.extend(self.ack.to_be_bytes());
-            l4.extend([0x50, self.flags, 0x20, 0x00, 0, 0, 0, 0]);
+            let words = 5 + self.tcp_options.len() / 4;
+            l4.extend([(words << 4) as u8, self.flags, 0x20, 0x00, 0, 0, 0, 0]);
+            l4.extend(&self.tcp_options);
             16
         } else {
             l4.extend(((8 + self.payload.len()) as u16).to_be_bytes());

@@ -46,6 +46,8 @@ points! {
     LaterFragment,
     /// A later fragment of a flow that has gone.
     FragmentWithoutFlow,
+    /// A later fragment whose lengths contradict each other or the frame.
+    FragmentMalformed,
     /// A later fragment whose TTL ends here.
     FragmentTtl,
     /// A later fragment that is too long and must not be fragmented.
@@ -228,6 +230,8 @@ points! {
     SnatExhausted,
     /// An existing flow's packet with an expiring TTL.
     ForwardTtl,
+    /// The MSS of a SYN was lowered.
+    MssLowered,
     /// The route is looked up.
     Resolve,
     /// A next-hop number was given out.
@@ -262,6 +266,9 @@ points! {
     TagGone,
 }
 
+/// Visits of a point below which a run says so.
+const FEW: u64 = 20;
+
 /// How often each point was met.
 #[derive(Clone, Debug)]
 pub struct Coverage(Vec<u64>);
@@ -293,6 +300,12 @@ impl Coverage {
     /// How often a point was met.
     pub fn count(&self, point: Point) -> u64 {
         self.0[point as usize]
+    }
+
+    /// The points that few packets came by, and how many.
+    pub fn seldom(&self) -> Vec<(Point, u64)> {
+        let counts = Point::ALL.iter().map(|point| (*point, self.count(*point)));
+        counts.filter(|(_, count)| (1..FEW).contains(count)).collect()
     }
 
     /// The points that no packet came by.

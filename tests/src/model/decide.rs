@@ -47,6 +47,8 @@ pub struct Rewrite {
     pub macs: Option<([u8; 6], [u8; 6])>,
     /// IP ID.
     pub id: u32,
+    /// Where a lower MSS stands in the frame, and which.
+    pub mss: Option<(usize, u16)>,
     /// The packet it was.
     pub segment: Original,
 }

@@ -10,7 +10,7 @@ use super::{
     coverage::Point,
     decide::{Decision, Input, Original, Rewrite, answer, refuse},
     flow::Flow,
-    fragments,
+    fragments, mss,
     state::{Route, State, Table},
     wire::{Ip, Segment, UDP},
 };
@@ -144,7 +144,13 @@ fn rewritten(
     macs: Option<([u8; 6], [u8; 6])>,
 ) -> Rewrite {
     let id = if segment.ip.fragment { fragments::remember(state, input, segment, flow) } else { segment.ip.id };
+    let mss = match state.config.services.get(&flow.service) {
+        Some((service, _)) => mss::lowered(input.frame, segment, service),
+        None => None,
+    };
+    state.coverage.hit_if(Point::MssLowered, mss.is_some());
     Rewrite {
+        mss,
         addresses: (flow.new_src, flow.new_dst),
         ports: (flow.new_src_port, flow.new_dst_port),
         macs,

@@ -35,6 +35,11 @@ pub fn follow(state: &mut State, input: &Input, ip: Ip) -> Decision {
         state.hit(Point::FragmentWithoutFlow);
         return refuse(state, Reason::FragmentWithoutFlow, 0);
     };
+    let end = ETHERNET + ip.total_len;
+    if ip.header_len < 20 || ip.total_len < ip.header_len || end > input.frame.len() {
+        state.hit(Point::FragmentMalformed);
+        return refuse(state, Reason::Malformed, flow.service);
+    }
     if ip.ttl <= 1 {
         state.hit(Point::FragmentTtl);
         return tell(state, input, &ip, (Reason::TtlExpired, Reason::IcmpUnanswered), flow.service);
@@ -47,6 +52,7 @@ pub fn follow(state: &mut State, input: &Input, ip: Ip) -> Decision {
         ports: (flow.new_src_port, flow.new_dst_port),
         macs,
         id,
+        mss: None,
         segment: Original {
             l4,
             udp: key.protocol == UDP,

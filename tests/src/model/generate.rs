@@ -255,6 +255,9 @@ fn build(dice: &mut Dice, state: &State, src: SocketAddr, dst: SocketAddr, proto
         frame.flags = flags(dice, reply);
         frame.seq = dice.pick(&[999, u32::MAX, 0x7fff_ffff]);
         frame.ack = ack(dice, state, &frame);
+        if dice.chance(if frame.flags & SYN != 0 { 40 } else { 3 }) {
+            frame.tcp_options = tcp_options(dice);
+        }
     } else {
         frame.no_checksum = dice.chance(10);
     }
@@ -284,6 +287,29 @@ fn build(dice: &mut Dice, state: &State, src: SocketAddr, dst: SocketAddr, proto
     };
     frame.payload = vec![dice.word() as u8; len as usize];
     frame
+}
+
+/// Options of a TCP header, a multiple of 4 bytes and at most 40: as stacks send them, and as nobody should.
+fn tcp_options(dice: &mut Dice) -> Vec<u8> {
+    let mut options = Vec::new();
+    for _ in 0..=dice.roll(5) {
+        let size = dice.pick(&[256_u16, 536, 1000, 1200, 1201, 1460, 8960]).to_be_bytes();
+        let option: &[u8] = match dice.roll(12) {
+            0..4 => &[2, 4, size[0], size[1]],
+            4 => &[1],
+            5 => &[4, 2],
+            6 => &[3, 3, 7],
+            7 => &[8, 10, 0, 0, 0, 1, 0, 0, 0, 0],
+            8 => &[254, 4, 0xf9, 0x89],
+            9 => &[1, 1, 1, 1, 1],
+            10 => &[0],
+            _ => &[dice.word() as u8, dice.roll(12) as u8],
+        };
+        options.extend(option);
+    }
+    options.resize(options.len().next_multiple_of(4), 1);
+    options.truncate(40);
+    options
 }
 
 /// Now and then, headers between an IPv6 header and what it carries: as they are sent, and as nobody should.

@@ -5,9 +5,14 @@
 //! of reasons: hashes, checksums, states and timeouts are its own. [`run::fuzz`] draws worlds and packets, runs each packet
 //! through the program by BPF_PROG_TEST_RUN and through the model, and compares.
 //!
+//! Both families go one way: tuples and entries have one form ([`flow`]), and [`wire`] reads either header. What differs is
+//! decided where it does: extension headers, fragments by their header, no checksum of the header and no UDP without one, whose
+//! limits a source has, what an error quotes.
+//!
 //! Time: the program reads the coarse clock, which the run reads before and after; a packet that a tick falls into may
 //! have seen either. What it stamps by the precise clock lies between the coarse one before and the precise one after.
-//! Longer times pass by making every entry older, in the maps and in the model; fragments' entries do not age here.
+//! A source's token buckets depend on the precise clock: what the program left of one must be what some moment of its run
+//! leaves, and is taken over. Longer times pass by making every entry and bucket older, in the maps and in the model; fragments' entries do not age here.
 //!
 //! Of ICMP messages of our own the model knows when they are made, to whom, and what they quote; their headers and checksums
 //! are left to the fixtures of `datapath_icmp_own`. How fast messages follow each other depends on the run's speed, so that
@@ -33,6 +38,7 @@ pub mod icmp;
 pub mod kernel;
 pub mod midflow;
 pub mod moves;
+pub mod mss;
 pub mod network;
 pub mod protect;
 pub mod run;

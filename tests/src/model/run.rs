@@ -23,7 +23,7 @@ use super::{
     kernel::{self, Kernel, LONGEST},
     moves,
     network::{BASE, Network},
-    state::State,
+    state::{State, TABLES},
     wire,
     world::{self, ESTABLISHED, LRU, World},
 };
@@ -37,6 +37,8 @@ use crate::datapath::{
 const STEPS: u64 = 2000;
 /// Steps between two looks at everything.
 const INTERVAL: usize = 250;
+/// Parts in which the time that the program took is looked at, where its ends explain nothing.
+const BETWEEN: u64 = 16;
 /// Longest time spent on making a difference small.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -90,7 +92,8 @@ impl std::fmt::Display for Report {
             if missed.is_empty() { "none".to_owned() } else { missed.join(", ") }
         )?;
         let points = self.coverage.missed();
-        write!(f, "branches never taken: {}", if points.is_empty() { "none".to_owned() } else { format!("{points:?}") })
+        let never = if points.is_empty() { "none".to_owned() } else { format!("{points:?}") };
+        write!(f, "branches never taken: {never}; seldom: {:?}", self.coverage.seldom())
     }
 }
 
@@ -272,19 +275,35 @@ impl Bench {
             let times = compare::Times { coarse: input.now, precise: input.precise, after: to_precise };
             compare::touched(state, &self.kernel, times)
         };
-        // The program read both clocks somewhere between: at a boundary, either side of it is right.
         let before = state.clone();
-        let mut result = judge(state, &input);
-        let others = [(from, to_precise), (to, from_precise), (to, to_precise)];
-        for (now, precise) in others.into_iter().filter(|(now, _)| *now == from || from != to) {
-            if result.is_ok() {
-                break;
-            }
+        let Err(first) = judge(state, &input) else { return Ok(()) };
+        // The program read both clocks somewhere between: at a boundary, either side of it is right.
+        for (now, precise) in self.moments(frame, (from, to), (from_precise, to_precise)) {
             *state = before.clone();
             (input.now, input.precise) = (now, precise);
-            result = judge(state, &input);
+            if judge(state, &input).is_ok() {
+                return Ok(());
+            }
         }
-        result.map_err(|what| Trouble::Difference(Difference { step: 0, what }))
+        Err(Trouble::Difference(Difference { step: 0, what: first }))
+    }
+
+    /// What the two clocks may have said while the program ran: the ends, what it stamped, and, since a run that others have
+    /// interrupted takes long enough for more than one thing to change, moments between.
+    fn moments(&self, frame: &[u8], coarse: (u64, u64), precise: (u64, u64)) -> Vec<(u64, u64)> {
+        let mut ticks = vec![coarse.0, coarse.1];
+        let mut moments = vec![precise.0, precise.1];
+        let key = wire::whole_segment(frame).map(|segment| segment.key);
+        let flows = TABLES.iter().filter_map(|table| self.kernel.flow(moves::map_name(*table), &key?));
+        for flow in flows {
+            ticks.push(flow.last_seen);
+            moments.push(flow.created);
+        }
+        moments.extend((1..BETWEEN).map(|part| precise.0 + (precise.1 - precise.0) * part / BETWEEN));
+        ticks.retain(|tick| (coarse.0..=coarse.1).contains(tick));
+        moments.retain(|moment| (precise.0..=precise.1).contains(moment));
+        ticks.dedup();
+        ticks.iter().flat_map(|tick| moments.iter().map(|moment| (*tick, *moment))).collect()
     }
 
     /// Locates a difference, leaves out the steps it does not need, and fails with what remains.

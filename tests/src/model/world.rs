@@ -183,6 +183,7 @@ fn service(world: &mut World, dice: &mut Dice, number: u32, family: Family, (por
         established_timeout: dice.pick(&[2, 8, 60, 300]),
         half_open_timeout: dice.pick(&[1, 5, 30]),
         closing_timeout: dice.pick(&[1, 2, 10, 60]),
+        mss: dice.pick(&[0, 0, 536, 1200, 1400]),
         flags: dice.pick(&[0, 0, service_flag::DEDICATED, service_flag::ONE_REPLY]),
         ..ServiceEntry::default()
     };
