@@ -84,16 +84,14 @@ fn by_entry<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut
     send(packet, parsed, flow, now)
 }
 
-/// As [`established`], for entries of every table, without the touch; a function of its own off the hot path.
+/// As [`established`], for entries of every table, without the touch; a function of its own off the hot path. What was done to the
+/// MSS is noted in `lowered`.
 #[inline(never)]
-pub fn any<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut Flow<A>) -> Verdict {
-    let lowered = if parsed.flags & SYN != 0 { mss::clamp(packet, parsed, flow.service) } else { mss::NOTHING_LOWERED };
-    let verdict = send(packet, parsed, flow, maps::now());
-    if lowered != mss::NOTHING_LOWERED && verdict.question().is_some() {
-        // Its sender is told about the packet that it sent.
-        mss::restore(packet, parsed, lowered);
+pub fn any<A: Family, P: Packet>(packet: &mut P, parsed: &Parsed<A>, flow: &mut Flow<A>, lowered: &mut u32) -> Verdict {
+    if parsed.flags & SYN != 0 {
+        *lowered = mss::clamp(packet, parsed, flow.service);
     }
-    verdict
+    send(packet, parsed, flow, maps::now())
 }
 
 #[inline(always)]

@@ -14,7 +14,7 @@ use crate::{
     fragment::{self, FIRST, Piece},
     icmp, log,
     maps::{self, Table},
-    midflow,
+    midflow, mss,
     packet::Packet,
     parse::{self, Parsed},
     pipeline::{Side, prefilter},
@@ -37,6 +37,8 @@ pub struct Handover<A> {
     pub fragment: u16,
     /// For [`answer`]: what the sender is told.
     pub question: Verdict,
+    /// What [`send`] has done to the MSS, for [`answer`] to undo: a sender is told about the packet that it sent.
+    pub lowered: u32,
 }
 
 impl<A: Family> Handover<A> {
@@ -48,6 +50,7 @@ impl<A: Family> Handover<A> {
         self.past = Past::none();
         self.fragment = fragment;
         self.question = question;
+        self.lowered = mss::NOTHING_LOWERED;
     }
 }
 
@@ -154,12 +157,13 @@ pub fn mid_flow<A: Family, P: Packet>(packet: &mut P) -> Verdict {
 /// A packet that the stages before decided to forward.
 #[inline(always)]
 pub fn send<A: Family, P: Packet>(packet: &mut P) -> Verdict {
-    let Some(Handover::<A> { parsed, table, past, fragment: piece, question, .. }) = A::handover(P::HOOK) else {
+    let Some(Handover::<A> { parsed, table, past, fragment: piece, question, lowered, .. }) = A::handover(P::HOOK)
+    else {
         return because(Reason::NotReady, 0);
     };
     let verdict = match maps::flow(*table, &parsed.key) {
         Some(flow) => {
-            let verdict = forward::any(packet, parsed, flow);
+            let verdict = forward::any(packet, parsed, flow, lowered);
             if verdict.question().is_some() {
                 return tell::<A, P>(packet, question, verdict);
             }
@@ -190,9 +194,12 @@ pub fn relay<A: Family, P: Packet>(packet: &mut P) -> Verdict {
 /// A packet whose sender is to be told what became of it.
 #[inline(always)]
 pub fn answer<A: Family, P: Packet>(packet: &mut P) -> Verdict {
-    let Some(Handover::<A> { parsed, question, .. }) = A::handover(P::HOOK) else {
+    let Some(Handover::<A> { parsed, question, lowered, .. }) = A::handover(P::HOOK) else {
         return because(Reason::NotReady, 0);
     };
+    if *lowered != mss::NOTHING_LOWERED {
+        mss::restore(packet, parsed, *lowered);
+    }
     let verdict = icmp::answer::send(packet, parsed, *question);
     end(parsed, verdict)
 }
@@ -217,6 +224,7 @@ pub fn frag<A: Family, P: Packet>(packet: &mut P) -> Verdict {
         fragment::first(packet, &mut room.parsed)
     };
     if verdict.question().is_some() {
+        room.lowered = mss::NOTHING_LOWERED;
         return tell::<A, P>(packet, &mut room.question, verdict);
     }
     if piece.later || verdict != FIRST {
