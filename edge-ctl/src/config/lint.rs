@@ -3,7 +3,7 @@
 use ipnet::IpNet;
 
 use super::valid::{Bgp, Config, Peer, PrefixRule, Term};
-use crate::model::scope;
+use crate::model::{Mode, Service, scope};
 
 /// One line for each thing worth a second look.
 pub fn warnings(config: &Config) -> Vec<String> {
@@ -19,6 +19,14 @@ pub fn warnings(config: &Config) -> Vec<String> {
         }
         unannounced(config, bgp, &mut warnings);
     }
+    let every_port = |service: &&Service| service.mode == Mode::Dnat && service.backends.keeps_ports();
+    warnings.extend(config.services.values().filter(every_port).map(|service| {
+        format!(
+            "service {}: in dnat mode whatever backends with port `*` send out through this edge counts as replies; connections that \
+             they begin themselves have to be masqueraded by their nodes",
+            service.name
+        )
+    }));
     for resolver in config.resolvers.values() {
         let used = config.services.values().any(|service| match &service.backends {
             crate::model::BackendSource::Dns { resolver: name, .. } => *name == resolver.name,
