@@ -24,10 +24,9 @@ use std::{
 
 use world::{Faults, World};
 
-/// How many schedules: all of them with `cargo xtask test --full`.
+/// How many schedules: `EDGE_SIM_SCHEDULES` of each kind, which `cargo xtask test` sets for an optimised build.
 fn schedules() -> u64 {
-    let full = std::env::var_os("EDGE_TEST_FULL").is_some_and(|value| value == "1");
-    if full { 100_000 } else { 1_000 }
+    std::env::var("EDGE_SIM_SCHEDULES").map_or(1_000, |count| count.parse().unwrap())
 }
 
 /// Plays schedules from fresh seeds, or the one that the environment names.
@@ -38,7 +37,7 @@ fn play(what: &str, schedule: fn(u64)) {
     }
     let first = RandomState::new().build_hasher().finish();
     let count = schedules();
-    let _ = writeln!(std::io::stderr().lock(), "{what}: {count} schedules from seed {first:#x} (100000 with --full)");
+    let _ = writeln!(std::io::stderr().lock(), "{what}: {count} schedules from seed {first:#x}");
     let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get() as u64);
     std::thread::scope(|scope| {
         for thread in 0..threads {

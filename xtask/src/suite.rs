@@ -12,6 +12,11 @@ use anyhow::{Context, Result};
 
 use crate::sh::{cargo, root, show, step};
 
+/// Ten times as many schedules in the same time. The daemon itself is built without, which takes a third of the time.
+const OPTIMISED: &str = "profile.dev.package.edge-ctl.opt-level=1";
+/// Schedules of each kind for the simulation as it is built with all other tests: that it builds and runs there too.
+const FEW_SCHEDULES: &str = "100";
+
 /// What the output of test programs amounts to.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Counts {
@@ -31,7 +36,8 @@ pub fn run(full: bool) -> Result<ExitCode> {
     let built = execute(cargo().args(["build", "--workspace", "--locked", "--bins"]), &counts)?;
     if built {
         step("unit tests");
-        test(full, &["--workspace", "--exclude", "edge-tests"], &[], &counts)?;
+        // The simulation has a step of its own, below.
+        unit_tests(full, &[], FEW_SCHEDULES, &counts)?;
         test(full, &["--package", "edge-tests", "--lib", "--bins"], &[], &counts)?;
         for name in test_programs()? {
             step(&format!("tests/{name}"));
@@ -39,6 +45,9 @@ pub fn run(full: bool) -> Result<ExitCode> {
             let serial: &[&str] = if name.starts_with("scenario_") { &["--test-threads=1"] } else { &[] };
             test(full, &["--package", "edge-tests", "--test", &name], serial, &counts)?;
         }
+        step("the simulation of BGP, optimised");
+        let schedules = if full { "100000" } else { "50000" };
+        unit_tests(full, &["--config", OPTIMISED, "--test", "bgp_simulation"], schedules, &counts)?;
     }
     let counts = counts.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
     Ok(if report(&counts, full) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -69,10 +78,23 @@ fn test_programs() -> Result<Vec<String>> {
     Ok(names)
 }
 
+/// The tests of every package but edge-tests: always the same packages, or their dependencies would be built anew with other
+/// features.
+fn unit_tests(full: bool, options: &[&str], schedules: &str, counts: &Mutex<Counts>) -> Result<()> {
+    let mut command = cargo();
+    command.args(["test", "--locked", "--no-fail-fast", "--workspace", "--exclude", "edge-tests"]).args(options);
+    command.env("EDGE_TEST_FULL", full_flag(full)).env("EDGE_SIM_SCHEDULES", schedules);
+    execute(&mut command, counts).map(|_| ())
+}
+
+const fn full_flag(full: bool) -> &'static str {
+    if full { "1" } else { "0" }
+}
+
 fn test(full: bool, what: &[&str], options: &[&str], counts: &Mutex<Counts>) -> Result<()> {
     let mut command = cargo();
     command.args(["test", "--locked", "--no-fail-fast"]).args(what).arg("--").args(options);
-    command.env("EDGE_TEST_FULL", if full { "1" } else { "0" });
+    command.env("EDGE_TEST_FULL", full_flag(full));
     execute(&mut command, counts).map(|_| ())
 }
 
