@@ -297,7 +297,7 @@ fn rebuild_service(
     state: &mut DesiredState,
 ) {
     for frontend in &service.listen {
-        if takes_what_is_the_hosts(frontend, inputs.own) {
+        if frontend.takes_what_is_the_hosts(inputs.own) {
             state.frontends.remove(frontend);
             continue;
         }
@@ -306,12 +306,6 @@ fn rebuild_service(
         state.addresses.insert(frontend.address.ip());
         state.frontends.insert(*frontend, known.map_or_else(|| Arc::new(built), Arc::clone));
     }
-}
-
-/// True for a frontend of every port at an address of the host's own, on an interface other than `lo`: it is not served, since
-/// that would end ssh and BGP with this host.
-pub fn takes_what_is_the_hosts(frontend: &Frontend, own: &BTreeSet<IpAddr>) -> bool {
-    frontend.takes_every_port() && own.contains(&frontend.address.ip())
 }
 
 /// What is announced of these frontends. Several services may share a VIP, or an aggregate: it is announced while any of

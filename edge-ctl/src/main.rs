@@ -1,12 +1,21 @@
 //! `edge-ctl`: wires the library's layers together and leaves.
 
-use std::{io::IsTerminal as _, net::Ipv4Addr, path::Path, process::ExitCode, thread::available_parallelism};
+use std::{
+    collections::BTreeSet,
+    io::IsTerminal as _,
+    net::{IpAddr, Ipv4Addr},
+    path::Path,
+    process::ExitCode,
+    thread::available_parallelism,
+};
 
 use edge_ctl::{
     cli::{self, CheckedConfig, Exit, KernelViews, Wiring},
     config::{self, lint, memory},
     daemon,
-    datapath::{answer::answer_from_pins, capture::PerfTap, kernel_view::KernelView, object::EBPF_OBJECT, pins},
+    datapath::{
+        answer::answer_from_pins, capture::PerfTap, kernel_view::KernelView, object::EBPF_OBJECT, own_addresses, pins,
+    },
     model::{
         capture::Tap,
         query::{Answer, Query, ViewError},
@@ -61,9 +70,16 @@ fn check(file: &Path) -> Result<CheckedConfig, Vec<String>> {
         warnings: {
             let mut warnings = lint::warnings(&config);
             warnings.extend(lint::unconnected(&config, &connected_networks()));
+            warnings.extend(lint::not_dedicated(&config, &interface_addresses()));
             warnings
         },
     })
+}
+
+/// Addresses on this host's interfaces other than `lo`, whose number is 1 everywhere; empty where they cannot be read.
+fn interface_addresses() -> BTreeSet<IpAddr> {
+    let addresses = own_addresses::list().unwrap_or_default();
+    addresses.into_iter().filter(|(ifindex, _)| *ifindex != 1).map(|(_, address)| address).collect()
 }
 
 /// IPv4 networks on this host's interfaces, from the kernel's table; empty where it cannot be read.

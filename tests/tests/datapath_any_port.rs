@@ -181,6 +181,39 @@ fn a_dnat_reply_on_an_edge_that_saw_no_request_leaves_in_the_vip_s_name_from_the
     Ok(())
 }
 
+/// A pod's own connection out of the cluster is no exception: nothing tells it from replies of a connection to its port.
+#[test]
+fn what_a_dnat_backend_sends_leaves_in_the_vip_s_name_or_not_at_all() -> Result<()> {
+    for ((hook, family), protocol) in hooks_and_families().flat_map(|case| PROTOCOLS.map(|protocol| (case, protocol))) {
+        in_namespace(|| {
+            let mut rig = rig(hook, family)?;
+            rig.service(1, EVERY, protocol, mode::DNAT, 8, EVERY)?;
+            let host = client(family, 53);
+            let mut left = 0;
+            for n in 0..8 {
+                let own = first(protocol, SocketAddr::new(family.pod(n), 45_678), host);
+                let outcome = rig.run(&own.bytes(), rig.pods)?;
+                if outcome.action == Action::Redirect {
+                    let vip = vip(family, 45_678);
+                    assert_eq!(
+                        outcome.frame,
+                        own.translated(vip, host, Some(TO_CLIENT)),
+                        "{hook:?} {family:?} pod {n}"
+                    );
+                    left += 1;
+                } else {
+                    assert_eq!(outcome.action, Action::Drop, "{hook:?} {family:?} pod {n} {:?}", rig.reasons()?);
+                }
+            }
+            // The first choice of the tuple, and the second one unless the first has its flow by then.
+            assert!(left == 1 || left == 2, "{left} of 8 pods");
+            assert_eq!(rig.reason(1, Reason::MidFlowAdopted)?, left);
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
 #[test]
 fn a_dnat_reply_that_no_client_of_the_vip_can_have_asked_for_never_leaves() -> Result<()> {
     for (hook, family) in hooks_and_families() {

@@ -1,9 +1,11 @@
 //! What is allowed but probably not meant: warnings of `config check`. Pure.
 
+use std::{collections::BTreeSet, net::IpAddr};
+
 use ipnet::IpNet;
 
 use super::valid::{Bgp, Config, Peer, PrefixRule, Term};
-use crate::model::scope;
+use crate::model::{Frontend, Mode, Service, scope};
 
 /// One line for each thing worth a second look.
 pub fn warnings(config: &Config) -> Vec<String> {
@@ -19,6 +21,14 @@ pub fn warnings(config: &Config) -> Vec<String> {
         }
         unannounced(config, bgp, &mut warnings);
     }
+    let every_port = |service: &&Service| service.mode == Mode::Dnat && service.backends.keeps_ports();
+    warnings.extend(config.services.values().filter(every_port).map(|service| {
+        format!(
+            "service {}: in dnat mode whatever backends with port `*` send out through this edge counts as replies; connections that \
+             they begin themselves have to be masqueraded by their nodes",
+            service.name
+        )
+    }));
     for resolver in config.resolvers.values() {
         let used = config.services.values().any(|service| match &service.backends {
             crate::model::BackendSource::Dns { resolver: name, .. } => *name == resolver.name,
@@ -73,6 +83,19 @@ fn peer_warnings(bgp: &Bgp, peer: &Peer, pod_networks: &[IpNet], warnings: &mut 
 /// A list element for a network that no VIP, a /32 or /128, can match.
 fn matches_no_host(rule: &PrefixRule) -> bool {
     rule.max_length < rule.prefix.max_prefix_len()
+}
+
+/// Frontends of every port that are not served, since the host has their address on an interface.
+pub fn not_dedicated(config: &Config, own: &BTreeSet<IpAddr>) -> Vec<String> {
+    let listen = config.services.values().flat_map(|service| service.listen.iter().map(move |it| (&service.name, it)));
+    let refused = listen.filter(|(_, frontend)| frontend.takes_what_is_the_hosts(own));
+    let tell = |(service, frontend): (&String, &Frontend)| {
+        format!(
+            "service {service} ({frontend}) is not served: the host has that address on an interface, and ssh and BGP with it would \
+             go to the backends; use an address that is the VIP alone"
+        )
+    };
+    refused.map(tell).collect()
 }
 
 /// Peers that are in none of this host's networks, although a session with them may not leave the link.

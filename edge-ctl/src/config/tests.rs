@@ -552,6 +552,15 @@ fn what_is_probably_not_meant_is_a_warning() {
     assert!(warnings.contains("meant \"10.1.0.0/16 le 32\"?"), "{warnings}");
     assert!(warnings.contains("[resolver.kube-dns]: no service uses it"), "{warnings}");
     assert!(lint::warnings(&ok(EXAMPLE)).is_empty(), "{:?}", lint::warnings(&ok(EXAMPLE)));
+    for (mode, warned) in [("dnat", true), ("full-nat", false)] {
+        let warnings = lint::warnings(&ok(&every_port(KEPT, &format!("mode = \"{mode}\"\n")))).join("\n");
+        assert_eq!(warnings.contains("masqueraded by their nodes"), warned, "{warnings}");
+    }
+    let own = |address: &str| std::collections::BTreeSet::from([address.parse().unwrap()]);
+    let config = ok(&every_port(KEPT, ""));
+    assert!(lint::not_dedicated(&config, &own("203.0.113.10"))[0].contains("web (203.0.113.10:*/tcp) is not served"));
+    assert!(lint::not_dedicated(&config, &own("203.0.113.11")).is_empty());
+    assert!(lint::not_dedicated(&ok(BASE), &own("172.16.1.88")).is_empty(), "other ports stay the host's");
 }
 
 #[test]

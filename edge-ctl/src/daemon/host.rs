@@ -14,14 +14,13 @@ use tracing::{error, info, warn};
 
 use super::{Daemon, TRIM, acl, addresses, lock, start};
 use crate::{
-    config::valid::Config,
+    config::{lint, valid::Config},
     datapath::{
         loader::{Datapath, ProgramLoaded},
         sys,
     },
-    desired,
     fib::sysctl::{self, SysctlProblem},
-    model::{Frontend, HostFault, Mode},
+    model::{HostFault, Mode},
     notify,
     reconcile::actor::ReconcilerStatus,
 };
@@ -108,7 +107,7 @@ impl Daemon {
         let settings = self::problems(&self.config);
         let mut problems: Vec<String> = settings.iter().map(ToString::to_string).collect();
         let broken = faults(&settings);
-        problems.extend(not_dedicated(&self.config, &self.world.own));
+        problems.extend(lint::not_dedicated(&self.config, &self.world.own));
         let ready = {
             let mut shared = lock(&self.shared);
             let before: BTreeSet<String> = shared.problems.iter().cloned().collect();
@@ -227,19 +226,6 @@ pub(super) fn problems(config: &Config) -> Vec<SysctlProblem> {
     let full_nat = config.services.values().any(|service| service.mode == Mode::FullNat);
     let ipv6 = addresses(config).iter().any(IpAddr::is_ipv6);
     sysctl::check(&config.edge.interfaces, full_nat, ipv6)
-}
-
-/// Frontends of every port that are not served, since their address is the host's own.
-fn not_dedicated(config: &Config, own: &BTreeSet<IpAddr>) -> Vec<String> {
-    let listen = config.services.values().flat_map(|service| service.listen.iter().map(move |it| (&service.name, it)));
-    let refused = listen.filter(|(_, frontend)| desired::takes_what_is_the_hosts(frontend, own));
-    let tell = |(service, frontend): (&String, &Frontend)| {
-        format!(
-            "service {service} ({frontend}) is not served: the host has that address on an interface, and ssh and BGP with it would \
-             go to the backends; use an address that is the VIP alone"
-        )
-    };
-    refused.map(tell).collect()
 }
 
 /// What these break. A setting that cannot be read at this moment says nothing: no VIP is withdrawn for want of a file

@@ -6,15 +6,15 @@ use std::{
     sync::Arc,
 };
 
-use edge_common::maps::mode;
+use edge_common::maps::{ServiceKey, mode};
 use proptest::prelude::*;
 
 use super::fake::FakeDatapath;
 use crate::{
     desired::{Announced, DesiredBackend, DesiredFrontend, DesiredState, Exclusion, Timeouts},
     model::{
-        Balance, Frontend, Mode, PathAttributes, PoolMember, Protection, Protocol, RangeAction, Selection, Snat,
-        TableShape, Tier,
+        ANY_PORT, Balance, Frontend, Mode, PathAttributes, PoolMember, Protection, Protocol, RangeAction, Selection,
+        Snat, TableShape, Tier,
     },
     reconcile::{
         diff::{Plan, Reserved, diff},
@@ -182,11 +182,17 @@ fn arbitrary_pool() -> impl Strategy<Value = Option<Vec<DesiredBackend>>> {
 }
 
 fn arbitrary_state() -> impl Strategy<Value = DesiredState> {
-    let key = (88_u8..91, prop::sample::select(vec![8080_u16, 8443]), any::<bool>());
+    let key = (88_u8..91, prop::sample::select(vec![8080_u16, 8443, ANY_PORT]), any::<bool>());
     let key = key.prop_map(|(host, port, tcp)| frontend(host, port, if tcp { Protocol::Tcp } else { Protocol::Udp }));
     let value = (any::<bool>(), arbitrary_pool());
     let value = value.prop_map(|(dnat, pool)| service(if dnat { Mode::Dnat } else { Mode::FullNat }, pool));
-    prop::collection::vec((key, value), 0..5).prop_map(state)
+    let of_every_port = |(key, mut value): (Frontend, DesiredFrontend)| {
+        if key.takes_every_port() {
+            value.pool.iter_mut().flatten().for_each(|backend| backend.address.set_port(ANY_PORT));
+        }
+        (key, value)
+    };
+    prop::collection::vec((key, value).prop_map(of_every_port), 0..5).prop_map(state)
 }
 
 fn eligible(state: &DatapathState, key: &Frontend) -> BTreeSet<(SocketAddr, u16)> {
@@ -433,6 +439,26 @@ fn a_removed_service_leaves_the_index_at_once_and_its_filter_bits_when_its_flows
     assert_eq!(kinds(&world.reach(&nothing)), ["free-backend", "free-service", "set-filter"]);
     assert!(world.fake.filter.destinations.is_empty());
     assert!(world.fake.services.is_empty() && world.fake.backends.is_empty() && world.fake.index.is_empty());
+}
+
+#[test]
+fn a_frontend_of_every_port_and_its_backends_have_keys_beside_those_of_one_port() {
+    let kept = DesiredBackend { address: "10.1.0.4:0".parse().unwrap(), ..backend(4, 1, None) };
+    let (every, exact) = (frontend(88, ANY_PORT, Protocol::Tcp), frontend(88, 8443, Protocol::Tcp));
+    let both = state(vec![
+        (every, service(Mode::Dnat, Some(vec![kept]))),
+        (exact, service(Mode::Dnat, Some(vec![backend(4, 1, None)]))),
+    ]);
+    let mut world = World::default();
+    world.reach(&both);
+    let ports = |keys: Vec<&ServiceKey>| keys.into_iter().map(|key| u16::from_be(key.port)).collect::<BTreeSet<_>>();
+    assert_eq!(ports(world.fake.index.keys().collect()), BTreeSet::from([ANY_PORT, 8443]));
+    assert_eq!(ports(world.fake.backend_index.keys().collect()), BTreeSet::from([ANY_PORT, 443]));
+    assert_eq!(world.plan(&both, &Reserved::default()).actions, [], "what is there is found again");
+    let only = state(vec![(every, both.frontends[&every].as_ref().clone())]);
+    world.reach(&only);
+    assert_eq!(ports(world.fake.index.keys().collect()), BTreeSet::from([ANY_PORT]));
+    assert_eq!(ports(world.fake.backend_index.keys().collect()), BTreeSet::from([ANY_PORT]));
 }
 
 #[test]

@@ -65,6 +65,12 @@ impl Frontend {
     pub const fn takes_every_port(&self) -> bool {
         self.address.port() == ANY_PORT
     }
+
+    /// True where it takes every port of one of these addresses, which the host has on interfaces other than `lo`. It is not
+    /// served then, since that would end ssh and BGP with this host.
+    pub fn takes_what_is_the_hosts(&self, own: &BTreeSet<IpAddr>) -> bool {
+        self.takes_every_port() && own.contains(&self.address.ip())
+    }
 }
 
 impl fmt::Display for Frontend {
