@@ -35,6 +35,7 @@ const CLOSING: u8 = 3;
 const LATEST_TOUCH: u64 = 16;
 
 /// A packet after the flow tables were asked.
+#[allow(clippy::large_enum_variant, reason = "lives on the stack for a moment")]
 pub enum Tracked {
     /// Its flow decided.
     Decided(Decision),
