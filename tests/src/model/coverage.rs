@@ -186,6 +186,10 @@ points! {
     ReplyOfAnother,
     /// A segment in mid-flow, with no backend to adopt it.
     AdoptNoBackend,
+    /// What a backend of all ports says is from a port that is another service's.
+    PortOfAnother,
+    /// A packet to a service of all ports.
+    AllPorts,
     /// A dnat backend's packet without a flow.
     ReplyWithoutFlow,
     /// A dnat backend's packet to this host.

@@ -2,6 +2,8 @@
 //!
 //! The source port is the program's choice: the model judges it by the rules and takes it over.
 
+use std::collections::BTreeMap;
+
 use edge_common::{
     address::{Wide, is_none},
     maps::{BackendEntry, SNAT_ADDRESSES, ServiceEntry, ServiceKey, flow_flag, mode, service_flag},
@@ -57,7 +59,7 @@ pub fn untracked(
     choices: &dyn Choices,
 ) -> Result<Decision, String> {
     let key = segment.key;
-    if let Some(service) = state.config.frontends.get(&place(key.dst, key.dst_port, &key)).copied() {
+    if let Some(service) = numbered(&state.config.frontends, key.dst, key.dst_port, &key) {
         // Whose source is a v4-mapped address nobody can answer, and it is not the IPv4 host of that address either.
         if segment.lacks_checksum || key.v6 && is_mapped(&key.src) {
             state.hit(if segment.lacks_checksum { Point::NoChecksum } else { Point::MappedSource });
@@ -68,7 +70,7 @@ pub fn untracked(
         }
         return Ok(midflow::segment(state, input, segment, service));
     }
-    if let Some(backend) = state.config.dnat_backends.get(&place(key.src, key.src_port, &key)).copied() {
+    if let Some(backend) = numbered(&state.config.dnat_backends, key.src, key.src_port, &key) {
         if state.config.route(key.v6, &key.src, &key.dst) != Route::NotForwarded {
             return Ok(midflow::reply(state, input, segment, backend));
         }
@@ -84,11 +86,20 @@ pub fn untracked(
     Ok(Decision::PASS)
 }
 
-/// Where a frontend or a dnat backend of the key's family and protocol may be. A v4-mapped address in an IPv6 packet is no
-/// place: maps hold IPv4 addresses in that form.
-pub fn place(address: Wide, port: u16, key: &Key) -> ServiceKey {
-    let address = if key.v6 && is_mapped(&address) { [0; 4] } else { address };
-    ServiceKey { address, port, protocol: key.protocol, _pad: 0 }
+/// The number of the frontend or dnat backend that packets of the key's family and protocol find at this address and port: its
+/// own, or that of all ports, which stands at port 0. A v4-mapped address in an IPv6 packet is no place: maps hold IPv4 addresses
+/// in that form.
+pub fn numbered(numbers: &BTreeMap<ServiceKey, u32>, address: Wide, port: u16, key: &Key) -> Option<u32> {
+    if key.v6 && is_mapped(&address) {
+        return None;
+    }
+    let at = |port| numbers.get(&ServiceKey { address, port, protocol: key.protocol, _pad: 0 }).copied();
+    at(port).or_else(|| at(0))
+}
+
+/// The port that a backend gets a packet at which went to the VIP's port `asked`.
+pub fn port_of(backend: &BackendEntry, asked: u16) -> u16 {
+    if backend.port == 0 { asked } else { backend.port }
 }
 
 fn is_mapped(address: &Wide) -> bool {
@@ -121,6 +132,7 @@ fn new_flow(
         state.hit(Point::Joined);
         return Ok(send(state, input, segment, Table::HalfOpen));
     }
+    state.coverage.hit_if(Point::AllPorts, service.port == 0);
     let hash = hash::tuple(state.config.seed, &segment.key);
     let eligible = |backend: u32| backend != 0 && config.eligible.get(&backend).copied().unwrap_or(false);
     let avoid = past.map_or(0, |past| past.avoid);
@@ -181,7 +193,7 @@ impl Plan {
             v6: self.key.v6,
             src: self.backend.address,
             dst: address,
-            src_port: self.backend.port,
+            src_port: port_of(&self.backend, self.key.dst_port),
             dst_port: port,
             protocol,
         }
@@ -362,7 +374,7 @@ pub fn open(state: &mut State, plan: &Plan, address: Wide, port: u16) -> bool {
         new_src: address,
         new_dst: plan.backend.address,
         new_src_port: port,
-        new_dst_port: plan.backend.port,
+        new_dst_port: port_of(&plan.backend, plan.key.dst_port),
         service: plan.number,
         backend: plan.chosen,
         sequence: 1,

@@ -26,6 +26,8 @@ pub struct Input<'a> {
     pub gso_size: u32,
     /// Nanoseconds, coarse: what flows are aged by.
     pub now: u64,
+    /// The same clock, as it was read for the windows of half-open flows: a tick may have come between.
+    pub window: u64,
     /// Nanoseconds, to the moment: what new flows are made by. Up to a tick after `now`.
     pub precise: u64,
     /// The same clock before the program ran and after it had.

@@ -154,6 +154,7 @@ fn error(dice: &mut Dice, world: &World, state: &State, network: &Network) -> Mo
             match (world.backends.is_empty(), dice.roll(2)) {
                 (false, 0) => {
                     let (address, port, protocol) = dice.pick(&world.backends);
+                    let port = some_port(dice, port);
                     (of_one_family(Frame { dst: SocketAddr::new(address, port), protocol, ..sent }), network.pods)
                 }
                 _ => (Frame { src: sent.dst, dst: sent.src, ..sent }, network.uplink),
@@ -204,12 +205,18 @@ fn client_packet(dice: &mut Dice, world: &World, state: &State) -> Frame {
     if family == Family::V6 && dice.chance(2) {
         client = CLIENT.to_ipv6_mapped().into();
     }
+    let port = some_port(dice, port);
     let client = SocketAddr::new(client, 40_000 + dice.roll(world.client_ports.into()) as u16);
     build(dice, state, client, SocketAddr::new(family.vip(), port), protocol, false)
 }
 
+/// A port, or where that is 0 any one: of another service, too.
+fn some_port(dice: &mut Dice, port: u16) -> u16 {
+    if port == 0 { dice.pick(&[0, 7, 7, 443, 8080, 8443, 8444, 53, 65_535]) } else { port }
+}
+
 fn of_a_flow(dice: &mut Dice, world: &World, state: &State, direction: u8) -> Frame {
-    let table = [Table::Established, Table::HalfOpen, Table::HalfOpen, Table::Closing][dice.roll(4) as usize];
+    let table = dice.pick(&[Table::Established, Table::Established, Table::HalfOpen, Table::HalfOpen, Table::Closing]);
     let Some(flow) = entry(dice, state, table, Some(direction)) else {
         return client_packet(dice, world, state);
     };
@@ -223,7 +230,7 @@ fn stray_reply(dice: &mut Dice, world: &World) -> Frame {
         return to_another_port(dice);
     }
     let (address, port, protocol) = dice.pick(&world.backends);
-    let port = if dice.chance(70) { port } else { 1 };
+    let port = if dice.chance(70) { some_port(dice, port) } else { 1 };
     let family = if address.is_ipv6() { Family::V6 } else { Family::V4 };
     let to = at(family, dice.pick(&[CLIENT, FAR, NOWHERE, VIP, SNAT]));
     build(dice, &State::default(), SocketAddr::new(address, port), SocketAddr::new(to, 40_000), protocol, true)

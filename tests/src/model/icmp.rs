@@ -6,7 +6,7 @@ use edge_common::{address::Wide, maps::mode, verdict::Reason};
 use super::{
     checksum,
     coverage::Point,
-    create::place,
+    create::{numbered, port_of},
     decide::{Decision, Input, refuse},
     flow::{Flow, Key},
     forward::{Onward, onward},
@@ -166,12 +166,11 @@ fn along(state: &mut State, input: &Input, ip: Ip, quote: Quote, (table, flow): 
 fn assume(state: &mut State, input: &Input, ip: Ip, quote: Quote) -> Decision {
     let quoted = quote.key;
     let config = state.config.clone();
-    let at = |address, port| place(address, port, &quoted);
     // About a backend's reply, which went to the client as the VIP's; or about a client's packet on its way to a backend.
-    let (number, named) = match config.frontends.get(&at(quoted.src, quoted.src_port)) {
-        Some(number) => (*number, None),
-        None => match config.dnat_backends.get(&at(quoted.dst, quoted.dst_port)) {
-            Some(named) => (config.backends.get(named).map_or(0, |backend| backend.service), Some(*named)),
+    let (number, named) = match numbered(&config.frontends, quoted.src, quoted.src_port, &quoted) {
+        Some(number) => (number, None),
+        None => match numbered(&config.dnat_backends, quoted.dst, quoted.dst_port, &quoted) {
+            Some(named) => (config.backends.get(&named).map_or(0, |backend| backend.service), Some(named)),
             None => return unmatched(state),
         },
     };
@@ -180,9 +179,11 @@ fn assume(state: &mut State, input: &Input, ip: Ip, quote: Quote) -> Decision {
     };
     let client = match named {
         None => quoted.reversed(),
-        Some(_) => Key { dst: service.address, dst_port: service.port, ..quoted },
+        Some(_) => Key { dst: service.address, dst_port: midflow::port_asked(service, quoted.dst_port), ..quoted },
     };
-    let chosen = midflow::choice(state, number, &client, 0);
+    let strangers = named.is_some() && !midflow::is_of(state, number, &client);
+    state.coverage.hit_if(Point::PortOfAnother, strangers);
+    let chosen = midflow::choice(state, number, &client, 0).filter(|_| !strangers);
     let backend = match (chosen, named) {
         (Some(chosen), None) => chosen,
         (Some(chosen), Some(named)) if chosen == named => chosen,
@@ -201,7 +202,7 @@ fn assume(state: &mut State, input: &Input, ip: Ip, quote: Quote) -> Decision {
         new_src: client.src,
         new_src_port: client.src_port,
         new_dst: backend.address,
-        new_dst_port: backend.port,
+        new_dst_port: port_of(backend, client.dst_port),
         service: number,
         ..Flow::default()
     };

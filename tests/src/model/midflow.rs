@@ -10,7 +10,7 @@ use edge_common::{
 use super::{
     connections::bits::{ACK, FIN, RST, SYN},
     coverage::Point,
-    create::{Plan, claim_own, open},
+    create::{Plan, claim_own, numbered, open},
     decide::{Decision, Input, refuse, send},
     flow::Key,
     hash::{self, Found},
@@ -55,11 +55,15 @@ pub fn reply(state: &mut State, input: &Input, segment: &Segment, backend: u32) 
         src: key.dst,
         dst: service.address,
         src_port: key.dst_port,
-        dst_port: service.port,
+        dst_port: port_asked(&service, key.src_port),
         protocol: key.protocol,
     };
     if segment.lacks_checksum {
         state.hit(Point::ReplyNoChecksum);
+        return refuse(state, Reason::ReplyWithoutFlow, number);
+    }
+    if !is_of(state, number, &client) {
+        state.hit(Point::PortOfAnother);
         return refuse(state, Reason::ReplyWithoutFlow, number);
     }
     let first = choice(state, number, &client, 0);
@@ -83,6 +87,18 @@ pub fn reply(state: &mut State, input: &Input, segment: &Segment, backend: u32) 
         _ => (flow_flag::SYN_ACK_SEEN, segment.seq.wrapping_sub(1 << 19)),
     };
     adopt(state, input, segment, client, (number, backend), known)
+}
+
+/// The VIP's port to which a packet went that a dnat backend answers from its port `replies`: where the service has all ports,
+/// its backends keep them.
+pub(super) fn port_asked(service: &ServiceEntry, replies: u16) -> u16 {
+    if service.port == 0 { replies } else { service.port }
+}
+
+/// True where a client's packet of this tuple is the service's: of a service of all ports some are other services'.
+pub(super) fn is_of(state: &State, number: u32, client: &Key) -> bool {
+    let all_ports = state.config.services.get(&number).is_some_and(|(service, _)| service.port == 0);
+    !all_ports || numbered(&state.config.frontends, client.dst, client.dst_port, client) == Some(number)
 }
 
 /// The backend that every edge chooses for the client.

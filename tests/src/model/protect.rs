@@ -177,7 +177,7 @@ fn window(at: u64, timeout: u32) -> u32 {
 
 /// Half-open flows of a source, in this window and the one before; those before that have ended, told or not.
 fn half_open(state: &mut State, input: &Input, source: SourceId, service: &ServiceEntry) -> u32 {
-    let window = window(input.now, service.half_open_timeout);
+    let window = window(input.window, service.half_open_timeout);
     let Some(SourceUse { half_open, .. }) = state.sources.get_mut(&source) else { return 0 };
     let (now, before) = match window.wrapping_sub(half_open.window) {
         0 => (half_open.now, half_open.before),

@@ -33,7 +33,7 @@ pub const LRU: u32 = 4096;
 /// A service number that no map has.
 const NO_SERVICE: u32 = 5000;
 /// Service numbers in use are below this.
-pub const SERVICES: u32 = 9;
+pub const SERVICES: u32 = 11;
 /// Backend numbers in use are below this.
 pub const BACKENDS: u32 = 64;
 
@@ -96,9 +96,12 @@ pub fn draw(seed: u64, network: &Network) -> World {
         (7, 8446, TCP, mode::DNAT),
         (8, 55, UDP, mode::FULL_NAT),
     ];
+    // Of every port that no other has.
+    let of_all_ports = [(9, 0, TCP, mode::FULL_NAT), (10, 0, UDP, mode::DNAT), (10, 0, TCP, mode::DNAT)];
+    let of_all_ports = of_all_ports[dice.roll(3) as usize];
     let v6 = dice.pick(&[0, 50, 50, 100]);
-    for (number, port, protocol, mode) in services {
-        if number == 1 || dice.chance(55) {
+    for (number, port, protocol, mode) in services.into_iter().chain([of_all_ports]) {
+        if number == 1 || dice.chance(if port == 0 { 30 } else { 55 }) {
             let family = if dice.chance(v6) { Family::V6 } else { Family::V4 };
             service(&mut world, &mut dice, number, family, (port, protocol, mode));
         }
@@ -129,7 +132,13 @@ fn service(world: &mut World, dice: &mut Dice, number: u32, family: Family, (por
     let at = |place| at(family, place);
     let mut pool = Pool::default();
     let members = [1, 1, 2, 3, 5][dice.roll(5) as usize] * u64::from(number != 5 || dice.chance(50));
-    let (backend_port, without_source) = (dice.pick(&[443, 443, 8080]), number == 5);
+    // Of every port in dnat mode: such backends keep the port.
+    let backend_port = match port {
+        0 if mode == mode::DNAT => 0,
+        0 => dice.pick(&[0, 443]),
+        _ => dice.pick(&[443, 443, 8080]),
+    };
+    let without_source = number == 5;
     for _ in 0..members {
         let address = match dice.roll(10) {
             0..7 => pod(dice.roll(4) as u8),
