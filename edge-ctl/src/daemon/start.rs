@@ -231,7 +231,9 @@ async fn start(file: &Path, config: Config, texts: Texts, commits: Commits) -> R
         sweep: sweep_ended,
         status: reconciler_status,
     };
-    let result = daemon.run(inbox).await;
+    // A task as those are that it hears from: the worker that has read a withdrawal goes on with it here, and no other thread
+    // is woken in between.
+    let result = tokio::spawn(daemon.run(inbox)).await.map_err(std::io::Error::from).flatten();
     drop(stop);
     if let Ok(Err(error)) = server.await {
         warn!(%error, "the API stopped badly");
