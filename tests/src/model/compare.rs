@@ -15,7 +15,7 @@ use super::{
     checksum::{self, Check},
     decide::{Decision, Rewrite},
     flow::{Flow, Key},
-    icmp::{self, HEADER, Translated},
+    icmp::{self, Translated},
     kernel::Kernel,
     midflow,
     moves::map_name,
@@ -38,28 +38,12 @@ pub fn packet(decision: &Decision, input: &[u8], action: Action, got: &[u8]) -> 
     }
     match &decision.rewrite {
         _ if action == Action::Drop => Ok(()),
-        None if decision.message => message(input, got),
+        None if decision.told.is_some() => decision.told.map_or(Ok(()), |told| told.judge(input, got)),
         None if decision.reset => midflow::judge_reset(input, got),
         None if got == input => Ok(()),
         None => Err(format!("passed, but changed\n  expected {}\n  got      {}", hex(input), hex(got))),
         Some(rewrite) => rewritten(rewrite, input, got),
     }
-}
-
-/// A message to the sender that quotes the packet as it came. Its own headers are judged elsewhere (see the module above).
-fn message(input: &[u8], got: &[u8]) -> Result<(), String> {
-    let ip = wire::ip(input).ok_or("no IP packet was answered")?;
-    let own_headers = wire::plain_header(ip.v6) + HEADER;
-    // The message has at most 576 bytes (RFC 1812, 4.3.2.3), or 1280 (RFC 4443, 2.4 (c)).
-    let quoted = ip.total_len.min(if ip.v6 { 1280 } else { 576 } - own_headers) & !3;
-    let quote = wire::ETHERNET..wire::ETHERNET + quoted;
-    let front = wire::ETHERNET + own_headers;
-    let sent = wire::ip(got).ok_or_else(|| format!("no IP packet: {}", hex(got)))?;
-    let told = sent.v6 == ip.v6 && sent.protocol == icmp::number(ip.v6) && sent.dst == ip.src;
-    if !told || got.len() != front + quoted || got.get(front..) != input.get(quote) {
-        return Err(format!("no message about this packet\n  packet {}\n  got    {}", hex(input), hex(got)));
-    }
-    Ok(())
 }
 
 fn rewritten(rewrite: &Rewrite, input: &[u8], got: &[u8]) -> Result<(), String> {

@@ -18,6 +18,7 @@ use super::{
     hash::{self, Found},
     midflow, protect,
     state::{Route, State, Table, twin_key},
+    told::What,
     wire::{Segment, UDP},
 };
 
@@ -126,7 +127,7 @@ fn new_flow(
     }
     if segment.ip.ttl <= 1 {
         state.hit(Point::CreateTtl);
-        return Ok(answer(state, input, Reason::TtlExpired, number));
+        return Ok(answer(state, input, What::Expired, number));
     }
     if past.is_some() && state.flow(Table::HalfOpen, &segment.key).is_some() {
         state.hit(Point::Joined);

@@ -9,6 +9,7 @@ use super::{
     flow::Key,
     forward, fragments, icmp,
     state::{Config, State, Table},
+    told::{Told, What},
     wire::{self, Ip, Segment, Walk},
 };
 use crate::datapath::rig::{Action, Hook};
@@ -77,8 +78,8 @@ pub struct Decision {
     pub action: Action,
     /// How the packet must leave; `None`: byte for byte as it came, where it does not leave dropped.
     pub rewrite: Option<Rewrite>,
-    /// It leaves as an ICMP message to its sender.
-    pub message: bool,
+    /// It leaves as this ICMP message to its sender.
+    pub told: Option<Told>,
     /// It is an ICMP error, and must leave like this.
     pub error: Option<icmp::Translated>,
     /// It leaves as a RST to its sender.
@@ -87,9 +88,9 @@ pub struct Decision {
 
 impl Decision {
     /// To the stack, untouched.
-    pub const PASS: Self = Self { action: Action::Pass, rewrite: None, message: false, error: None, reset: false };
+    pub const PASS: Self = Self { action: Action::Pass, rewrite: None, told: None, error: None, reset: false };
     /// Gone. What its bytes are does not matter.
-    pub const DROP: Self = Self { action: Action::Drop, rewrite: None, message: false, error: None, reset: false };
+    pub const DROP: Self = Self { action: Action::Drop, rewrite: None, told: None, error: None, reset: false };
 }
 
 /// What the program chose where it is free to: looked at after it ran, and judged by the model.
@@ -189,23 +190,27 @@ pub fn refuse(state: &mut State, reason: Reason, service: u32) -> Decision {
 }
 
 /// Tells the sender why the packet went no further, as far as it may be told (RFC 1812, 4.3.2.7; RFC 4443, 2.4 (e)).
-pub fn answer(state: &mut State, input: &Input, reason: Reason, service: u32) -> Decision {
+pub fn answer(state: &mut State, input: &Input, what: What, service: u32) -> Decision {
     let to_many = input.frame.first().is_none_or(|byte| byte & 1 != 0);
     let own = state.config.own.get(&input.ingress);
     let sender = wire::ip(input.frame).filter(|ip| is_host(ip.v6, &ip.src));
-    let known = sender.is_some_and(|ip| own.is_some_and(|own| if ip.v6 { own.v6 } else { own.v4 } != [0; 4]));
-    if !known || to_many {
+    let own = sender.and_then(|ip| own.map(|own| if ip.v6 { own.v6 } else { own.v4 }));
+    let Some(own) = own.filter(|own| *own != [0; 4] && !to_many) else {
         state.hit(Point::Unanswered);
         return refuse(state, Reason::IcmpUnanswered, service);
-    }
+    };
     if !input.was_sent {
         state.hit(Point::AnswerLimited);
         return refuse(state, Reason::IcmpLimited, service);
     }
     state.hit(Point::Answered);
+    let reason = match what {
+        What::Expired => Reason::TtlExpired,
+        What::TooBig(_) => Reason::TooBig,
+    };
     state.because(reason, service);
     let action = if input.hook == Hook::Xdp { Action::Transmit } else { Action::Redirect };
-    Decision { action, message: true, ..Decision::PASS }
+    Decision { action, told: Some(Told { what, own }), ..Decision::PASS }
 }
 
 /// True for an address of a single host that others can reach: no network's own, loopback, or multicast one.

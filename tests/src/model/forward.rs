@@ -12,6 +12,7 @@ use super::{
     flow::Flow,
     fragments, mss,
     state::{Route, State, Table},
+    told::What,
     wire::{Ip, Segment, UDP},
 };
 use crate::datapath::rig::{Action, Hook};
@@ -41,7 +42,7 @@ pub fn send(state: &mut State, input: &Input, segment: &Segment, table: Table) -
     };
     if segment.ip.ttl <= 1 {
         state.hit(Point::ForwardTtl);
-        return answer(state, input, Reason::TtlExpired, flow.service);
+        return answer(state, input, What::Expired, flow.service);
     }
     let (ifindex, macs, mtu, redirectable, listed) = match way(state, table, &flow) {
         Way::Nowhere(reason, point) => {
@@ -60,7 +61,7 @@ pub fn send(state: &mut State, input: &Input, segment: &Segment, table: Table) -
     if longest_piece(state, input, segment.ip.total_len, segment.headers) > mtu as usize && (listed || reachable) {
         if segment.ip.dont_fragment {
             state.hit(Point::TooBig);
-            return answer(state, input, Reason::TooBig, flow.service);
+            return answer(state, input, What::TooBig(mtu), flow.service);
         }
         state.hit(Point::TooLongToStack);
         return to_stack(state, input, segment, table, &flow, Reason::ViaStack);
@@ -90,8 +91,8 @@ fn longest_piece(state: &mut State, input: &Input, total_len: usize, headers: us
 #[allow(missing_docs, reason = "named by what they are")]
 pub enum Onward {
     Nowhere(Reason),
-    /// Longer than the next hop takes, and not to be fragmented.
-    TooBig,
+    /// Longer than the next hop takes, which is so much, and not to be fragmented.
+    TooBig(u32),
     Stack(Reason),
     /// With these MACs.
     Out(Action, ([u8; 6], [u8; 6])),
@@ -115,7 +116,7 @@ pub fn onward(state: &mut State, input: &Input, ip: &Ip, l4_len: usize, (table, 
     let longest = longest_piece(state, input, ip.total_len, ip.header_len + l4_len);
     let too_long = longest > mtu as usize && (listed || reachable);
     if too_long && ip.dont_fragment {
-        return Onward::TooBig;
+        return Onward::TooBig(mtu);
     }
     if too_long || !reachable {
         return Onward::Stack(Reason::ViaStack);

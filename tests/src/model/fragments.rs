@@ -8,6 +8,7 @@ use super::{
     flow::{Flow, Key},
     forward::{Onward, account, onward},
     state::{State, TABLES},
+    told::What,
     wire::{ETHERNET, Ip, Segment, UDP},
 };
 use crate::datapath::rig::Action;
@@ -42,7 +43,7 @@ pub fn follow(state: &mut State, input: &Input, ip: Ip) -> Decision {
     }
     if ip.ttl <= 1 {
         state.hit(Point::FragmentTtl);
-        return tell(state, input, &ip, (Reason::TtlExpired, Reason::IcmpUnanswered), flow.service);
+        return tell(state, input, &ip, (What::Expired, Reason::IcmpUnanswered), flow.service);
     }
     state.hit(Point::LaterFragment);
     let l4 = ETHERNET + ip.header_len;
@@ -64,9 +65,9 @@ pub fn follow(state: &mut State, input: &Input, ip: Ip) -> Decision {
     let outcome = onward(state, input, &ip, 0, (table, &flow));
     let (action, macs) = match outcome {
         Onward::Nowhere(reason) => return refuse(state, reason, flow.service),
-        Onward::TooBig => {
+        Onward::TooBig(mtu) => {
             state.hit(Point::FragmentTooBig);
-            return tell(state, input, &ip, (Reason::TooBig, Reason::IcmpUndeliverable), flow.service);
+            return tell(state, input, &ip, (What::TooBig(mtu), Reason::IcmpUndeliverable), flow.service);
         }
         Onward::Stack(reason) => {
             state.because(reason, flow.service);
@@ -79,7 +80,7 @@ pub fn follow(state: &mut State, input: &Input, ip: Ip) -> Decision {
 }
 
 /// Nobody is told about a later fragment of IPv4 (RFC 1812, 4.3.2.7); RFC 4443, 2.4 (e), makes no such exception.
-fn tell(state: &mut State, input: &Input, ip: &Ip, (told, untold): (Reason, Reason), service: u32) -> Decision {
+fn tell(state: &mut State, input: &Input, ip: &Ip, (told, untold): (What, Reason), service: u32) -> Decision {
     if !ip.v6 {
         return refuse(state, untold, service);
     }

@@ -150,7 +150,7 @@ fn along(state: &mut State, input: &Input, ip: Ip, quote: Quote, (table, flow): 
     };
     match onward(state, input, &ip, HEADER, (table, flow)) {
         Onward::Nowhere(reason) => refuse(state, reason, flow.service),
-        Onward::TooBig => {
+        Onward::TooBig(_) => {
             state.hit(Point::IcmpTooBig);
             refuse(state, Reason::IcmpUndeliverable, flow.service)
         }

@@ -12,15 +12,15 @@
 //! Time: the program reads the coarse clock, which the run reads before and after; a packet that a tick falls into may
 //! have seen either. What it stamps by the precise clock lies between the coarse one before and the precise one after.
 //! A source's token buckets depend on the precise clock: what the program left of one must be what some moment of its run
-//! leaves, and is taken over. Longer times pass by making every entry and bucket older, in the maps and in the model; fragments' entries do not age here.
+//! leaves, and is taken over. Longer times pass by making every entry and bucket older, in the maps and in the model; fragments'
+//! entries do not age here.
 //!
-//! Of ICMP messages of our own the model knows when they are made, to whom, and what they quote; their headers and checksums
-//! are left to the fixtures of `datapath_icmp_own`. How fast messages follow each other depends on the run's speed, so that
-//! either of "sent" and "limited" is taken.
+//! How fast ICMP messages of our own follow each other depends on the run's speed, so that either of "sent" and "limited" is
+//! taken.
 //!
 //! Where the program is free (SNAT port, jitter of the touch, the ID of a fragmented packet with a new source), the model
-//! checks its choice against the rules and takes it over. A new concern (a protocol, a limit) is a new stage file beside `connections`, `create` and `forward`, called from
-//! `decide`, with its branches in `coverage` and its packets in `generate`.
+//! checks its choice against the rules and takes it over. A new concern (a protocol, a limit) is a new stage file beside
+//! `connections`, `create` and `forward`, called from `decide`, with its branches in `coverage` and its packets in `generate`.
 
 pub mod checksum;
 pub mod compare;
@@ -43,5 +43,6 @@ pub mod network;
 pub mod protect;
 pub mod run;
 pub mod state;
+pub mod told;
 pub mod wire;
 pub mod world;

@@ -264,7 +264,7 @@ impl Bench {
         };
         let judge = |state: &mut State, input: &Input| {
             let decision = decide(state, input, &self.kernel)?;
-            let returns = action == Action::Pass || decision.message || decision.reset;
+            let returns = action == Action::Pass || decision.told.is_some() || decision.reset;
             if *tagged && action != Action::Drop {
                 state.hit(if returns { Point::TagReturned } else { Point::TagGone });
                 if self.kernel.hook == Hook::Xdp && has_tag != returns {
