@@ -3,7 +3,7 @@
 use edge_common::{
     address::Wide,
     conntrack::TICK_SHIFT,
-    maps::{NextHop, ServiceStats, SourceId, SourceKey, SourceRange, SourceUse, flow_flag, name},
+    maps::{Fragment, NextHop, ServiceStats, SourceId, SourceKey, SourceRange, SourceUse, flow_flag, name},
     verdict::{REASONS, Reason},
 };
 
@@ -177,6 +177,19 @@ pub fn touched(state: &mut State, kernel: &Kernel, times: Times) -> Result<(), S
     let range = state.touch_due.take();
     for (table, key) in keys {
         entry(state, table, &key, kernel.flow(map_name(table), &key), times, range)?;
+    }
+    for key in std::mem::take(&mut state.touched_fragments) {
+        let map = kernel.map(name::FRAGMENTS).map_err(|error| error.to_string())?;
+        let (got, expected) = (map.get::<_, Fragment>(&key), state.fragments.get_mut(&key));
+        if let (Some(got), Some(expected)) = (got, expected)
+            && (times.coarse..=times.after).contains(&got.seen)
+        {
+            expected.seen = got.seen;
+        }
+        let expected = state.fragments.get(&key).copied();
+        if got != expected {
+            return Err(format!("first fragment {key:?}: expected {expected:?}\n  got {got:?}"));
+        }
     }
     sources(state, kernel)?;
     if let Some((service, reason)) = state.refused.take() {

@@ -40,6 +40,8 @@ points! {
     LaterFragmentTold,
     /// A later fragment of a packet whose first one is not known.
     Fragment,
+    /// A later fragment long after the first.
+    FragmentTooLate,
     /// A first fragment was sent on, for the rest to follow.
     FirstFragment,
     /// A later fragment of a flow.

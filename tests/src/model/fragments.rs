@@ -1,36 +1,48 @@
 //! Fragments: the rest of a packet follows its first fragment, which has the ports.
 
-use edge_common::verdict::Reason;
+use edge_common::{
+    maps::{Fragment, FragmentKey},
+    verdict::Reason,
+};
 
 use super::{
     coverage::Point,
     decide::{Decision, Input, Original, Rewrite, answer, refuse},
     flow::{Flow, Key},
     forward::{Onward, account, onward},
-    state::{State, TABLES},
+    state::{SECOND, State, TABLES},
     told::What,
     wire::{ETHERNET, Ip, Segment, UDP},
 };
 use crate::datapath::rig::Action;
+
+/// How long the rest of a packet may come after its first fragment: as long as Linux waits for it.
+const LIFETIME: u64 = 30 * SECOND;
 
 /// A first fragment goes on by `flow`: the ID that it leaves with, which is free where the source is a new one.
 pub fn remember(state: &mut State, input: &Input, segment: &Segment, flow: &Flow) -> u32 {
     state.hit(Point::FirstFragment);
     let (ip, key) = (&segment.ip, &segment.key);
     let id = if flow.new_src == key.src { ip.id } else { input.id_after };
-    let name = (ip.v6, ip.src, ip.dst, ip.id, ip.kind());
-    state.fragments.insert(name, (key.src_port, key.dst_port, id, key.protocol));
+    let (src_port, dst_port, protocol) = (key.src_port, key.dst_port, key.protocol);
+    let fragment =
+        Fragment { seen: input.now, src_port, dst_port, id: in_map(ip.v6, id), protocol, ..Fragment::default() };
+    state.fragments.insert(name(ip), fragment);
+    state.touched_fragments.push(name(ip));
     id
 }
 
 /// A later fragment.
 pub fn follow(state: &mut State, input: &Input, ip: Ip) -> Decision {
-    let name = (ip.v6, ip.src, ip.dst, ip.id, ip.kind());
-    let Some((src_port, dst_port, id, protocol)) = state.fragments.get(&name).copied() else {
-        state.hit(Point::Fragment);
+    let first = state.fragments.get(&name(&ip)).copied();
+    let in_time = first.filter(|first| input.now.saturating_sub(first.seen) < LIFETIME);
+    let Some(Fragment { src_port, dst_port, id, protocol, .. }) = in_time else {
+        state.hit(if first.is_some() { Point::FragmentTooLate } else { Point::Fragment });
         state.because(Reason::Fragment, 0);
         return Decision::PASS;
     };
+    // The swap goes both ways.
+    let id = in_map(ip.v6, id);
     let key = Key { v6: ip.v6, src: ip.src, dst: ip.dst, src_port, dst_port, protocol };
     let Some((table, flow)) = TABLES.into_iter().find_map(|table| Some((table, *state.flow(table, &key)?))) else {
         state.hit(Point::FragmentWithoutFlow);
@@ -77,6 +89,16 @@ pub fn follow(state: &mut State, input: &Input, ip: Ip) -> Decision {
     };
     account(state, input, &segment, table);
     Decision { action, rewrite: Some(rewrite(macs)), ..Decision::PASS }
+}
+
+/// What all fragments of a packet have in common.
+fn name(ip: &Ip) -> FragmentKey {
+    FragmentKey { src: ip.src, dst: ip.dst, id: in_map(ip.v6, ip.id), protocol: ip.kind().into() }
+}
+
+/// An identification as its bytes are in the packet.
+fn in_map(v6: bool, id: u32) -> u32 {
+    if v6 { id.to_be() } else { (id as u16).to_be().into() }
 }
 
 /// Nobody is told about a later fragment of IPv4 (RFC 1812, 4.3.2.7); RFC 4443, 2.4 (e), makes no such exception.

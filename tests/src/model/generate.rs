@@ -270,14 +270,14 @@ fn build(dice: &mut Dice, state: &State, src: SocketAddr, dst: SocketAddr, proto
     }
     frame.ttl = if dice.chance(4) { dice.roll(3) as u8 } else { 64 };
     frame.fragment = if dice.chance(50) { 0x4000 } else { 0 };
-    if dice.chance(2) {
+    if dice.chance(4) {
         frame.fragment |= dice.pick(&[0x2000, 0x0003, 0x2003]);
     }
     if dice.chance(3) {
         frame.options = vec![1; dice.pick(&[4, 8, 40])];
     }
     frame.extensions = extensions(dice);
-    if dice.chance(2) {
+    if dice.chance(4) {
         // Offset in units of 8 bytes, two bits that mean nothing, "more".
         let bits = dice.pick(&[0x0001_u16, 0x0001, 0x0007, 0x0018, 0x0019]).to_be_bytes();
         let header = vec![0, 0, bits[0], bits[1], 0xbe, 0xef, 0, dice.roll(2) as u8];

@@ -12,8 +12,7 @@
 //! Time: the program reads the coarse clock, which the run reads before and after; a packet that a tick falls into may
 //! have seen either. What it stamps by the precise clock lies between the coarse one before and the precise one after.
 //! A source's token buckets depend on the precise clock: what the program left of one must be what some moment of its run
-//! leaves, and is taken over. Longer times pass by making every entry and bucket older, in the maps and in the model; fragments'
-//! entries do not age here.
+//! leaves, and is taken over. Longer times pass by making every entry and bucket older, in the maps and in the model.
 //!
 //! How fast ICMP messages of our own follow each other depends on the run's speed, so that either of "sent" and "limited" is
 //! taken.

@@ -41,6 +41,10 @@ pub fn apply(state: &mut State, kernel: &Kernel, network: &mut Network, change: 
                     kernel.set_flow(map_name(table), flow)?;
                 }
             }
+            for (key, first) in &mut state.fragments {
+                first.seen = first.seen.saturating_sub(*by);
+                kernel.map(name::FRAGMENTS)?.set(key, first)?;
+            }
             let config = state.config.clone();
             for (source, spent) in &mut state.sources {
                 if let Some((service, _)) = config.services.get(&source.service) {

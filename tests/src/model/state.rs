@@ -5,7 +5,8 @@ use std::{collections::BTreeMap, sync::Arc};
 use edge_common::{
     address::Wide,
     maps::{
-        BackendEntry, NextHop, OwnAddresses, ServiceEntry, ServiceKey, ServiceStats, SourceId, SourceKey, SourceUse,
+        BackendEntry, Fragment, FragmentKey, NextHop, OwnAddresses, ServiceEntry, ServiceKey, ServiceStats, SourceId,
+        SourceKey, SourceUse,
     },
     verdict::Reason,
 };
@@ -155,12 +156,6 @@ pub struct Counters {
     pub backends: BTreeMap<u32, ServiceStats>,
 }
 
-/// Source, destination, ID and [`super::wire::Ip::kind`] of a fragment, and whether it is an IPv6 one.
-pub type FragmentKey = (bool, Wide, Wide, u32, u8);
-
-/// What a first fragment told of the rest: ports, the ID after rewriting, layer-4 protocol.
-pub type Fragment = (u16, u16, u32, u8);
-
 /// Everything.
 #[derive(Clone, Debug, Default)]
 pub struct State {
@@ -169,6 +164,8 @@ pub struct State {
     tables: [BTreeMap<Key, Flow>; 3],
     /// First fragments.
     pub fragments: BTreeMap<FragmentKey, Fragment>,
+    /// Those that the packet at hand left.
+    pub touched_fragments: Vec<FragmentKey>,
     /// Next hops by number.
     pub next_hops: BTreeMap<u32, NextHop>,
     /// Next-hop numbers by interface and neighbour.
