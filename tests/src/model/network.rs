@@ -259,12 +259,11 @@ impl Network {
             hosts.into_iter().map(|(place, route)| (v6, wire(at(family, place)), 128, route)).collect();
         let connected = |place| (v6, wire(at(family, place)), if v6 { 64 } else { 96 + 24 }, Route::Unresolved);
         routes.extend([connected(VIP), connected(SNAT)]);
-        if !v6 {
-            // Broadcasts.
-            for network in [VIP, SNAT] {
-                let [a, b, c, _] = network.octets();
-                routes.push((v6, wire(Ipv4Addr::new(a, b, c, 255)), 128, Route::NotForwarded));
-            }
+        // Broadcasts; of IPv6 the routers' own anycast addresses (RFC 4291, 2.6.1).
+        for network in [VIP, SNAT] {
+            let [a, b, c, _] = network.octets();
+            let last = if v6 { 0 } else { 255 };
+            routes.push((v6, wire(at(family, Ipv4Addr::new(a, b, c, last))), 128, Route::NotForwarded));
         }
         routes
     }
