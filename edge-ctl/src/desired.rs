@@ -136,6 +136,8 @@ pub struct DesiredFrontend {
     pub pool: Option<Vec<DesiredBackend>>,
     /// Whether its VIP is announced, and why not.
     pub announced: Announced,
+    /// The host holds its VIP on `lo` and for nothing else: the kernel answers what has no flow.
+    pub dedicated: bool,
     /// Too few backends are healthy, so health is ignored: how many are, of how many.
     pub panic: Option<(usize, usize)>,
 }
@@ -363,6 +365,8 @@ fn build_frontend(config: &Config, inputs: &Inputs<'_>, service: &Service, front
         }
         _ => Announced::Off,
     };
+    let vip = frontend.address.ip();
+    let dedicated = service.announce.is_some() && !inputs.unheld.contains(&vip) && !inputs.own.contains(&vip);
     DesiredFrontend {
         service: service.name.clone(),
         mode: service.mode,
@@ -373,6 +377,7 @@ fn build_frontend(config: &Config, inputs: &Inputs<'_>, service: &Service, front
         timeouts: Timeouts::configured(frontend.protocol, &service.lifetimes),
         pool,
         announced,
+        dedicated,
         panic,
     }
 }
@@ -749,6 +754,21 @@ mod tests {
         let changed: Vec<_> = changed.map(|(_, frontend)| frontend.service.as_str()).collect();
         assert_eq!(changed, ["s7"], "ingress has no order, the others were not looked at");
         assert_eq!(world.rebuild(&after, None), world.build());
+    }
+
+    #[test]
+    fn a_vip_is_dedicated_where_it_is_announced_and_the_host_holds_it_on_lo_alone() {
+        let mut world = World::new();
+        let vip: IpAddr = "172.16.1.88".parse().unwrap();
+        assert!(world.config.services["ingress"].announce.is_some() && only(&world.build()).dedicated);
+        world.own.insert(vip);
+        assert!(!only(&world.build()).dedicated, "other ports are the host's");
+        world.own.clear();
+        world.unheld.insert(vip);
+        assert!(!only(&world.build()).dedicated, "nobody would answer");
+        world.unheld.clear();
+        world.config.services.get_mut("ingress").unwrap().announce = None;
+        assert!(!only(&world.build()).dedicated);
     }
 
     #[test]

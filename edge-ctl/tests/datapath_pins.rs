@@ -613,6 +613,7 @@ fn desired(backends: &[&str]) -> Arc<DesiredState> {
         panic: None,
         pool: Some(backends.iter().map(backend).collect()),
         announced: Announced::Yes,
+        dedicated: false,
     };
     Arc::new(DesiredState {
         frontends: BTreeMap::from([(frontend, service.into())]),

@@ -105,6 +105,7 @@ fn desired(backends: &[&str]) -> DesiredState {
         timeouts: Timeouts::of(Protocol::Tcp),
         pool: Some(backends.iter().map(backend).collect()),
         announced: Announced::Yes,
+        dedicated: false,
     };
     let frontend = Frontend { address: SocketAddr::new(address, 8443), protocol: Protocol::Tcp };
     DesiredState {

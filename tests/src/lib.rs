@@ -8,3 +8,4 @@ pub mod load;
 pub mod model;
 pub mod scenario;
 pub mod skip;
+pub mod unknown_flows;

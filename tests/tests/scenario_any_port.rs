@@ -9,13 +9,14 @@ use anyhow::{Context, Result, ensure};
 use edge_tests::{
     lab::{
         Lab, Speaker,
-        client::exchange_all,
+        client::{Echo, exchange_all},
         edge::{EdgeDaemon, dedicated_service, one, tor_peer},
         exec::{run, wait_for},
         pods::{SERVICE_NAME, TCP_ECHO, UDP_ECHO},
         topology::{CLIENT2, DEDICATED_VIP, EDGE, NODES},
     },
     needs_namespaces,
+    unknown_flows::{counted, end_quiet_time, is_reset},
 };
 use serde_json::Value;
 
@@ -115,9 +116,19 @@ fn orders_take_the_star(lab: &Lab) -> Result<()> {
     exchange_all(&mut on_the_pod).context("connections to a backend that drains")?;
     let killed = one(lab.edge_ctl(&["flow", "kill", "all", "--backend", &backend])?)?;
     ensure!(killed["flows"].as_u64() >= Some(on_the_pod.len() as u64), "{killed}");
+    the_kernel_ends_what_nobody_knows(lab, &mut on_the_pod[0])?;
     wait_for("the pod to be drained", SOON, || Ok(state_of_the_pod(lab)? == "drained"))?;
     lab.edge_ctl(&["backend", "undrain", "all", &backend])?;
     wait_for("the pod to be back", SOON, || Ok(state_of_the_pod(lab)? == "up"))?;
+    Ok(())
+}
+
+/// The host holds the VIP for nothing else, so that its own TCP answers a packet in mid-flow.
+fn the_kernel_ends_what_nobody_knows(lab: &Lab, connection: &mut Echo) -> Result<()> {
+    end_quiet_time(lab)?;
+    is_reset(connection.exchange())?;
+    let [passed, answered] = counted(lab, "all", ["no-flow", "mid-flow-reset"])?;
+    ensure!(passed > 0 && answered == 0, "{passed} segments passed to the kernel, {answered} answered by the program");
     Ok(())
 }
 

@@ -3,13 +3,7 @@
 
 use std::{fs, time::Duration};
 
-use anyhow::{Context, Result, anyhow, ensure};
-use aya::maps::{Array, MapData};
-use edge_common::maps::name;
-use edge_ctl::datapath::{
-    object::EBPF_OBJECT,
-    pins::{self, Pins},
-};
+use anyhow::{Context, Result, ensure};
 use edge_tests::{
     lab::{
         Lab, Speaker,
@@ -19,6 +13,7 @@ use edge_tests::{
         topology::{DEDICATED_VIP, EDGE, NODES, ingress},
     },
     needs_namespaces,
+    unknown_flows::{counted, end_quiet_time, is_reset},
 };
 use serde_json::Value;
 
@@ -133,28 +128,6 @@ fn a_killed_daemon_that_starts_again_loses_no_route_at_its_neighbours_and_no_pac
     daemon.stop()
 }
 
-/// Ends the quiet time that began with attaching, as if that were long ago.
-fn end_quiet_time(lab: &Lab) -> Result<()> {
-    let pins = Pins::new(&lab.pins(), EBPF_OBJECT)?;
-    let mut map: Array<MapData, u64> = pins::open(&pins, name::ANSWERS_FROM).map_err(|error| anyhow!("{error}"))?;
-    Ok(map.set(0, 1, 0)?)
-}
-
-/// Packets of the service's clients that belong to no flow: answered with a RST, and with nothing.
-fn unknown_flows(lab: &Lab) -> Result<[u64; 2]> {
-    let rows = lab.edge_ctl(&["xdp", "stats"])?;
-    Ok(["mid-flow-reset", "mid-flow-silent"].map(|reason| {
-        let of = |row: &&Value| row["service"] == "echo" && row["reason"] == reason;
-        rows.as_array().into_iter().flatten().filter(of).filter_map(|row| row["packets"].as_u64()).sum()
-    }))
-}
-
-fn is_reset(result: Result<Duration>) -> Result<()> {
-    let error = format!("{:#}", result.err().context("a connection without a flow was answered")?);
-    ensure!(error.contains("reset by peer"), "it was not reset: {error}");
-    Ok(())
-}
-
 /// Kills a speaker that stands for another edge, and what becomes of connections that nobody knows before and after.
 fn an_edge_is_lost(lab: &Lab, node: &str) -> Result<()> {
     let status = || one(lab.edge_ctl(&["status"])?);
@@ -163,7 +136,7 @@ fn an_edge_is_lost(lab: &Lab, node: &str) -> Result<()> {
     ensure!(status()?["quiet"] == 0, "{}", status()?);
     lab.edge_ctl(&["flow", "kill", "echo"])?;
     is_reset(clients[0].exchange()).context("while all edges are there")?;
-    let [reset, silent] = unknown_flows(lab)?;
+    let [reset, silent] = counted(lab, "echo", ["mid-flow-reset", "mid-flow-silent"])?;
     ensure!(reset > 0, "no RST was counted");
 
     lab.kill_bgp(node)?;
@@ -175,7 +148,7 @@ fn an_edge_is_lost(lab: &Lab, node: &str) -> Result<()> {
     clients[1].wait_for_lines(Duration::from_secs(1))?;
     let told = clients[1].exchange().err().context("a connection without a flow was answered")?;
     ensure!(!format!("{told:#}").contains("reset"), "the client was told: {told:#}");
-    let now = unknown_flows(lab)?;
+    let now = counted(lab, "echo", ["mid-flow-reset", "mid-flow-silent"])?;
     ensure!(now[0] == reset && now[1] > silent, "before {reset} and {silent}, now {now:?}");
     end_quiet_time(lab)?;
     clients[1].wait_for_lines(SOON)?;

@@ -123,6 +123,7 @@ mod tests {
             timeouts: Timeouts::of(Protocol::Tcp),
             pool: Some(backends.iter().map(backend).collect()),
             announced: Announced::Off,
+            dedicated: false,
             panic: None,
             protection: Protection::default(),
         };

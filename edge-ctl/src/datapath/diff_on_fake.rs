@@ -59,6 +59,7 @@ fn service(mode: Mode, pool: Option<Vec<DesiredBackend>>) -> DesiredFrontend {
         timeouts: Timeouts::of(Protocol::Tcp),
         panic: None,
         announced: if pool.iter().flatten().any(|b| b.eligible()) { Announced::Yes } else { Announced::Off },
+        dedicated: false,
         pool,
     }
 }

@@ -539,7 +539,8 @@ impl<'a> Planner<'a> {
             half_open_timeout: service.timeouts.half_open,
             closing_timeout: service.timeouts.closing,
             flags: if self.desired.record_ends { service_flag::RECORD_ENDS } else { 0 }
-                | if service.timeouts.one_reply { service_flag::ONE_REPLY } else { 0 },
+                | if service.timeouts.one_reply { service_flag::ONE_REPLY } else { 0 }
+                | if service.dedicated { service_flag::DEDICATED } else { 0 },
             affinity_timeout: service.selection.affinity.map_or(0, seconds),
             balance: balance_number(service.balance),
             ..ServiceEntry::default()
