@@ -19,10 +19,9 @@ use edge_tests::{
 /// The seed of every run.
 const FIXED: u64 = 0xed6e;
 /// Reasons that no test run can reach, and why.
-const UNREACHABLE: [(Reason, &str); 3] = [
+const UNREACHABLE: [(Reason, &str); 2] = [
     (Reason::HalfOpenFull, "an LRU table evicts rather than refuse, except where other CPUs hold its free entries"),
     (Reason::IcmpLimited, "whether messages come too fast depends on the run's speed"),
-    (Reason::BackendsFull, "no backend of the worlds has a limit"),
 ];
 
 /// Branches that no test run can count on, at which hook, and why.

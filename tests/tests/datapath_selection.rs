@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, net::SocketAddr};
 use anyhow::{Context, Result};
 use edge_common::{
     flow::TCP,
-    maps::{AffinityEntry, AffinityKey, BackendEntry, Chunk, ServiceEntry, active, balance, mode, name},
+    maps::{AffinityEntry, AffinityKey, BackendEntry, Chunk, Pending, ServiceEntry, active, balance, mode, name},
     schedule,
     verdict::Reason,
 };
@@ -13,10 +13,13 @@ use edge_ctl::{
     datapath::selection,
     reconcile::ports::{Region, socket_address},
 };
-use edge_tests::datapath::{
-    frame::{Frame, flag},
-    namespace::in_namespace,
-    rig::{Action, CLIENT, Entry, HOOKS, Key, Rig, Settings, VIP, key, snat_of, wire},
+use edge_tests::{
+    datapath::{
+        frame::{Frame, flag},
+        namespace::in_namespace,
+        rig::{Action, CLIENT, Entry, HOOKS, Key, Rig, Settings, VIP, key, snat_of, wire},
+    },
+    model::kernel,
 };
 
 /// Where the tests put their regions: the rig's own are below.
@@ -165,6 +168,19 @@ fn a_flood_of_syns_takes_no_more_than_a_quarter_of_a_limit() -> Result<()> {
             establish(rig, port)?;
         }
         assert_eq!(send(rig, 41_000, flag::SYN, 0)?, Action::Drop, "15 flows and 5 for what pends");
+        assert_eq!(rig.reason(1, Reason::BackendsFull)?, 1);
+        Ok(())
+    })
+}
+
+#[test]
+fn flows_that_began_by_a_clock_that_is_ahead_count_towards_a_limit() -> Result<()> {
+    each_hook(1, |rig, backends| {
+        limit(rig, backends, 4)?;
+        rig.array::<u32>(name::BACKEND_LIVE)?.set(backends[0], 3, 0)?;
+        let tick = Pending::tick(kernel::now()) + 1;
+        rig.array::<Pending>(name::BACKEND_PENDING)?.set(backends[0], Pending { tick, flows: 1 }, 0)?;
+        assert_eq!(send(rig, 40_000, flag::SYN, 0)?, Action::Drop, "3 flows and 1 that pends");
         assert_eq!(rig.reason(1, Reason::BackendsFull)?, 1);
         Ok(())
     })

@@ -65,11 +65,12 @@ impl Pending {
         (now_ns >> 30) as u32
     }
 
-    /// Flows that still count: half of those of the tick before, none of an older one. A handshake takes less.
+    /// Flows that still count: half of those of the tick before, none of an older one. A handshake takes less. The clock by
+    /// which flows begin is ahead of the coarse one by less than a tick, and may already have noted the next tick.
     #[inline(always)]
     pub const fn at(&self, tick: u32) -> u32 {
         match tick.wrapping_sub(self.tick) {
-            0 => self.flows,
+            0 | u32::MAX => self.flows,
             1 => self.flows / 2,
             _ => 0,
         }
@@ -141,6 +142,7 @@ mod tests {
         }
         assert_eq!((pending.at(7), pending.at(8), pending.at(9)), (10, 5, 0));
         assert_eq!(pending.promoted(8).at(8), 4);
+        assert_eq!((pending.at(6), pending.promoted(6).at(6)), (10, 9), "begun by a clock that is ahead");
         assert_eq!(pending.counted(100, 7), 10);
         assert_eq!(pending.counted(12, 7), 3);
         assert_eq!(

@@ -192,6 +192,9 @@ pub fn touched(state: &mut State, kernel: &Kernel, times: Times) -> Result<(), S
         }
     }
     sources(state, kernel)?;
+    for backend in std::mem::take(&mut state.touched_loads) {
+        load(state, kernel, backend)?;
+    }
     if let Some((service, reason)) = state.refused.take() {
         refusal(state, kernel, service, reason)?;
     }
@@ -202,6 +205,16 @@ pub fn touched(state: &mut State, kernel: &Kernel, times: Times) -> Result<(), S
         if got != expected {
             return Err(format!("next hop {number}: expected {expected:?}\n  got {got:?}"));
         }
+    }
+    Ok(())
+}
+
+/// What a backend has to do.
+fn load(state: &State, kernel: &Kernel, backend: u32) -> Result<(), String> {
+    let expected = state.loads.get(&backend).copied().unwrap_or_default();
+    let got = kernel.load(backend).map_err(|error| error.to_string())?;
+    if got != expected {
+        return Err(format!("backend {backend}: expected {expected:?}\n  got {got:?}"));
     }
     Ok(())
 }
@@ -326,6 +339,7 @@ pub fn tables(state: &mut State, kernel: &Kernel) -> Result<(), String> {
             )?;
         }
     }
+    state.loads.keys().try_for_each(|backend| load(state, kernel, *backend))?;
     protection(state, kernel)?;
     let cursor: Option<u32> = kernel.map(name::NEXT_HOP_CURSOR).map_err(|error| error.to_string())?.get(&0u32);
     if cursor != Some(state.next_hop_cursor) {

@@ -6,6 +6,7 @@
 use edge_common::{maps::flow_flag, verdict::Reason};
 
 use super::{
+    choose,
     coverage::Point,
     create::Past,
     decide::{Decision, Input, refuse, send},
@@ -130,7 +131,7 @@ fn touch(state: &mut State, key: &Key, now: u64) -> Touch {
             let fits = inserted != Insert::Full;
             // A flow is open as long as its client's half is there.
             if inserted == Insert::Done && twin.direction != REPLY {
-                state.count(twin.service, twin.backend, |stats| stats.opened += 1);
+                choose::opened(state, twin.service, twin.backend);
             }
             state.hit(if fits { Point::RebuiltTwin } else { Point::TwinNotRebuilt });
             Touch::Fine
@@ -229,14 +230,22 @@ fn in_table(state: &mut State, input: &Input, segment: &Segment, table: Table, f
             expect(state, table, &flow, floor);
             send(state, input, segment, table)
         }
-        Change::Promote(flags) => promote(state, input, segment, table, flow, flags),
+        Change::Promote(flags) => {
+            let promoted = promote(state, input, segment, table, flow, flags);
+            if promoted.is_ok() {
+                choose::proved(state, input, flow.backend);
+            }
+            established(state, input, segment, promoted)
+        }
         Change::OneSided(flags) => {
             state.hit(if flow.direction == REPLY { Point::PromoteAdopted } else { Point::PromoteOneSided });
-            promote(state, input, segment, table, flow, flags)
+            let promoted = promote(state, input, segment, table, flow, flags);
+            established(state, input, segment, promoted)
         }
         Change::Restore => {
             state.hit(Point::Restore);
-            promote(state, input, segment, table, flow, 0)
+            let promoted = promote(state, input, segment, table, flow, 0);
+            established(state, input, segment, promoted)
         }
         Change::Repeat(times) => {
             state.hit(Point::RepeatedSyn);
@@ -410,7 +419,22 @@ fn expect(state: &mut State, table: Table, reply: &Flow, floor: u32) {
     }
 }
 
-fn promote(state: &mut State, input: &Input, segment: &Segment, from: Table, mut flow: Flow, flags: u16) -> Decision {
+/// Sends the packet of a flow that was promoted.
+fn established(state: &mut State, input: &Input, segment: &Segment, promoted: Result<(), Decision>) -> Decision {
+    match promoted {
+        Ok(()) => send(state, input, segment, Table::Established),
+        Err(refused) => refused,
+    }
+}
+
+fn promote(
+    state: &mut State,
+    input: &Input,
+    segment: &Segment,
+    from: Table,
+    mut flow: Flow,
+    flags: u16,
+) -> Result<(), Decision> {
     flow.flags |= flags;
     let service = flow.service;
     let timeout = state.config.services.get(&service).map_or(0, |(service, _)| service.established_timeout);
@@ -420,7 +444,7 @@ fn promote(state: &mut State, input: &Input, segment: &Segment, from: Table, mut
     if from == Table::Closing && state.flow(Table::HalfOpen, &twin_key(&flow)).is_some() {
         state.hit(Point::RestoreTwinTaken);
         state.touched.push((Table::HalfOpen, twin_key(&flow)));
-        return refuse(state, Reason::TwinTaken, service);
+        return Err(refuse(state, Reason::TwinTaken, service));
     }
     let due = next_touch(state, timeout, input.now);
     let promoted = |half: Flow| Flow {
@@ -439,30 +463,30 @@ fn promote(state: &mut State, input: &Input, segment: &Segment, from: Table, mut
         Twin::Strangers => {
             state.hit(Point::PromoteTwinTaken);
             state.touched.push((from, twin_key(&flow)));
-            return refuse(state, Reason::TwinTaken, service);
+            return Err(refuse(state, Reason::TwinTaken, service));
         }
     };
     let twin_added = insert_established(state, promoted(twin));
     if twin_added == Insert::Full {
         state.hit(Point::PromoteFull);
-        return refuse(state, Reason::EstablishedFull, service);
+        return Err(refuse(state, Reason::EstablishedFull, service));
     }
     if twin_added == Insert::Exists
         && state.flow(Table::Established, &twin.key).is_some_and(|e| twin_key(e) != flow.key)
     {
         state.hit(Point::PromoteTwinTaken);
-        return refuse(state, Reason::TwinTaken, service);
+        return Err(refuse(state, Reason::TwinTaken, service));
     }
     let own_added = insert_established(state, promoted(flow));
     if own_added == Insert::Full {
         state.hit(Point::PromoteHalfFits);
         state.remove(Table::Established, &twin.key);
-        return refuse(state, Reason::EstablishedFull, service);
+        return Err(refuse(state, Reason::EstablishedFull, service));
     }
     // A flow is open as long as its client's half is there.
     let client_added = if flow.direction == REPLY { twin_added } else { own_added };
     if client_added == Insert::Done {
-        state.count(service, flow.backend, |stats| stats.opened += 1);
+        choose::opened(state, service, flow.backend);
         if from == Table::HalfOpen {
             protect::half_open_ended(state, input, &flow);
         }
@@ -470,7 +494,7 @@ fn promote(state: &mut State, input: &Input, segment: &Segment, from: Table, mut
     state.hit(if segment.key.protocol == UDP { Point::PromoteUdp } else { Point::PromoteTcp });
     state.remove(from, &flow.key);
     state.remove(from, &twin.key);
-    send(state, input, segment, Table::Established)
+    Ok(())
 }
 
 fn close(state: &mut State, input: &Input, table: Table, flow: Flow, flags: u16) {
@@ -502,7 +526,7 @@ fn close(state: &mut State, input: &Input, table: Table, flow: Flow, flags: u16)
         protect::half_open_ended(state, input, &flow);
     }
     if table == Table::Established && had_client {
-        state.count(flow.service, flow.backend, |stats| stats.closed += 1);
+        choose::closed(state, flow.service, flow.backend);
     }
 }
 
@@ -517,7 +541,7 @@ fn reopen(state: &mut State, input: &Input, table: Table, flow: &Flow) -> Past {
         protect::half_open_ended(state, input, flow);
     }
     if table == Table::Established && has_client(state, table, flow) {
-        state.count(flow.service, flow.backend, |stats| stats.closed += 1);
+        choose::closed(state, flow.service, flow.backend);
     }
     if table != Table::Closing {
         if let Twin::Strangers = state.twin(table, flow) {

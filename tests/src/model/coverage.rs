@@ -212,6 +212,20 @@ points! {
     SelectedNext,
     /// Selected by a scan of the pool.
     SelectedScan,
+    /// Selected from the backup tier, nobody in the primary one being eligible.
+    Backup,
+    /// The same, those that are being full.
+    BackupForFull,
+    /// A full backend was passed over for another of its tier.
+    FullPassedOver,
+    /// A backend is full with the flows that pend.
+    FullByPending,
+    /// It would be, did more than a quarter of the limit count.
+    PendingCapped,
+    /// Of the flows that pend half were forgotten.
+    PendingHalved,
+    /// Backends are eligible, and all that were met are full.
+    BackendsFull,
     /// No SNAT address.
     NoSnatAddress,
     /// dnat: the client's own source.

@@ -11,11 +11,11 @@ use edge_common::{
 };
 
 use super::{
+    choose::{self, Choice},
     connections::{expired, opens, unknown},
     coverage::Point,
     decide::{Choices, Decision, Input, answer, refuse, send},
     flow::{Flow, Key},
-    hash::{self, Found},
     midflow, protect,
     state::{Route, State, Table, twin_key},
     told::What,
@@ -116,7 +116,7 @@ fn new_flow(
     choices: &dyn Choices,
 ) -> Result<Decision, String> {
     let config = state.config.clone();
-    let Some((service, pool)) = config.services.get(&number) else {
+    let Some((service, _)) = config.services.get(&number) else {
         state.hit(Point::CreateNoService);
         return Ok(refuse(state, Reason::NotReady, number));
     };
@@ -134,19 +134,18 @@ fn new_flow(
         return Ok(send(state, input, segment, Table::HalfOpen));
     }
     state.coverage.hit_if(Point::AllPorts, service.port == 0);
-    let hash = hash::tuple(state.config.seed, &segment.key);
-    let eligible = |backend: u32| backend != 0 && config.eligible.get(&backend).copied().unwrap_or(false);
     let avoid = past.map_or(0, |past| past.avoid);
-    let (point, chosen) = match hash::select(hash, &pool.members, &pool.table, avoid, eligible) {
-        Found::Own(backend) => (Point::SelectedOwn, backend),
-        Found::Next(backend) => (Point::SelectedNext, backend),
-        Found::Scan(backend) => (Point::SelectedScan, backend),
-        Found::None => {
+    let chosen = match choose::backend(state, input, number, &segment.key, avoid) {
+        Choice::Backend(backend) => backend,
+        Choice::Nobody => {
             state.hit(Point::NoBackend);
             return Ok(refuse(state, Reason::NoBackend, number));
         }
+        Choice::AllFull => {
+            state.hit(Point::BackendsFull);
+            return Ok(refuse(state, Reason::BackendsFull, number));
+        }
     };
-    state.hit(point);
     let Some(backend) = state.config.backends.get(&chosen).copied() else {
         return Err(format!("the world has no backend {chosen}"));
     };
@@ -162,6 +161,7 @@ fn new_flow(
     if open(state, &plan, address, port) {
         protect::half_opened(state, input, &plan.key, number);
         state.count(plan.number, plan.chosen, |stats| stats.half_opened += 1);
+        choose::begun(state, plan.chosen, plan.now);
     }
     Ok(send(state, input, segment, Table::HalfOpen))
 }

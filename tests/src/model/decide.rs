@@ -29,6 +29,8 @@ pub struct Input<'a> {
     pub now: u64,
     /// The same clock, as it was read for the windows of half-open flows: a tick may have come between.
     pub window: u64,
+    /// The same clock, as it was read for the choice of a backend and for what is remembered of it.
+    pub chosen: u64,
     /// Nanoseconds, to the moment: what new flows are made by. Up to a tick after `now`.
     pub precise: u64,
     /// The same clock before the program ran and after it had.
@@ -182,7 +184,8 @@ fn transport(state: &mut State, input: &Input, ip: Ip, to_us: bool, choices: &dy
 
 /// Counts a reason and drops.
 pub fn refuse(state: &mut State, reason: Reason, service: u32) -> Decision {
-    if matches!(reason, Reason::SourceFlowRate | Reason::SourcePacketRate | Reason::SourceHalfOpen) {
+    let limits = [Reason::SourceFlowRate, Reason::SourcePacketRate, Reason::SourceHalfOpen];
+    if [Reason::NoBackend, Reason::BackendsFull].contains(&reason) || limits.contains(&reason) {
         state.refused = Some((service, reason));
     }
     state.because(reason, service);

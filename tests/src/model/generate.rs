@@ -48,6 +48,8 @@ pub enum Move {
     Redirectable(bool),
     /// An entry's next hop or service becomes a number that none has.
     Spoil(Table, Key, bool),
+    /// A backend has so many flows; below zero for a moment, when an expiry overtakes the opening.
+    Load(u32, i32),
     /// A service gets other source ranges and limits: its number, what they are drawn from, and for whom.
     Protect(u32, u64, Vec<Ipv4Addr>),
     /// Routes and neighbours change.
@@ -77,6 +79,7 @@ pub fn next(seed: u64, world: &World, state: &State, network: &Network) -> Move 
             let number = services.keys().nth(dice.roll(services.len() as u64) as usize).copied();
             number.map(|number| Move::Protect(number, dice.word(), world.clients.clone()))
         }
+        108..120 => state.loads.keys().nth(dice.roll(40) as usize).map(|n| Move::Load(*n, dice.roll(11) as i32 - 2)),
         100 if dice.chance(60) => Some(Move::Network(shape(&mut dice, network))),
         _ => None,
     };

@@ -66,23 +66,50 @@ pub enum Found {
     None,
 }
 
-/// The eligible backend of a hash: its Maglev slot, the next ones, then the pool. `avoid` (0: none) is passed over in the
-/// slots.
-pub fn select(hash: u64, pool: &[u32], table: &[u16], avoid: u32, eligible: impl Fn(u32) -> bool) -> Found {
+/// What a backend is good for now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fit {
+    /// It may have no new flows.
+    Out,
+    /// It may, but has as many as it may have.
+    Full,
+    /// It may have this one.
+    Free,
+}
+
+/// The backend of a hash: its slot, the next ones, then the pool. `avoid` (0: none) is passed over in the slots. In the pool,
+/// the first that may have new flows at all is tried and no other.
+pub fn select(hash: u64, pool: &[u32], table: &[u16], avoid: u32, mut fit: impl FnMut(u32) -> Fit) -> Found {
     if pool.is_empty() || table.is_empty() {
         return Found::None;
     }
-    let len = table.len() as u64;
-    let slot = |step| usize::from(table[((hash % len + step) % len) as usize]);
-    for step in 0..=NEXT_SLOTS {
-        let backend = pool[slot(step)];
-        if backend != avoid && eligible(backend) {
-            return if step == 0 { Found::Own(backend) } else { Found::Next(backend) };
-        }
+    match in_slots(hash, pool, table, avoid, &mut fit) {
+        Some((0, backend)) => return Found::Own(backend),
+        Some((_, backend)) => return Found::Next(backend),
+        None => {}
     }
-    let own = slot(0);
-    let mut members = (1..=POOL_MEMBERS).map(|step| pool[(own + step) % pool.len()]);
-    members.find(|backend| eligible(*backend)).map_or(Found::None, Found::Scan)
+    let own = slot(hash, table, 0);
+    let members = (1..=POOL_MEMBERS).map(|step| pool[(own + step) % pool.len()]);
+    let met = members.map(|backend| (backend, fit(backend))).find(|(_, fit)| *fit != Fit::Out);
+    met.filter(|(_, fit)| *fit == Fit::Free).map_or(Found::None, |(backend, _)| Found::Scan(backend))
+}
+
+/// The first backend but `avoid` in the slots from that of the hash on which may have a flow, and how many slots were passed over.
+pub fn in_slots(
+    hash: u64,
+    pool: &[u32],
+    table: &[u16],
+    avoid: u32,
+    mut fit: impl FnMut(u32) -> Fit,
+) -> Option<(u64, u32)> {
+    let slots = (0..=NEXT_SLOTS).map(|step| (step, pool[slot(hash, table, step)]));
+    slots.filter(|(_, backend)| *backend != avoid).find(|(_, backend)| fit(*backend) == Fit::Free)
+}
+
+/// What stands in the slot that is `step` after that of the hash.
+fn slot(hash: u64, table: &[u16], step: u64) -> usize {
+    let len = table.len() as u64;
+    usize::from(table[((hash % len + step) % len) as usize])
 }
 
 #[cfg(test)]
@@ -106,14 +133,27 @@ mod tests {
         assert_eq!(siphash_1_3([0, 0], b"0123456789abcdef"), hasher.finish());
     }
 
+    fn only(free: &[u32]) -> impl FnMut(u32) -> Fit {
+        move |backend| if free.contains(&backend) { Fit::Free } else { Fit::Out }
+    }
+
     #[test]
     fn an_excluded_backend_s_share_goes_to_the_next_slots_then_to_the_pool() {
         let (pool, table) = ([7, 8, 9], [0u16, 0, 1]);
-        assert_eq!(select(0, &pool, &table, 0, |_| true), Found::Own(7));
-        assert_eq!(select(0, &pool, &table, 0, |backend| backend != 7), Found::Next(8));
-        assert_eq!(select(0, &pool, &table, 0, |backend| backend == 9), Found::Scan(9));
-        assert_eq!(select(0, &pool, &table, 0, |_| false), Found::None);
-        assert_eq!(select(0, &pool, &table, 7, |_| true), Found::Next(8));
-        assert_eq!(select(0, &pool, &table, 7, |backend| backend == 7), Found::Scan(7));
+        assert_eq!(select(0, &pool, &table, 0, only(&[7, 8, 9])), Found::Own(7));
+        assert_eq!(select(0, &pool, &table, 0, only(&[8, 9])), Found::Next(8));
+        assert_eq!(select(0, &pool, &table, 0, only(&[9])), Found::Scan(9));
+        assert_eq!(select(0, &pool, &table, 0, only(&[])), Found::None);
+        assert_eq!(select(0, &pool, &table, 7, only(&[7, 8, 9])), Found::Next(8));
+        assert_eq!(select(0, &pool, &table, 7, only(&[7])), Found::Scan(7));
+    }
+
+    #[test]
+    fn of_the_pool_a_full_backend_is_the_last_that_is_tried() {
+        let (pool, table) = ([7, 8, 9], [0u16]);
+        let full = |backend| if backend == 9 { Fit::Free } else { Fit::Full };
+        assert_eq!(select(0, &pool, &table, 0, full), Found::None);
+        let out = |backend| if backend == 8 { Fit::Out } else { full(backend) };
+        assert_eq!(select(0, &pool, &table, 0, out), Found::Scan(9));
     }
 }

@@ -5,6 +5,7 @@ use edge_common::{address::Wide, maps::mode, verdict::Reason};
 
 use super::{
     checksum,
+    choose::agreed,
     coverage::Point,
     create::{numbered, port_of},
     decide::{Decision, Input, refuse},
@@ -183,7 +184,7 @@ fn assume(state: &mut State, input: &Input, ip: Ip, quote: Quote) -> Decision {
     };
     let strangers = named.is_some() && !midflow::is_of(state, number, &client);
     state.coverage.hit_if(Point::PortOfAnother, strangers);
-    let chosen = midflow::choice(state, number, &client, 0).filter(|_| !strangers);
+    let chosen = agreed(state, input, number, &client, 0).filter(|_| !strangers);
     let backend = match (chosen, named) {
         (Some(chosen), None) => chosen,
         (Some(chosen), Some(named)) if chosen == named => chosen,

@@ -24,6 +24,7 @@ use edge_ctl::datapath::cache::Part;
 use super::{
     compare::hex,
     flow::{Flow, Key},
+    state::Load,
 };
 use crate::datapath::rig::{Action, Hook, Rig, skb_context, v6_table, xdp_context};
 
@@ -272,6 +273,28 @@ impl Kernel {
             self.rig.cache.changed(&key);
         }
         Ok(())
+    }
+
+    /// What a backend has to do.
+    ///
+    /// # Errors
+    /// Where there is no such map.
+    pub fn load(&self, backend: u32) -> Result<Load> {
+        Ok(Load {
+            live: self.map(name::BACKEND_LIVE)?.get(&backend).unwrap_or_default(),
+            expired: self.map(name::BACKEND_EXPIRED)?.get(&backend).unwrap_or_default(),
+            pending: self.map(name::BACKEND_PENDING)?.get(&backend).unwrap_or_default(),
+        })
+    }
+
+    /// Writes what a backend has to do.
+    ///
+    /// # Errors
+    /// Where the kernel refuses.
+    pub fn set_load(&self, backend: u32, load: &Load) -> Result<()> {
+        self.map(name::BACKEND_LIVE)?.set(&backend, &load.live)?;
+        self.map(name::BACKEND_EXPIRED)?.set(&backend, &load.expired)?;
+        self.map(name::BACKEND_PENDING)?.set(&backend, &load.pending)
     }
 
     /// Runs a frame; `None` where the kernel does not run frames that short.

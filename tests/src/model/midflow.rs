@@ -8,12 +8,12 @@ use edge_common::{
 };
 
 use super::{
+    choose::agreed,
     connections::bits::{ACK, FIN, RST, SYN},
     coverage::Point,
     create::{Plan, claim_own, numbered, open},
     decide::{Decision, Input, refuse, send},
     flow::Key,
-    hash::{self, Found},
     protect,
     state::{State, Table, twin_key},
     wire::{self, Segment, UDP},
@@ -32,7 +32,7 @@ pub fn segment(state: &mut State, input: &Input, segment: &Segment, number: u32)
     if let Some(reason) = protect::refuses(state, input, &segment.key, number, &service, false) {
         return refuse(state, reason, number);
     }
-    let Some(chosen) = choice(state, number, &segment.key, 0) else {
+    let Some(chosen) = agreed(state, input, number, &segment.key, 0) else {
         state.hit(Point::AdoptNoBackend);
         return refuse(state, Reason::NoBackend, number);
     };
@@ -66,8 +66,8 @@ pub fn reply(state: &mut State, input: &Input, segment: &Segment, backend: u32) 
         state.hit(Point::PortOfAnother);
         return refuse(state, Reason::ReplyWithoutFlow, number);
     }
-    let first = choice(state, number, &client, 0);
-    let second = first.and_then(|first| choice(state, number, &client, first));
+    let first = agreed(state, input, number, &client, 0);
+    let second = first.and_then(|first| agreed(state, input, number, &client, first));
     if first != Some(backend) && second != Some(backend) {
         state.hit(Point::ReplyWithoutFlow);
         return refuse(state, Reason::ReplyWithoutFlow, number);
@@ -99,16 +99,6 @@ pub(super) fn port_asked(service: &ServiceEntry, replies: u16) -> u16 {
 pub(super) fn is_of(state: &State, number: u32, client: &Key) -> bool {
     let all_ports = state.config.services.get(&number).is_some_and(|(service, _)| service.port == 0);
     !all_ports || numbered(&state.config.frontends, client.dst, client.dst_port, client) == Some(number)
-}
-
-/// The backend that every edge chooses for the client.
-pub(super) fn choice(state: &State, number: u32, client: &Key, avoid: u32) -> Option<u32> {
-    let (_, pool) = state.config.services.get(&number)?;
-    let eligible = |backend: u32| backend != 0 && state.config.eligible.get(&backend).copied().unwrap_or(false);
-    match hash::select(hash::tuple(state.config.seed, client), &pool.members, &pool.table, avoid, eligible) {
-        Found::Own(backend) | Found::Next(backend) | Found::Scan(backend) => Some(backend),
-        Found::None => None,
-    }
 }
 
 fn adopt(

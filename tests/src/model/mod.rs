@@ -22,6 +22,7 @@
 //! `connections`, `create` and `forward`, called from `decide`, with its branches in `coverage` and its packets in `generate`.
 
 pub mod checksum;
+pub mod choose;
 pub mod compare;
 pub mod connections;
 pub mod coverage;

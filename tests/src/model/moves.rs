@@ -1,5 +1,7 @@
 //! Steps that are no packets: applied to the model, then written into the maps.
 
+use std::collections::BTreeMap;
+
 use anyhow::Result;
 use edge_common::maps::name;
 
@@ -11,7 +13,7 @@ use super::{
     kernel::Kernel,
     network::Network,
     protect,
-    state::{State, TABLES, Table},
+    state::{Load, State, TABLES, Table},
     world::{self, write_control, write_eligible},
 };
 
@@ -52,6 +54,15 @@ pub fn apply(state: &mut State, kernel: &Kernel, network: &mut Network, change: 
                 }
                 kernel.map(name::SOURCES)?.set(source, spent)?;
             }
+            for (backend, load) in &mut state.loads {
+                load.pending.tick = load.pending.tick.wrapping_sub((by >> 30) as u32);
+                kernel.set_load(*backend, load)?;
+            }
+        }
+        Move::Load(backend, flows) => {
+            let load = state.loads.entry(*backend).or_default();
+            set_active(load, *flows);
+            kernel.set_load(*backend, load)?;
         }
         Move::Protect(number, seed, clients) => {
             world::protection(state.configure(), *number, &mut Dice(*seed), clients);
@@ -65,6 +76,12 @@ pub fn apply(state: &mut State, kernel: &Kernel, network: &mut Network, change: 
         Move::Sweep => {
             for key in over(state, now) {
                 forget(state, kernel, Table::Established, &key)?;
+            }
+            // The daemon counts those, and at the end of its walk knows whom else the counters have missed.
+            let established = state.table(Table::Established).clone();
+            for (backend, load) in &mut state.loads {
+                set_active(load, clients_of(&established, *backend));
+                kernel.set_load(*backend, load)?;
             }
         }
         Move::Generation => {
@@ -99,6 +116,17 @@ fn forget(state: &mut State, kernel: &Kernel, table: Table, key: &Key) -> Result
     state.table_mut(table).remove(key);
     kernel.end_flow(map_name(table), key)?;
     Ok(())
+}
+
+/// Flows that a backend has: their clients' halves that are established.
+fn clients_of(established: &BTreeMap<Key, Flow>, backend: u32) -> i32 {
+    established.values().filter(|flow| flow.backend == backend && flow.direction == 0).count() as i32
+}
+
+/// Sets what expired so that a backend has so many flows; the counter has run over a few times.
+fn set_active(load: &mut Load, flows: i32) {
+    let ended = load.live.wrapping_sub(flows.cast_unsigned());
+    load.expired = ((load.expired >> 32) + 1) << 32 | u64::from(ended);
 }
 
 /// As if the entry's times were that much longer ago.

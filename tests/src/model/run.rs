@@ -257,6 +257,7 @@ impl Bench {
             gso_size: *gso_size,
             now: from,
             window: from,
+            chosen: from,
             precise: from_precise,
             ran: (from_precise, to_precise),
             was_sent: matches!(action, Action::Transmit | Action::Redirect),
@@ -279,9 +280,9 @@ impl Bench {
         let before = state.clone();
         let Err(first) = judge(state, &input) else { return Ok(()) };
         // The program read both clocks somewhere between: at a boundary, either side of it is right.
-        for (now, window, precise) in self.moments(frame, (from, to), (from_precise, to_precise)) {
+        for moment in self.moments(frame, (from, to), (from_precise, to_precise)) {
             *state = before.clone();
-            (input.now, input.window, input.precise) = (now, window, precise);
+            (input.now, input.window, input.chosen, input.precise) = moment;
             if judge(state, &input).is_ok() {
                 return Ok(());
             }
@@ -291,7 +292,7 @@ impl Bench {
 
     /// What the two clocks may have said while the program ran: the ends, what it stamped, and, since a run that others have
     /// interrupted takes long enough for more than one thing to change, moments between.
-    fn moments(&self, frame: &[u8], coarse: (u64, u64), precise: (u64, u64)) -> Vec<(u64, u64, u64)> {
+    fn moments(&self, frame: &[u8], coarse: (u64, u64), precise: (u64, u64)) -> Vec<(u64, u64, u64, u64)> {
         let mut ticks = vec![coarse.0, coarse.1];
         let mut moments = vec![precise.0, precise.1];
         let key = wire::whole_segment(frame).map(|segment| segment.key);
@@ -308,7 +309,9 @@ impl Bench {
         let mut all = Vec::new();
         for now in ticks {
             for window in windows {
-                all.extend(moments.iter().map(|moment| (now, *window, *moment)));
+                for chosen in windows {
+                    all.extend(moments.iter().map(|moment| (now, *window, *chosen, *moment)));
+                }
             }
         }
         all

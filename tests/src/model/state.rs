@@ -5,8 +5,8 @@ use std::{collections::BTreeMap, sync::Arc};
 use edge_common::{
     address::Wide,
     maps::{
-        BackendEntry, Fragment, FragmentKey, NextHop, OwnAddresses, ServiceEntry, ServiceKey, ServiceStats, SourceId,
-        SourceKey, SourceUse,
+        BackendEntry, Fragment, FragmentKey, NextHop, OwnAddresses, Pending, ServiceEntry, ServiceKey, ServiceStats,
+        SourceId, SourceKey, SourceUse,
     },
     verdict::Reason,
 };
@@ -65,6 +65,40 @@ pub struct Pool {
     pub members: Vec<u32>,
     /// Maglev table.
     pub table: Vec<u16>,
+    /// What serves while none of these can.
+    pub backup: Option<Box<Pool>>,
+}
+
+/// What a backend has to do, as the maps hold it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Load {
+    /// Flows opened less flows closed, modulo 2^32.
+    pub live: u32,
+    /// Flows that the daemon ended.
+    pub expired: u64,
+    /// Flows that have not proved themselves.
+    pub pending: Pending,
+}
+
+impl Load {
+    /// Flows that it has: fewer than none are none.
+    pub fn active(&self) -> u32 {
+        let (live, expired) = (i64::from(self.live), (self.expired % (1 << 32)) as i64);
+        match (live - expired).rem_euclid(1 << 32) {
+            flows if flows < 1 << 31 => flows as u32,
+            _ => 0,
+        }
+    }
+
+    /// Flows that pend in a tick: half of those of the tick before, none of older ones. The clock of what wrote them may have
+    /// been ahead.
+    pub fn pending_at(&self, tick: u32) -> u32 {
+        match tick.wrapping_sub(self.pending.tick).cast_signed() {
+            ..=0 => self.pending.flows,
+            1 => self.pending.flows / 2,
+            _ => 0,
+        }
+    }
 }
 
 /// Configuration, as the daemon writes it, and the world around.
@@ -174,6 +208,10 @@ pub struct State {
     pub next_hop_cursor: u32,
     /// SNAT cursors, as last seen.
     pub cursors: BTreeMap<u32, u32>,
+    /// What backends have to do.
+    pub loads: BTreeMap<u32, Load>,
+    /// Those for which the packet at hand changed that.
+    pub touched_loads: Vec<u32>,
     /// Counters.
     pub counters: Counters,
     /// What sources have used up.

@@ -8,7 +8,7 @@ use edge_common::{
     flow::{FlowKeyV4, FlowKeyV6},
     maps::{
         AddressFilter, BackendEntry, CHUNK_BYTES, Chunk, Control, FragmentKey, NEXT_HOPS, NeighbourKey, OwnAddresses,
-        PortSet, SNAT_ADDRESSES, ServiceEntry, ServiceKey, SourceId, SourceKey, SourceRange, backend_state,
+        Pending, PortSet, SNAT_ADDRESSES, ServiceEntry, ServiceKey, SourceId, SourceKey, SourceRange, backend_state,
         interface_flag, mode, name, range_action, service_flag,
     },
 };
@@ -21,7 +21,7 @@ use super::{
         SILENT_POD, STUB_POD, at,
     },
     protect,
-    state::{Config, Pool, State},
+    state::{Config, Load, Pool, State},
     wire::{TCP, UDP},
 };
 use crate::datapath::rig::{CLIENT, FAMILIES, Family, OWN, OWN6, SNAT, VIP, pod, v6_table, wire};
@@ -139,6 +139,7 @@ fn service(world: &mut World, dice: &mut Dice, number: u32, family: Family, (por
         _ => dice.pick(&[443, 443, 8080]),
     };
     let without_source = number == 5;
+    let limited = dice.chance(40);
     for _ in 0..members {
         let address = match dice.roll(10) {
             0..7 => pod(dice.roll(4) as u8),
@@ -156,8 +157,13 @@ fn service(world: &mut World, dice: &mut Dice, number: u32, family: Family, (por
             protocol,
             service: number,
             snat_address,
+            limit: if limited { dice.pick(&[0, 1, 2, 3, 4, 5, 8, 12]) } else { 0 },
             ..BackendEntry::default()
         };
+        // The counters have been running for a while.
+        let live = dice.word() as u32;
+        let expired = dice.roll(1 << 20) << 32 | u64::from(live.wrapping_add(1).wrapping_sub(dice.roll(3) as u32));
+        world.start.loads.insert(chosen, Load { live, expired, pending: Pending::default() });
         let config = world.start.configure();
         config.backends.insert(chosen, backend);
         config.eligible.insert(chosen, dice.chance(85));
@@ -171,6 +177,13 @@ fn service(world: &mut World, dice: &mut Dice, number: u32, family: Family, (por
         let len = dice.pick(&[1, 7, 31, 127, 1021]);
         // Mostly one member, at times, so that only the scan of the pool finds the others.
         let spread = if dice.chance(25) { 1 } else { members };
+        let backups = if members > 1 && dice.chance(40) { 1 + dice.roll(members - 1) } else { 0 };
+        if backups != 0 {
+            let members = pool.members.split_off((members - backups) as usize);
+            let table = (0..dice.pick(&[1, 7, 31])).map(|_| dice.roll(backups) as u16).collect();
+            pool.backup = Some(Box::new(Pool { members, table, backup: None }));
+        }
+        let spread = spread.min(members - backups);
         pool.table = (0..len).map(|_| dice.roll(spread) as u16).collect();
     }
     let ports = dice.pick(&[1, 2, 3, 8, 64, 1000]);
@@ -298,6 +311,7 @@ pub fn write(world: &mut World, kernel: &Kernel) -> Result<()> {
     for (number, backend) in &config.backends {
         kernel.map(name::BACKENDS)?.set(number, backend)?;
         write_eligible(kernel, *number, config.eligible[number])?;
+        kernel.set_load(*number, &world.start.loads[number])?;
         world.start.cursors.insert(*number, kernel.map(name::BACKEND_CURSOR)?.get(number).unwrap_or(0));
     }
     Ok(())
@@ -346,11 +360,12 @@ fn region(kernel: &Kernel, pool: &Pool, chunk: &mut u32) -> Result<u32> {
     if pool.members.is_empty() {
         return Ok(0);
     }
+    let backup = pool.backup.as_deref().map_or(Ok(0), |backup| region(kernel, backup, chunk))?;
     let members: Vec<u8> = pool.members.iter().flat_map(|number| number.to_ne_bytes()).collect();
     let table: Vec<u8> = pool.table.iter().flat_map(|index| index.to_ne_bytes()).collect();
     let first = *chunk;
     let table_chunk = first + 1 + members.len().div_ceil(CHUNK_BYTES) as u32;
-    let head = [pool.members.len() as u32, pool.table.len() as u32, first + 1, table_chunk];
+    let head = [pool.members.len() as u32, pool.table.len() as u32, first + 1, table_chunk, backup];
     let head: Vec<u8> = head.iter().flat_map(|field| field.to_ne_bytes()).collect();
     for bytes in [head, members, table] {
         for part in bytes.chunks(CHUNK_BYTES) {
