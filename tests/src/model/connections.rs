@@ -235,17 +235,17 @@ fn in_table(state: &mut State, input: &Input, segment: &Segment, table: Table, f
             if promoted.is_ok() {
                 choose::proved(state, input, flow.backend);
             }
-            established(state, input, segment, promoted)
+            established(state, input, segment, flow.service, promoted)
         }
         Change::OneSided(flags) => {
             state.hit(if flow.direction == REPLY { Point::PromoteAdopted } else { Point::PromoteOneSided });
             let promoted = promote(state, input, segment, table, flow, flags);
-            established(state, input, segment, promoted)
+            established(state, input, segment, flow.service, promoted)
         }
         Change::Restore => {
             state.hit(Point::Restore);
             let promoted = promote(state, input, segment, table, flow, 0);
-            established(state, input, segment, promoted)
+            established(state, input, segment, flow.service, promoted)
         }
         Change::Repeat(times) => {
             state.hit(Point::RepeatedSyn);
@@ -420,10 +420,16 @@ fn expect(state: &mut State, table: Table, reply: &Flow, floor: u32) {
 }
 
 /// Sends the packet of a flow that was promoted.
-fn established(state: &mut State, input: &Input, segment: &Segment, promoted: Result<(), Decision>) -> Decision {
+fn established(
+    state: &mut State,
+    input: &Input,
+    segment: &Segment,
+    service: u32,
+    promoted: Result<(), Reason>,
+) -> Decision {
     match promoted {
         Ok(()) => send(state, input, segment, Table::Established),
-        Err(refused) => refused,
+        Err(reason) => refuse(state, reason, service),
     }
 }
 
@@ -434,7 +440,7 @@ fn promote(
     from: Table,
     mut flow: Flow,
     flags: u16,
-) -> Result<(), Decision> {
+) -> Result<(), Reason> {
     flow.flags |= flags;
     let service = flow.service;
     let timeout = state.config.services.get(&service).map_or(0, |(service, _)| service.established_timeout);
@@ -444,7 +450,7 @@ fn promote(
     if from == Table::Closing && state.flow(Table::HalfOpen, &twin_key(&flow)).is_some() {
         state.hit(Point::RestoreTwinTaken);
         state.touched.push((Table::HalfOpen, twin_key(&flow)));
-        return Err(refuse(state, Reason::TwinTaken, service));
+        return Err(Reason::TwinTaken);
     }
     let due = next_touch(state, timeout, input.now);
     let promoted = |half: Flow| Flow {
@@ -463,25 +469,25 @@ fn promote(
         Twin::Strangers => {
             state.hit(Point::PromoteTwinTaken);
             state.touched.push((from, twin_key(&flow)));
-            return Err(refuse(state, Reason::TwinTaken, service));
+            return Err(Reason::TwinTaken);
         }
     };
     let twin_added = insert_established(state, promoted(twin));
     if twin_added == Insert::Full {
         state.hit(Point::PromoteFull);
-        return Err(refuse(state, Reason::EstablishedFull, service));
+        return Err(Reason::EstablishedFull);
     }
     if twin_added == Insert::Exists
         && state.flow(Table::Established, &twin.key).is_some_and(|e| twin_key(e) != flow.key)
     {
         state.hit(Point::PromoteTwinTaken);
-        return Err(refuse(state, Reason::TwinTaken, service));
+        return Err(Reason::TwinTaken);
     }
     let own_added = insert_established(state, promoted(flow));
     if own_added == Insert::Full {
         state.hit(Point::PromoteHalfFits);
         state.remove(Table::Established, &twin.key);
-        return Err(refuse(state, Reason::EstablishedFull, service));
+        return Err(Reason::EstablishedFull);
     }
     // A flow is open as long as its client's half is there.
     let client_added = if flow.direction == REPLY { twin_added } else { own_added };
