@@ -3,7 +3,10 @@
 use edge_common::{
     address::Wide,
     conntrack::TICK_SHIFT,
-    maps::{Fragment, NextHop, ServiceStats, SourceId, SourceKey, SourceRange, SourceUse, flow_flag, name},
+    maps::{
+        AffinityEntry, AffinityKey, Fragment, NextHop, ServiceStats, SourceId, SourceKey, SourceRange, SourceUse,
+        flow_flag, name,
+    },
     verdict::{REASONS, Reason},
 };
 
@@ -195,6 +198,16 @@ pub fn touched(state: &mut State, kernel: &Kernel, times: Times) -> Result<(), S
     for backend in std::mem::take(&mut state.touched_loads) {
         load(state, kernel, backend)?;
     }
+    for service in std::mem::take(&mut state.touched_turns) {
+        turn(state, kernel, service)?;
+    }
+    for key in std::mem::take(&mut state.touched_homes) {
+        let map = kernel.map(name::AFFINITY).map_err(|error| error.to_string())?;
+        let (got, expected) = (map.get::<_, AffinityEntry>(&key), state.homes.get(&key).copied());
+        if got != expected {
+            return Err(format!("home of {key:?}: expected {expected:?}\n  got {got:?}"));
+        }
+    }
     if let Some((service, reason)) = state.refused.take() {
         refusal(state, kernel, service, reason)?;
     }
@@ -215,6 +228,27 @@ fn load(state: &State, kernel: &Kernel, backend: u32) -> Result<(), String> {
     let got = kernel.load(backend).map_err(|error| error.to_string())?;
     if got != expected {
         return Err(format!("backend {backend}: expected {expected:?}\n  got {got:?}"));
+    }
+    Ok(())
+}
+
+/// Whose turn it is in a service.
+fn turn(state: &State, kernel: &Kernel, service: u32) -> Result<(), String> {
+    let map = kernel.map(name::SERVICE_CURSOR).map_err(|error| error.to_string())?;
+    let (got, expected) = (map.get::<_, u32>(&service), state.turns.get(&service).copied());
+    if got != expected {
+        return Err(format!("turn of service {service}: expected {expected:?}, got {got:?}"));
+    }
+    Ok(())
+}
+
+/// Where every client is at home.
+fn homes(state: &State, kernel: &Kernel) -> Result<(), String> {
+    let map = kernel.map(name::AFFINITY).map_err(|error| error.to_string())?;
+    let homes = map.keys::<AffinityKey>().into_iter().filter_map(|key| Some((key, map.get::<_, AffinityEntry>(&key)?)));
+    let homes: BTreeMap<AffinityKey, AffinityEntry> = homes.collect();
+    if homes != state.homes {
+        return Err(format!("homes: expected {:?}\n  got {homes:?}", state.homes));
     }
     Ok(())
 }
@@ -340,6 +374,8 @@ pub fn tables(state: &mut State, kernel: &Kernel) -> Result<(), String> {
         }
     }
     state.loads.keys().try_for_each(|backend| load(state, kernel, *backend))?;
+    state.turns.keys().try_for_each(|service| turn(state, kernel, *service))?;
+    homes(state, kernel)?;
     protection(state, kernel)?;
     let cursor: Option<u32> = kernel.map(name::NEXT_HOP_CURSOR).map_err(|error| error.to_string())?.get(&0u32);
     if cursor != Some(state.next_hop_cursor) {

@@ -233,7 +233,7 @@ fn in_table(state: &mut State, input: &Input, segment: &Segment, table: Table, f
         Change::Promote(flags) => {
             let promoted = promote(state, input, segment, table, flow, flags);
             if promoted.is_ok() {
-                choose::proved(state, input, flow.backend);
+                choose::proved(state, input, &service, &flow);
             }
             established(state, input, segment, flow.service, promoted)
         }

@@ -212,6 +212,36 @@ points! {
     SelectedNext,
     /// Selected by a scan of the pool.
     SelectedScan,
+    /// The client is at home with a backend.
+    AtHome,
+    /// Its home did not answer it.
+    HomeSilent,
+    /// It has no home.
+    NoHome,
+    /// It has been away for too long.
+    AwayTooLong,
+    /// Its home may have no new flows.
+    HomeOut,
+    /// Its home's number is another service's.
+    HomeOfAnother,
+    /// Its home is full.
+    HomeFull,
+    /// A flow that proved itself is its client's home from now on.
+    NewHome,
+    /// It was already.
+    SameHome,
+    /// Another backend was, and stays it.
+    AnotherWasFirst,
+    /// Another backend was, and is no more.
+    Moved,
+    /// Selected by turns.
+    Turn,
+    /// The first of two is not the more loaded one.
+    FirstOfTwo,
+    /// The second of two is less loaded.
+    SecondOfTwo,
+    /// There is no second one.
+    OneOfOne,
     /// Selected from the backup tier, nobody in the primary one being eligible.
     Backup,
     /// The same, those that are being full.

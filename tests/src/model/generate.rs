@@ -3,7 +3,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use edge_common::address::Wide;
+use edge_common::{address::Wide, maps::AffinityKey};
 
 use super::{
     connections::bits::{ACK, FIN, RST, SYN},
@@ -50,6 +50,8 @@ pub enum Move {
     Spoil(Table, Key, bool),
     /// A backend has so many flows; below zero for a moment, when an expiry overtakes the opening.
     Load(u32, i32),
+    /// The client whose home this is has none, or has it with another backend.
+    Home(AffinityKey, Option<u32>),
     /// A service gets other source ranges and limits: its number, what they are drawn from, and for whom.
     Protect(u32, u64, Vec<Ipv4Addr>),
     /// Routes and neighbours change.
@@ -80,6 +82,11 @@ pub fn next(seed: u64, world: &World, state: &State, network: &Network) -> Move 
             number.map(|number| Move::Protect(number, dice.word(), world.clients.clone()))
         }
         108..120 => state.loads.keys().nth(dice.roll(40) as usize).map(|n| Move::Load(*n, dice.roll(11) as i32 - 2)),
+        120..128 => {
+            let home = state.homes.keys().nth(dice.roll(20) as usize);
+            let backend = 1 + dice.roll(world.backends.len().max(1) as u64) as u32;
+            home.map(|home| Move::Home(*home, dice.chance(60).then_some(backend)))
+        }
         100 if dice.chance(60) => Some(Move::Network(shape(&mut dice, network))),
         _ => None,
     };

@@ -3,7 +3,7 @@
 //! (RFC 9293, 3.10.7.1).
 
 use edge_common::{
-    maps::{ServiceEntry, flow_flag, mode, service_flag},
+    maps::{ServiceEntry, balance, flow_flag, mode, service_flag},
     verdict::Reason,
 };
 
@@ -26,7 +26,7 @@ pub fn segment(state: &mut State, input: &Input, segment: &Segment, number: u32)
         state.hit(Point::CreateNoService);
         return refuse(state, Reason::NotReady, number);
     };
-    if service.mode != mode::DNAT || segment.flags & SYN != 0 {
+    if service.mode != mode::DNAT || service.balance != balance::MAGLEV || segment.flags & SYN != 0 {
         return answer(state, input, segment, number, &service);
     }
     if let Some(reason) = protect::refuses(state, input, &segment.key, number, &service, false) {

@@ -14,6 +14,12 @@
 //! A source's token buckets depend on the precise clock: what the program left of one must be what some moment of its run
 //! leaves, and is taken over. Longer times pass by making every entry and bucket older, in the maps and in the model.
 //!
+//! Backends are chosen as they are by every method ([`choose`]): by Maglev's table, by turns, or as the less loaded of two, with
+//! backup tiers, limits, homes of clients, and the weight of a backend that starts slowly. Turns, homes and loads are compared
+//! like entries. What half-open flows weigh against a limit is an estimate, but one that follows from the clock. How many flows a
+//! backend has, and where clients are at home, is also set from outside: the daemon counts flows anew, an LRU table forgets,
+//! and a number is given to another backend.
+//!
 //! How fast ICMP messages of our own follow each other depends on the run's speed, so that either of "sent" and "limited" is
 //! taken.
 //!

@@ -13,8 +13,8 @@ use super::{
     kernel::Kernel,
     network::Network,
     protect,
-    state::{Load, State, TABLES, Table},
-    world::{self, write_control, write_eligible},
+    state::{Load, SECOND, State, TABLES, Table},
+    world::{self, write_backend_state, write_control},
 };
 
 /// A next-hop or service number that no map has.
@@ -58,6 +58,20 @@ pub fn apply(state: &mut State, kernel: &Kernel, network: &mut Network, change: 
                 load.pending.tick = load.pending.tick.wrapping_sub((by >> 30) as u32);
                 kernel.set_load(*backend, load)?;
             }
+            for (home, entry) in &mut state.homes {
+                entry.seen = entry.seen.wrapping_sub((by / SECOND) as u32);
+                kernel.map(name::AFFINITY)?.set(home, entry)?;
+            }
+        }
+        Move::Home(home, None) => {
+            state.homes.remove(home);
+            kernel.map(name::AFFINITY)?.delete(home);
+        }
+        Move::Home(home, Some(backend)) => {
+            if let Some(entry) = state.homes.get_mut(home) {
+                entry.backend = *backend;
+                kernel.map(name::AFFINITY)?.set(home, entry)?;
+            }
         }
         Move::Load(backend, flows) => {
             let load = state.loads.entry(*backend).or_default();
@@ -70,7 +84,7 @@ pub fn apply(state: &mut State, kernel: &Kernel, network: &mut Network, change: 
         }
         Move::Eligible(backend, eligible) => {
             state.configure().eligible.insert(*backend, *eligible);
-            write_eligible(kernel, *backend, *eligible)?;
+            write_backend_state(&state.config, kernel, *backend)?;
         }
         Move::Forget(table, key) => forget(state, kernel, *table, key)?,
         Move::Sweep => {

@@ -5,8 +5,8 @@ use std::{collections::BTreeMap, sync::Arc};
 use edge_common::{
     address::Wide,
     maps::{
-        BackendEntry, Fragment, FragmentKey, NextHop, OwnAddresses, Pending, ServiceEntry, ServiceKey, ServiceStats,
-        SourceId, SourceKey, SourceUse,
+        AffinityEntry, AffinityKey, BackendEntry, Fragment, FragmentKey, NextHop, OwnAddresses, Pending, ServiceEntry,
+        ServiceKey, ServiceStats, SourceId, SourceKey, SourceUse,
     },
     verdict::Reason,
 };
@@ -69,6 +69,23 @@ pub struct Pool {
     pub backup: Option<Box<Pool>>,
 }
 
+/// A backend's weight, as far as the table does not hold it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Weight {
+    /// 0 counts as 1.
+    pub weight: u32,
+    /// The part of it that a backend has while it starts slowly, percent; 0: all of it.
+    pub share: u32,
+}
+
+impl Weight {
+    /// The part of the weight that it has now.
+    pub fn hundredths(self) -> u64 {
+        let share = if self.share == 0 { 100 } else { self.share };
+        u64::from(self.weight.max(1)) * u64::from(share)
+    }
+}
+
 /// What a backend has to do, as the maps hold it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Load {
@@ -112,6 +129,8 @@ pub struct Config {
     pub backends: BTreeMap<u32, BackendEntry>,
     /// Which of them may have new flows.
     pub eligible: BTreeMap<u32, bool>,
+    /// How much of them by the side of others.
+    pub weights: BTreeMap<u32, Weight>,
     /// dnat backends by address.
     pub dnat_backends: BTreeMap<ServiceKey, u32>,
     /// Prefilter bits of destinations.
@@ -212,6 +231,14 @@ pub struct State {
     pub loads: BTreeMap<u32, Load>,
     /// Those for which the packet at hand changed that.
     pub touched_loads: Vec<u32>,
+    /// Whose turn it is in a service.
+    pub turns: BTreeMap<u32, u32>,
+    /// Services in which the packet at hand took one.
+    pub touched_turns: Vec<u32>,
+    /// Where clients are at home.
+    pub homes: BTreeMap<AffinityKey, AffinityEntry>,
+    /// Of whom the packet at hand asked.
+    pub touched_homes: Vec<AffinityKey>,
     /// Counters.
     pub counters: Counters,
     /// What sources have used up.

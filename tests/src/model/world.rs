@@ -7,9 +7,9 @@ use edge_common::{
     address::{Wide, unmapped},
     flow::{FlowKeyV4, FlowKeyV6},
     maps::{
-        AddressFilter, BackendEntry, CHUNK_BYTES, Chunk, Control, FragmentKey, NEXT_HOPS, NeighbourKey, OwnAddresses,
-        Pending, PortSet, SNAT_ADDRESSES, ServiceEntry, ServiceKey, SourceId, SourceKey, SourceRange, backend_state,
-        interface_flag, mode, name, range_action, service_flag,
+        AddressFilter, AffinityKey, BackendEntry, CHUNK_BYTES, Chunk, Control, FragmentKey, NEXT_HOPS, NeighbourKey,
+        OwnAddresses, Pending, PortSet, SNAT_ADDRESSES, ServiceEntry, ServiceKey, SourceId, SourceKey, SourceRange,
+        backend_state, balance, interface_flag, mode, name, range_action, service_flag,
     },
 };
 
@@ -21,7 +21,7 @@ use super::{
         SILENT_POD, STUB_POD, at,
     },
     protect,
-    state::{Config, Load, Pool, State},
+    state::{Config, Load, Pool, State, Weight},
     wire::{TCP, UDP},
 };
 use crate::datapath::rig::{CLIENT, FAMILIES, Family, OWN, OWN6, SNAT, VIP, pod, v6_table, wire};
@@ -167,6 +167,9 @@ fn service(world: &mut World, dice: &mut Dice, number: u32, family: Family, (por
         let config = world.start.configure();
         config.backends.insert(chosen, backend);
         config.eligible.insert(chosen, dice.chance(85));
+        config
+            .weights
+            .insert(chosen, Weight { weight: dice.pick(&[0, 1, 1, 2, 65_535]), share: dice.pick(&[0, 0, 10, 100]) });
         if mode == mode::DNAT {
             config.dnat_backends.insert(service_key(address, backend_port, protocol), chosen);
             config.sources[bit(address)] = true;
@@ -207,8 +210,11 @@ fn service(world: &mut World, dice: &mut Dice, number: u32, family: Family, (por
         closing_timeout: dice.pick(&[1, 2, 10, 60]),
         mss: dice.pick(&[0, 0, 536, 1200, 1400]),
         flags: dice.pick(&[0, 0, service_flag::DEDICATED, service_flag::ONE_REPLY]),
+        affinity_timeout: dice.pick(&[0, 0, 1, 10, 60]),
+        balance: dice.pick(&[balance::MAGLEV, balance::MAGLEV, balance::ROUND_ROBIN, balance::LEAST_CONNECTIONS]),
         ..ServiceEntry::default()
     };
+    world.start.turns.insert(number, dice.pick(&[0, 7, u32::MAX - 3]));
     world.frontends.push((family, port, protocol));
     world.start.configure().frontends.insert(service_key(at(VIP), port, protocol), number);
     world.start.configure().services.insert(number, (entry, pool));
@@ -284,6 +290,10 @@ pub fn write(world: &mut World, kernel: &Kernel) -> Result<()> {
     clear::<u32>(kernel, name::OWN_ADDRESSES)?;
     clear::<SourceKey>(kernel, name::SOURCE_RANGES)?;
     clear::<SourceId>(kernel, name::SOURCES)?;
+    clear::<AffinityKey>(kernel, name::AFFINITY)?;
+    for (service, turn) in &world.start.turns {
+        kernel.map(name::SERVICE_CURSOR)?.set(service, turn)?;
+    }
     for (interface, addresses) in &world.start.config.own {
         kernel.map(name::OWN_ADDRESSES)?.set(interface, addresses)?;
     }
@@ -310,7 +320,7 @@ pub fn write(world: &mut World, kernel: &Kernel) -> Result<()> {
     }
     for (number, backend) in &config.backends {
         kernel.map(name::BACKENDS)?.set(number, backend)?;
-        write_eligible(kernel, *number, config.eligible[number])?;
+        write_backend_state(config, kernel, *number)?;
         kernel.set_load(*number, &world.start.loads[number])?;
         world.start.cursors.insert(*number, kernel.map(name::BACKEND_CURSOR)?.get(number).unwrap_or(0));
     }
@@ -337,12 +347,15 @@ pub fn write_control(config: &Config, kernel: &Kernel) -> Result<()> {
     Ok(())
 }
 
-/// Writes whether a backend may have new flows.
+/// Writes whether a backend may have new flows, and its weight.
 ///
 /// # Errors
 /// Where the kernel refuses the write.
-pub fn write_eligible(kernel: &Kernel, backend: u32, eligible: bool) -> Result<()> {
-    kernel.map(name::BACKEND_STATE)?.set(&backend, &if eligible { backend_state::ELIGIBLE } else { 0 })
+pub fn write_backend_state(config: &Config, kernel: &Kernel, backend: u32) -> Result<()> {
+    let Weight { weight, share } = config.weights.get(&backend).copied().unwrap_or_default();
+    let eligible = if config.eligible.get(&backend).copied().unwrap_or(false) { backend_state::ELIGIBLE } else { 0 };
+    let word = weight << backend_state::WEIGHT_SHIFT | share << backend_state::SHARE_SHIFT | eligible;
+    kernel.map(name::BACKEND_STATE)?.set(&backend, &word)
 }
 
 fn words<const N: usize>(bits: &[bool]) -> [u64; N] {
