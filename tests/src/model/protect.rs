@@ -122,6 +122,17 @@ pub fn keeps_pace(state: &mut State, input: &Input, flow: &Flow) -> bool {
     true
 }
 
+/// The moments at which the buckets of all sources have their next token: between that of one and that of another, which may be
+/// less than a microsecond, a packet meets one of the two alone.
+pub fn next_tokens(state: &State) -> Vec<u64> {
+    let of = |(source, spent): (&SourceId, &SourceUse)| {
+        let (service, _) = state.config.services.get(&source.service)?;
+        let next = |word: u64, bucket: Option<Bucket>| bucket.map(|bucket| word + SECOND.div_ceil(bucket.rate.into()));
+        Some([next(spent.flows, Bucket::flows(service)), next(spent.packets, Bucket::packets(service))])
+    };
+    state.sources.iter().filter_map(of).flatten().flatten().collect()
+}
+
 /// Takes a token that is there.
 fn draw(state: &mut State, input: &Input, source: SourceId, bucket: Bucket, packets: bool) {
     let Some(spent) = state.sources.get_mut(&source) else { return };

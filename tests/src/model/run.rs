@@ -23,6 +23,7 @@ use super::{
     kernel::{self, Kernel, LONGEST},
     moves,
     network::{BASE, Network},
+    protect,
     state::{State, TABLES},
     wire,
     world::{self, ESTABLISHED, LRU, World},
@@ -280,7 +281,8 @@ impl Bench {
         let before = state.clone();
         let Err(first) = judge(state, &input) else { return Ok(()) };
         // The program read both clocks somewhere between: at a boundary, either side of it is right.
-        for moment in self.moments(frame, (from, to), (from_precise, to_precise)) {
+        let tokens = protect::next_tokens(&before);
+        for moment in self.moments(frame, (from, to), (from_precise, to_precise), tokens) {
             *state = before.clone();
             (input.now, input.window, input.chosen, input.precise) = moment;
             if judge(state, &input).is_ok() {
@@ -291,10 +293,17 @@ impl Bench {
     }
 
     /// What the two clocks may have said while the program ran: the ends, what it stamped, and, since a run that others have
-    /// interrupted takes long enough for more than one thing to change, moments between.
-    fn moments(&self, frame: &[u8], coarse: (u64, u64), precise: (u64, u64)) -> Vec<(u64, u64, u64, u64)> {
+    /// interrupted takes long enough for more than one thing to change, moments between and those at which a bucket has a token.
+    fn moments(
+        &self,
+        frame: &[u8],
+        coarse: (u64, u64),
+        precise: (u64, u64),
+        tokens: Vec<u64>,
+    ) -> Vec<(u64, u64, u64, u64)> {
         let mut ticks = vec![coarse.0, coarse.1];
-        let mut moments = vec![precise.0, precise.1];
+        let mut moments = tokens;
+        moments.extend([precise.0, precise.1]);
         let key = wire::whole_segment(frame).map(|segment| segment.key);
         let flows = TABLES.iter().filter_map(|table| self.kernel.flow(moves::map_name(*table), &key?));
         for flow in flows {
