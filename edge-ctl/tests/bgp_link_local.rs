@@ -29,16 +29,6 @@ fn established(row: &BgpPeerRow) -> bool {
     row.state == "Established"
 }
 
-/// The lab's link with link-local addresses alone.
-fn lab() -> Lab {
-    let lab = Lab::new();
-    for (namespace, host) in [(&lab.edge, 1), (&lab.node, 2)] {
-        namespace.ip("addr flush dev eth0");
-        namespace.ip(&format!("addr add fe80::{host}/64 dev eth0 nodad"));
-    }
-    lab
-}
-
 /// A second node at the edge's eth1.
 fn second(lab: &Lab) -> Namespace {
     let node = Namespace::new("second");
@@ -100,7 +90,7 @@ fn the_same_link_local_address_on_two_links_is_two_birds_whose_routes_go_by_thei
     if missing(name, &["bird", "birdc"]) {
         return;
     }
-    let mut lab = lab();
+    let mut lab = Lab::link_local();
     let second = second(&lab);
     lab.bird_named("one", &bird(2, "eth0"), &[]);
     let file = lab.path("two.conf");
@@ -162,7 +152,7 @@ fn frr_at_a_link_local_address_of_an_interface_exchanges_both_families() {
     if missing("frr_at_a_link_local_address_of_an_interface_exchanges_both_families", &["vtysh"]) {
         return;
     }
-    let mut lab = lab();
+    let mut lab = Lab::link_local();
     lab.bgpd_with_zebra(
         "router bgp 64513\n bgp router-id 10.0.0.2\n no bgp ebgp-requires-policy\n no bgp network import-check\n \
          neighbor fe80::1 remote-as 64512\n neighbor fe80::1 interface eth0\n neighbor fe80::1 timers connect 1\n \

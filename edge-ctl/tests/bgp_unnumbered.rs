@@ -17,16 +17,6 @@ use edge_ctl::{
 
 const VIP: &str = "10.9.0.1/32";
 
-/// The lab's link with link-local addresses alone.
-fn lab() -> Lab {
-    let lab = Lab::new();
-    for (namespace, host) in [(&lab.edge, 1), (&lab.node, 2)] {
-        namespace.ip("addr flush dev eth0");
-        namespace.ip(&format!("addr add fe80::{host}/64 dev eth0 nodad"));
-    }
-    lab
-}
-
 /// FRR's side, which knows the interface and nobody's address; `more`: further settings of the neighbour.
 fn frr(more: &str) -> String {
     format!(
@@ -68,7 +58,7 @@ fn frr_finds_us_by_our_advertisements_and_dials() {
     if missing("frr_finds_us_by_our_advertisements_and_dials", &["vtysh"]) {
         return;
     }
-    let mut lab = lab();
+    let mut lab = Lab::link_local();
     lab.edge.clone().block_on(|| async {
         // We wait: the session comes up only where FRR has learnt where we are.
         let mut edge = edge("passive = true").await;
@@ -89,7 +79,7 @@ fn we_find_frr_by_its_advertisements_and_dial_and_who_comes_to_its_place_follows
     if missing("we_find_frr_by_its_advertisements_and_dial_and_who_comes_to_its_place_follows_it", &["vtysh"]) {
         return;
     }
-    let mut lab = lab();
+    let mut lab = Lab::link_local();
     lab.edge.clone().block_on(|| async {
         lab.bgpd_with_zebra(&frr("neighbor eth0 passive"));
         let mut edge = edge("").await;

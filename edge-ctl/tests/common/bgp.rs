@@ -45,6 +45,16 @@ impl Lab {
         Self { edge, node, folder: TempDir::new().unwrap(), daemons: vec![] }
     }
 
+    /// With link-local addresses alone: fe80::1 is the edge, fe80::2 the node.
+    pub fn link_local() -> Self {
+        let lab = Self::new();
+        for (namespace, host) in [(&lab.edge, 1), (&lab.node, 2)] {
+            namespace.ip("addr flush dev eth0");
+            namespace.ip(&format!("addr add fe80::{host}/64 dev eth0 nodad"));
+        }
+        lab
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
